@@ -1,0 +1,123 @@
+"""What ONNX Runtime GenAI reads beside the graphs, as dicts made from a ModelSpec and the window that the user chose.
+
+Keys and their meaning: src/config.cpp, src/models/parakeet.cpp and parakeet_processor.cpp of onnxruntime-genai 0.18.0.
+An unknown key is refused there, so provenance goes into manifest.json.
+"""
+
+from dataclasses import dataclass
+
+from common.graphs import DECODER, ENCODER, GRAPHS
+from common.model import ModelSpec
+
+GENAI_CONFIG = "genai_config.json"
+AUDIO_PROCESSOR_CONFIG = "audio_processor_config.json"
+
+# The runtime stops there. One token a frame of 80 ms would fill it in 2.9 hours of audio.
+CONTEXT_LENGTH = 131072  # tokens
+# GenAI takes 0 as "force a step after every token"; the largest int is its "no limit".
+NO_SYMBOL_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a clip is cut for the encoder: `chunk` samples are decoded, with `left` and `right` samples of context."""
+
+    chunk: int
+    left: int
+    right: int
+
+    @classmethod
+    def of_seconds(cls, spec: ModelSpec, chunk: float, left: float, right: float) -> "Window":
+        """Raises ValueError unless each is a whole number of encoder frames: the runtime divides by integers, and a
+        remainder would shift every later seam."""
+        samples = {}
+        for name, seconds in (("chunk", chunk), ("left_context", left), ("right_context", right)):
+            exact = seconds * spec.sample_rate
+            frame = spec.frame_samples
+            if exact < (frame if name == "chunk" else 0) or abs(exact / frame - round(exact / frame)) > 1e-6:
+                raise ValueError(
+                    f"wanted --{name}_seconds as a whole number of encoder frames of {frame / spec.sample_rate:g} s, "
+                    f"found {seconds:g}; the nearest is {max(round(exact / frame), 1) * frame / spec.sample_rate:g}"
+                )
+            samples[name] = round(exact)
+        return cls(samples["chunk"], samples["left_context"], samples["right_context"])
+
+
+def check_genai_supports(spec: ModelSpec) -> None:
+    """Raise ValueError naming what ONNX Runtime GenAI's parakeet_tdt cannot compute of this checkpoint."""
+    if spec.durations[0] != 0 or min(spec.durations[1:], default=0) < 1:
+        raise ValueError(
+            f"durations {list(spec.durations)}: ONNX Runtime GenAI forbids index 0 after a blank and takes every other "
+            "index to advance, so the first must be 0 and the rest positive"
+        )
+    if spec.unsupported_features:
+        raise ValueError(
+            "ONNX Runtime GenAI computes log-mel features one way only, and this checkpoint's differ: "
+            + "; ".join(spec.unsupported_features)
+        )
+
+
+def genai_config(spec: ModelSpec, window: Window, device: str = "cpu") -> dict:
+    """The content of genai_config.json."""
+    sections = {graph.genai_section: {"filename": graph.file, **graph.name_maps()} for graph in GRAPHS}
+    sections[ENCODER.genai_section] |= {"hidden_size": spec.encoder_dim, "num_hidden_layers": spec.encoder_layers}
+    sections[DECODER.genai_section] |= {"hidden_size": spec.decoder_dim, "num_hidden_layers": spec.decoder_layers}
+    if device == "cuda":
+        for section in sections.values():
+            section["session_options"] = {"provider_options": [{"cuda": {}}]}
+    return {
+        "model": {
+            "type": "parakeet_tdt",
+            "vocab_size": spec.vocab_size,
+            "context_length": CONTEXT_LENGTH,
+            "decoder_start_token_id": spec.blank_id,
+            "eos_token_id": spec.blank_id,  # what the runtime returns when the audio ends
+            "blank_id": spec.blank_id,
+            "tdt_durations": list(spec.durations),
+            "max_symbols_per_step": NO_SYMBOL_LIMIT if spec.max_symbols is None else spec.max_symbols,
+            "sample_rate": spec.sample_rate,
+            "num_mels": spec.num_mels,
+            "fft_size": spec.fft_size,
+            "win_length": spec.win_length,
+            "hop_length": spec.hop_length,
+            "preemph": spec.preemphasis,
+            "log_eps": spec.log_guard,
+            "norm_eps": spec.norm_eps,
+            "subsampling_factor": spec.subsampling_factor,
+            "chunk_samples": window.chunk,
+            "left_context_samples": window.left,
+            "right_context_samples": window.right,
+            "speech": {"config_filename": AUDIO_PROCESSOR_CONFIG},
+            **sections,
+        },
+        "search": {"max_length": CONTEXT_LENGTH, "min_length": 0},
+    }
+
+
+def audio_processor_config(spec: ModelSpec) -> dict:
+    """The content of audio_processor_config.json: the features in full, for consumers other than GenAI, which reads
+    them from genai_config.json."""
+    return {
+        "model_type": "speech_features",
+        "audio_params": {
+            "sample_rate": spec.sample_rate,
+            "n_fft": spec.fft_size,
+            "hop_length": spec.hop_length,
+            "n_mels": spec.num_mels,
+            "window_length": spec.win_length,
+            "window_type": "hann",
+            "window_periodic": False,
+            "fmin": 0,
+            "fmax": spec.sample_rate // 2,
+            "mel_scale": "slaney",
+            "mel_norm": "slaney",
+            "center": True,
+            "mag_power": 2.0,
+            "preemphasis": spec.preemphasis,
+            "dither": 0.0,  # NeMo dithers in training only
+            "log_zero_guard_type": "add",
+            "log_zero_guard_value": spec.log_guard,
+            "normalize": "per_feature",
+            "normalize_eps": spec.norm_eps,
+        },
+    }
