@@ -1,0 +1,263 @@
+"""Running a model: audio in, then NeMo, ONNX Runtime sessions or ONNX Runtime GenAI, tokens out."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.configs import GENAI_CONFIG
+from common.decode import GENAI_RULE, BlankZero, Hypothesis, Prediction, greedy_tdt_decode
+from common.files import read_json
+from common.graphs import DECODER, ENCODER, JOINT, Graph
+
+EXPORT_COMMAND = "python export_parakeet_to_onnx.py --output_dir {}"
+TOKENIZER_COMMAND = "python export_tokenizer.py --output_dir {}"
+# NeMo's features need two frames for a standard deviation; a shorter clip holds no speech anyway.
+MIN_FRAMES = 2
+ERRORS_AND_WORSE = 3  # a severity of OrtLoggingLevel
+
+
+class OrtGraph:
+    """One graph of a folder in an ONNX Runtime CPU session, called with arrays in the order of its declaration."""
+
+    def __init__(self, folder: Path, graph: Graph):
+        import onnxruntime as ort
+
+        path = Path(folder) / graph.file
+        if not path.is_file():
+            raise FileNotFoundError(f"wanted {path}, found no such file; first run: {EXPORT_COMMAND.format(folder)}")
+        options = ort.SessionOptions()
+        options.log_severity_level = ERRORS_AND_WORSE
+        try:
+            self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own types, one per status
+            raise ValueError(f"{path} does not load ({error}); make it again") from error
+        self.graph = graph
+
+    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        """Outputs in the order of the declaration."""
+        names = self.graph.input_names
+        return self.session.run(self.graph.output_names, dict(zip(names, inputs, strict=True)))
+
+
+def load_audio(path: Path, sample_rate: int, min_samples: int) -> np.ndarray:
+    """Any file libsndfile reads, as mono float32 at `sample_rate`; channels are averaged, resampling is soxr's HQ.
+
+    Raises FileNotFoundError, or ValueError for a file that is no audio, is not finite or is under `min_samples`.
+    """
+    import soundfile
+    import soxr
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"wanted an audio file, found nothing at {path}")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path} is not audio that libsndfile reads ({error.error_string})") from None
+    mono = samples.mean(axis=1)
+    if rate != sample_rate:
+        mono = soxr.resample(mono, rate, sample_rate)
+    if len(mono) < min_samples:
+        raise ValueError(
+            f"{path} holds {len(mono) / sample_rate:.3f} s of audio, wanted {min_samples / sample_rate:.3f} s or more"
+        )
+    if not np.isfinite(mono).all():
+        raise ValueError(f"{path} holds samples that are not finite numbers")
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """What genai_config.json says of decoding: the raw baseline is bound to the same numbers as GenAI."""
+
+    sample_rate: int
+    hop_length: int
+    subsampling_factor: int
+    chunk: int  # samples
+    left: int
+    right: int
+    blank_id: int
+    durations: tuple[int, ...]
+    max_symbols: int
+    decoder_layers: int
+    decoder_dim: int
+
+    @classmethod
+    def read(cls, folder: Path) -> "RuntimeConfig":
+        model = read_json(Path(folder) / GENAI_CONFIG, EXPORT_COMMAND.format(folder))["model"]
+        return cls(
+            model["sample_rate"],
+            model["hop_length"],
+            model["subsampling_factor"],
+            model["chunk_samples"],
+            model["left_context_samples"],
+            model["right_context_samples"],
+            model["blank_id"],
+            tuple(model["tdt_durations"]),
+            model["max_symbols_per_step"],
+            model["decoder"]["num_hidden_layers"],
+            model["decoder"]["hidden_size"],
+        )
+
+    @property
+    def min_samples(self) -> int:
+        return MIN_FRAMES * self.hop_length
+
+    def read_audio(self, path: Path) -> np.ndarray:
+        """Mono samples at the model's rate, at least one encoder frame of them."""
+        return load_audio(path, self.sample_rate, self.min_samples)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One encoder run: mel frames `begin` … `end` - 1 go in, encoder frames `start` … `stop` - 1 are decoded."""
+
+    begin: int
+    end: int
+    start: int
+    stop: int | None  # None: to the last
+    first_frame: int  # the clip's encoder frame that is frame 0 of this run
+
+
+def windows(config: RuntimeConfig, mel_frames: int) -> Iterator[Piece]:
+    """How GenAI cuts a clip of `mel_frames` (EncodeNextChunk in src/models/parakeet.cpp): integer divisions and all."""
+    hop, sub = config.hop_length, config.subsampling_factor
+    total = mel_frames * hop
+    chunk_begin = 0
+    while chunk_begin < total:
+        chunk_end = min(chunk_begin + config.chunk, total)
+        begin = max(chunk_begin - config.left, 0) // hop
+        end = min(min(chunk_end + config.right, total) // hop, mel_frames)
+        start = (chunk_begin // hop - begin) // sub
+        stop = None if chunk_end == total else (chunk_end // hop - begin) // sub
+        yield Piece(begin, end, start, stop, begin // sub)
+        chunk_begin = chunk_end
+
+
+class RawOrt:
+    """The baseline: three ONNX Runtime sessions and the greedy loop of `common.decode`, windows as GenAI cuts them."""
+
+    def __init__(self, folder: Path):
+        self.config = RuntimeConfig.read(folder)
+        self.encoder, self.decoder, self.joint = (OrtGraph(folder, graph) for graph in (ENCODER, DECODER, JOINT))
+
+    def encode(self, features: np.ndarray) -> np.ndarray:
+        """features [M, T] → [S, D], valid frames only"""
+        outputs, lengths = self.encoder(features[None], np.array([features.shape[1]], dtype=np.int64))
+        return outputs[0, :, : lengths[0]].T
+
+    def transcribe(self, features: np.ndarray, rule: BlankZero = GENAI_RULE, *, whole: bool = False) -> Hypothesis:
+        """features [M, T], normalised over the clip → what was decoded; `whole`: in one window, however long."""
+        config, hypothesis = self.config, None
+        mel_frames = features.shape[1]
+        pieces = [Piece(0, mel_frames, 0, None, 0)] if whole else windows(config, mel_frames)
+        for piece in pieces:
+            encoded = self.encode(features[:, piece.begin : piece.end])
+            hypothesis = greedy_tdt_decode(
+                encoded,
+                len(encoded) if piece.stop is None else min(piece.stop, len(encoded)),
+                self.predict,
+                self.join,
+                blank_id=config.blank_id,
+                durations=config.durations,
+                max_symbols=config.max_symbols,
+                blank_zero=rule,
+                start=piece.start,
+                first_frame=piece.first_frame,
+                prior=hypothesis,
+            )
+        return hypothesis
+
+    def predict(self, token: int, state: tuple[np.ndarray, np.ndarray] | None) -> Prediction:
+        """One step of the prediction network; without a state it starts from zeros."""
+        if state is None:
+            zeros = np.zeros((self.config.decoder_layers, 1, self.config.decoder_dim), dtype=np.float32)
+            state = (zeros, zeros)
+        output, _, *state = self.decoder(np.array([[token]]), self._one, *state)
+        return Prediction(output.transpose(0, 2, 1), tuple(state))
+
+    def join(self, frame: np.ndarray, output: np.ndarray) -> np.ndarray:
+        """[D], [1, 1, H] → [V+K]"""
+        return self.joint(np.ascontiguousarray(frame)[None, None], output)[0].reshape(-1)
+
+    _one = np.ones(1, dtype=np.int64)
+
+
+class GenAI:
+    """A model folder in ONNX Runtime GenAI."""
+
+    def __init__(self, folder: Path):
+        import onnxruntime_genai as og
+
+        og.disable_telemetry_events()  # a local tool calls nobody
+        folder = Path(folder)
+        self.config = RuntimeConfig.read(folder)
+        if not (folder / "tokenizer.json").is_file():
+            command = TOKENIZER_COMMAND.format(folder)
+            raise FileNotFoundError(f"wanted {folder / 'tokenizer.json'}, found no such file; first run: {command}")
+        try:
+            self.model = og.Model(str(folder))
+            self.processor = self.model.create_multimodal_processor()
+            self.tokenizer = og.Tokenizer(self.model)
+        except RuntimeError as error:
+            raise ValueError(f"ONNX Runtime GenAI does not load {folder}: {error}") from error
+
+    def inputs(self, samples: np.ndarray):
+        """The processor's tensors for one clip of mono samples at the model's rate."""
+        import onnxruntime_genai as og
+        import soundfile
+
+        buffer = io.BytesIO()  # float WAV: what the other engines are given, bit for bit
+        soundfile.write(buffer, samples, self.config.sample_rate, format="WAV", subtype="FLOAT")
+        return self.processor("", audios=og.Audios.open_bytes(buffer.getvalue()))
+
+    def features(self, samples: np.ndarray) -> np.ndarray:
+        """The features GenAI computes, [M, T]."""
+        return self.inputs(samples)["audio_features"].as_numpy()[0].copy()
+
+    def transcribe(self, samples: np.ndarray) -> list[int]:
+        """Token ids of one clip."""
+        import onnxruntime_genai as og
+
+        generator = og.Generator(self.model, og.GeneratorParams(self.model))
+        generator.set_inputs(self.inputs(samples))
+        while not generator.is_done():
+            generator.generate_next_token()
+        return [int(token) for token in generator.get_sequence(0)]
+
+    def text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(np.array(tokens, dtype=np.int32)).strip() if tokens else ""
+
+
+class Nemo:
+    """The reference: NeMo's own preprocessing, encoder and batched greedy decoding."""
+
+    def __init__(self, model):
+        self.model = model
+        if model.cfg.decoding.strategy != "greedy_batch":  # beam search says other words; plain greedy, other durations
+            decoding = model.cfg.decoding.copy()
+            decoding.strategy = "greedy_batch"
+            model.change_decoding_strategy(decoding, verbose=False)
+
+    def features(self, samples: np.ndarray) -> np.ndarray:
+        """The features NeMo computes, valid frames only: [M, T]."""
+        import torch
+
+        with torch.inference_mode():
+            signal, length = torch.from_numpy(samples)[None], torch.tensor([len(samples)])
+            features, lengths = self.model.preprocessor(input_signal=signal, length=length)
+        return features[0, :, : int(lengths[0])].numpy()
+
+    def transcribe(self, features: np.ndarray) -> tuple[list[int], list[int]]:
+        """features [M, T] → token ids, and the encoder frame that each was emitted at"""
+        import torch
+
+        with torch.inference_mode():
+            encoded, lengths = self.model.encoder(
+                audio_signal=torch.from_numpy(features)[None], length=torch.tensor([features.shape[1]])
+            )
+            found = self.model.decoding.rnnt_decoder_predictions_tensor(encoded, lengths, return_hypotheses=True)[0]
+        return [int(token) for token in found.y_sequence], [int(frame) for frame in found.timestamp]

@@ -1,0 +1,109 @@
+"""Comparing what engines heard: token by token with the reason for a difference, and word by word as an error rate."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.decode import Hypothesis
+from common.graphs import PARITY_TOLERANCE
+
+BOOTSTRAP_SAMPLES = 2000
+CONFIDENCE = 95  # per cent
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two decodings part: emission index, frame, both tokens, and what excuses it (None: nothing does)."""
+
+    index: int
+    frame: int
+    wanted: int | None
+    found: int | None
+    excuse: str | None
+
+
+def first_difference(tokens: list[int], frames: list[int], found: Hypothesis) -> Difference | None:
+    """Compare a reference's tokens and the frames they were emitted at with a traced decoding; None where equal.
+
+    A difference is excused when, among the decisions between the last emission in common and the one that differs, one
+    was nearer than the parity tolerance to going otherwise, or met the case in which NeMo and GenAI differ by design.
+    """
+    wanted = list(zip(tokens, frames, strict=True))
+    emitted = [(step.token, step.frame) for step in found.emitted]
+    if wanted == emitted:
+        return None
+    pairs = enumerate(zip(wanted, emitted, strict=False))
+    index = next((i for i, (one, other) in pairs if one != other), min(len(wanted), len(emitted)))
+    positions = [i for i, step in enumerate(found.steps) if step.token != found.blank_id]
+    begin = positions[index - 1] if index else 0  # that emission's duration is a decision of this stretch
+    end = positions[index] + 1 if index < len(positions) else len(found.steps)
+    stretch = found.steps[begin:end]
+    nearest = min((step.margin for step in stretch), default=float("inf"))
+    excuse = None
+    if nearest < PARITY_TOLERANCE:
+        excuse = f"top-two margin {nearest:.1e} under the tolerance {PARITY_TOLERANCE:.0e}"
+    elif any(step.blank_zero for step in stretch):
+        excuse = "blank with duration 0, where the greedy rules of NeMo and GenAI differ"
+    one, other = (pairs[index] if index < len(pairs) else (None, None) for pairs in (wanted, emitted))
+    frame = one[1] if one[1] is not None else other[1]
+    return Difference(index, frame, one[0], other[0], excuse)
+
+
+def first_token_difference(wanted: Hypothesis, found: list[int]) -> Difference | None:
+    """Compare tokens alone, where both must be equal; None where they are."""
+    if wanted.tokens == found:
+        return None
+    pairs = enumerate(zip(wanted.tokens, found, strict=False))
+    index = next((i for i, (one, other) in pairs if one != other), min(len(wanted.tokens), len(found)))
+    step = wanted.emitted[index] if index < len(wanted.emitted) else None
+    return Difference(
+        index,
+        step.frame if step else wanted.steps[-1].frame,
+        step.token if step else None,
+        found[index] if index < len(found) else None,
+        None,
+    )
+
+
+@dataclass(frozen=True)
+class WordErrorRate:
+    """Corpus word error rate in per cent, with the interval that resampling the clips gives."""
+
+    errors: int
+    words: int
+    low: float
+    high: float
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.errors / max(self.words, 1)
+
+    def __str__(self) -> str:
+        return f"{self.percent:.2f} % [{self.low:.2f}, {self.high:.2f}]"
+
+
+def normalize(text: str) -> str:
+    """Case, punctuation and diacritics aside, language-neutral (Whisper's basic normaliser, whisper_normalizer)."""
+    from whisper_normalizer.basic import BasicTextNormalizer
+
+    return " ".join(BasicTextNormalizer()(text).split())
+
+
+def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
+    """Substitutions + deletions + insertions (jiwer), and the words of the reference."""
+    import jiwer
+
+    if not reference.split():  # jiwer refuses an empty reference; every word said is an insertion
+        return len(hypothesis.split()), 0
+    found = jiwer.process_words(reference, hypothesis)
+    return found.substitutions + found.deletions + found.insertions, len(reference.split())
+
+
+def word_error_rate(references: list[str], hypotheses: list[str]) -> WordErrorRate:
+    """WER over all clips, with a 95 % bootstrap interval over clips (Bisani & Ney, ICASSP 2004; seeded)."""
+    counts = np.array([word_errors(*pair) for pair in zip(references, hypotheses, strict=True)])
+    draws = np.random.default_rng(0).integers(len(counts), size=(BOOTSTRAP_SAMPLES, len(counts)))
+    errors, words = counts[draws].sum(axis=1).T
+    tail = (100 - CONFIDENCE) / 2
+    low, high = np.percentile(100 * errors / np.maximum(words, 1), [tail, 100 - tail])
+    return WordErrorRate(int(counts[:, 0].sum()), int(counts[:, 1].sum()), float(low), float(high))

@@ -1,0 +1,76 @@
+"""Run a model folder end to end in ONNX Runtime GenAI and check it against a baseline on plain ONNX Runtime.
+
+In: a folder that export_parakeet_to_onnx.py and export_tokenizer.py, or optimize_encoder.py, have written; a clip.
+Out: one line a stage. GenAI loads the folder, its tokenizer survives a round trip, and the clip is transcribed twice
+from the same features: by GenAI, and by three ONNX Runtime sessions with the greedy TDT loop of common/decode.py. Exit
+status 1 when the two disagree in one token, or hear nothing.
+
+    python test_e2e.py
+"""
+
+import argparse
+from pathlib import Path
+
+from common.console import CheckError, Parser, Stages, run
+from common.files import MODEL_DIR_HELP, default_model_dir
+from common.runtime import GenAI, RawOrt
+
+SAMPLE = Path(__file__).resolve().parent / "samples" / "clips" / "029_hibari.flac"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--model_dir", type=Path, help=MODEL_DIR_HELP)
+    parser.add_argument("--audio", type=Path, default=SAMPLE, help="a clip that holds speech (a bundled one)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(_test, parse_args(argv))
+
+
+def _test(args: argparse.Namespace) -> None:
+    folder = args.model_dir or default_model_dir()
+    stages = Stages(4)
+    genai = GenAI(folder)
+    samples = genai.config.read_audio(args.audio)
+    stages.report("GenAI loads", str(folder))
+
+    tokens = genai.transcribe(samples)
+    if not tokens:
+        raise CheckError(f"GenAI decoded no token from {args.audio}; wanted a transcript of a clip that holds speech")
+    stages.report("GenAI hears", f"{len(tokens)} tokens from {len(samples) / genai.config.sample_rate:.1f} s",
+                  repr(genai.text(tokens)))  # fmt: skip
+
+    check_tokenizer(genai, folder, tokens)
+    stages.report("tokenizer", "GenAI and tokenizer.json agree; text → ids → text is stable")
+
+    baseline = RawOrt(folder).transcribe(genai.features(samples)).tokens
+    check_same_tokens(tokens, baseline)
+    stages.report("raw ONNX", f"the same {len(baseline)} tokens")
+
+
+def check_tokenizer(genai: GenAI, folder: Path, tokens: list[int]) -> None:
+    """GenAI and Hugging Face's `tokenizers` give these ids one text, and that text survives encoding and decoding.
+
+    Raises CheckError.
+    """
+    from tokenizers import Tokenizer
+
+    text = genai.text(tokens)
+    exported = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(tokens).strip()
+    if exported != text:
+        raise CheckError(f"tokens {tokens} are {text!r} in GenAI, {exported!r} by tokenizer.json")
+    encoded = [int(token) for token in genai.tokenizer.encode(text)]
+    if genai.text(encoded) != text:
+        raise CheckError(f"{text!r} encodes to {encoded}, which decodes to {genai.text(encoded)!r}")
+
+
+def check_same_tokens(found: list[int], baseline: list[int]) -> None:
+    """Raises CheckError showing both sequences."""
+    if found != baseline:
+        raise CheckError(f"GenAI and the raw ONNX baseline differ; GenAI: {found}; baseline: {baseline}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

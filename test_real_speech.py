@@ -1,0 +1,275 @@
+"""Transcribe real speech with NeMo, plain ONNX Runtime and ONNX Runtime GenAI side by side, and count the words.
+
+In: a model folder; clips (any format, rate and channels that libsndfile reads), or a NeMo manifest of clips with text.
+Out: per clip, or per corpus, a table: engine, speed, word error rate against the text and against NeMo, transcript.
+Every engine gets the same samples: mono, resampled once to the model's rate. NeMo computes its features itself and raw
+ONNX Runtime is given those (with --skip_nemo: GenAI's); GenAI computes its own. An optimized folder brings along the
+exported one that it was made from. Exit status 1 when float32 ONNX differs from NeMo in a token for no listed reason.
+
+    python test_real_speech.py --audio samples/jfk.wav
+    python test_real_speech.py --manifest samples/manifest.jsonl
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common.console import CheckError, Parser, run
+from common.decode import GENAI_RULE, NEMO_RULE
+from common.files import MODEL_DIR_HELP, default_model_dir, read_manifest, write_json
+from common.model import find_checkpoint, load_model, recorded_checkpoint
+from common.runtime import GenAI, Nemo, RawOrt
+from common.transcripts import (
+    CONFIDENCE,
+    Difference,
+    first_difference,
+    first_token_difference,
+    normalize,
+    word_error_rate,
+    word_errors,
+)
+
+SAMPLE = Path(__file__).resolve().parent / "samples" / "jfk.wav"
+NEMO = "NeMo"
+# More transcripts than a person reads; they are in the --json file.
+MAX_PRINTED_CLIPS = 20
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--model_dir", type=Path, help=MODEL_DIR_HELP)
+    reference = parser.add_mutually_exclusive_group()
+    reference.add_argument("--model_name", help="NeMo reference (the checkpoint in manifest.json)")
+    reference.add_argument("--skip_nemo", action="store_true", help="do without NeMo, which is then not even imported")
+    clips = parser.add_mutually_exclusive_group()
+    clips.add_argument("--audio", type=Path, nargs="+", default=[SAMPLE], help="clips (samples/jfk.wav)")
+    clips.add_argument("--manifest", type=Path, help="NeMo manifest: JSON lines with audio_filepath and text")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every transcript and figure to FILE")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(_compare, parse_args(argv))
+
+
+@dataclass
+class Clip:
+    """One clip and what each engine made of it."""
+
+    path: Path
+    text: str | None
+    seconds: float = 0.0
+    heard: dict[str, "Heard"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One engine's result on one clip; `seconds` is the time it took, features included."""
+
+    tokens: list[int]
+    text: str
+    seconds: float
+
+
+class Folder:
+    """A model folder in both of its runtimes."""
+
+    def __init__(self, path: Path):
+        self.path, self.genai, self.raw = path, GenAI(path), RawOrt(path)
+        optimized = read_manifest(path).get("optimize")
+        self.is_float32 = optimized is None or optimized["flags"]["skip_quantization"]
+
+    @property
+    def raw_name(self) -> str:
+        return f"ONNX Runtime {self.path.name}"
+
+    @property
+    def genai_name(self) -> str:
+        return f"GenAI {self.path.name}"
+
+
+def _compare(args: argparse.Namespace) -> None:
+    clips = read_clips(args.manifest) if args.manifest else [Clip(path, None) for path in args.audio]
+    folders = [Folder(path) for path in _folders(args.model_dir or default_model_dir())]
+    nemo = None if args.skip_nemo else _load_nemo(args.model_name, folders[-1])
+    sample_rate = folders[0].genai.config.sample_rate
+    noise = np.random.default_rng(0).normal(0, 0.1, sample_rate).astype(np.float32)
+    transcribe(Clip(SAMPLE, None), noise, folders, nemo)  # warm-up: the first run of an engine allocates
+
+    differences = []
+    for clip in tqdm(clips, unit="clip", leave=False, disable=len(clips) == 1):
+        samples = folders[0].genai.config.read_audio(clip.path)
+        clip.seconds = len(samples) / sample_rate
+        differences += [(clip, *found) for found in transcribe(clip, samples, folders, nemo)]
+        if len(clips) <= MAX_PRINTED_CLIPS:
+            with tqdm.external_write_mode():
+                print_clip(clip)
+    if len(clips) > 1 or args.manifest:
+        print_corpus(clips)
+    if args.json:
+        write_json(args.json, results(clips, differences))
+    judge(differences)
+
+
+def _load_nemo(model_name: str | None, folder: Folder) -> Nemo:
+    checkpoint = find_checkpoint(model_name) if model_name else recorded_checkpoint(folder.path)
+    nemo = Nemo(load_model(checkpoint))
+    if nemo.model.decoder.blank_idx != folder.genai.config.blank_id:
+        raise ValueError(f"{checkpoint} has another vocabulary than {folder.path}: it was not exported from there")
+    return nemo
+
+
+def read_clips(manifest: Path) -> list[Clip]:
+    """The clips of a NeMo manifest, paths relative to it.
+
+    Raises FileNotFoundError, or ValueError naming the line that has no audio_filepath.
+    """
+    if not manifest.is_file():
+        raise FileNotFoundError(f"wanted a manifest, found nothing at {manifest}")
+    clips = []
+    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            clips.append(Clip(manifest.parent / row["audio_filepath"], row.get("text")))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{manifest}:{number} is not a JSON object with audio_filepath ({error!r})") from None
+    if not clips:
+        raise ValueError(f"{manifest} lists no clips")
+    return clips
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The exported folder that `folder` was optimized from, where it is still there, and `folder`."""
+    source = read_manifest(folder).get("optimize", {}).get("model_dir")
+    exported = folder / source if source else None
+    return [Path(exported).resolve(), folder] if exported and exported.is_dir() else [folder]
+
+
+def transcribe(
+    clip: Clip, samples: np.ndarray, folders: list[Folder], nemo: Nemo | None
+) -> list[tuple[str, Difference]]:
+    """Fill `clip.heard`; return where a float32 engine parts from NeMo, or GenAI from the raw baseline."""
+    text = folders[0].genai.text
+    features, features_seconds = _timed((nemo or folders[0].genai).features, samples)
+    reference = None
+    if nemo:
+        reference, seconds = _timed(nemo.transcribe, features)
+        clip.heard[NEMO] = Heard(reference[0], text(reference[0]), features_seconds + seconds)
+        if len(samples) > folders[0].genai.config.chunk:
+            reference = None  # NeMo sees the whole clip at once; a window does not, and may well say something else
+    differences = []
+    for folder in folders:
+        traced, seconds = _timed(folder.raw.transcribe, features, NEMO_RULE if nemo else GENAI_RULE)
+        clip.heard[folder.raw_name] = Heard(traced.tokens, text(traced.tokens), features_seconds + seconds)
+        tokens, seconds = _timed(folder.genai.transcribe, samples)
+        clip.heard[folder.genai_name] = Heard(tokens, text(tokens), seconds)
+        if not folder.is_float32:
+            continue
+        if reference:
+            differences.append((folder.raw_name, first_difference(*reference, traced)))
+        if not reference or tokens != reference[0]:
+            baseline = folder.raw.transcribe(folder.genai.features(samples)) if nemo else traced
+            difference = first_token_difference(baseline, tokens)
+            if reference and difference is None:
+                difference = first_difference(*reference, baseline)
+            differences.append((folder.genai_name, difference))
+    return [(engine, difference) for engine, difference in differences if difference]
+
+
+def _timed(function, *args):
+    start = time.perf_counter()
+    result = function(*args)
+    return result, time.perf_counter() - start
+
+
+def print_clip(clip: Clip) -> None:
+    """A block for one clip: a line an engine."""
+    print(f"{clip.path}  {clip.seconds:.1f} s")
+    width = max(map(len, clip.heard))
+    if clip.text is not None:
+        print(f"  {'text':{width}}  {'':11}  {'':11}  {clip.text}")
+    for engine, heard in clip.heard.items():
+        speed = f"RTFx {clip.seconds / heard.seconds:6.1f}"
+        errors = "{}/{} words".format(*word_errors(clip.text, heard.text)) if clip.text is not None else ""
+        print(f"  {engine:{width}}  {speed}  {errors:11}  {heard.text}")
+
+
+def print_corpus(clips: list[Clip]) -> None:
+    """One table over all clips, a line an engine."""
+    seconds = sum(clip.seconds for clip in clips)
+    print(f"{len(clips)} clips, {seconds:.0f} s; WER in % with its {CONFIDENCE} % bootstrap interval over clips;")
+    print("normalised: without case, punctuation and diacritics (whisper_normalizer); against NeMo: as written")
+    engines = list(clips[0].heard)
+    header = ("engine", "RTFx", "WER", "normalised WER", "against NeMo", "clips unlike NeMo")
+    rows = [header]
+    for engine in engines:
+        row = corpus_row(clips, engine)
+        unlike = f"{row['clips_unlike_nemo']}" if "clips_unlike_nemo" in row else "–"
+        rates = [f"{row[key]}" if key in row else "–" for key in ("wer", "normalised_wer", "wer_against_nemo")]
+        rows.append((engine, f"{row['rtfx']:.1f}", *rates, unlike))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def corpus_row(clips: list[Clip], engine: str) -> dict:
+    """One engine's figures over the clips; a WER only where there is something to compare with."""
+    heard = [clip.heard[engine] for clip in clips]
+    row = {"rtfx": sum(clip.seconds for clip in clips) / sum(one.seconds for one in heard)}
+    pairs = [(clip.text, one.text) for clip, one in zip(clips, heard, strict=True) if clip.text is not None]
+    if pairs:
+        references, hypotheses = zip(*pairs, strict=True)
+        row["wer"] = word_error_rate(references, hypotheses)
+        row["normalised_wer"] = word_error_rate([*map(normalize, references)], [*map(normalize, hypotheses)])
+    if NEMO in clips[0].heard and engine != NEMO:
+        nemo = [clip.heard[NEMO] for clip in clips]
+        row["wer_against_nemo"] = word_error_rate([one.text for one in nemo], [one.text for one in heard])
+        row["clips_unlike_nemo"] = sum(one.tokens != other.tokens for one, other in zip(nemo, heard, strict=True))
+    return row
+
+
+def results(clips: list[Clip], differences: list[tuple[Clip, str, Difference]]) -> dict:
+    """Everything, for --json."""
+    rows = {engine: corpus_row(clips, engine) for engine in clips[0].heard}
+    return {
+        "engines": {
+            engine: {key: asdict(value) if is_dataclass(value) else value for key, value in row.items()}
+            for engine, row in rows.items()
+        },
+        "clips": [
+            {
+                "audio_filepath": str(clip.path),
+                "seconds": clip.seconds,
+                "text": clip.text,
+                "engines": {engine: asdict(heard) for engine, heard in clip.heard.items()},
+            }
+            for clip in clips
+        ],
+        "differences": [
+            {"audio_filepath": str(clip.path), "engine": engine, **asdict(difference)}
+            for clip, engine, difference in differences
+        ],
+    }
+
+
+def judge(differences: list[tuple[Clip, str, Difference]]) -> None:
+    """List every difference of a float32 engine; raise CheckError if one has no excuse."""
+    for clip, engine, difference in differences:
+        print(
+            f"{clip.path}: {engine} parts at emission {difference.index}, frame {difference.frame}: token "
+            f"{difference.found} for {difference.wanted}; {difference.excuse or 'nothing excuses it'}"
+        )
+    unexcused = [difference for *_, difference in differences if difference.excuse is None]
+    if unexcused:
+        raise CheckError(f"float32 ONNX differs from its reference in {len(unexcused)} cases, listed above")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
