@@ -21,7 +21,7 @@ from common.configs import (
     genai_config,
 )
 from common.console import Parser, Stages, run, size_text
-from common.files import check_output_dir, staged_folder, write_json, write_manifest
+from common.files import check_output_dir, read_manifest, staged_folder, write_json, write_manifest
 from common.graphs import DECODER, ENCODER, JOINT
 from common.model import DEFAULT_MODEL, ModelSpec, find_checkpoint, load_model, source_record
 
@@ -104,10 +104,12 @@ def _export(args: argparse.Namespace) -> None:
             "right_context_seconds": args.right_context_seconds,
         }
         source = source_record(checkpoint, args.model_name, args.output_dir)
-        write_manifest(stage, args.output_dir, "export", {"source": source, "flags": flags, "parity": measured})
+        write_manifest(
+            stage, read_manifest(args.output_dir), "export", {"source": source, "flags": flags, "parity": measured}
+        )
         stages.report(GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG, "manifest.json")
-    print(f"wrote {args.output_dir}; next: python export_tokenizer.py --model_name {args.model_name} "
-          f"--output_dir {args.output_dir}")  # fmt: skip
+    tokenizer_flags = f"--model_name {args.model_name} --output_dir {args.output_dir}"
+    print(f"wrote {args.output_dir}; next: python export_tokenizer.py {tokenizer_flags}")
 
 
 def _state_needs(checkpoint: Path, output_dir: Path) -> None:

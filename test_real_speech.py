@@ -114,6 +114,8 @@ def _compare(args: argparse.Namespace) -> None:
     if args.json:
         write_json(args.json, results(clips, differences))
     judge(differences)
+    if nemo:
+        print_verdict(clips, folders, differences)
 
 
 def _load_nemo(model_name: str | None, folder: Folder) -> Nemo:
@@ -162,7 +164,7 @@ def transcribe(
     if nemo:
         reference, seconds = _timed(nemo.transcribe, features)
         clip.heard[NEMO] = Heard(reference[0], text(reference[0]), features_seconds + seconds)
-        if len(samples) > folders[0].genai.config.chunk:
+        if not folders[0].genai.config.fits_one_window(clip.seconds):
             reference = None  # NeMo sees the whole clip at once; a window does not, and may well say something else
     differences = []
     for folder in folders:
@@ -190,30 +192,39 @@ def _timed(function, *args):
 
 
 def print_clip(clip: Clip) -> None:
-    """A block for one clip: a line an engine."""
-    print(f"{clip.path}  {clip.seconds:.1f} s")
-    width = max(map(len, clip.heard))
-    if clip.text is not None:
-        print(f"  {'text':{width}}  {'':11}  {'':11}  {clip.text}")
+    """A table for one clip; WER in %, as written."""
+    print(f"{clip.path}  {clip.seconds:.1f} s" + ("" if clip.text is None else f"  {clip.text!r}"))
+    rows = [("  engine", "RTFx", "WER", "against NeMo", "transcript")]
     for engine, heard in clip.heard.items():
-        speed = f"RTFx {clip.seconds / heard.seconds:6.1f}"
-        errors = "{}/{} words".format(*word_errors(clip.text, heard.text)) if clip.text is not None else ""
-        print(f"  {engine:{width}}  {speed}  {errors:11}  {heard.text}")
+        nemo = clip.heard[NEMO].text if NEMO in clip.heard and engine != NEMO else None
+        rates = (_percent(reference, heard.text) for reference in (clip.text, nemo))
+        rows.append((f"  {engine}", f"{clip.seconds / heard.seconds:.1f}", *rates, heard.text))
+    _print_table(rows)
+
+
+def _percent(reference: str | None, hypothesis: str) -> str:
+    if reference is None:
+        return "–"
+    errors, words = word_errors(reference, hypothesis)
+    return f"{100 * errors / max(words, 1):.1f}"
 
 
 def print_corpus(clips: list[Clip]) -> None:
     """One table over all clips, a line an engine."""
     seconds = sum(clip.seconds for clip in clips)
-    print(f"{len(clips)} clips, {seconds:.0f} s; WER in % with its {CONFIDENCE} % bootstrap interval over clips;")
-    print("normalised: without case, punctuation and diacritics (whisper_normalizer); against NeMo: as written")
-    engines = list(clips[0].heard)
-    header = ("engine", "RTFx", "WER", "normalised WER", "against NeMo", "clips unlike NeMo")
-    rows = [header]
-    for engine in engines:
+    print(
+        f"{len(clips)} clips, {seconds:.0f} s; WER with its {CONFIDENCE} % bootstrap interval over clips; normalised:"
+    )
+    print("without case and punctuation (whisper_normalizer); against NeMo: as written")
+    rows = [("engine", "RTFx", "WER", "normalised WER", "against NeMo", "clips unlike NeMo")]
+    for engine in clips[0].heard:
         row = corpus_row(clips, engine)
-        unlike = f"{row['clips_unlike_nemo']}" if "clips_unlike_nemo" in row else "–"
-        rates = [f"{row[key]}" if key in row else "–" for key in ("wer", "normalised_wer", "wer_against_nemo")]
-        rows.append((engine, f"{row['rtfx']:.1f}", *rates, unlike))
+        rates = (str(row.get(key, "–")) for key in ("wer", "normalised_wer", "wer_against_nemo", "clips_unlike_nemo"))
+        rows.append((engine, f"{row['rtfx']:.1f}", *rates))
+    _print_table(rows)
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -269,6 +280,16 @@ def judge(differences: list[tuple[Clip, str, Difference]]) -> None:
     unexcused = [difference for *_, difference in differences if difference.excuse is None]
     if unexcused:
         raise CheckError(f"float32 ONNX differs from its reference in {len(unexcused)} cases, listed above")
+
+
+def print_verdict(clips: list[Clip], folders: list[Folder], differences: list[tuple[Clip, str, Difference]]) -> None:
+    """Say in one line what the comparison of float32 with NeMo came to."""
+    config = folders[0].genai.config
+    compared = [clip for clip in clips if config.fits_one_window(clip.seconds)]
+    if any(folder.is_float32 for folder in folders) and compared:
+        unlike = {clip.path for clip, *_ in differences}
+        equal = sum(clip.path not in unlike for clip in compared)
+        print(f"float32 ONNX equals NeMo token for token on {equal} of {len(compared)} clips of one window")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from onnx_ir.passes import common as passes
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import nn
 
+from common.files import save_model
 from common.graphs import Graph
 from common.wrappers import named_weights
 
@@ -20,9 +21,6 @@ MIN_OPSET, MAX_OPSET = (
 )  # 17 has LayerNormalization; 21 is the newest that onnxruntime-genai's wheels were built for
 # torch.onnx.export(dynamo=False) of torch 2.13 ends at 20; the exporter that goes on takes four times as long.
 EXPORTER_MAX_OPSET = 20
-# Smaller tensors stay inside the .onnx, where graph optimizers look for constants.
-EXTERNAL_DATA_THRESHOLD = 1024  # bytes
-EXTERNAL_DATA_ALIGNMENT = 65536  # bytes; the allocation granularity of Windows, the coarsest
 
 
 def check_opset(opset: int) -> None:
@@ -53,12 +51,6 @@ def export_graph(module: nn.Module, graph: Graph, folder: Path, opset: int) -> N
     ):
         model = graph_pass(model).model
     save_model(model, folder / graph.file)
-
-
-def save_model(model: ir.Model, path: Path) -> None:
-    """Write a model as `path` and `path`.data, large tensors on boundaries that every system can map."""
-    external = {"size_threshold_bytes": EXTERNAL_DATA_THRESHOLD, "alignment": EXTERNAL_DATA_ALIGNMENT}
-    ir.save(model, path, external_data=f"{path.name}.data", **external)
 
 
 def _trace(module: nn.Module, graph: Graph, opset: int) -> bytes:

@@ -95,11 +95,27 @@ def read_manifest(folder: Path) -> dict:
     return read_json(path, "python export_parakeet_to_onnx.py") if path.is_file() else {}
 
 
-def write_manifest(stage: Path, target: Path, section: str, content: dict) -> None:
-    """Write `stage`'s manifest: that of `target` with `section` replaced by `content` and the versions of today."""
-    manifest = read_manifest(target)
-    manifest[section] = {**content, "versions": package_versions()}
-    write_json(stage / MANIFEST, manifest)
+def write_manifest(stage: Path, manifest: dict, section: str, content: dict) -> None:
+    """Write `manifest` into `stage`, `section` of it replaced by `content` and the versions of today."""
+    write_json(stage / MANIFEST, {**manifest, section: {**content, "versions": package_versions()}})
+
+
+def moved_manifest(source: Path, target: Path) -> dict:
+    """The manifest of folder `source` as it reads in folder `target`: relative paths lead to the same files."""
+    manifest = read_manifest(source)
+    for section in manifest.values():
+        origin = section.get("source", {})
+        if "path" in origin:
+            origin["path"] = relative_path(source / origin["path"], target)
+    return manifest
+
+
+def relative_path(path: Path, folder: Path) -> str:
+    """How to find `path` from inside `folder`, so that both may move together and no home directory is published."""
+    try:
+        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # another drive on Windows: no relative path
+        return path.resolve().as_posix()
 
 
 def package_versions() -> dict[str, str]:

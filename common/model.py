@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import read_manifest
+from common.files import read_manifest, relative_path
 
 DEFAULT_MODEL = "nvidia/parakeet-tdt-0.6b-v3"
 
@@ -273,14 +273,8 @@ def _feature_differences(features) -> Iterator[str]:
 
 def source_record(checkpoint: Path, model_name: str, output_dir: Path) -> dict:
     """What a manifest says of the source: its Hugging Face `name`, or its `path` relative to the folder; checksum."""
-    if Path(model_name) != checkpoint:
-        source = {"name": model_name}
-    else:
-        try:
-            path = os.path.relpath(checkpoint.resolve(), output_dir.resolve())
-        except ValueError:  # another drive on Windows: no relative path
-            path = checkpoint.resolve()
-        source = {"path": Path(path).as_posix()}
+    hub = Path(model_name) != checkpoint
+    source = {"name": model_name} if hub else {"path": relative_path(checkpoint, output_dir)}
     return {**source, "sha256": _sha256(checkpoint)}
 
 

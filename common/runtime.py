@@ -106,6 +106,10 @@ class RuntimeConfig:
     def min_samples(self) -> int:
         return MIN_FRAMES * self.hop_length
 
+    def fits_one_window(self, seconds: float) -> bool:
+        """Whether the encoder sees a clip of that length whole, as NeMo's does."""
+        return seconds * self.sample_rate <= self.chunk
+
     def read_audio(self, path: Path) -> np.ndarray:
         """Mono samples at the model's rate, at least one encoder frame of them."""
         return load_audio(path, self.sample_rate, self.min_samples)

@@ -83,7 +83,7 @@ class WordErrorRate:
 
 
 def normalize(text: str) -> str:
-    """Case, punctuation and diacritics aside, language-neutral (Whisper's basic normaliser, whisper_normalizer)."""
+    """Case and punctuation aside, language-neutral (Whisper's basic normaliser, whisper_normalizer)."""
     from whisper_normalizer.basic import BasicTextNormalizer
 
     return " ".join(BasicTextNormalizer()(text).split())

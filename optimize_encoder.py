@@ -1,0 +1,141 @@
+"""Make an exported encoder small and fast: fuse its graph, then store its weights in 4 bits.
+
+In: a folder of export_parakeet_to_onnx.py that export_tokenizer.py has completed.
+Out: a second folder, complete by itself, whose encoder has fused operators and MatMulNBits weights; the decoder, the
+joint and the configuration are copies. Both encoders are run on noise, and nothing is written if they do not agree.
+
+    python optimize_encoder.py --model_dir ./onnx_models --output_dir ./onnx_models_optimized
+"""
+
+import argparse
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.configs import AUDIO_PROCESSOR_CONFIG, GENAI_CONFIG
+from common.console import Parser, Stages, run, size_text
+from common.files import (
+    check_output_dir,
+    moved_manifest,
+    relative_path,
+    save_model,
+    staged_folder,
+    write_manifest,
+)
+from common.graphs import DECODER, ENCODER, JOINT
+from common.optimize import (
+    MIN_FLOAT_SQNR_DB,
+    MIN_SQNR_DB,
+    compare,
+    fuse,
+    load,
+    make_plan,
+    quantizable,
+    quantize_weights,
+)
+from common.quantize import BLOCK_SIZES, METHODS
+from common.runtime import EXPORT_COMMAND, TOKENIZER_COMMAND
+
+DECODING_FILES = tuple(file for graph in (DECODER, JOINT) for file in (graph.file, graph.data_file))
+CONFIG_FILES = (GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+BLOCK_SIZE_HELP = "weights that share a scale; a larger block is smaller and faster and less exact (%(default)s)"
+ACCURACY_LEVEL_HELP = """what activations are rounded to in a quantized product: 4 int8, which is the fastest and not
+the most exact; 3 bf16, 2 fp16, 1 fp32, 0 left to the runtime (%(default)s)"""
+QUANT_METHOD_HELP = """rtn: 4 bits, symmetric, the smallest. k_quant_mixed: 4 bits with zero points by llama.cpp's
+search, 8 bits where they matter most. hqq: 4 bits with whole zero points by half-quadratic optimisation, the slowest
+to make. All run on the same kernels, and --accuracy_level applies to all (%(default)s)"""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--model_dir", type=Path, default=Path("onnx_models"), help="exported folder (./%(default)s)")
+    add("--output_dir", type=Path, default=Path("onnx_models_optimized"), help="folder to write (./%(default)s)")
+    add("--block_size", type=int, choices=BLOCK_SIZES, default=32, help=BLOCK_SIZE_HELP)
+    add("--accuracy_level", type=int, choices=range(5), default=4, help=ACCURACY_LEVEL_HELP)
+    add("--quant_method", choices=METHODS, default="rtn", help=QUANT_METHOD_HELP)
+    add("--skip_fusion", action="store_true", help="leave the graph as exported")
+    add("--skip_quantization", action="store_true", help="leave the weights float32")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(_optimize, parse_args(argv))
+
+
+def _optimize(args: argparse.Namespace) -> None:
+    _check_folders(args.model_dir, args.output_dir)
+    exported, stages = args.model_dir / ENCODER.file, Stages(4)
+    with staged_folder(args.output_dir) as stage:
+        model, fused = (load(exported), Counter()) if args.skip_fusion else fuse(exported)
+        found = "  ".join(f"{count} {operator}" for operator, count in fused.items()) or "nothing fused"
+        stages.report("fusion", "skipped" if args.skip_fusion else found, f"{len(model.graph)} nodes")
+
+        plan = {} if args.skip_quantization else make_plan(quantizable(model), args.quant_method, args.block_size)
+        left = sum(value.const_value.nbytes for name, value in model.graph.initializers.items() if name not in plan)
+        quantize_weights(model, plan, args.quant_method, args.accuracy_level, _progress_bar)
+        widths = Counter(form.bits for form in plan.values())
+        counts = "  ".join(f"{widths[bits]} weights at {bits} bits" for bits in sorted(widths))
+        method = f"{args.quant_method}, block {args.block_size}" if plan else "quantization"
+        stages.report(method, counts or "skipped", f"{size_text(left)} left float32")
+
+        save_model(model, stage / ENCODER.file)
+        before, after = (_encoder_bytes(folder) for folder in (args.model_dir, stage))
+        stages.report("encoder", f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
+
+        sqnr = compare(args.model_dir, stage, MIN_SQNR_DB if plan else MIN_FLOAT_SQNR_DB)
+        for file in (*DECODING_FILES, *CONFIG_FILES, *TOKENIZER_FILES):
+            shutil.copyfile(args.model_dir / file, stage / file)
+        record = {
+            "model_dir": relative_path(args.model_dir, args.output_dir),
+            "flags": {
+                "quant_method": args.quant_method,
+                "block_size": args.block_size,
+                "accuracy_level": args.accuracy_level,
+                "skip_fusion": args.skip_fusion,
+                "skip_quantization": args.skip_quantization,
+            },
+            "fused": dict(fused),
+            "weights_by_bits": {str(bits): count for bits, count in sorted(widths.items())},
+            "encoder_bytes": {"exported": before, "optimized": after},
+            "sqnr_db_on_noise": round(sqnr, 2) if math.isfinite(sqnr) else None,
+        }
+        write_manifest(stage, moved_manifest(args.model_dir, args.output_dir), "optimize", record)
+    stages.report(
+        "against the exported encoder, on noise",
+        f"SQNR {sqnr:.1f} dB" if math.isfinite(sqnr) else "identical",
+    )
+    print(f"wrote {args.output_dir}; next: python test_e2e.py --model_dir {args.output_dir}")
+
+
+def _check_folders(source: Path, target: Path) -> None:
+    """Raise FileNotFoundError naming the command that makes what `source` lacks, or ValueError if `target` is it."""
+    check_output_dir(target)
+    if target.resolve() == source.resolve():
+        raise ValueError(
+            f"wanted another --output_dir than --model_dir, found {target} twice; the source stays as it is"
+        )
+    exported = (ENCODER.file, ENCODER.data_file, *DECODING_FILES, *CONFIG_FILES)
+    for files, command in ((exported, EXPORT_COMMAND), (TOKENIZER_FILES, TOKENIZER_COMMAND)):
+        missing = [file for file in files if not (source / file).is_file()]
+        if missing:
+            names = ", ".join(missing)
+            raise FileNotFoundError(f"wanted {names} in {source}, found none; first run: {command.format(source)}")
+
+
+def _encoder_bytes(folder: Path) -> int:
+    return sum((folder / file).stat().st_size for file in (ENCODER.file, ENCODER.data_file))
+
+
+def _progress_bar(items: Iterator, total: int) -> Iterable:
+    return tqdm(items, total=total, desc="quantizing", unit="weight", leave=False, disable=None)  # none in a pipe
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,31 @@
+"""What the tests share: the bundled checkpoint, exported once a session by the scripts themselves."""
+
+from pathlib import Path
+
+import pytest
+
+import export_parakeet_to_onnx
+import export_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES = ROOT / "samples"
+TINY = SAMPLES / "parakeet-tdt-tiny.nemo"
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """The bundled checkpoint in NeMo."""
+    from common.console import quiet_libraries
+    from common.model import load_model
+
+    quiet_libraries(False)
+    return load_model(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory) -> Path:
+    """The bundled checkpoint exported and verified, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "onnx_models"
+    assert export_parakeet_to_onnx.main(["--model_name", str(TINY), "--output_dir", str(folder)]) == 0
+    assert export_tokenizer.main(["--model_name", str(TINY), "--output_dir", str(folder)]) == 0
+    return folder

@@ -1,0 +1,148 @@
+"""The greedy loop: its two rules case by case, and against NeMo's own decoding."""
+
+import numpy as np
+import pytest
+
+from common.decode import GENAI_RULE, NEMO_RULE, Prediction, greedy_tdt_decode
+
+A, B, BLANK = 0, 1, 2
+DURATIONS = (0, 1, 2)
+
+
+def logits(token: int, *durations: float) -> np.ndarray:
+    """Token `token` first by 5, then duration logits."""
+    return np.concatenate([np.eye(3)[token] * 5, durations]).astype(np.float32)
+
+
+def scripted(frames: list[list[np.ndarray]], rule, max_symbols=3, durations=DURATIONS, **options):
+    """Decode a script: on frame f the n-th visit gives frames[f][n]; the last entry repeats."""
+    visits = [0] * len(frames)
+
+    def join(frame, _):
+        index = int(frame[0])
+        found = frames[index][min(visits[index], len(frames[index]) - 1)]
+        visits[index] += 1
+        return found
+
+    encoded = np.arange(len(frames), dtype=np.float32)[:, None]
+    return greedy_tdt_decode(
+        encoded, len(frames), lambda token, state: Prediction(np.zeros(1), (state or 0) + 1), join,
+        blank_id=BLANK, durations=durations, max_symbols=max_symbols, blank_zero=rule, **options,
+    )  # fmt: skip
+
+
+def decisions(hypothesis):
+    return [(step.frame, step.token, step.duration) for step in hypothesis.steps]
+
+
+BLANK_1 = logits(BLANK, 0, 1, 0)
+# name, frames, max_symbols, decisions by NeMo's rule, by GenAI's
+CASES = [
+    ("blank skips by its duration", [[logits(BLANK, 0, 0, 1)], [BLANK_1], [BLANK_1]], 3,
+     [(0, BLANK, 2), (2, BLANK, 1)], None),
+    ("token skips by its duration", [[logits(A, 0, 0, 1)], [BLANK_1], [logits(B, 0, 1, 0)]], 3,
+     [(0, A, 2), (2, B, 1)], None),
+    ("token of duration 0 stays", [[logits(A, 1, 0, 0), logits(B, 0, 1, 0)]], 3,
+     [(0, A, 0), (0, B, 1)], None),
+    ("blank of duration 0: one frame, or the next best", [[logits(BLANK, 3, 1, 2)], [BLANK_1], [BLANK_1]], 3,
+     [(0, BLANK, 1), (1, BLANK, 1), (2, BLANK, 1)], [(0, BLANK, 2), (2, BLANK, 1)]),
+    ("a step is forced after max_symbols tokens", [[logits(A, 1, 0, 0)], [BLANK_1]], 2,
+     [(0, A, 0), (0, A, 0), (1, BLANK, 1)], None),
+    ("the count starts anew on each frame",
+     [[logits(A, 1, 0, 0), logits(A, 0, 1, 0)], [logits(B, 1, 0, 0), BLANK_1]], 2,
+     [(0, A, 0), (0, A, 1), (1, B, 0), (1, BLANK, 1)], None),
+    ("a duration past the end ends", [[logits(A, 0, 0, 1)]], 3, [(0, A, 2)], None),
+    ("equal logits: the first", [[np.zeros(6, np.float32), logits(BLANK, 0, 1, 0)]], 3,
+     [(0, A, 0), (0, BLANK, 1)], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("frames", "max_symbols", "nemo", "genai"), [case[1:] for case in CASES],
+                         ids=[case[0] for case in CASES])  # fmt: skip
+def test_rules(frames, max_symbols, nemo, genai):
+    assert decisions(scripted(frames, NEMO_RULE, max_symbols)) == nemo
+    assert decisions(scripted(frames, GENAI_RULE, max_symbols)) == (genai or nemo)
+
+
+def test_state_advances_on_tokens_only():
+    hypothesis = scripted([[BLANK_1], [logits(A, 0, 1, 0)], [BLANK_1], [logits(B, 0, 1, 0)]], NEMO_RULE)
+    assert hypothesis.tokens == [A, B]
+    assert hypothesis.prediction.state == 3  # primed with blank, then two tokens
+
+
+def test_margin_is_the_smaller_lead():
+    step = scripted([[logits(A, 0.25, 1, 0.5)]], NEMO_RULE).steps[0]
+    assert step.margin == pytest.approx(0.5)
+    assert not step.blank_zero
+    assert scripted([[logits(BLANK, 3, 1, 2)]], NEMO_RULE).steps[0].blank_zero
+
+
+def test_a_second_window_goes_on_where_the_first_ended():
+    script = [[logits(A, 0, 1, 0)], [logits(B, 0, 1, 0)], [BLANK_1], [logits(A, 0, 1, 0)]]
+    whole = scripted(script, NEMO_RULE)
+    first = scripted(script[:2], NEMO_RULE)
+    joined = scripted(script[2:], NEMO_RULE, first_frame=2, prior=first)
+    assert decisions(joined) == decisions(whole)
+    assert joined.prediction.state == whole.prediction.state
+
+
+@pytest.mark.parametrize(
+    ("durations", "rule"), [((), NEMO_RULE), ((0,), NEMO_RULE), ((-1, 1), NEMO_RULE), ((1, 0), GENAI_RULE)]
+)
+def test_durations_that_cannot_move_on_are_refused(durations, rule):
+    with pytest.raises(ValueError, match="durations"):
+        scripted([[BLANK_1]], rule, durations=durations)
+
+
+def test_index_and_duration_are_told_apart():
+    """With durations [1, 0, 2] a blank's best index 0 is one frame: legal for NeMo's rule, which looks at the value."""
+    assert decisions(scripted([[logits(BLANK, 1, 0, 0)], [BLANK_1]], NEMO_RULE, durations=(1, 0, 2))) == [
+        (0, BLANK, 1),
+        (1, BLANK, 1),
+    ]
+
+
+@pytest.mark.parametrize("durations", [(0, 1, 2, 3, 4), (0, 1, 2, 4, 8), (0, 2), (1, 3), (2, 0, 1)])
+@pytest.mark.parametrize("max_symbols", [1, 3, 10, None])
+def test_equals_nemo_on_random_networks(durations, max_symbols):
+    """NeMo's batched greedy decoding of random networks, some of which love blanks or duration 0."""
+    import torch
+    from nemo.collections.asr.modules import RNNTDecoder, RNNTJoint
+    from nemo.collections.asr.parts.submodules.rnnt_greedy_decoding import GreedyBatchedTDTInfer
+
+    vocabulary, width, frames = 7, 16, 25
+    for seed in range(3):
+        torch.manual_seed(seed)
+        decoder = RNNTDecoder(prednet={"pred_hidden": width, "pred_rnn_layers": 1}, vocab_size=vocabulary).eval()
+        jointnet = {"joint_hidden": width, "activation": "relu", "encoder_hidden": width, "pred_hidden": width}
+        joint = RNNTJoint(
+            jointnet=jointnet, num_classes=vocabulary, num_extra_outputs=len(durations), log_softmax=False
+        ).eval()
+        with torch.no_grad():
+            joint.joint_net[-1].weight.mul_(3)
+            joint.joint_net[-1].bias[vocabulary] += seed - 1  # blank: rare to frequent
+            if max_symbols is not None and 0 in durations:  # without a limit a love of staying would never end
+                joint.joint_net[-1].bias[vocabulary + 1 + durations.index(0)] += 0.5 * seed
+            elif 0 in durations:
+                joint.joint_net[-1].bias[vocabulary + 1 + durations.index(0)] -= 20
+        encoded = torch.randn(1, width, frames)
+        infer = GreedyBatchedTDTInfer(
+            decoder, joint, blank_index=vocabulary, durations=list(durations), max_symbols_per_step=max_symbols
+        )
+        with torch.inference_mode():
+            wanted = infer(encoder_output=encoded, encoded_lengths=torch.tensor([frames]))[0][0]
+
+            def predict(token, state, decoder=decoder):
+                state = decoder.initialize_state(torch.zeros(1)) if state is None else state
+                output, state = decoder.predict(torch.tensor([[token]]), state, add_sos=False)
+                return Prediction(output.numpy(), state)
+
+            def join(frame, output, joint=joint):
+                return joint.joint(torch.from_numpy(frame)[None, None], torch.from_numpy(output)).flatten().numpy()
+
+            found = greedy_tdt_decode(
+                encoded[0].T.numpy(), frames, predict, join,
+                blank_id=vocabulary, durations=durations, max_symbols=max_symbols,
+            )  # fmt: skip
+        assert found.tokens == wanted.y_sequence.tolist()
+        assert [step.frame for step in found.emitted] == [int(frame) for frame in wanted.timestamp]

@@ -1,0 +1,193 @@
+"""The exported graphs: contract, opsets, and that the verification catches what it must."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import export_parakeet_to_onnx
+from common import wrappers
+from common.export import MAX_OPSET, MIN_OPSET, export_graph
+from common.graphs import DECODER, ENCODER, GRAPHS, JOINT
+from common.runtime import OrtGraph
+from tests.conftest import TINY
+
+WRAPPERS = {"encoder": wrappers.Encoder, "decoder": wrappers.StatefulDecoder, "joint": wrappers.TdtJoint}
+
+
+def export(folder, *flags):
+    return export_parakeet_to_onnx.main(["--model_name", str(TINY), "--output_dir", str(folder), *flags])
+
+
+def load(folder, graph):
+    return onnx.load(folder / graph.file, load_external_data=False)
+
+
+@pytest.mark.parametrize("opset", range(MIN_OPSET, MAX_OPSET + 1))
+def test_opset_is_what_was_asked_for(opset, tiny_model, tmp_path):
+    for graph in GRAPHS:
+        module = WRAPPERS[graph.name](getattr(tiny_model, graph.name))
+        export_graph(module, graph, tmp_path, opset)
+        proto = load(tmp_path, graph)
+        onnx.checker.check_model(tmp_path / graph.file)
+        assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", opset)]
+        with torch.inference_mode():
+            inputs = module.example_inputs()
+            wanted = module(*inputs)
+        found = OrtGraph(tmp_path, graph)(*(tensor.numpy() for tensor in inputs))
+        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+        for one, other in zip(found[: len(wanted)], wanted, strict=True):
+            if graph is not ENCODER:  # its padded frames are free
+                np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("opset", [16, 22])
+def test_other_opsets_are_refused(opset, tmp_path, capsys):
+    assert export(tmp_path / "out", "--opset_version", str(opset)) == 2
+    assert f"wanted --opset_version 17 to 21, found {opset}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_files(tiny_export):
+    assert {path.name for path in tiny_export.iterdir()} == {
+        "encoder.onnx", "encoder.onnx.data", "decoder.onnx", "decoder.onnx.data", "joint.onnx", "joint.onnx.data",
+        "genai_config.json", "audio_processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+        "manifest.json",
+    }  # fmt: skip
+    manifest = json.loads((tiny_export / "manifest.json").read_text())
+    assert manifest["export"]["flags"]["opset_version"] == 17
+    assert (tiny_export / manifest["export"]["source"]["path"]).resolve() == TINY
+    assert manifest["tokenizer"]["source"] == manifest["export"]["source"]
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.name)
+def test_contract(graph, tiny_export):
+    proto = load(tiny_export, graph)
+    sizes = {"M": 128, "D": 128, "H": 128, "L": 2, "V+K": 262, "B": "batch", "T": "time", "S": "frames", "U": "targets"}
+    for tensors, values in ((graph.inputs, proto.graph.input), (graph.outputs, proto.graph.output)):
+        assert [value.name for value in values] == [tensor.name for tensor in tensors]
+        for tensor, value in zip(tensors, values, strict=True):
+            shape = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            assert shape == [sizes[axis] for axis in tensor.axes], tensor.name
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            assert dtype == np.dtype(tensor.dtype), tensor.name
+
+
+def test_no_trace_of_this_machine(tiny_export):
+    for graph in GRAPHS:
+        content = (tiny_export / graph.file).read_bytes()
+        assert b".py" not in content
+        assert str(TINY.parents[1]).encode() not in content
+        proto = load(tiny_export, graph)
+        assert not any(node.doc_string or node.metadata_props for node in proto.graph.node)
+        locations = {entry.value for tensor in proto.graph.initializer for entry in tensor.external_data
+                     if entry.key == "location"}  # fmt: skip
+        assert locations == {graph.data_file}
+
+
+def test_positions_are_computed_and_pointwise_convolutions_are_products(tiny_export):
+    proto = load(tiny_export, ENCODER)
+    assert max(size for tensor in proto.graph.initializer for size in tensor.dims) < 5000
+    assert {"Sin", "Cos"} <= {node.op_type for node in proto.graph.node}
+    weights = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
+    pointwise = [node for node in proto.graph.node if node.op_type == "Conv" and set(weights[node.input[1]][2:]) == {1}]
+    assert all("subsampling" in node.input[1] for node in pointwise)  # those are two-dimensional, over time and mels
+    products = {node.input[1] for node in proto.graph.node if node.op_type == "MatMul"}
+    assert {"layers.0.convolution.expand.weight", "layers.4.convolution.project.weight"} <= products
+
+
+def test_joint_gives_raw_logits(tiny_export, tiny_model):
+    module = wrappers.TdtJoint(tiny_model.joint)
+    logits = OrtGraph(tiny_export, JOINT)(*(tensor.numpy() for tensor in module.example_inputs(2, 3, 4)))[0]
+    assert logits.shape == (2, 3, 4, 262)
+    assert not np.allclose(np.exp(logits).sum(-1), 1, atol=1e-2)
+    assert tiny_model.joint.log_softmax is None  # the wrapper left NeMo's own alone
+
+
+def test_one_mel_frame_and_long_clips_run(tiny_export):
+    graph = OrtGraph(tiny_export, ENCODER)
+    outputs, lengths = graph(np.zeros((1, 128, 1), np.float32), np.array([1]))
+    assert outputs.shape == (1, 128, 1)
+    assert lengths.tolist() == [1]
+    assert np.isfinite(outputs).all()
+
+
+def perturb_one_weight(folder, graph):
+    """Change the sign of the largest weight of the graph's first product."""
+    proto = load(folder, graph)
+    initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
+    product = next(node for node in proto.graph.node if node.op_type in ("MatMul", "LSTM"))
+    place = onnx.external_data_helper.ExternalDataInfo(initializers[product.input[1]])
+    data = np.memmap(folder / graph.data_file, np.float32, "r+", place.offset or 0, (place.length // 4,))
+    data[np.argmax(np.abs(data))] *= -1
+    data.flush()
+
+
+class TestVerificationFails:
+    """Something broken on purpose ends in exit status 1, one line, and no folder."""
+
+    @pytest.fixture(autouse=True)
+    def _without_the_long_clip(self, monkeypatch):
+        monkeypatch.setattr("common.parity.LONG_CASE_MAX_PARAMETERS", 0)
+
+    def assert_caught(self, tmp_path, capsys, graph):
+        assert export(tmp_path / "out") == 1
+        error = capsys.readouterr().err
+        assert error.startswith("check failed: ")
+        assert graph.file in error or "encoded_lengths" in error
+        assert error.count("\n") == 1
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.name)
+    def test_on_one_perturbed_weight(self, graph, tmp_path, capsys, monkeypatch):
+        original = export_graph
+
+        def export_and_perturb(module, exported, folder, opset):
+            original(module, exported, folder, opset)
+            if exported is graph:
+                perturb_one_weight(folder, graph)
+
+        monkeypatch.setattr("common.export.export_graph", export_and_perturb)
+        self.assert_caught(tmp_path, capsys, graph)
+
+    def test_on_a_lost_padding_mask(self, tmp_path, capsys, monkeypatch):
+        masks = wrappers.Encoder._attention_bias
+
+        def unmasked(self, keep, length):
+            return masks(self, keep, length) * 0
+
+        monkeypatch.setattr(wrappers.Encoder, "_attention_bias", unmasked)
+        self.assert_caught(tmp_path, capsys, ENCODER)
+
+    def test_on_a_lost_convolution_mask(self, tmp_path, capsys, monkeypatch):
+        forward = wrappers.Convolution.forward
+        monkeypatch.setattr(wrappers.Convolution, "forward", lambda self, x, keep: forward(self, x, keep * 0 + 1))
+        self.assert_caught(tmp_path, capsys, ENCODER)
+
+    def test_on_a_lost_lstm_state(self, tmp_path, capsys, monkeypatch):
+        forward = wrappers.StatefulDecoder.forward
+
+        def stale(self, targets, lengths, h_in, c_in):
+            output, lengths, h_out, _ = forward(self, targets, lengths, h_in, c_in)
+            return output, lengths, h_out, c_in.clone()
+
+        monkeypatch.setattr(wrappers.StatefulDecoder, "forward", stale)
+        self.assert_caught(tmp_path, capsys, DECODER)
+
+
+def test_rerun_replaces_its_own_files_only(tiny_export, tmp_path):
+    folder = tmp_path / "models"
+    shutil.copytree(tiny_export, folder)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "encoder.onnx").write_bytes(b"old")
+    assert export(folder, "--skip_verify", "--opset_version", "19") == 0
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "tokenizer.json").is_file()
+    assert load(folder, ENCODER).opset_import[0].version == 19
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest) == {"export", "tokenizer"}
+    assert manifest["export"]["parity"] == {}

@@ -1,0 +1,347 @@
+"""Quantizers against ONNX Runtime's kernels, the fusion against the graph it fuses, optimize_encoder.py as a user."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import optimize_encoder
+from common import optimize, quantize
+from common.files import MANIFEST, save_model
+from common.quantize import BITS, BLOCK_SIZES, METHODS
+
+RNG = np.random.default_rng(7)
+MATRICES = {  # [K, N]; K is no multiple of the larger blocks
+    "gaussian": RNG.standard_normal((480, 64)),
+    "heavy-tailed": RNG.standard_t(4, (480, 64)),
+    "off-centre": RNG.standard_normal((480, 64)) + 1.5,
+}
+MATRICES = {name: (0.02 * matrix).astype(np.float32) for name, matrix in MATRICES.items()}
+
+
+def code_at(packed: np.ndarray, index: int, bits: int) -> int:
+    return int(packed[index * bits // 8]) >> (index * bits % 8) & (2**bits - 1)
+
+
+def dequantize(packed: quantize.Packed, K: int, bits: int) -> np.ndarray:
+    """The layout as the operator's documentation words it, one code at a time."""
+    N, _, size = packed.codes.shape
+    weight = np.zeros((K, N), np.float32)
+    for n, k in np.ndindex(N, K):
+        block, place = divmod(k, size * 8 // bits)
+        zero = 2 ** (bits - 1) if packed.zero_points is None else code_at(packed.zero_points[n], block, bits)
+        weight[k, n] = packed.scales[n, block] * (code_at(packed.codes[n, block], place, bits) - zero)
+    return weight
+
+
+def model_of(nodes: list, constants: list, inputs: dict, outputs: dict) -> onnx.ModelProto:
+    ends = [
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in side.items()]
+        for side in (inputs, outputs)
+    ]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(optimize.MICROSOFT, 1)]
+    return helper.make_model(helper.make_graph(nodes, "test", *ends, constants), opset_imports=opsets, ir_version=9)
+
+
+def multiply(packed: quantize.Packed, x: np.ndarray, bits: int, block: int, accuracy_level: int) -> np.ndarray:
+    """x [M, K] times the packed matrix, by one MatMulNBits."""
+    constants = [numpy_helper.from_array(array, name) for name, array in packed.tensors()]
+    K, N = x.shape[1], len(packed.codes)
+    numbers = {"K": K, "N": N, "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
+    names = ["x", *(constant.name for constant in constants)]
+    node = helper.make_node("MatMulNBits", names, ["y"], domain=optimize.MICROSOFT, **numbers)
+    model = model_of([node], constants, {"x": ["M", K]}, {"y": ["M", N]})
+    return ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+
+
+def errors(weight: np.ndarray, found: np.ndarray) -> tuple[float, float]:
+    """Squared error, plain and under llama.cpp's weights (rms + |w|), relative."""
+    importance = np.abs(weight) + np.sqrt(np.mean(weight**2))
+    squared = (found - weight) ** 2
+    return tuple(float(np.sum(w * squared) / np.sum(w * weight**2)) for w in (1, importance))
+
+
+@pytest.mark.parametrize("block", BLOCK_SIZES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("method", METHODS)
+def test_codes_mean_to_onnxruntime_what_they_mean_here(method, bits, block):
+    weight = np.ascontiguousarray(MATRICES["off-centre"][:200, :33])
+    packed = quantize.quantize(weight, bits, block, METHODS[method])
+    assert (packed.zero_points is None) == (method == "rtn")
+    x = RNG.standard_normal((5, len(weight)), dtype=np.float32)
+    wanted = x @ dequantize(packed, len(weight), bits)
+    scale = np.sqrt(np.mean(wanted**2))
+    np.testing.assert_allclose(multiply(packed, x, bits, block, 0), wanted, atol=1e-4 * scale)
+    int8_activations = multiply(packed, x, bits, block, 4) - wanted
+    assert np.sqrt(np.mean(int8_activations**2)) < 0.02 * scale
+
+
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("name", MATRICES)
+def test_methods_keep_their_order(name, block):
+    weight = MATRICES[name]
+    plain, weighted = {}, {}
+    for method, fit in METHODS.items():
+        found = dequantize(quantize.quantize(weight, 4, block, fit), len(weight), 4)
+        plain[method], weighted[method] = errors(weight, found)
+    assert weighted["k_quant_mixed"] <= weighted["rtn"]
+    assert plain["hqq"] <= plain["rtn"]
+    eight = dequantize(quantize.quantize(weight, 8, block, quantize.k_quant), len(weight), 8)
+    assert errors(weight, eight)[0] < plain["k_quant_mixed"] / 100  # four bits are 24 dB
+
+
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("name", MATRICES)
+def test_error_is_at_most_that_of_onnxruntimes_own_quantizers(name, block):
+    from onnxruntime.quantization.matmul_nbits_quantizer import quantize_matmul_4bits
+    from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
+
+    weight = MATRICES[name][:384]
+    K, N = weight.shape
+    codes, scales = np.zeros((N, K // block, block // 2), np.uint8), np.zeros((N, K // block), np.float32)
+    quantize_matmul_4bits(codes, weight, scales, np.zeros((N, K // block), np.uint8), block, N, K, True)
+    theirs = dequantize(quantize.Packed(codes, scales, None), K, 4)
+    ours = dequantize(quantize.quantize(weight, 4, block, quantize.rtn), K, 4)
+    assert errors(weight, ours)[0] < errors(weight, theirs)[0]
+
+    codes, scales, zeros = quant_tensor_k_quant_cpu(np.ascontiguousarray(weight.T), 4, block)
+    theirs = ((codes - zeros) * scales).reshape(N, K).T
+    ours = dequantize(quantize.quantize(weight, 4, block, quantize.k_quant), K, 4)
+    # Each block is judged by its own rms there; over the matrix that is nearly the same.
+    assert errors(weight, ours)[1] < 1.01 * errors(weight, theirs)[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_odd_blocks(method):
+    weight = np.zeros((64, 4), np.float32)
+    weight[:, 1] = 0.5  # constant
+    weight[3, 2] = -7  # one outlier
+    weight[:, 3] = 1e-30  # next to nothing
+    found = dequantize(quantize.quantize(weight, 4, 32, METHODS[method]), 64, 4)
+    np.testing.assert_allclose(found, weight, atol=0.04)
+
+
+@pytest.mark.parametrize(("bits", "block"), [(3, 32), (4, 48)])
+def test_other_formats_are_refused(bits, block):
+    with pytest.raises(ValueError, match=f"found {bits} and {block}"):
+        quantize.quantize(MATRICES["gaussian"], bits, block, quantize.rtn)
+
+
+def test_mixed_plan_gives_8_bits_to_both_ends_and_to_sensitive_roles():
+    roles = (
+        "feed_forward1.expand",
+        "attention.query",
+        "attention.value",
+        "convolution.expand",
+        "feed_forward2.project",
+    )
+    names = ["subsampling.out.weight", *(f"layers.{i}.{role}.weight" for i in range(3) for role in roles)]
+    plan = optimize.make_plan(names, "k_quant_mixed", 64)
+    assert list(plan) == names
+    assert {form.block for form in plan.values()} == {64}
+    assert [name for name in names if plan[name].bits == 8] == [
+        "subsampling.out.weight",
+        *(f"layers.{i}.{role}.weight" for i in range(3) for role in ("attention.value", "convolution.expand")),
+        "layers.2.feed_forward2.project.weight",
+    ]
+    assert {form.bits for form in optimize.make_plan(names, "hqq", 64).values()} == {4}
+    with pytest.raises(ValueError, match="optimized already"):
+        optimize.make_plan([], "rtn", 32)
+
+
+@pytest.fixture
+def block_model(tmp_path) -> Path:
+    """Two residual Adds of width 512, each before a LayerNormalization, around a MatMul with a bias; a weight used
+    twice, a small one and a product of activations. Vectors are large enough to lie in the data file."""
+    width = 512
+    constants = {
+        "weight": RNG.standard_normal((width, width)) * 0.05,
+        "small": RNG.standard_normal((width, 4)),
+        **{name: RNG.standard_normal(width) for name in ("bias", "gain1", "shift1", "gain2", "shift2")},
+    }
+    nodes = [
+        helper.make_node("Add", ["x", "x2"], ["sum1"]),
+        helper.make_node("LayerNormalization", ["sum1", "gain1", "shift1"], ["norm1"], axis=-1, epsilon=1e-5),
+        helper.make_node("MatMul", ["norm1", "weight"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["biased"]),
+        helper.make_node("Add", ["biased", "sum1"], ["sum2"]),
+        helper.make_node("LayerNormalization", ["sum2", "gain2", "shift2"], ["norm2"], axis=-1, epsilon=1e-3),
+        helper.make_node("MatMul", ["norm2", "weight"], ["again"]),
+        helper.make_node("MatMul", ["again", "small"], ["y"]),
+        helper.make_node("Transpose", ["again"], ["turned"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["sum2", "turned"], ["z"]),
+    ]
+    tensors = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in constants.items()]
+    sides = {"x": ["B", "S", width], "x2": ["B", "S", width]}, {"y": ["B", "S", 4], "z": ["B", "S", "S"]}
+    save_model(ir.from_proto(model_of(nodes, tensors, *sides)), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def run_file(path: Path) -> list[np.ndarray]:
+    x, x2 = np.random.default_rng(1).standard_normal((2, 2, 9, 512), dtype=np.float32)
+    return ort.InferenceSession(path).run(None, {"x": x, "x2": x2})
+
+
+def test_fusion_reads_biases_from_the_data_file(block_model, tmp_path):
+    model, fused = optimize.fuse(block_model)
+    assert fused == {"SkipLayerNormalization": 2}
+    assert Counter(node.op_type for node in model.graph) == {"SkipLayerNormalization": 2, "MatMul": 4, "Transpose": 1}
+    save_model(model, tmp_path / "fused.onnx")
+    for wanted, found in zip(run_file(block_model), run_file(tmp_path / "fused.onnx"), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_only_constant_matrices_of_some_size_are_quantized_and_shared_ones_once(block_model, tmp_path):
+    model = optimize.load(block_model)
+    found = optimize.quantizable(model)
+    assert {name: len(nodes) for name, nodes in found.items()} == {"weight": 2}
+    optimize.quantize_weights(model, {"weight": optimize.Format(8, 32)}, "hqq", 0)
+    assert [node.op_type for node in model.graph].count("MatMulNBits") == 2
+    assert "weight" not in model.graph.initializers
+    save_model(model, tmp_path / "eight.onnx")
+    for wanted, found in zip(run_file(block_model), run_file(tmp_path / "eight.onnx"), strict=True):
+        assert optimize.sqnr_db(wanted, found) > 35
+
+
+def test_sqnr():
+    wanted = np.ones(10, np.float32)
+    assert optimize.sqnr_db(wanted, wanted * 1.1) == pytest.approx(20, abs=1e-3)
+    assert optimize.sqnr_db(wanted, wanted) == np.inf
+    assert optimize.sqnr_db(wanted, 0 * wanted) == 0
+    assert np.isnan(optimize.sqnr_db(wanted, wanted * np.nan))
+
+
+def optimized(tiny_export: Path, target: Path, *flags: str) -> tuple[onnx.ModelProto, dict]:
+    """optimize_encoder.py on the tiny export: its graph and the manifest section."""
+    assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(target), *flags]) == 0
+    proto = onnx.load(target / "encoder.onnx", load_external_data=False)
+    return proto, json.loads((target / MANIFEST).read_text())["optimize"]
+
+
+def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
+    target = tmp_path / "out"
+    proto, record = optimized(tiny_export, target)
+    exported = onnx.load(tiny_export / "encoder.onnx", load_external_data=False)
+    before, after = (Counter(node.op_type for node in graph.graph.node) for graph in (exported, proto))
+
+    assert sorted(path.name for path in target.iterdir()) == sorted(path.name for path in tiny_export.iterdir())
+    assert all(path.stat().st_nlink == 1 for path in target.iterdir())
+    source_sections = json.loads((tiny_export / MANIFEST).read_text())
+    written_sections = json.loads((target / MANIFEST).read_text())
+    assert {name: written_sections[name] for name in source_sections} == source_sections
+
+    quantized, residuals = 56, 20  # 11 matrices in 5 layers and the subsampling's; 4 residual Adds a layer
+    assert record["weights_by_bits"] == {"4": quantized}
+    assert record["fused"] == {"SkipLayerNormalization": residuals}
+    assert after["MatMulNBits"] == quantized == before["MatMul"] - after["MatMul"]
+    assert before["LayerNormalization"] - after["LayerNormalization"] == residuals
+    assert before["Add"] - after["Add"] == residuals
+    assert all(before[name] == after[name] for name in ("Conv", "Softmax", "Sigmoid", "Mul", "Slice", "Where"))
+    places = {
+        entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    assert places == {"encoder.onnx.data"}
+    assert str(tmp_path).encode() not in (target / "encoder.onnx").read_bytes()
+
+    printed = capsys.readouterr().out.splitlines()
+    for line, wanted in zip(printed, ("20 SkipLayer", "56 weights at 4 bits", "5.6 times", "SQNR"), strict=True):
+        assert wanted in line
+
+
+def test_every_method_agrees_with_the_export(tiny_export, tmp_path):
+    sqnr = {
+        method: optimized(tiny_export, tmp_path / "out", "--quant_method", method)[1]["sqnr_db_on_noise"]
+        for method in METHODS
+    }
+    assert 15 < sqnr["rtn"] < sqnr["hqq"] < sqnr["k_quant_mixed"]
+
+
+def test_mixed_widths_are_printed_and_both_occur(tiny_export, tmp_path, capsys):
+    proto, record = optimized(tiny_export, tmp_path / "out", "--quant_method", "k_quant_mixed", "--block_size", "128")
+    widths = Counter(
+        str(helper.get_node_attr_value(node, "bits")) for node in proto.graph.node if node.op_type == "MatMulNBits"
+    )
+    assert widths == record["weights_by_bits"] == {"4": 34, "8": 22}
+    assert "34 weights at 4 bits  22 weights at 8 bits" in capsys.readouterr().out
+
+
+def test_stages_can_be_skipped(tiny_export, tmp_path, capsys):
+    _, record = optimized(tiny_export, tmp_path / "fused", "--skip_quantization")
+    assert record["sqnr_db_on_noise"] > 100
+    _, record = optimized(tiny_export, tmp_path / "copy", "--skip_quantization", "--skip_fusion")
+    assert record["sqnr_db_on_noise"] is None  # no noise at all
+    assert "identical" in capsys.readouterr().out
+
+
+def without(*files: str):
+    return lambda folder: [(folder / file).unlink() for file in files]
+
+
+UNUSABLE = {
+    "no folder": (shutil.rmtree, "export_parakeet_to_onnx.py --output_dir"),
+    "no encoder": (without("encoder.onnx"), "wanted encoder.onnx in"),
+    "no encoder data": (without("encoder.onnx.data"), "wanted encoder.onnx.data in"),
+    "no config": (without("genai_config.json"), "wanted genai_config.json in"),
+    "no tokenizer": (without("tokenizer.json", "vocab.txt"), "export_tokenizer.py --output_dir"),
+    "no onnx": (lambda folder: (folder / "encoder.onnx").write_text("no graph"), "not an ONNX model"),
+    "short data": (lambda folder: (folder / "encoder.onnx.data").write_bytes(b"short"), "encoder.onnx.data"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_input_is_one_line_and_leaves_nothing(case, tiny_export, tmp_path, capsys):
+    spoil, message = UNUSABLE[case]
+    source, target = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(tiny_export, source)
+    spoil(source)
+    assert optimize_encoder.main(["--model_dir", str(source), "--output_dir", str(target)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert [path.name for path in tmp_path.iterdir() if path != source] == []
+
+
+def test_output_must_be_another_folder(tiny_export, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for target, message in ((tiny_export, "found"), (tmp_path / "file", "found the file")):
+        before = sorted((path.name, path.stat().st_mtime_ns) for path in tiny_export.iterdir())
+        assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(target)]) == 2
+        assert message in capsys.readouterr().err
+        assert sorted((path.name, path.stat().st_mtime_ns) for path in tiny_export.iterdir()) == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_second_optimization_is_refused(tiny_export, tmp_path, capsys):
+    optimized(tiny_export, tmp_path / "once")
+    assert optimize_encoder.main(["--model_dir", str(tmp_path / "once"), "--output_dir", str(tmp_path / "twice")]) == 2
+    assert "optimized already" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize("flag", ["--block_size=48", "--accuracy_level=5", "--quant_method=magic"])
+def test_unknown_choices_end_with_status_2(flag):
+    with pytest.raises(SystemExit) as exit_:
+        optimize_encoder.main([flag])
+    assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize("factor", [-1, np.nan], ids=["wrong sign", "not a number"])
+def test_a_broken_encoder_is_never_written(factor, tiny_export, tmp_path, monkeypatch, capsys):
+    real = quantize.quantize
+
+    def corrupted(weight, bits, block, method):
+        packed = real(weight, bits, block, method)
+        packed.scales[:] *= factor
+        return packed
+
+    monkeypatch.setattr(optimize, "quantize", corrupted)
+    assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out")]) == 1
+    assert "SQNR" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,80 @@
+"""Word error rates, and the reasons that may excuse a difference."""
+
+import pytest
+
+from common.decode import Hypothesis, Step
+from common.graphs import PARITY_TOLERANCE
+from common.transcripts import first_difference, first_token_difference, normalize, word_error_rate, word_errors
+
+BLANK = 9
+
+
+def hypothesis(*steps):
+    """Steps given as (frame, token, margin, blank_zero)."""
+    return Hypothesis([Step(frame, token, 1, margin, zero) for frame, token, margin, zero in steps], BLANK)
+
+
+def test_word_errors():
+    assert word_errors("a b c", "a x c d") == (2, 3)
+    assert word_errors("a b c", "") == (3, 3)
+    assert word_errors("", "two words") == (2, 0)
+
+
+def test_normalize():
+    assert normalize("Hello, WORLD!  It's") == normalize("hello world it's")
+    assert normalize("Ça va ?") == normalize("ça va")
+
+
+def test_corpus_rate_weighs_by_words():
+    rate = word_error_rate(["a b c d", "e"], ["a b c d", "x"])
+    assert (rate.errors, rate.words) == (1, 5)
+    assert rate.percent == 20
+    assert rate.low <= rate.percent <= rate.high
+    assert word_error_rate(["a b"] * 50, ["a b"] * 50).high == 0
+
+
+def test_interval_narrows_with_speech():
+    few = word_error_rate(["a b c d", "e f g h"] * 3, ["a b c x", "e f g h"] * 3)
+    many = word_error_rate(["a b c d", "e f g h"] * 300, ["a b c x", "e f g h"] * 300)
+    assert many.high - many.low < few.high - few.low
+
+
+STEPS = ((0, 1, 5.0, False), (1, BLANK, 5.0, False), (2, 2, 5.0, False))
+
+
+def test_equal_decodings_have_no_difference():
+    assert first_difference([1, 2], [0, 2], hypothesis(*STEPS)) is None
+    assert first_token_difference(hypothesis(*STEPS), [1, 2]) is None
+
+
+@pytest.mark.parametrize(("tokens", "frames", "index"), [
+    ([1, 3], [0, 2], 1), ([1, 2], [0, 1], 1), ([1], [0], 1),
+    ([1, 2, 3], [0, 2, 3], 2), ([], [], 0), ([2, 2], [0, 2], 0),
+])  # fmt: skip
+def test_a_clear_difference_has_no_excuse(tokens, frames, index):
+    difference = first_difference(tokens, frames, hypothesis(*STEPS))
+    assert difference.index == index
+    assert difference.excuse is None
+
+
+def test_a_near_tie_excuses_only_where_the_decodings_part():
+    near = PARITY_TOLERANCE / 2
+    at_the_blank = hypothesis(STEPS[0], (1, BLANK, near, False), STEPS[2])
+    assert "margin" in first_difference([1, 3], [0, 2], at_the_blank).excuse
+    before = hypothesis((0, 1, 5.0, False), (1, 4, near, False), (2, 5, 5.0, False), (3, 2, 5.0, False))
+    assert first_difference([1, 4, 5, 3], [0, 1, 2, 3], before).excuse is None
+    after = hypothesis(STEPS[0], STEPS[2], (3, 4, near, False))
+    assert first_difference([1, 3, 4], [0, 2, 3], after).excuse is None
+
+
+def test_a_blank_of_duration_zero_excuses():
+    assert (
+        "duration 0" in first_difference([1, 3], [0, 2], hypothesis(STEPS[0], (1, BLANK, 5.0, True), STEPS[2])).excuse
+    )
+
+
+def test_token_differences():
+    assert first_token_difference(hypothesis(*STEPS), [1, 7]).index == 1
+    assert first_token_difference(hypothesis(*STEPS), [1]).found is None
+    assert first_token_difference(hypothesis(*STEPS), [1, 2, 4]).wanted is None
+    assert first_token_difference(hypothesis((0, BLANK, 5.0, False)), [1]).found == 1
