@@ -111,8 +111,13 @@ class RuntimeConfig:
         return seconds * self.sample_rate <= self.chunk
 
     def read_audio(self, path: Path) -> np.ndarray:
-        """Mono samples at the model's rate, at least one encoder frame of them."""
-        return load_audio(path, self.sample_rate, self.min_samples)
+        """Mono samples at the model's rate, a whole number of hops of them.
+
+        Up to 10 ms are cut off the end: there GenAI may compute one frame more than NeMo, the window's last 9 ms being
+        enough for it (NemoStreamingMelExtractor in nemo_mel_spectrogram.cc), and both normalise over their frames.
+        """
+        samples = load_audio(path, self.sample_rate, self.min_samples)
+        return samples[: len(samples) // self.hop_length * self.hop_length]
 
 
 @dataclass(frozen=True)
