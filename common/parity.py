@@ -16,7 +16,7 @@ from common.runtime import OrtGraph
 # Mel frames: one encoder frame, ragged odd lengths, twenty seconds.
 ENCODER_CASES = ((1, 8), (1, 200), (2, 333), (3, 517), (1, 2000))
 # Past the 5000 encoder frames (400 s) where NeMo's position table ends; quadratic in memory, so for small models.
-LONG_CASE = (1, 40_800)
+LONG_CASE_FRAMES = 5100
 LONG_CASE_MAX_PARAMETERS = 20e6
 DECODER_STEPS = 12
 JOINT_CASES = ((1, 1, 1), (2, 3, 2), (1, 7, 5))  # B, S, U
@@ -58,8 +58,10 @@ class Parity:
 def check_encoder(folder: Path, encoder, example_inputs) -> Parity:
     """Compare valid frames and lengths with NeMo's encoder over `ENCODER_CASES`; small models also past 400 s."""
     graph, parity = OrtGraph(folder, ENCODER), Parity()
-    small = sum(parameter.numel() for parameter in encoder.parameters()) <= LONG_CASE_MAX_PARAMETERS
-    for batch, frames in (*ENCODER_CASES, *((LONG_CASE,) if small else ())):
+    cases = list(ENCODER_CASES)
+    if sum(parameter.numel() for parameter in encoder.parameters()) <= LONG_CASE_MAX_PARAMETERS:
+        cases.append((1, LONG_CASE_FRAMES * encoder.subsampling_factor))
+    for batch, frames in cases:
         features, lengths = example_inputs(batch, frames)
         found, found_lengths = graph(features.numpy(), lengths.numpy())
         with torch.inference_mode():
