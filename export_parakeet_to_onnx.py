@@ -9,7 +9,6 @@ folder appears. The tokenizer is a step of its own: export_tokenizer.py.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 from common.configs import (
@@ -21,15 +20,16 @@ from common.configs import (
     genai_config,
 )
 from common.console import Parser, Stages, run, size_text
-from common.files import check_output_dir, read_manifest, staged_folder, write_json, write_manifest
+from common.files import check_output_dir, read_manifest, staged_folder, state_needs, write_json, write_manifest
 from common.graphs import DECODER, ENCODER, JOINT
 from common.model import DEFAULT_MODEL, ModelSpec, find_checkpoint, load_model, source_record
 
 # Chunks of 60 s encode each second of a long clip 1.2 times, and clips up to 60 s get NeMo's own full context.
 CHUNK_SECONDS, LEFT_CONTEXT_SECONDS, RIGHT_CONTEXT_SECONDS = 60, 10, 2
 # Peak memory and disk as multiples of the checkpoint's size, measured at 0.6B: the weights, their ONNX Runtime session
-# and activations; the unpacked checkpoint and the exported weights.
-MEMORY_FACTOR, DISK_FACTOR = 2.4, 2.1
+# and activations, and NeMo's own code; the unpacked checkpoint and the exported weights.
+MEMORY_FACTOR, DISK_FACTOR = 2.1, 2.0
+MEMORY_OF_NEMO = 1e9  # bytes
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,7 +59,9 @@ def _export(args: argparse.Namespace) -> None:
     check_opset(args.opset_version)
     check_output_dir(args.output_dir)
     checkpoint = find_checkpoint(args.model_name)
-    _state_needs(checkpoint, args.output_dir)
+    size = checkpoint.stat().st_size
+    needs = MEMORY_FACTOR * size + MEMORY_OF_NEMO, DISK_FACTOR * size
+    state_needs(f"{checkpoint.name} ({size_text(size)})", *needs, args.output_dir)
     stages = Stages(5)
 
     model = load_model(checkpoint, args.device)
@@ -110,17 +112,6 @@ def _export(args: argparse.Namespace) -> None:
         stages.report(GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG, "manifest.json")
     tokenizer_flags = f"--model_name {args.model_name} --output_dir {args.output_dir}"
     print(f"wrote {args.output_dir}; next: python export_tokenizer.py {tokenizer_flags}")
-
-
-def _state_needs(checkpoint: Path, output_dir: Path) -> None:
-    """Say before the work what it takes."""
-    size = checkpoint.stat().st_size
-    existing = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    print(
-        f"{checkpoint.name} ({size_text(size)}): about {size_text(MEMORY_FACTOR * size)} of memory beside 1 GB for "
-        f"NeMo, {size_text(DISK_FACTOR * size)} of disk ({size_text(free)} free)"
-    )
 
 
 if __name__ == "__main__":

@@ -102,13 +102,13 @@ def _compare(args: argparse.Namespace) -> None:
     transcribe(Clip(SAMPLE, None), noise, folders, nemo)  # warm-up: the first run of an engine allocates
 
     differences = []
-    for clip in tqdm(clips, unit="clip", leave=False, disable=len(clips) == 1):
+    few = len(clips) <= MAX_PRINTED_CLIPS
+    for clip in tqdm(clips, unit="clip", leave=False, disable=few or None):  # None: no bar in a pipe
         samples = folders[0].genai.config.read_audio(clip.path)
         clip.seconds = len(samples) / sample_rate
         differences += [(clip, *found) for found in transcribe(clip, samples, folders, nemo)]
-        if len(clips) <= MAX_PRINTED_CLIPS:
-            with tqdm.external_write_mode():
-                print_clip(clip)
+        if few:
+            print_clip(clip)
     if len(clips) > 1 or args.manifest:
         print_corpus(clips)
     if args.json:

@@ -55,11 +55,13 @@ def export_graph(module: nn.Module, graph: Graph, folder: Path, opset: int) -> N
 
 def _trace(module: nn.Module, graph: Graph, opset: int) -> bytes:
     buffer = io.BytesIO()
+    device = next(module.parameters()).device
+    inputs = tuple(tensor.to(device) for tensor in module.example_inputs())
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns of every shape that NeMo's code compares
         torch.onnx.export(
             module,
-            module.example_inputs(),
+            inputs,
             buffer,
             input_names=graph.input_names,
             output_names=graph.output_names,

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from common.console import size_text
+
 MANIFEST = "manifest.json"
 # Smaller tensors stay inside the .onnx, where graph optimizers look for constants.
 EXTERNAL_DATA_THRESHOLD = 1024  # bytes
@@ -22,6 +24,13 @@ def check_output_dir(target: Path) -> None:
     for path in (target, *target.parents):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"wanted a folder to write to, found the file {path}; give another --output_dir")
+
+
+def state_needs(what: str, memory: float, disk: float, target: Path) -> None:
+    """Say before long work what it takes, in bytes of memory and of disk where `target` will be."""
+    existing = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    print(f"{what}: about {size_text(memory)} of memory, {size_text(disk)} of disk ({size_text(free)} free)")
 
 
 @contextmanager

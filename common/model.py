@@ -40,9 +40,15 @@ def find_checkpoint(model_name: str) -> Path:
 def _download(model_name: str) -> Path:
     """Fetch `owner/model`'s checkpoint; NVIDIA publishes it as `model.nemo` (nemo/core/classes/common.py)."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     filename = model_name.split("/")[1] + ".nemo"
+    print(f"looking for {filename} of {model_name}, in the local cache and on Hugging Face", flush=True)
     try:
         return Path(hf_hub_download(model_name, filename))
     except LocalEntryNotFoundError:
@@ -52,6 +58,8 @@ def _download(model_name: str) -> Path:
         ) from None
     except (RepositoryNotFoundError, EntryNotFoundError):
         raise ValueError(f"Hugging Face has no {filename} in {model_name}; check --model_name") from None
+    except HfHubHTTPError as error:
+        raise ConnectionError(f"wanted {filename} of {model_name}, Hugging Face answered: {error}") from error
 
 
 @contextlib.contextmanager

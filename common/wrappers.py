@@ -204,7 +204,7 @@ class Encoder(nn.Module):
         self._limited_context = any(size >= 0 for size in encoder.att_context_size)
         self._context_mask = encoder._create_masks
         self._context_size = encoder.att_context_size
-        self.eval()
+        self.eval().to(next(encoder.parameters()).device)
 
     def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """audio_signal [B, M, T], length [B] mel frames → [B, D, S], [B] encoder frames (int64)"""

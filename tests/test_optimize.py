@@ -252,7 +252,7 @@ def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
 
     printed = capsys.readouterr().out.splitlines()
     for line, wanted in zip(
-        printed, ("20 SkipLayer", "56 weights at 4 bits", "5.6 times", "SQNR", "wrote"), strict=True
+        printed, ("about", "20 SkipLayer", "56 weights at 4 bits", "5.6 times", "SQNR", "wrote"), strict=True
     ):
         assert wanted in line
 
