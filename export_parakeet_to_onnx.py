@@ -104,6 +104,7 @@ def _export(args: argparse.Namespace) -> None:
             "chunk_seconds": args.chunk_seconds,
             "left_context_seconds": args.left_context_seconds,
             "right_context_seconds": args.right_context_seconds,
+            "skip_verify": args.skip_verify,
         }
         source = source_record(checkpoint, args.model_name, args.output_dir)
         write_manifest(

@@ -46,11 +46,13 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         return _report("check failed", error, EXIT_CHECK, args.verbose)
     except (ValueError, OSError) as error:
         return _report("error", error, EXIT_USAGE, args.verbose)
+    except ModuleNotFoundError as error:
+        return _report("error", f"{error}; run: pip install -r requirements.txt", EXIT_USAGE, args.verbose)
     except Exception as error:
         return _report(f"unexpected {type(error).__name__}", error, EXIT_CHECK, args.verbose)
 
 
-def _report(kind: str, error: BaseException, status: int, verbose: bool) -> int:
+def _report(kind: str, error: BaseException | str, status: int, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
     print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -16,6 +16,7 @@ import export_tokenizer
 import optimize_encoder
 import test_e2e
 import test_real_speech
+from common.quantize import METHODS
 from tests.conftest import ROOT, SAMPLES, TINY
 from tests.test_model import ctc_only, plain_rnnt, rewrite_config
 
@@ -299,6 +300,20 @@ def test_optimized_folder_is_complete_and_brings_the_exported_one(tiny_export, t
     alone = tmp_path / "alone"
     shutil.copytree(optimized, alone)
     assert test_e2e.main(["--model_dir", str(alone)]) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("block", [16, 128])
+def test_every_quantization_loads_in_genai_and_is_understood(method, block, tiny_export, tmp_path, capsys):
+    target = ["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out")]
+    assert optimize_encoder.main([*target, "--quant_method", method, "--block_size", str(block)]) == 0
+    assert test_e2e.main(["--model_dir", str(tmp_path / "out")]) == 0
+    assert "We have thirteen black fans." in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named(tiny_export, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    assert "pip install -r requirements.txt" in refused(capsys, test_e2e, "--model_dir", tiny_export)
 
 
 README_COMMANDS = [
