@@ -57,7 +57,7 @@ class Parity:
 
 def check_encoder(folder: Path, encoder, example_inputs) -> Parity:
     """Compare valid frames and lengths with NeMo's encoder over `ENCODER_CASES`; small models also past 400 s."""
-    graph, parity = OrtGraph(folder, ENCODER), Parity()
+    graph, parity = OrtGraph(folder, ENCODER, mapped=True), Parity()
     cases = list(ENCODER_CASES)
     if sum(parameter.numel() for parameter in encoder.parameters()) <= LONG_CASE_MAX_PARAMETERS:
         cases.append((1, LONG_CASE_FRAMES * encoder.subsampling_factor))
@@ -75,7 +75,7 @@ def check_encoder(folder: Path, encoder, example_inputs) -> Parity:
 
 def check_decoder(folder: Path, decoder, example_inputs) -> Parity:
     """Compare outputs and states with NeMo's prediction network over a chain of tokens that starts with blank."""
-    graph, parity = OrtGraph(folder, DECODER), Parity()
+    graph, parity = OrtGraph(folder, DECODER, mapped=True), Parity()
     batch = 2
     tokens, lengths, h, c = example_inputs(batch, DECODER_STEPS)
     found_state = (h.numpy(), c.numpy())
@@ -94,7 +94,7 @@ def check_decoder(folder: Path, decoder, example_inputs) -> Parity:
 
 def check_joint(folder: Path, joint, example_inputs) -> Parity:
     """Compare raw logits with NeMo's joint over several S and U."""
-    graph, parity = OrtGraph(folder, JOINT), Parity()
+    graph, parity = OrtGraph(folder, JOINT, mapped=True), Parity()
     for batch, frames, targets in JOINT_CASES:
         encoded, predicted = example_inputs(batch, frames, targets)
         found = graph(encoded.numpy(), predicted.numpy())[0]

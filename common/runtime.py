@@ -20,9 +20,13 @@ ERRORS_AND_WORSE = 3  # a severity of OrtLoggingLevel
 
 
 class OrtGraph:
-    """One graph of a folder in an ONNX Runtime CPU session, called with arrays in the order of its declaration."""
+    """One graph of a folder in an ONNX Runtime CPU session, called with arrays in the order of its declaration.
 
-    def __init__(self, folder: Path, graph: Graph):
+    `mapped` leaves the weights in the data file instead of repacking copies: at 0.6B the session is there in 0.2 s
+    instead of 6 s, with 2.4 GB less memory of its own, and a run takes no longer. For a few runs, that is.
+    """
+
+    def __init__(self, folder: Path, graph: Graph, *, mapped: bool = False):
         import onnxruntime as ort
 
         path = Path(folder) / graph.file
@@ -30,6 +34,7 @@ class OrtGraph:
             raise FileNotFoundError(f"wanted {path}, found no such file; first run: {EXPORT_COMMAND.format(folder)}")
         options = ort.SessionOptions()
         options.log_severity_level = ERRORS_AND_WORSE
+        options.add_session_config_entry("session.disable_prepacking", "1" if mapped else "0")
         try:
             self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own types, one per status
