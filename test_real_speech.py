@@ -82,7 +82,8 @@ class Folder:
     def __init__(self, path: Path):
         self.path, self.genai, self.raw = path, GenAI(path), RawOrt(path)
         optimized = read_manifest(path).get("optimize")
-        self.is_float32 = optimized is None or optimized["flags"]["skip_quantization"]
+        flags = optimized["flags"] if optimized else {"skip_quantization": True}
+        self.is_float32 = flags["skip_quantization"] and flags.get("decoder_joint_precision", "fp32") == "fp32"
 
     @property
     def raw_name(self) -> str:
