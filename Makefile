@@ -1,11 +1,12 @@
-# `make demo` and `make test` do all the set-up themselves, in .venv.
+# `make demo`, `make test` and `make bench` do all the set-up themselves, in .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 TINY := samples/parakeet-tdt-tiny.nemo
 DEMO := build/demo
+RANDOM := build/parakeet-0.6b-random.nemo
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -22,6 +23,15 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# At full size, on random weights: hours, 16 GB of memory, 30 GB of disk. What is built stays, a second run only times.
+bench: $(INSTALLED) $(RANDOM)
+	$(BIN)/python -m benchmarks.pipeline --model_name $(RANDOM)
+	$(BIN)/python -m benchmarks.encoder --model_name $(RANDOM)
+	$(BIN)/python -m benchmarks.decoding --model_name $(RANDOM)
+
+$(RANDOM): | $(INSTALLED)
+	$(BIN)/python -m benchmarks.random_checkpoint --topology 0.6b --output $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -16,9 +16,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # What NeMo writes in the place of a masked score (INF_VAL in parts/submodules/multi_head_attention.py).
 MASKED_SCORE = -10000.0
-# What is taken from a masked frame before a ReLU: more than a convolution of normalised features reaches, and still a
-# number in float16.
-MASKED_ACTIVATION = 60000.0
+# What is taken from a masked frame before a ReLU, once to three times: more than a convolution of normalised features
+# reaches, and still a number in float16.
+MASKED_ACTIVATION = 20000.0
 
 
 class _Reshape(torch.autograd.Function):
@@ -97,8 +97,9 @@ class Subsampling(nn.Module):
         if self.first_masks:
             mask = torch.zeros_like(first.weight)
             # Frame t of the output is valid if and only if the last tap that is no right padding is on a valid frame.
-            (_, right), (left, _) = _padding(first, 0), _padding(first, 1)
-            mask[:, :, first.kernel_size[0] - 1 - right, left] = -MASKED_ACTIVATION
+            # All taps along frequency, since any one of them may lie on the padding there.
+            _, right = _padding(first, 0)
+            mask[:, :, first.kernel_size[0] - 1 - right] = -MASKED_ACTIVATION
             weight = torch.cat((first.weight.detach(), mask), dim=1)
             first.weight = nn.Parameter(weight, requires_grad=False)  # [channels, 2, kernel, kernel]
 
@@ -234,7 +235,7 @@ class Convolution(nn.Module):
             x, padding = nn.functional.pad(x, self.padding), 0
         x = nn.functional.conv2d(x, self.depthwise, self.bias, padding=padding, groups=self.groups)
         if not (self.norm is None or isinstance(self.norm, nn.LayerNorm)):  # one that looks along time
-            x = self.norm(_Reshape.apply(x, 0, self.width, -1)).unsqueeze(2)
+            x = self.norm(x.squeeze(2)).unsqueeze(2)
         x = _Reshape.apply(x.permute(0, 2, 3, 1), 0, -1, self.width)  # [B, S, D]
         if isinstance(self.norm, nn.LayerNorm):
             x = self.norm(x)

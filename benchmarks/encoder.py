@@ -1,0 +1,243 @@
+"""Size, speed, load time, memory and error of encoders side by side: NeMo, plain ONNX Runtime, two recipes, ours.
+
+    python -m benchmarks.encoder --model_name build/parakeet-0.6b-random.nemo --work_dir build/bench
+
+Out: a markdown table, and in the work directory encoder.json with every single time and encoder.png, size against
+speed. What is not built yet is built first (benchmarks/recipes.py). Exit status 1 if one of them fails; the others are
+still measured. Expect 20 minutes and 12 GB beside the builds.
+
+Every encoder lives in a process of its own, and they take turns on the same features (A B C A B C …), so that a busy
+machine is busy for all. A figure is the median over rounds; × is the median of the ratios to ONNX Runtime float32 in
+the same round. SQNR is in dB, against ONNX Runtime float32 on the same clip. All ONNX encoders run with the same
+options: CPU provider, as many threads as there are cores; NeMo's PyTorch has as many.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.bench import CORES, machine, parse_args, peak_memory, process, speech
+from benchmarks.recipes import FLOAT32, RECIPES, build, encoder_bytes
+from common.console import size_text
+from common.files import write_json
+from common.graphs import ENCODER
+
+CLIP_SECONDS = (10, 20, 60)
+PLOT_SECONDS = 20
+ROUNDS = 5
+LOADS = 3  # fresh processes; files are in the page cache
+NEMO = "NeMo, PyTorch float32"
+
+# In a process of an encoder: features [1, M, T] → [1, D, S], and the bytes of the encoder.
+_encode, _size, _load_seconds = None, 0, 0.0
+
+
+def load_nemo(checkpoint: Path) -> None:
+    """Make this process NeMo's encoder. Weights are mapped from disk, as the export does."""
+    global _encode, _size, _load_seconds
+    import torch
+
+    from common.model import load_model
+
+    torch.set_num_threads(CORES)
+    torch.set_grad_enabled(False)
+    start = time.perf_counter()
+    encoder = load_model(checkpoint).encoder
+    _load_seconds = time.perf_counter() - start
+
+    def encode(features: np.ndarray) -> np.ndarray:
+        length = torch.tensor([features.shape[2]])
+        return encoder(audio_signal=torch.from_numpy(features), length=length)[0].numpy()
+
+    _encode = encode
+    _size = sum(parameter.numel() * parameter.element_size() for parameter in encoder.parameters())
+
+
+def load_onnx(folder: Path) -> None:
+    """Make this process the encoder of `folder`."""
+    global _encode, _size, _load_seconds
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = CORES
+    options.log_severity_level = 3
+    start = time.perf_counter()
+    session = ort.InferenceSession(folder / ENCODER.file, options, providers=["CPUExecutionProvider"])
+    _load_seconds = time.perf_counter() - start
+
+    def encode(features: np.ndarray) -> np.ndarray:
+        inputs = dict(zip(ENCODER.input_names, (features, np.array([features.shape[2]])), strict=True))
+        return session.run(ENCODER.output_names[:1], inputs)[0]
+
+    _encode, _size = encode, encoder_bytes(folder)
+
+
+def facts() -> dict:
+    return {"bytes": _size, "load_seconds": _load_seconds, "peak_bytes": peak_memory()}
+
+
+def output(features: np.ndarray) -> np.ndarray:
+    return _encode(features)
+
+
+def seconds(features: np.ndarray) -> float:
+    start = time.perf_counter()
+    _encode(features)
+    return time.perf_counter() - start
+
+
+def nemo_features(checkpoint: Path) -> dict[int, np.ndarray]:
+    """NeMo's features of speech of each length: seconds → [1, M, T]"""
+    from common.model import ModelSpec, load_model
+    from common.runtime import Nemo
+
+    model = load_model(checkpoint)
+    rate = ModelSpec.of(model).sample_rate
+    return {length: Nemo(model).features(speech(length, rate))[None] for length in CLIP_SECONDS}
+
+
+@dataclass
+class Candidate:
+    """An encoder in a process of its own, and what was measured of it; `failed` in the latter says why it stopped."""
+
+    name: str
+    loader: tuple  # what the process begins with
+    result: dict = field(default_factory=lambda: {"loads": [], "sqnr_db": {}, "seconds": {}})
+    worker: ProcessPoolExecutor | None = None
+
+    def ask(self, function: Callable, *arguments):
+        """What `function` returns in the process; None when it fails, now or earlier."""
+        if "failed" in self.result:
+            return None
+        try:
+            return self.worker.submit(function, *arguments).result()
+        except Exception as error:
+            self.result["failed"] = f"{function.__name__}: {' '.join(str(error).split())}"
+
+    def restart(self) -> None:
+        """Load the encoder in a fresh process."""
+        self.stop()
+        self.worker = process(*self.loader)
+        if (found := self.ask(facts)) is not None:
+            self.result["loads"].append(found["load_seconds"])
+
+    def stop(self) -> None:
+        if self.worker:
+            self.worker.shutdown()
+
+
+def candidates(checkpoint: Path, work_dir: Path, wanted: Callable[[str], bool]) -> list[Candidate]:
+    """What is compared, built if need be; a build that fails is a candidate that has failed. The baseline is first."""
+    found = []
+    for recipe in filter(lambda recipe: wanted(recipe.name), RECIPES):
+        try:
+            found.append(Candidate(recipe.name, (load_onnx, build(recipe, checkpoint, work_dir))))
+        except Exception as error:
+            found.append(Candidate(recipe.name, (), {"failed": f"build: {' '.join(str(error).split())}"}))
+    return found + ([Candidate(NEMO, (load_nemo, checkpoint))] if wanted(NEMO) else [])
+
+
+def measure(candidates: list[Candidate], features: dict[int, np.ndarray], rounds: int) -> None:
+    """Fill in the results: load times, then errors and times with every encoder in memory, then sizes."""
+    from common.optimize import sqnr_db
+
+    running = [candidate for candidate in candidates if "failed" not in candidate.result]
+    progress = tqdm(total=len(running) * (LOADS + len(features) * (rounds + 1)), leave=False, disable=None)
+    for _ in range(LOADS):
+        for candidate in running:
+            candidate.restart()
+            progress.update()
+    for length, clip in features.items():
+        outputs = []  # of the first turn, which also warms up; the baseline's comes first
+        for turn in range(rounds + 1):
+            for candidate in running:
+                progress.update()
+                found = candidate.ask(seconds if turn else output, clip)
+                if turn:
+                    candidate.result["seconds"].setdefault(length, []).append(found)
+                elif found is not None:
+                    outputs.append(found)
+                    candidate.result["sqnr_db"][length] = sqnr_db(outputs[0], found)
+                elif candidate is running[0]:
+                    raise RuntimeError(f"{candidate.name}, which the others are compared with: {candidate.result}")
+    progress.close()
+    for candidate in running:
+        candidate.result |= candidate.ask(facts) or {}
+
+
+def row(name: str, result: dict, baseline: dict) -> str:
+    """One line of the table; a failure says so in its place."""
+    if "failed" in result:
+        return f"| {name} | **failed**, {result['failed'][:200]} |"
+    speeds = []
+    for length, times in result["seconds"].items():
+        ratio = median(base / own for base, own in zip(baseline["seconds"][length], times, strict=True))
+        speeds.append(f"{length / median(times):.1f} ({ratio:.2f}×)")
+    errors = " / ".join(f"{error:.1f}" if np.isfinite(error) else "–" for error in result["sqnr_db"].values())
+    facts = (size_text(result["bytes"]), f"{median(result['loads']):.1f} s", size_text(result["peak_bytes"]))
+    return "| " + " | ".join((name, *facts, *speeds, errors)) + " |"
+
+
+def plot(results: dict[str, dict], path: Path) -> None:
+    """Size of the encoder against its speed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for name, result in results.items():
+        if "failed" not in result:
+            speed = PLOT_SECONDS / median(result["seconds"][PLOT_SECONDS])
+            axes.scatter(result["bytes"] / 1e6, speed, s=60, marker="o" if name.startswith("ours") else "s", label=name)
+    axes.set(xscale="log", xlabel="encoder, MB", ylabel=f"RTFx at {PLOT_SECONDS} s", ylim=(0, None))
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 4, 6)))
+    axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center")
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns that each encoder takes (%(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only encoders with one of these in their name")
+    args = parse_args(parser, argv)
+
+    def wanted(name: str) -> bool:
+        return not args.only or name == FLOAT32.name or any(word in name for word in args.only)
+
+    compared = candidates(args.model_name, args.work_dir, wanted)
+    with process() as worker:
+        features = worker.submit(nemo_features, args.model_name).result()
+    before = machine()
+    try:
+        measure(compared, features, args.rounds)
+    finally:
+        for candidate in compared:
+            candidate.stop()
+
+    results = {candidate.name: candidate.result for candidate in compared}
+    plot(results, args.work_dir / "encoder.png")
+    print(f"{before}; {args.rounds} rounds\n")
+    columns = " | ".join(f"RTFx at {length} s" for length in CLIP_SECONDS)
+    lengths = ", ".join(str(length) for length in CLIP_SECONDS)
+    print(f"| encoder | size | load | peak memory | {columns} | SQNR dB at {lengths} s |")
+    print("|---" * (5 + len(CLIP_SECONDS)) + "|")
+    for name, result in results.items():
+        print(row(name, result, results[FLOAT32.name]))
+    del results[FLOAT32.name]["sqnr_db"]  # infinite, which JSON cannot say
+    write_json(args.work_dir / "encoder.json", {"machine": [before, machine()], "results": results})
+    return 1 if any("failed" in result for result in results.values()) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
