@@ -6,7 +6,7 @@ TINY := samples/parakeet-tdt-tiny.nemo
 DEMO := build/demo
 RANDOM := build/parakeet-0.6b-random.nemo
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test faults bench lint clean
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -23,6 +23,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Kills, full disks, hostile and odd input, with a table of what came out: about ten minutes. A part of it is in `test`.
+faults: $(INSTALLED)
+	$(BIN)/python -m tests.faults.drill
 
 # At full size, on random weights: hours, 16 GB of memory, 30 GB of disk. What is built stays, a second run only times.
 bench: $(INSTALLED) $(RANDOM)

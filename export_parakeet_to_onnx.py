@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from common.export import check_opset, export_graph  # torch takes seconds to import; --help should not
+    from common.export import check_opset  # torch takes seconds to import; --help should not
 
     check_opset(args.opset_version)
     check_output_dir(args.output_dir)
@@ -62,9 +62,18 @@ def _export(args: argparse.Namespace) -> None:
     size = checkpoint.stat().st_size
     needs = MEMORY_FACTOR * size + MEMORY_OF_NEMO, DISK_FACTOR * size
     state_needs(f"{checkpoint.name} ({size_text(size)})", *needs, args.output_dir)
-    stages = Stages(5)
+    with staged_folder(args.output_dir) as stage:
+        _export_to(stage, checkpoint, args)
+    tokenizer_flags = f"--model_name {args.model_name} --output_dir {args.output_dir}"
+    print(f"wrote {args.output_dir}; next: python export_tokenizer.py {tokenizer_flags}")
 
-    model = load_model(checkpoint, args.device)
+
+def _export_to(stage: Path, checkpoint: Path, args: argparse.Namespace) -> None:
+    """Export into the folder `stage`, verified; the checkpoint is unpacked beside it."""
+    from common.export import export_graph
+
+    stages, manifest = Stages(5), read_manifest(args.output_dir)
+    model = load_model(checkpoint, args.device, scratch=stage.parent)
     spec = ModelSpec.of(model)
     check_genai_supports(spec)
     window = Window.of_seconds(spec, args.chunk_seconds, args.left_context_seconds, args.right_context_seconds)
@@ -85,34 +94,29 @@ def _export(args: argparse.Namespace) -> None:
         (JOINT, TdtJoint, model.joint, check_joint),
     )
     measured = {}
-    with staged_folder(args.output_dir) as stage:
-        for graph, wrapper, module, check in parts:
-            wrapped = wrapper(module)
-            export_graph(wrapped, graph, stage, args.opset_version)
-            size = sum((stage / name).stat().st_size for name in (graph.file, graph.data_file))
-            if args.skip_verify:
-                stages.report(graph.file, "not verified", size_text(size))
-                continue
-            parity = check(stage, module, wrapped.example_inputs)
-            measured[graph.file] = {"max_abs": parity.max_abs, "max_rel": parity.max_rel, "cases": parity.cases}
-            stages.report(graph.file, str(parity), size_text(size))
-        write_json(stage / GENAI_CONFIG, genai_config(spec, window, args.device))
-        write_json(stage / AUDIO_PROCESSOR_CONFIG, audio_processor_config(spec))
-        flags = {
-            "opset_version": args.opset_version,
-            "device": args.device,
-            "chunk_seconds": args.chunk_seconds,
-            "left_context_seconds": args.left_context_seconds,
-            "right_context_seconds": args.right_context_seconds,
-            "skip_verify": args.skip_verify,
-        }
-        source = source_record(checkpoint, args.model_name, args.output_dir)
-        write_manifest(
-            stage, read_manifest(args.output_dir), "export", {"source": source, "flags": flags, "parity": measured}
-        )
-        stages.report(GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG, "manifest.json")
-    tokenizer_flags = f"--model_name {args.model_name} --output_dir {args.output_dir}"
-    print(f"wrote {args.output_dir}; next: python export_tokenizer.py {tokenizer_flags}")
+    for graph, wrapper, module, check in parts:
+        wrapped = wrapper(module)
+        export_graph(wrapped, graph, stage, args.opset_version)
+        size = sum((stage / name).stat().st_size for name in (graph.file, graph.data_file))
+        if args.skip_verify:
+            stages.report(graph.file, "not verified", size_text(size))
+            continue
+        parity = check(stage, module, wrapped.example_inputs)
+        measured[graph.file] = {"max_abs": parity.max_abs, "max_rel": parity.max_rel, "cases": parity.cases}
+        stages.report(graph.file, str(parity), size_text(size))
+    write_json(stage / GENAI_CONFIG, genai_config(spec, window, args.device))
+    write_json(stage / AUDIO_PROCESSOR_CONFIG, audio_processor_config(spec))
+    flags = {
+        "opset_version": args.opset_version,
+        "device": args.device,
+        "chunk_seconds": args.chunk_seconds,
+        "left_context_seconds": args.left_context_seconds,
+        "right_context_seconds": args.right_context_seconds,
+        "skip_verify": args.skip_verify,
+    }
+    source = source_record(checkpoint, args.model_name, args.output_dir)
+    write_manifest(stage, manifest, "export", {"source": source, "flags": flags, "parity": measured})
+    stages.report(GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG, "manifest.json")
 
 
 if __name__ == "__main__":

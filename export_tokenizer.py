@@ -22,8 +22,18 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from common import console, tokenizer
-from common.files import check_output_dir, read_manifest, staged_folder, write_json, write_manifest
+from common.files import (
+    check_output_dir,
+    read_manifest,
+    require_free,
+    staged_folder,
+    write_json,
+    write_manifest,
+)
 from common.model import DEFAULT_MODEL, find_checkpoint, read_tokenizer, source_record
+
+# The files beside tokenizer.json, as a multiple of its compact text: its own indentation, vocab.txt, the manifest.
+DISK_FACTOR = 4
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,6 +62,7 @@ def _export(args: argparse.Namespace) -> None:
     check_decoding(model, content, sequences)
     stages.report("tokenizer", *_measured(content), f"{len(sequences)} sequences decode like SentencePiece")
 
+    require_free(DISK_FACTOR * len(json.dumps(content)), args.output_dir)
     with staged_folder(args.output_dir) as stage:
         write_json(stage / "tokenizer.json", content)
         write_json(stage / "tokenizer_config.json", tokenizer.tokenizer_config(proto))

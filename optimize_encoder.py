@@ -27,9 +27,10 @@ from common.files import (
     save_model,
     staged_folder,
     state_needs,
+    verify_files,
     write_manifest,
 )
-from common.graphs import DECODER, ENCODER, JOINT
+from common.graphs import DECODER, ENCODER, GRAPH_FILES, JOINT
 from common.optimize import (
     INT8,
     MIN_FLOAT_SQNR_DB,
@@ -45,10 +46,10 @@ from common.optimize import (
 )
 from common.quantize import BLOCK_SIZES
 from common.runtime import EXPORT_COMMAND, TOKENIZER_COMMAND
+from common.tokenizer import TOKENIZER_FILES
 
 DECODING_FILES = tuple(file for graph in (DECODER, JOINT) for file in (graph.file, graph.data_file))
 CONFIG_FILES = (GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 # Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, when they are compared.
 MEMORY_FACTOR = 1.3
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _optimize(args: argparse.Namespace) -> None:
+    manifest = moved_manifest(args.model_dir, args.output_dir)
     _check_folders(args.model_dir, args.output_dir)
     int8_encoder = args.quant_method == INT8 and not args.skip_quantization
     int8_tokens = args.decoder_joint_precision == INT8
@@ -95,7 +97,8 @@ def _optimize(args: argparse.Namespace) -> None:
         raise ValueError("--reduce_range wants --quant_method int8 or --decoder_joint_precision int8, found neither")
     exported, stages = args.model_dir / ENCODER.file, Stages(5 if int8_tokens else 4)
     before = _encoder_bytes(args.model_dir)
-    state_needs(f"encoder.onnx ({size_text(before)})", MEMORY_FACTOR * before, before, args.output_dir)
+    disk = sum((args.model_dir / file).stat().st_size for file in (*GRAPH_FILES, *CONFIG_FILES, *TOKENIZER_FILES))
+    state_needs(f"encoder.onnx ({size_text(before)})", MEMORY_FACTOR * before, disk, args.output_dir)
     with staged_folder(args.output_dir) as stage:
         # SkipLayerNormalization takes 0.7 ms longer than Add and LayerNormalization (1.32, [250, 1024], 96 times):
         # little beside 4-bit products, a seventh of the time of an int8 encoder.
@@ -143,7 +146,9 @@ def _optimize(args: argparse.Namespace) -> None:
             "sqnr_db_on_noise": round(sqnr, 2) if math.isfinite(sqnr) else None,
             "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in token_sqnr.items()},
         }
-        write_manifest(stage, moved_manifest(args.model_dir, args.output_dir), "optimize", record)
+        write_manifest(stage, manifest, "optimize", record)
+        if moved_manifest(args.model_dir, args.output_dir) != manifest:
+            raise ValueError(f"{args.model_dir} was written anew while it was read; run this again")
     stages.report(
         "against the exported encoder, on noise",
         f"SQNR {sqnr:.1f} dB" if math.isfinite(sqnr) else "identical",
@@ -152,7 +157,8 @@ def _optimize(args: argparse.Namespace) -> None:
 
 
 def _check_folders(source: Path, target: Path) -> None:
-    """Raise FileNotFoundError naming the command that makes what `source` lacks, or ValueError if `target` is it."""
+    """Raise FileNotFoundError naming the command that makes what `source` lacks, or ValueError if `target` is it
+    or a file of `source` is not the one that its manifest lists."""
     check_output_dir(target)
     if target.resolve() == source.resolve():
         raise ValueError(
@@ -164,6 +170,7 @@ def _check_folders(source: Path, target: Path) -> None:
         if missing:
             names = ", ".join(missing)
             raise FileNotFoundError(f"wanted {names} in {source}, found none; first run: {command.format(source)}")
+    verify_files(source, (*GRAPH_FILES, *TOKENIZER_FILES))
 
 
 def _encoder_bytes(folder: Path) -> int:

@@ -12,8 +12,10 @@ import argparse
 from pathlib import Path
 
 from common.console import CheckError, Parser, Stages, run
-from common.files import MODEL_DIR_HELP, default_model_dir
+from common.files import MODEL_DIR_HELP, default_model_dir, verify_files
+from common.graphs import GRAPH_FILES
 from common.runtime import GenAI, RawOrt
+from common.tokenizer import TOKENIZER_FILES
 
 SAMPLE = Path(__file__).resolve().parent / "samples" / "clips" / "029_hibari.flac"
 
@@ -32,9 +34,10 @@ def main(argv: list[str] | None = None) -> int:
 def _test(args: argparse.Namespace) -> None:
     folder = args.model_dir or default_model_dir()
     stages = Stages(4)
+    listed = verify_files(folder, (*GRAPH_FILES, *TOKENIZER_FILES))
     genai = GenAI(folder)
     samples = genai.config.read_audio(args.audio)
-    stages.report("GenAI loads", str(folder))
+    stages.report("GenAI loads", str(folder), f"{listed} files are those of its manifest" if listed else "no checksums")
 
     tokens = genai.transcribe(samples)
     if not tokens:

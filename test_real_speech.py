@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common.console import CheckError, Parser, run
 from common.decode import GENAI_RULE, NEMO_RULE
-from common.files import MODEL_DIR_HELP, default_model_dir, read_manifest, write_json
+from common.files import MODEL_DIR_HELP, check_output_file, default_model_dir, read_manifest, write_json
 from common.model import find_checkpoint, load_model, recorded_checkpoint
 from common.runtime import GenAI, Nemo, RawOrt
 from common.transcripts import (
@@ -95,6 +95,8 @@ class Folder:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    if args.json:
+        check_output_file(args.json)
     clips = read_clips(args.manifest) if args.manifest else [Clip(path, None) for path in args.audio]
     folders = [Folder(path) for path in _folders(args.model_dir or default_model_dir())]
     nemo = None if args.skip_nemo else _load_nemo(args.model_name, folders[-1])

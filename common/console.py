@@ -1,13 +1,14 @@
 """How every script speaks: one line a stage, one line an error, exit status 0, 1 or 2."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 EXIT_OK = 0
 EXIT_CHECK = 1  # a check ran and failed, or the program itself did
@@ -64,8 +65,22 @@ def quiet_libraries(verbose: bool) -> None:
     if verbose:
         return
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # what NeMo logs as an error it also raises
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Hide what C libraries write to the error output themselves (libmpg123 comments on every broken frame)."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 class Stages:

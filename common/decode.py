@@ -83,7 +83,7 @@ def greedy_tdt_decode(
     for no limit. first_frame: what frame 0 of `encoded` is in the whole clip, for the steps. prior: what was decoded
     before, whose prediction state goes on; it is extended and returned.
 
-    Raises ValueError for durations among which the loop could not move on.
+    Raises ValueError for durations among which the loop could not move on, and for logits that are NaN.
     """
     if len(durations) == 0 or min(durations) < 0 or max(durations) < 1:
         raise ValueError(f"wanted durations of 0 frames and more, at least one of them positive, found {durations}")
@@ -119,7 +119,12 @@ def greedy_tdt_decode(
 
 
 def _best(logits: np.ndarray) -> tuple[int, float]:
-    """Index of the largest (the first of equals, as in every loop above) and its lead over the second."""
+    """Index of the largest (the first of equals, as in every loop above) and its lead over the second.
+
+    Raises ValueError at NaN, which argmax takes for the largest: the loop would emit one token until its limit.
+    """
     best = int(np.argmax(logits))
+    if np.isnan(logits[best]):
+        raise ValueError("the joint's logits are not numbers: the model is broken, or the audio beyond what it knows")
     others = np.delete(logits, best)
     return best, float(logits[best] - others.max()) if len(others) else float("inf")

@@ -1,17 +1,22 @@
-"""Outputs appear whole or not at all; `manifest.json` says where a model folder came from."""
+"""Outputs appear whole or not at all; `manifest.json` says what a model folder holds and where it came from."""
 
+import contextlib
+import errno
+import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.console import size_text
+from common.swap import fsync, lock, replace_folder
 
 MANIFEST = "manifest.json"
+FILES = "files"  # section of the manifest: name → bytes and sha256
+# A disk, or a quota, that is full; NumPy says only how much it wrote.
+DISK_ERRORS, SHORT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "requested and"
 # Smaller tensors stay inside the .onnx, where graph optimizers look for constants.
 EXTERNAL_DATA_THRESHOLD = 1024  # bytes
 EXTERNAL_DATA_ALIGNMENT = 65536  # bytes; the allocation granularity of Windows, the coarsest
@@ -20,64 +25,97 @@ RECORDED_PACKAGES = ("nemo_toolkit", "torch", "onnx", "onnxruntime", "onnxruntim
 
 
 def check_output_dir(target: Path) -> None:
-    """Raise NotADirectoryError if `target`, or what it would lie in, is a file."""
+    """Raise NotADirectoryError if `target`, or what it would lie in, is a file; PermissionError if it is read-only,
+    ValueError if it cannot be replaced."""
     for path in (target, *target.parents):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"wanted a folder to write to, found the file {path}; give another --output_dir")
+    real = target.resolve()
+    if real.is_dir() and not os.access(real, os.W_OK):
+        raise PermissionError(
+            f"wanted a folder to write to, found {target}, which is read-only; give another --output_dir"
+        )
+    if os.path.ismount(real) or Path.cwd().is_relative_to(real):
+        kind = "the working directory or above it" if Path.cwd().is_relative_to(real) else "a mount point"
+        raise ValueError(
+            f"wanted a folder that can be replaced as a whole, found {target}, {kind}; give a folder below it"
+        )
+
+
+def check_output_file(path: Path) -> None:
+    """Raise IsADirectoryError or FileNotFoundError if `path` cannot become a file."""
+    if path.is_dir():
+        raise IsADirectoryError(f"wanted a file to write, found the folder {path}")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"wanted a folder for {path}, found no {path.absolute().parent}; make it first")
+
+
+def require_free(disk: float, target: Path) -> int:
+    """Bytes free where `target` will be. Raises OSError where that is less than `disk`."""
+    existing = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < disk:
+        raise OSError(f"wanted {size_text(disk)} of disk for {target}, found {size_text(free)} free; make room")
+    return free
 
 
 def state_needs(what: str, memory: float, disk: float, target: Path) -> None:
-    """Say before long work what it takes, in bytes of memory and of disk where `target` will be."""
-    existing = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    """Say before long work what it takes, in bytes of memory and of disk where `target` will be.
+
+    Raises OSError as require_free does.
+    """
+    free = require_free(disk, target)
     print(f"{what}: about {size_text(memory)} of memory, {size_text(disk)} of disk ({size_text(free)} free)")
 
 
-@contextmanager
+@contextlib.contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; when the block ends well its files move into `target`, else they vanish.
+    """Yield an empty folder beside `target`; when the block ends well `target` has its files too, else it is as it was.
 
-    Files of `target` that the block did not write stay. The manifest moves last, so a folder whose manifest is new is
-    complete. Raises NotADirectoryError as check_output_dir does.
+    The new folder is complete, and on the disk, before one rename puts it in the place of the old one (common/swap.py);
+    files of `target` that the block did not write are in both. `stage.parent` is scratch space that vanishes with the
+    stage; what a killed run left of both is removed by the next one. Raises as check_output_dir and swap.lock do.
     """
     check_output_dir(target)
+    target = target.resolve()  # a link to the folder stays one
     target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield stage
-        stage.chmod(0o777 & ~_umask())  # mkdtemp made it private
-        if not target.exists():
-            stage.rename(target)
-            return
-        for path in sorted(stage.iterdir(), key=lambda path: path.name == MANIFEST):
-            path.replace(target / path.name)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with lock(target) as scratch:
+        stage = scratch / "new"
+        try:
+            stage.mkdir()
+            yield stage
+            replace_folder(target, stage)
+        except OSError as error:
+            if error.errno in DISK_ERRORS or SHORT_WRITE in str(error):
+                raise OSError(f"cannot write to {target} ({error}); nothing was changed; make room") from error
+            raise
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write readable UTF-8 JSON that ends in a newline, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fsync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync(path.parent)
 
 
 def read_json(path: Path, made_by: str) -> dict:
     """Read a JSON file of a model folder.
 
-    Raises FileNotFoundError naming the command `made_by` that writes it, ValueError if it is not JSON.
+    Raises FileNotFoundError naming the command `made_by` that writes it, ValueError if it is not a JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"wanted {path}, found no such file; first run: {made_by}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+        return content
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); make it again with: {made_by}") from None
 
 
@@ -105,15 +143,58 @@ def read_manifest(folder: Path) -> dict:
 
 
 def write_manifest(stage: Path, manifest: dict, section: str, content: dict) -> None:
-    """Write `manifest` into `stage`, `section` of it replaced by `content` and the versions of today."""
-    write_json(stage / MANIFEST, {**manifest, section: {**content, "versions": package_versions()}})
+    """Write `manifest` into `stage`, `section` of it replaced by `content` and the versions of today, and the size and
+    SHA-256 of each file of `stage` beside those that it lists already. Call it last."""
+    written = {path.name: fingerprint(path) for path in sorted(stage.iterdir()) if path.name != MANIFEST}
+    found = {**manifest, section: {**content, "versions": package_versions()}}
+    found[FILES] = dict(sorted({**manifest.get(FILES, {}), **written}.items()))
+    write_json(stage / MANIFEST, found)
+
+
+def fingerprint(path: Path) -> dict:
+    """Size in bytes and SHA-256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_files(folder: Path, names: Iterable[str]) -> int:
+    """Compare the files `names` of a folder with its manifest; return how many were (an old manifest lists none).
+
+    A configuration may be edited by hand; a graph and its data belong together byte for byte, and a runtime that loads
+    one with another's notices nothing. A file that is missing is its reader's to report. Raises ValueError naming each
+    file and what is wrong with it.
+    """
+    listed = read_manifest(folder).get(FILES, {})
+    checked = [name for name in names if name in listed and (folder / name).is_file()]
+    wrong = [problem for name in checked if (problem := _problem(folder / name, listed))]
+    if wrong:
+        raise ValueError(f"{folder}: {'; '.join(wrong)}; make the folder again")
+    return len(checked)
+
+
+def _problem(path: Path, listed: dict) -> str | None:
+    """What is wrong with a file by its manifest, or None."""
+    wanted, size = listed[path.name], path.stat().st_size
+    found = sha256(path)
+    if found == wanted["sha256"]:
+        return None
+    same = next((name for name, other in listed.items() if other["sha256"] == found), None)
+    if same:
+        return f"{path.name} is {same} under another name"
+    if size < wanted["bytes"]:
+        return f"{path.name} is truncated: {size} bytes of {wanted['bytes']}"
+    return f"{path.name} is another file than the one {MANIFEST} lists: it was changed, or comes from another folder"
 
 
 def moved_manifest(source: Path, target: Path) -> dict:
     """The manifest of folder `source` as it reads in folder `target`: relative paths lead to the same files."""
     manifest = read_manifest(source)
-    for section in manifest.values():
-        origin = section.get("source", {})
+    for name, section in manifest.items():
+        origin = {} if name == FILES else section.get("source", {})
         if "path" in origin:
             origin["path"] = relative_path(source / origin["path"], target)
     return manifest

@@ -110,3 +110,4 @@ JOINT = Graph(
 )
 
 GRAPHS = (ENCODER, DECODER, JOINT)
+GRAPH_FILES = tuple(file for graph in GRAPHS for file in (graph.file, graph.data_file))

@@ -4,22 +4,24 @@ NeMo is imported inside the functions that build a model; its import alone takes
 """
 
 import contextlib
-import hashlib
 import os
-import tarfile
-import zlib
+import pickle
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import read_manifest, relative_path
+from common.archive import CONFIG_MEMBER, WEIGHTS_MEMBER, check_weights, open_archive, parse_config, read_member
+from common.files import read_manifest, relative_path, sha256
 
 DEFAULT_MODEL = "nvidia/parakeet-tdt-0.6b-v3"
 
-CONFIG_MEMBER = "model_config.yaml"
-WEIGHTS_MEMBER = "model_weights.ckpt"
+# Bytes. The configs of checkpoints with 8192 pieces are under 1 MB, SentencePiece models of 256,000 pieces under 8 MB.
+MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES = 10_000_000, 100_000_000
 # NeMo adds this to the standard deviation (`CONSTANT` in nemo/collections/asr/parts/preprocessing/features.py).
 NEMO_NORM_EPS = 1e-5
+# Tensors may share storage (tied weights); all of them twice is already more than any model does.
+MAX_SHARING = 2
 
 
 def find_checkpoint(model_name: str) -> Path:
@@ -33,7 +35,7 @@ def find_checkpoint(model_name: str) -> Path:
         path = _download(model_name)
     if not path.is_file():
         raise FileNotFoundError(f"wanted a .nemo file or a Hugging Face name, found nothing at {model_name}")
-    with _open_archive(path):
+    with open_archive(path):
         return path
 
 
@@ -62,42 +64,15 @@ def _download(model_name: str) -> Path:
         raise ConnectionError(f"wanted {filename} of {model_name}, Hugging Face answered: {error}") from error
 
 
-@contextlib.contextmanager
-def _open_archive(path: Path) -> Iterator[tarfile.TarFile]:
-    """Open a `.nemo`, a tar that older NeMo versions gzip, with its two needed members present."""
-    try:
-        with tarfile.open(path) as archive:
-            names = {Path(name).name for name in archive.getnames()}
-            for member in (CONFIG_MEMBER, WEIGHTS_MEMBER):
-                if member not in names:
-                    raise ValueError(f"{path} is not a whole NeMo checkpoint: it holds no {member}; download it again")
-            yield archive
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or not a NeMo checkpoint ({error}); download it again") from None
-
-
-def _read_member(archive: tarfile.TarFile, name: str) -> bytes:
-    for member in archive:
-        if Path(member.name).name == name and member.isfile():
-            return archive.extractfile(member).read()
-    raise ValueError(f"{archive.name} names {name} in its config but does not hold it; download it again")
-
-
 def read_config(checkpoint: Path) -> dict:
-    """The checkpoint's YAML, interpolations resolved. Raises ValueError where it is not a config."""
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    with _open_archive(checkpoint) as archive:
-        text = _read_member(archive, CONFIG_MEMBER)
+    """The checkpoint's YAML. Raises ValueError where it is not a config, or one that would do harm (common/archive)."""
+    with open_archive(checkpoint) as archive:
+        names = set(archive.members)
+        text = read_member(archive, CONFIG_MEMBER, MAX_CONFIG_BYTES)
     try:
-        config = OmegaConf.create(text.decode("utf-8"))
-        if not isinstance(config, DictConfig):
-            raise ValueError("no mapping at its top")
-        return OmegaConf.to_container(config, resolve=True)
-    except (UnicodeDecodeError, YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{checkpoint}: {CONFIG_MEMBER} cannot be read ({error}); download it again") from None
+        return parse_config(text, names)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {CONFIG_MEMBER} cannot be used: {error}") from None
 
 
 def read_tokenizer(checkpoint: Path) -> bytes:
@@ -110,8 +85,8 @@ def read_tokenizer(checkpoint: Path) -> bytes:
     if not model_path:
         kind = tokenizer.get("type", "no tokenizer")
         raise ValueError(f"wanted a SentencePiece tokenizer, found {kind!r} in {checkpoint}; this model has no export")
-    with _open_archive(checkpoint) as archive:
-        return _read_member(archive, Path(model_path.removeprefix("nemo:")).name)
+    with open_archive(checkpoint) as archive:
+        return read_member(archive, model_path.removeprefix("nemo:"), MAX_TOKENIZER_BYTES)
 
 
 def require_tdt(checkpoint: Path) -> None:
@@ -129,12 +104,15 @@ def require_tdt(checkpoint: Path) -> None:
     raise ValueError(f"not a TDT model: {checkpoint.name}: {reason}; pass a Parakeet-TDT checkpoint")
 
 
-def load_model(checkpoint: Path, device: str = "cpu"):
+def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = None):
     """Build the NeMo model in evaluation mode. Weights are mapped from disk, not copied over random ones.
 
-    Raises ValueError for a checkpoint that is not TDT, does not fit its config, or a device that is not there.
+    NeMo unpacks the checkpoint into a temporary folder, in `scratch` if that is given. Raises ValueError for a
+    checkpoint that is not TDT, does not fit its config or would do harm, or a device that is not there.
     """
     require_tdt(checkpoint)
+    with open_archive(checkpoint) as archive:
+        check_weights(archive)
     import torch
     from nemo.collections.asr.models import ASRModel
     from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
@@ -149,22 +127,48 @@ def load_model(checkpoint: Path, device: str = "cpu"):
         def _load_state_dict_from_disk(model_weights, map_location="cpu"):
             # weights_only: a pickle that wants to run code is refused. A mapped file cannot be deleted on Windows.
             mapped = os.name == "posix"
-            return torch.load(model_weights, map_location=map_location, weights_only=True, mmap=mapped)
+            state_dict = torch.load(model_weights, map_location=map_location, weights_only=True, mmap=mapped)
+            size = sum(tensor.nbytes for tensor in state_dict.values())
+            if size > MAX_SHARING * Path(model_weights).stat().st_size:  # views that repeat a few stored numbers
+                raise ValueError(f"its tensors claim {size} bytes, which its weights do not hold")
+            return state_dict
 
         def load_instance_with_state_dict(self, instance, state_dict, strict):
             state_dict = {name: tensor.float() if tensor.is_floating_point() else tensor
                           for name, tensor in state_dict.items()}  # fmt: skip
+            wrong = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
+            if wrong:
+                raise ValueError(f"{wrong[0]} and {len(wrong) - 1} more of its tensors hold values that are not finite")
             instance.load_state_dict(state_dict, strict=strict, assign=True)
             instance._set_model_restore_state(is_being_restored=False)
 
     try:
-        with _no_initialization():
+        with _no_initialization(), _temporary_files_in(scratch):
             model = ASRModel.restore_from(
                 str(checkpoint), map_location=device, save_restore_connector=AssigningConnector()
             )
-    except (RuntimeError, KeyError, EOFError, tarfile.TarError) as error:
-        raise ValueError(f"{checkpoint} does not load: {error}") from error
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:  # whose text goes on to explain how to run the code after all
+        raise ValueError(
+            f"{checkpoint}: {WEIGHTS_MEMBER} holds more than tensors, which might run code; refused"
+        ) from error
+    except Exception as error:  # of a config that it cannot build NeMo raises whatever its constructors raise
+        # After a failure NeMo tries its abstract base class; its log, shown by --verbose, has the reason.
+        reason = "NeMo cannot build it from its config" if "abstract class" in str(error) else error
+        raise ValueError(f"{checkpoint} does not load: {reason}") from error
     return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path | None) -> Iterator[None]:
+    """Let NeMo, which has no option for it, unpack where what a killed run leaves is found and removed."""
+    saved = tempfile.tempdir
+    try:
+        tempfile.tempdir = saved if folder is None else str(folder)
+        yield
+    finally:
+        tempfile.tempdir = saved
 
 
 @contextlib.contextmanager
@@ -283,7 +287,7 @@ def source_record(checkpoint: Path, model_name: str, output_dir: Path) -> dict:
     """What a manifest says of the source: its Hugging Face `name`, or its `path` relative to the folder; checksum."""
     hub = Path(model_name) != checkpoint
     source = {"name": model_name} if hub else {"path": relative_path(checkpoint, output_dir)}
-    return {**source, "sha256": _sha256(checkpoint)}
+    return {**source, "sha256": sha256(checkpoint)}
 
 
 def recorded_checkpoint(folder: Path) -> Path:
@@ -297,11 +301,6 @@ def recorded_checkpoint(folder: Path) -> Path:
     checkpoint = find_checkpoint(source["name"]) if "name" in source else folder / source["path"]
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint}, recorded in {folder}, is gone; pass --model_name or --skip_nemo")
-    if _sha256(checkpoint) != source["sha256"]:
+    if sha256(checkpoint) != source["sha256"]:
         raise ValueError(f"{checkpoint} is not the file that {folder} was exported from; pass --model_name")
     return checkpoint
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.configs import GENAI_CONFIG
+from common.console import silent_stderr
 from common.decode import GENAI_RULE, BlankZero, Hypothesis, Prediction, greedy_tdt_decode
 from common.files import read_json
 from common.graphs import DECODER, ENCODER, JOINT, Graph
@@ -16,6 +17,12 @@ EXPORT_COMMAND = "python export_parakeet_to_onnx.py --output_dir {}"
 TOKENIZER_COMMAND = "python export_tokenizer.py --output_dir {}"
 # NeMo's features need two frames for a standard deviation; a shorter clip holds no speech anyway.
 MIN_FRAMES = 2
+# GenAI computes a clip's features at once, in 2 GB an hour; the encoder then runs chunk by chunk.
+MAX_SECONDS = 4 * 3600
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4_000, 768_000  # Hz: what converters have; a header beyond is damaged
+# Full scale is 1, or 2^31 where a program stored integers as floats. Powers of features stay finite up to there.
+MAX_AMPLITUDE = 2.0**31
+BLOCK_VALUES = 2**20  # samples times channels decoded at a time, 4 MB
 ERRORS_AND_WORSE = 3  # a severity of OrtLoggingLevel
 
 
@@ -50,28 +57,48 @@ class OrtGraph:
 def load_audio(path: Path, sample_rate: int, min_samples: int) -> np.ndarray:
     """Any file libsndfile reads, as mono float32 at `sample_rate`; channels are averaged, resampling is soxr's HQ.
 
-    Raises FileNotFoundError, or ValueError for a file that is no audio, is not finite or is under `min_samples`.
+    Raises FileNotFoundError, or ValueError for a file that is no audio, is not finite, is under `min_samples` or longer
+    than MAX_SECONDS.
     """
     import soundfile
-    import soxr
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"wanted an audio file, found nothing at {path}")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with silent_stderr(), soundfile.SoundFile(path) as file:
+            # After each read soundfile seeks to where it is already, and an MP3 starts anew there, audibly.
+            file.seekable = lambda: False
+            mono = np.concatenate([np.zeros(0, np.float32), *_mono_blocks(path, file, sample_rate)])
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} is not audio that libsndfile reads ({error.error_string})") from None
-    mono = samples.mean(axis=1)
-    if rate != sample_rate:
-        mono = soxr.resample(mono, rate, sample_rate)
     if len(mono) < min_samples:
         raise ValueError(
             f"{path} holds {len(mono) / sample_rate:.3f} s of audio, wanted {min_samples / sample_rate:.3f} s or more"
         )
-    if not np.isfinite(mono).all():
-        raise ValueError(f"{path} holds samples that are not finite numbers")
-    return np.ascontiguousarray(mono, dtype=np.float32)
+    return mono
+
+
+def _mono_blocks(path: Path, file, sample_rate: int) -> Iterator[np.ndarray]:
+    """The blocks of an open sound file as mono at `sample_rate`: memory for one block, whatever the header claims."""
+    import soxr
+
+    rate = file.samplerate
+    if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
+        raise ValueError(f"{path} has a sample rate of {rate} Hz, wanted {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}")
+    resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32") if rate != sample_rate else None
+    block = max(BLOCK_VALUES // file.channels, 1)  # frames
+    frames = 0
+    while len(read := file.read(block, dtype="float32", always_2d=True)):
+        frames += len(read)
+        if frames > MAX_SECONDS * rate:
+            raise ValueError(f"{path} is longer than {MAX_SECONDS / 3600:.0f} h; cut it into parts")
+        mono = read.mean(axis=1)
+        if not np.abs(mono).max() <= MAX_AMPLITUDE:  # NaN is not, either
+            raise ValueError(f"{path} holds samples that are not finite numbers, or beyond any scale of audio")
+        yield mono if resampler is None else resampler.resample_chunk(mono)
+    if resampler is not None:
+        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
 @dataclass(frozen=True)
@@ -92,20 +119,28 @@ class RuntimeConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "RuntimeConfig":
-        model = read_json(Path(folder) / GENAI_CONFIG, EXPORT_COMMAND.format(folder))["model"]
-        return cls(
-            model["sample_rate"],
-            model["hop_length"],
-            model["subsampling_factor"],
-            model["chunk_samples"],
-            model["left_context_samples"],
-            model["right_context_samples"],
-            model["blank_id"],
-            tuple(model["tdt_durations"]),
-            model["max_symbols_per_step"],
-            model["decoder"]["num_hidden_layers"],
-            model["decoder"]["hidden_size"],
-        )
+        """Raises FileNotFoundError, or ValueError where the file is no such config."""
+        path = Path(folder) / GENAI_CONFIG
+        config = read_json(path, EXPORT_COMMAND.format(folder))
+        try:
+            model = config["model"]
+            return cls(
+                model["sample_rate"],
+                model["hop_length"],
+                model["subsampling_factor"],
+                model["chunk_samples"],
+                model["left_context_samples"],
+                model["right_context_samples"],
+                model["blank_id"],
+                tuple(model["tdt_durations"]),
+                model["max_symbols_per_step"],
+                model["decoder"]["num_hidden_layers"],
+                model["decoder"]["hidden_size"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} lacks a setting ({error}); make it again: {EXPORT_COMMAND.format(folder)}"
+            ) from None
 
     @property
     def min_samples(self) -> int:

@@ -18,6 +18,7 @@ V counts the blank, which SentencePiece does not have: it is the last id, V - 1.
 """
 
 import base64
+import math
 import random
 import re
 
@@ -25,6 +26,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 BLANK = "<blank>"
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
 NOT_ZERO = -1e-9  # a score that keeps an id where ORT Extensions would skip one of 0; too small to choose a path
@@ -39,9 +41,15 @@ def parse_model(model: bytes) -> ModelProto:
     """The SentencePiece model in `model`. Raises ValueError where SentencePiece cannot load it."""
     try:
         SentencePieceProcessor().LoadFromSerializedProto(model)
-        return ModelProto.FromString(model)
+        proto = ModelProto.FromString(model)
     except (RuntimeError, DecodeError) as error:
         raise ValueError(f"wanted a SentencePiece model, found {len(model)} other bytes ({error})") from None
+    for index, piece in enumerate(proto.pieces):  # protobuf gives bytes for a string that is not UTF-8
+        if not isinstance(piece.piece, str) or not math.isfinite(piece.score):
+            raise ValueError(
+                f"piece {index} of the SentencePiece model, {piece.piece!r}, is damaged; download it again"
+            )
+    return proto
 
 
 def special_ids(proto: ModelProto) -> list[int]:

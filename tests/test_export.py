@@ -189,5 +189,5 @@ def test_rerun_replaces_its_own_files_only(tiny_export, tmp_path):
     assert load(folder, ENCODER).opset_import[0].version == 19
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert set(manifest) == {"export", "tokenizer"}
+    assert set(manifest) == {"export", "tokenizer", "files"}
     assert manifest["export"]["parity"] == {}

@@ -1,0 +1,434 @@
+"""Checkpoints that nobody should load: each a function that writes one, named by what is wrong with it.
+
+Those that carry code would write the file CANARY names; after a refusal it must not be there.
+"""
+
+import bz2
+import gzip
+import io
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "samples" / "parakeet-tdt-tiny.nemo"
+CANARY = "canary"  # beside the checkpoint
+CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
+
+Writer = Callable[[Path], None]
+CHECKPOINTS: dict[str, Writer] = {}
+
+
+def case(name: str) -> Callable[[Writer], Writer]:
+    def register(writer: Writer) -> Writer:
+        CHECKPOINTS[name] = writer
+        return writer
+
+    return register
+
+
+def tiny_members() -> dict[str, bytes]:
+    with tarfile.open(TINY) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def write_tar(path: Path, members: dict[str, bytes], *extra: tuple[tarfile.TarInfo, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for info, content in extra:
+            tar.addfile(info, io.BytesIO(content))
+
+
+def with_member(path: Path, name: str, content: bytes = b"", **fields) -> None:
+    """The bundled checkpoint and one member more, of these tar fields."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    write_tar(path, tiny_members(), (info, content))
+
+
+def with_text(path: Path, change: Callable[[str], str]) -> None:
+    members = tiny_members()
+    members[CONFIG] = change(members[CONFIG].decode()).encode()
+    write_tar(path, members)
+
+
+def with_config(path: Path, change: Callable[[dict], None]) -> None:
+    def rewritten(text: str) -> str:
+        config = yaml.safe_load(text)
+        change(config)
+        return yaml.safe_dump(config, allow_unicode=True)
+
+    with_text(path, rewritten)
+
+
+def with_weights(path: Path, content: bytes) -> None:
+    write_tar(path, {**tiny_members(), WEIGHTS: content})
+
+
+def changed_weights(path: Path, change: Callable[[dict], None]) -> None:
+    import torch
+
+    state = torch.load(io.BytesIO(tiny_members()[WEIGHTS]), weights_only=True)
+    change(state)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with_weights(path, buffer.getvalue())
+
+
+class Code:
+    """Unpickled carelessly, it touches the canary."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.canary}'",)
+
+
+# ---- the archive
+
+
+@case("empty file")
+def _(path):
+    path.write_bytes(b"")
+
+
+@case("text, not an archive")
+def _(path):
+    path.write_text("hello " * 1000)
+
+
+@case("random bytes")
+def _(path):
+    path.write_bytes(os.urandom(100_000))
+
+
+@case("a folder of that name")
+def _(path):
+    path.mkdir()
+
+
+@case("half of the file")
+def _(path):
+    path.write_bytes(TINY.read_bytes()[: TINY.stat().st_size // 2])
+
+
+@case("all but the end")
+def _(path):
+    path.write_bytes(TINY.read_bytes()[: TINY.stat().st_size * 99 // 100])
+
+
+@case("another compression (bzip2)")
+def _(path):
+    path.write_bytes(bz2.compress(TINY.read_bytes(), 1))
+
+
+@case("gzip cut in half")
+def _(path):
+    whole = gzip.compress(TINY.read_bytes(), 1)
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+@case("gzip bomb: 200 kB to 200 MB")
+def _(path):
+    with gzip.open(path, "wb", compresslevel=9) as file:
+        for _ in range(200):
+            file.write(bytes(10**6))
+
+
+@case("gzip bomb: a header of 100 MB")
+def _(path):
+    info = tarfile.TarInfo("long")
+    info.type, info.size = tarfile.XHDTYPE, 10**8
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(info.tobuf())
+        for _ in range(100):
+            file.write(bytes(10**6))
+
+
+@case("a member that claims 1 TB")
+def _(path):
+    info = tarfile.TarInfo("huge")
+    info.size = 10**12
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + TINY.read_bytes())
+
+
+@case("a sparse member of 1 TB")
+def _(path):
+    info = tarfile.TarInfo("sparse")
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[156:157] = b"S"
+    header[386:398] = header[398:410] = b"00000000000\0"
+    header[483:495] = b"\x80\0\0\0\0\0\0\xe8\xd4\xa5\x10\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + TINY.read_bytes())
+
+
+@case("2000 members")
+def _(path):
+    write_tar(path, {**tiny_members(), **{f"file{number}": b"" for number in range(2000)}})
+
+
+@case("a member ../canary")
+def _(path):
+    with_member(path, f"../{CANARY}", b"x")
+
+
+@case("a member with an absolute path")
+def _(path):
+    with_member(path, str(path.parent / CANARY), b"x")
+
+
+@case("a member with a Windows path")
+def _(path):
+    with_member(path, "C:\\canary", b"x")
+
+
+@case("a symbolic link out, and a file through it")
+def _(path):
+    info = tarfile.TarInfo("out")
+    info.type, info.linkname = tarfile.SYMTYPE, str(path.parent)
+    file = tarfile.TarInfo(f"out/{CANARY}")
+    write_tar(path, tiny_members(), (info, b""), (file, b""))
+
+
+@case("a hard link to a file outside")
+def _(path):
+    with_member(path, "passwords", type=tarfile.LNKTYPE, linkname="/etc/passwd")
+
+
+@case("a named pipe")
+def _(path):
+    with_member(path, "pipe", type=tarfile.FIFOTYPE)
+
+
+@case("a device")
+def _(path):
+    with_member(path, "memory", type=tarfile.CHRTYPE, devmajor=1, devminor=1)
+
+
+@case("two members model_weights.ckpt")
+def _(path):
+    with_member(path, WEIGHTS, b"x")
+
+
+@case("no config")
+def _(path):
+    write_tar(path, {name: content for name, content in tiny_members().items() if name != CONFIG})
+
+
+@case("the config in a subfolder only")
+def _(path):
+    write_tar(path, {f"sub/{CONFIG}" if name == CONFIG else name: c for name, c in tiny_members().items()})
+
+
+# ---- the config
+
+
+@case("YAML that asks for Python objects")
+def _(path):
+    canary = path.parent / CANARY
+    with_text(path, lambda text: f"x: !!python/object/apply:os.system [\"touch '{canary}'\"]\n{text}")
+
+
+@case("a reference to the environment")
+def _(path):
+    with_text(path, lambda text: "x: ${oc.env:HOME}\n" + text)
+
+
+@case("a reference whose resolver is a reference")
+def _(path):
+    with_text(path, lambda text: "name: oc.env\nx: ${${name}:HOME}\n" + text)
+
+
+@case("references that double 60 times")
+def _(path):
+    lines = "".join(f"x{n + 1}: ${{x{n}}}${{x{n}}}\n" for n in range(60))
+    with_text(path, lambda text: f"x0: bomb\n{lines}{text}")
+
+
+@case("aliases that multiply (billion laughs)")
+def _(path):
+    lines = "".join(f"x{n + 1}: &x{n + 1} [{', '.join([f'*x{n}'] * 9)}]\n" for n in range(9))
+    with_text(path, lambda text: f"x0: &x0 [bomb]\n{lines}{text}")
+
+
+@case("an alias inside itself")
+def _(path):
+    with_text(path, lambda text: "x: &x [*x]\n" + text)
+
+
+@case("5000 levels")
+def _(path):
+    with_text(path, lambda text: f"x: {'[' * 5000}{']' * 5000}\n{text}")
+
+
+@case("a million values")
+def _(path):
+    with_text(path, lambda text: "x:\n" + "- 1\n" * 1_000_000 + text)
+
+
+@case("20 MB of config")
+def _(path):
+    with_text(path, lambda text: "x: " + "y" * 20_000_000 + "\n" + text)
+
+
+@case("not YAML")
+def _(path):
+    with_text(path, lambda text: "\t{]:" + text)
+
+
+@case("not UTF-8")
+def _(path):
+    write_tar(path, {**tiny_members(), CONFIG: b"\xff\xfe\xfa"})
+
+
+@case("a number for a config")
+def _(path):
+    with_text(path, lambda text: "5")
+
+
+@case("a list for an encoder")
+def _(path):
+    with_config(path, lambda config: config.update(encoder=[1, 2]))
+
+
+@case("_target_: os.system")
+def _(path):
+    canary = path.parent / CANARY
+    with_config(path, lambda config: config["encoder"].update(_target_="os.system", command=f"touch '{canary}'"))
+
+
+@case("_target_: a NeMo function that writes files")
+def _(path):
+    call = {"_target_": "nemo.collections.asr.parts.utils.manifest_utils.write_text", "output_path": CANARY}
+    with_config(path, lambda config: config.update(preprocessor=call))
+
+
+@case("_target_: deep in a list")
+def _(path):
+    with_config(path, lambda config: config.update(extra=[[{"_target_": "subprocess.Popen", "args": "id"}]]))
+
+
+@case("target: not a model")
+def _(path):
+    with_config(path, lambda config: config.update(target="subprocess.Popen"))
+
+
+@case("_target_: a NeMo class that is no encoder")
+def _(path):
+    target = "nemo.collections.asr.modules.SpectrogramAugmentation"
+    with_config(path, lambda config: config["encoder"].update(_target_=target))
+
+
+@case("an artifact nemo:../../etc/passwd")
+def _(path):
+    with_config(path, lambda config: config["tokenizer"].update(model_path="nemo:../../../../../../etc/passwd"))
+
+
+@case("a tokenizer at /etc/passwd")
+def _(path):
+    with_config(path, lambda config: config["tokenizer"].update(model_path="/etc/passwd"))
+
+
+@case("a billion layers")
+def _(path):
+    with_config(path, lambda config: config["encoder"].update(n_layers=10**9))
+
+
+@case("a table of 10^12 positions")
+def _(path):
+    with_config(path, lambda config: config["encoder"].update(pos_emb_max_len=10**12))
+
+
+@case("a width of -1")
+def _(path):
+    with_config(path, lambda config: config["encoder"].update(d_model=-1))
+
+
+@case("a width of 'wide'")
+def _(path):
+    with_config(path, lambda config: config["encoder"].update(d_model="wide"))
+
+
+@case("negative durations")
+def _(path):
+    def change(config):
+        for section in (config["decoding"], config["loss"]["tdt_kwargs"]):  # NeMo decodes by those of the loss
+            section["durations"] = [0, -1, 2, 3, 4]
+
+    with_config(path, change)
+
+
+# ---- the weights
+
+
+@case("a pickle with code in the zip of torch")
+def _(path):
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({"weight": Code(path.parent / CANARY)}, buffer)
+    with_weights(path, buffer.getvalue())
+
+
+@case("a pickle with code, bare")
+def _(path):
+    with_weights(path, pickle.dumps(Code(path.parent / CANARY)))
+
+
+@case("weights that unpack to 100 MB")
+def _(path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", b"")
+        file.writestr("archive/data/0", bytes(10**8))
+    with_weights(path, buffer.getvalue())
+
+
+@case("a tensor of 4 TB that repeats one number")
+def _(path):
+    import torch
+
+    def change(state):
+        state[next(iter(state))] = torch.zeros(1, dtype=torch.float16).expand(2 * 10**12)
+
+    changed_weights(path, change)
+
+
+@case("a tensor that is a string")
+def _(path):
+    changed_weights(path, lambda state: state.update({next(iter(state)): "weight"}))
+
+
+@case("a tensor missing")
+def _(path):
+    changed_weights(path, lambda state: state.pop(next(iter(state))))
+
+
+@case("a tensor of another shape")
+def _(path):
+    import torch
+
+    changed_weights(path, lambda state: state.update({"joint.enc.weight": torch.zeros(3, 5)}))
+
+
+@case("a weight that is not a number (NaN)")
+def _(path):
+    changed_weights(path, lambda state: state["joint.enc.weight"][3, 4].fill_(float("nan")))
+
+
+@case("weights from random bytes")
+def _(path):
+    with_weights(path, os.urandom(100_000))

@@ -1,0 +1,247 @@
+"""Properties that hold whatever the numbers: decoding, tokenizer and graph fusion on random topologies."""
+
+import contextlib
+import json
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+
+from common import optimize, tokenizer, wrappers
+from common.archive import parse_config
+from common.decode import GENAI_RULE, NEMO_RULE, Prediction, greedy_tdt_decode
+from common.export import export_graph
+from common.files import save_model
+from common.graphs import DECODER, ENCODER, JOINT
+from common.runtime import OrtGraph
+from tests.test_tokenizer import Piece, handmade
+
+QUICK = settings(deadline=None, max_examples=200)
+# An example exports graphs, or runs NeMo: a tenth of a second to two.
+SLOW = settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+
+genai_durations = st.lists(st.integers(1, 9), min_size=1, max_size=5, unique=True).map(lambda rest: (0, *rest))
+any_durations = st.lists(st.integers(0, 9), min_size=1, max_size=6, unique=True).filter(any).map(tuple)
+
+
+def table_decode(seed: int, frames: int, vocabulary: int, durations, max_symbols, rule, bias=0.0, **options):
+    """Decode random logits that depend on the frame and on the last token."""
+    table = np.random.default_rng(seed).standard_normal((frames, vocabulary + 1, vocabulary + 1 + len(durations)))
+    table[:, :, vocabulary] += bias  # of the blank
+    return greedy_tdt_decode(
+        np.arange(frames, dtype=np.float32)[:, None], frames,
+        lambda token, state: Prediction(np.array(token), None),
+        lambda frame, output: table[int(frame[0]), int(output)],
+        blank_id=vocabulary, durations=durations, max_symbols=max_symbols, blank_zero=rule, **options,
+    )  # fmt: skip
+
+
+@QUICK
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    frames=st.integers(0, 40),
+    vocabulary=st.integers(1, 12),
+    durations=genai_durations,
+    max_symbols=st.integers(1, 12),
+    bias=st.floats(-5, 5),
+)
+def test_decoding_ends_moves_on_and_tells_only_of_its_frames(seed, frames, vocabulary, durations, max_symbols, bias):
+    found = {}
+    for rule in (NEMO_RULE, GENAI_RULE):
+        hypothesis = table_decode(seed, frames, vocabulary, durations, max_symbols, rule, bias)
+        steps = hypothesis.steps
+        assert len(steps) <= frames * (max_symbols + 1)
+        assert all(0 <= step.frame < frames for step in steps)
+        assert all(0 <= step.token <= vocabulary and step.duration in (*durations, 1) for step in steps)
+        assert [step.frame for step in steps] == sorted(step.frame for step in steps)
+        for frame in {step.frame for step in steps}:
+            assert sum(step.frame == frame and step.token != vocabulary for step in steps) <= max_symbols
+        found[rule] = hypothesis
+    if not any(step.blank_zero for step in found[NEMO_RULE].steps):  # else the rules differ by design
+        assert found[NEMO_RULE].steps == found[GENAI_RULE].steps
+
+
+@QUICK
+@given(seed=st.integers(0, 2**32 - 1), durations=any_durations, frames=st.integers(1, 30), cut=st.integers(0, 30))
+def test_a_seam_where_a_step_begins_changes_nothing(seed, durations, frames, cut):
+    whole = table_decode(seed, frames, 5, durations, 4, NEMO_RULE)
+    table = np.random.default_rng(seed).standard_normal((frames, 6, 6 + len(durations)))
+    begun = sorted({step.frame for step in whole.steps})
+    seam = begun[min(cut, len(begun) - 1)]
+    options = {
+        "blank_id": 5, "durations": durations, "max_symbols": 4, "blank_zero": NEMO_RULE,
+        "predict": lambda token, state: Prediction(np.array(token), None),
+        "join": lambda frame, output: table[int(frame[0]), int(output)],
+    }  # fmt: skip
+    encoded = np.arange(frames, dtype=np.float32)[:, None]
+    first = greedy_tdt_decode(encoded, seam, **options)
+    assert greedy_tdt_decode(encoded, frames, start=seam, prior=first, **options).steps == whole.steps
+
+
+def test_logits_that_are_not_numbers_end_at_once():
+    with pytest.raises(ValueError, match="not numbers"):
+        greedy_tdt_decode(
+            np.zeros((5, 1)), 5, lambda token, state: Prediction(np.zeros(1), None), lambda *_: np.full(6, np.nan),
+            blank_id=3, durations=(0, 1), max_symbols=None,
+        )  # fmt: skip
+
+
+@settings(SLOW, max_examples=5)
+@given(
+    seed=st.integers(0, 2**31),
+    vocabulary=st.integers(1, 40),
+    width=st.integers(2, 24),
+    layers=st.integers(1, 3),
+    durations=any_durations.filter(lambda durations: 0 in durations),
+    max_symbols=st.integers(1, 10),
+)
+def test_ort_torch_wrappers_and_nemo_decode_alike(
+    seed, vocabulary, width, layers, durations, max_symbols, tmp_path_factory
+):
+    """Random prediction and joint networks: the graphs in ONNX Runtime, the wrappers in torch, NeMo's own greedy."""
+    import torch
+    from nemo.collections.asr.modules import RNNTDecoder, RNNTJoint
+    from nemo.collections.asr.parts.submodules.rnnt_greedy_decoding import GreedyBatchedTDTInfer
+
+    torch.manual_seed(seed)
+    prednet = {"pred_hidden": width, "pred_rnn_layers": layers}
+    jointnet = {"joint_hidden": width, "activation": "relu", "encoder_hidden": width + 1, "pred_hidden": width}
+    decoder = RNNTDecoder(prednet=prednet, vocab_size=vocabulary).eval().requires_grad_(False)
+    joint = RNNTJoint(jointnet=jointnet, num_classes=vocabulary, num_extra_outputs=len(durations), log_softmax=False)
+    joint = joint.eval().requires_grad_(False)
+    joint.joint_net[-1].weight.mul_(5)
+    encoded = torch.randn(1, width + 1, 20)
+    infer = GreedyBatchedTDTInfer(
+        decoder, joint, blank_index=vocabulary, durations=list(durations), max_symbols_per_step=max_symbols
+    )
+    with torch.inference_mode():
+        wanted = infer(encoder_output=encoded, encoded_lengths=torch.tensor([20]))[0][0]
+
+    folder = tmp_path_factory.mktemp("random")
+    modules = {DECODER: wrappers.StatefulDecoder(decoder), JOINT: wrappers.TdtJoint(joint)}
+    for graph, module in modules.items():
+        export_graph(module, graph, folder, 17)
+
+    def torch_runner(module):
+        def run(*arrays):
+            with torch.inference_mode():
+                outputs = module(*map(torch.from_numpy, arrays))
+            return [out.numpy() for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+        return run
+
+    for predictor, joiner in (
+        (OrtGraph(folder, DECODER), OrtGraph(folder, JOINT)),
+        (torch_runner(modules[DECODER]), torch_runner(modules[JOINT])),
+    ):
+
+        def predict(token, state, predictor=predictor):
+            state = state or (np.zeros((layers, 1, width), np.float32),) * 2
+            output, _, *state = predictor(np.array([[token]]), np.ones(1, np.int64), *state)
+            return Prediction(output.transpose(0, 2, 1), tuple(state))
+
+        def join(frame, output, joiner=joiner):
+            return joiner(np.ascontiguousarray(frame)[None, None], np.ascontiguousarray(output))[0].reshape(-1)
+
+        found = greedy_tdt_decode(
+            encoded[0].T.numpy(), 20, predict, join,
+            blank_id=vocabulary, durations=durations, max_symbols=max_symbols,
+        )  # fmt: skip
+        near_tie = next((n for n, step in enumerate(found.steps) if step.margin < 1e-4), len(found.steps))
+        sure = [step for step in found.steps[:near_tie] if step.token != vocabulary]
+        assert [step.token for step in sure] == wanted.y_sequence.tolist()[: len(sure)]
+        assert [step.frame for step in sure] == [int(frame) for frame in wanted.timestamp][: len(sure)]
+        if near_tie == len(found.steps):
+            assert len(sure) == len(wanted.y_sequence)
+
+
+# Letters of one to four bytes, the mark of a space, digits and upper case, which ORT Extensions could take for bytes.
+pieces = st.text(alphabet="abzAF019▁.'éж語😀", min_size=1, max_size=8)
+
+
+@settings(QUICK, max_examples=60)
+@given(names=st.lists(pieces, min_size=1, max_size=30, unique=True), draw=st.data())
+def test_any_vocabulary_reads_the_same_in_sentencepiece_and_hugging_face(names, draw):
+    model = handmade(*((name, -float(index), Piece.NORMAL) for index, name in enumerate(names)))
+    proto = tokenizer.parse_model(model)
+    try:
+        content = tokenizer.tokenizer_json(proto)
+    except ValueError as error:  # pieces that ONNX Runtime GenAI would misread
+        reject() if "would misread" in str(error) else pytest.fail(str(error))
+    assert len(content["model"]["vocab"]) == len(proto.pieces) + 1
+    processor, exported = SentencePieceProcessor(model_proto=model), Tokenizer.from_str(json.dumps(content))
+    special = set(tokenizer.special_ids(proto))
+    ids = draw.draw(st.lists(st.integers(0, len(proto.pieces)), max_size=20))
+    assert exported.decode(ids) == processor.decode([index for index in ids if index not in special])
+    assert tokenizer.vocab_text(proto).count("\n") == len(proto.pieces) + 1
+
+
+@settings(QUICK, max_examples=300)
+@given(flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=20))
+def test_a_damaged_tokenizer_is_read_or_refused(flips):
+    content = bytearray(handmade(*((f"▁{letter}", -1.0, Piece.NORMAL) for letter in "abcdefgh")))
+    for place, value in flips:
+        content[place % len(content)] = value
+    with contextlib.suppress(ValueError):
+        tokenizer.tokenizer_json(tokenizer.parse_model(bytes(content)))
+
+
+yaml_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@settings(QUICK, max_examples=100)
+@given(content=yaml_values | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")) | st.binary())
+def test_any_config_is_read_or_refused(content):
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    with contextlib.suppress(ValueError):
+        assert isinstance(parse_config(text, set()), dict)
+
+
+@SLOW
+@given(
+    seed=st.integers(0, 2**31),
+    heads=st.sampled_from([1, 2, 4]),
+    width=st.sampled_from([16, 32, 48]),
+    layers=st.integers(1, 3),
+    mels=st.sampled_from([16, 64, 80]),
+    bias=st.booleans(),
+    scaling=st.booleans(),
+    kernel=st.sampled_from([5, 9, 15]),
+    norm=st.sampled_from(["batch_norm", "layer_norm"]),
+)
+def test_fusion_keeps_what_the_encoder_says(
+    seed, heads, width, layers, mels, bias, scaling, kernel, norm, tmp_path_factory
+):
+    """NeMo's encoder, the exported graph and the fused graph on a ragged batch of noise."""
+    import torch
+    from nemo.collections.asr.modules import ConformerEncoder
+
+    torch.manual_seed(seed)
+    encoder = ConformerEncoder(
+        feat_in=mels, n_layers=layers, d_model=width, n_heads=heads, subsampling="dw_striding", subsampling_factor=8,
+        subsampling_conv_channels=8, use_bias=bias, xscaling=scaling, conv_kernel_size=kernel, conv_norm_type=norm,
+        self_attention_model="rel_pos", dropout=0.0,
+    ).eval().requires_grad_(False)  # fmt: skip
+    folder = tmp_path_factory.mktemp("random")
+    export_graph(wrappers.Encoder(encoder), ENCODER, folder, 17)
+    fused, counts = optimize.fuse(folder / ENCODER.file)
+    assert counts["SkipLayerNormalization"] > 0
+    (folder / "fused").mkdir()
+    save_model(fused, folder / "fused" / ENCODER.file)
+    onnx.checker.check_model(folder / ENCODER.file)
+    assert optimize.compare(folder, folder / "fused", optimize.MIN_FLOAT_SQNR_DB) >= optimize.MIN_FLOAT_SQNR_DB
+    features, lengths = np.random.default_rng(seed).standard_normal((2, mels, 90), np.float32), np.array([90, 57])
+    found, found_lengths = OrtGraph(folder, ENCODER)(features, lengths)
+    with torch.inference_mode():
+        wanted, wanted_lengths = encoder(audio_signal=torch.from_numpy(features), length=torch.from_numpy(lengths))
+    assert found_lengths.tolist() == wanted_lengths.tolist()
+    for row, length in enumerate(found_lengths):
+        np.testing.assert_allclose(found[row, :, :length], wanted[row, :, :length], atol=1e-3)
