@@ -70,40 +70,19 @@ def _export(args: argparse.Namespace) -> None:
 
 def _export_to(stage: Path, checkpoint: Path, args: argparse.Namespace) -> None:
     """Export into the folder `stage`, verified; the checkpoint is unpacked beside it."""
-    from common.export import export_graph
-
-    stages, manifest = Stages(5), read_manifest(args.output_dir)
-    model = load_model(checkpoint, args.device, scratch=stage.parent)
-    spec = ModelSpec.of(model)
-    check_genai_supports(spec)
-    window = Window.of_seconds(spec, args.chunk_seconds, args.left_context_seconds, args.right_context_seconds)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    stages.report(
-        checkpoint.name,
-        f"{parameters / 1e6:.1f} M parameters",
-        f"{spec.encoder_layers} layers × {spec.encoder_dim}, {spec.num_mels} mels, {spec.vocab_size} tokens, "
-        f"durations {list(spec.durations)}",
-    )
+    stages, manifest = Stages(6), read_manifest(args.output_dir)
+    spec, window, cases = _export_graphs(stage, checkpoint, args, stages)  # here the model goes: half of the memory
 
     from common.parity import check_decoder, check_encoder, check_joint
-    from common.wrappers import Encoder, StatefulDecoder, TdtJoint
 
-    parts = (
-        (ENCODER, Encoder, model.encoder, check_encoder),
-        (DECODER, StatefulDecoder, model.decoder, check_decoder),
-        (JOINT, TdtJoint, model.joint, check_joint),
-    )
     measured = {}
-    for graph, wrapper, module, check in parts:
-        wrapped = wrapper(module)
-        export_graph(wrapped, graph, stage, args.opset_version)
-        size = sum((stage / name).stat().st_size for name in (graph.file, graph.data_file))
+    for graph, check in ((ENCODER, check_encoder), (DECODER, check_decoder), (JOINT, check_joint)):
         if args.skip_verify:
-            stages.report(graph.file, "not verified", size_text(size))
+            stages.report(graph.file, "not verified")
             continue
-        parity = check(stage, module, wrapped.example_inputs)
+        parity = check(stage, cases[graph.name])
         measured[graph.file] = {"max_abs": parity.max_abs, "max_rel": parity.max_rel, "cases": parity.cases}
-        stages.report(graph.file, str(parity), size_text(size))
+        stages.report(graph.file, str(parity))
     write_json(stage / GENAI_CONFIG, genai_config(spec, window, args.device))
     write_json(stage / AUDIO_PROCESSOR_CONFIG, audio_processor_config(spec))
     flags = {
@@ -117,6 +96,43 @@ def _export_to(stage: Path, checkpoint: Path, args: argparse.Namespace) -> None:
     source = source_record(checkpoint, args.model_name, args.output_dir)
     write_manifest(stage, manifest, "export", {"source": source, "flags": flags, "parity": measured})
     stages.report(GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG, "manifest.json")
+
+
+def _export_graphs(
+    stage: Path, checkpoint: Path, args: argparse.Namespace, stages: Stages
+) -> tuple[ModelSpec, Window, dict[str, list]]:
+    """Write the three graphs. Also what they are verified with: graph name → cases of common/parity."""
+    from common.export import export_graph
+
+    model = load_model(checkpoint, args.device, scratch=stage.parent)
+    spec = ModelSpec.of(model)
+    check_genai_supports(spec)
+    window = Window.of_seconds(spec, args.chunk_seconds, args.left_context_seconds, args.right_context_seconds)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stages.report(
+        checkpoint.name,
+        f"{parameters / 1e6:.1f} M parameters",
+        f"{spec.encoder_layers} layers × {spec.encoder_dim}, {spec.num_mels} mels, {spec.vocab_size} tokens, "
+        f"durations {list(spec.durations)}",
+    )
+
+    from common.parity import decoder_cases, encoder_cases, joint_cases
+    from common.wrappers import Encoder, StatefulDecoder, TdtJoint
+
+    cases, sizes = {}, []
+    for graph, wrapper, module, cases_of in (
+        (ENCODER, Encoder, model.encoder, encoder_cases),
+        (DECODER, StatefulDecoder, model.decoder, decoder_cases),
+        (JOINT, TdtJoint, model.joint, joint_cases),
+    ):
+        wrapped = wrapper(module)
+        export_graph(wrapped, graph, stage, args.opset_version)
+        size = sum((stage / name).stat().st_size for name in (graph.file, graph.data_file))
+        sizes.append(f"{graph.file} {size_text(size)}")
+        if not args.skip_verify:
+            cases[graph.name] = cases_of(module, wrapped.example_inputs)
+    stages.report("exported", *sizes)
+    return spec, window, cases
 
 
 if __name__ == "__main__":

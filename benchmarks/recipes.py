@@ -33,11 +33,10 @@ from common.graphs import ENCODER
 # Flags of optimize_encoder.py, a mode a line. True is a flag without a value.
 OURS = (
     {"quant_method": "rtn", "block_size": 32},
-    {"quant_method": "rtn", "block_size": 32, "skip_fusion": True},
     {"quant_method": "rtn", "block_size": 128},
     {"quant_method": "k_quant_mixed", "block_size": 32},
     {"quant_method": "hqq", "block_size": 32},
-    {"quant_method": "int8"},
+    {"quant_method": "int8", "decoder_joint_precision": "int8"},
 )
 
 # Recipe A's own numbers.
@@ -147,7 +146,7 @@ def _run_script(script, arguments: list[str]) -> None:
 
 
 def mode_name(mode: dict) -> str:
-    """{"quant_method": "rtn", "block_size": 32, "skip_fusion": True} → "rtn 32 skip_fusion" """
+    """{"quant_method": "int8", "decoder_joint_precision": "int8"} → "int8 decoder_joint_precision int8" """
     plain = ("quant_method", "block_size")
     return " ".join(str(v) if key in plain else key if v is True else f"{key} {v}" for key, v in mode.items())
 

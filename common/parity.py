@@ -3,6 +3,7 @@
 The reference is NeMo's own module, not the wrapper that was exported, so a mistake in the wrapper shows as well.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +35,9 @@ class Parity:
     max_rel: float = 0.0
     cases: int = 0
 
-    def add(self, name: str, found: np.ndarray, wanted: torch.Tensor) -> None:
+    def add(self, name: str, found: np.ndarray, wanted: np.ndarray) -> None:
         """Take in one comparison; a NaN on either side counts as infinitely wrong. Raises ParityError beyond the
         tolerance."""
-        wanted = wanted.detach().cpu().numpy()
         if found.shape != wanted.shape:
             raise ParityError(f"wanted an output of shape {wanted.shape}, the graph gave {found.shape}")
         error = float(np.max(np.abs(found - wanted), initial=0.0))
@@ -55,55 +55,92 @@ class Parity:
         return f"max|Δ| {self.max_abs:.0e} ≤ {PARITY_TOLERANCE:.0e}  relative {self.max_rel:.0e}  {self.cases} cases"
 
 
-def check_encoder(folder: Path, encoder, example_inputs) -> Parity:
-    """Compare valid frames and lengths with NeMo's encoder over `ENCODER_CASES`; small models also past 400 s."""
-    graph, parity = OrtGraph(folder, ENCODER, mapped=True), Parity()
-    cases = list(ENCODER_CASES)
+@dataclass(frozen=True)
+class Case:
+    """What goes into a graph, and what NeMo's module makes of it. Independent of the module, which can then go."""
+
+    inputs: tuple[np.ndarray, ...]
+    wanted: tuple[np.ndarray, ...]
+
+
+def encoder_cases(encoder, example_inputs) -> list[Case]:
+    """NeMo's outputs and lengths over `ENCODER_CASES`; of small models also past 400 s."""
+    shapes = list(ENCODER_CASES)
     if sum(parameter.numel() for parameter in encoder.parameters()) <= LONG_CASE_MAX_PARAMETERS:
-        cases.append((1, LONG_CASE_FRAMES * encoder.subsampling_factor))
-    for batch, frames in cases:
+        shapes.append((1, LONG_CASE_FRAMES * encoder.subsampling_factor))
+    cases = []
+    for batch, frames in shapes:
         features, lengths = example_inputs(batch, frames)
-        found, found_lengths = graph(features.numpy(), lengths.numpy())
         with torch.inference_mode():
-            wanted, wanted_lengths = encoder(audio_signal=_like(features, encoder), length=_like(lengths, encoder))
-        if found_lengths.tolist() != wanted_lengths.tolist():
-            raise ParityError(f"encoded_lengths are {found_lengths.tolist()}, NeMo's {wanted_lengths.tolist()}")
-        for row, valid in enumerate(found_lengths):
+            wanted = encoder(audio_signal=_like(features, encoder), length=_like(lengths, encoder))
+        cases.append(_case((features, lengths), wanted))
+    return cases
+
+
+def decoder_cases(decoder, example_inputs) -> list[Case]:
+    """NeMo's prediction network along a chain of tokens that starts with blank: its outputs and states. Of the inputs,
+    only the first case's states are used: a graph goes on from its own."""
+    batch = 2
+    tokens, _, *state = example_inputs(batch, DECODER_STEPS)
+    state = tuple(_like(part, decoder) for part in state)
+    cases = []
+    for step in range(DECODER_STEPS):
+        targets = torch.full_like(tokens[:, :1], decoder.blank_idx) if step == 0 else tokens[:, step : step + 1]
+        known = None if step == 0 else _like(targets, decoder)  # NeMo's own start: no token, a zero vector
+        before = state
+        with torch.inference_mode():
+            wanted, state = decoder.predict(known, state=before, add_sos=False)
+        inputs = (targets, torch.ones(batch, dtype=torch.int64), *before)
+        cases.append(_case(inputs, (wanted.transpose(1, 2), *state)))
+    return cases
+
+
+def joint_cases(joint, example_inputs) -> list[Case]:
+    """NeMo's raw logits over several S and U."""
+    cases = []
+    for batch, frames, targets in JOINT_CASES:
+        encoded, predicted = example_inputs(batch, frames, targets)
+        with torch.inference_mode():
+            hidden = joint.project_encoder(_like(encoded, joint))[:, :, None]
+            hidden = hidden + joint.project_prednet(_like(predicted, joint))[:, None]
+            cases.append(_case((encoded, predicted), (joint.joint_net(hidden),)))
+    return cases
+
+
+def check_encoder(folder: Path, cases: list[Case]) -> Parity:
+    """Compare the valid frames and the lengths."""
+    graph, parity = OrtGraph(folder, ENCODER, mapped=True), Parity()
+    for case in cases:
+        found, lengths = graph(*case.inputs)
+        wanted, wanted_lengths = case.wanted
+        if lengths.tolist() != wanted_lengths.tolist():
+            raise ParityError(f"encoded_lengths are {lengths.tolist()}, NeMo's {wanted_lengths.tolist()}")
+        for row, valid in enumerate(lengths):
             parity.add(ENCODER.file, found[row, :, :valid], wanted[row, :, :valid])
     return parity
 
 
-def check_decoder(folder: Path, decoder, example_inputs) -> Parity:
-    """Compare outputs and states with NeMo's prediction network over a chain of tokens that starts with blank."""
+def check_decoder(folder: Path, cases: list[Case]) -> Parity:
+    """Compare outputs and states along the chain."""
     graph, parity = OrtGraph(folder, DECODER, mapped=True), Parity()
-    batch = 2
-    tokens, lengths, h, c = example_inputs(batch, DECODER_STEPS)
-    found_state = (h.numpy(), c.numpy())
-    wanted_state = tuple(_like(state, decoder) for state in (h, c))
-    for step in range(DECODER_STEPS):
-        targets = torch.full_like(tokens[:, :1], decoder.blank_idx) if step == 0 else tokens[:, step : step + 1]
-        found, _, *found_state = graph(targets.numpy(), np.ones_like(lengths.numpy()), *found_state)
-        known = None if step == 0 else _like(targets, decoder)  # NeMo's own start: no token, a zero vector
-        with torch.inference_mode():
-            wanted, wanted_state = decoder.predict(known, state=wanted_state, add_sos=False)
-        parity.add(DECODER.file, found, wanted.transpose(1, 2))
-        for found_part, wanted_part in zip(found_state, wanted_state, strict=True):
-            parity.add(DECODER.file, found_part, wanted_part)
+    state = cases[0].inputs[2:]
+    for case in cases:
+        found, _, *state = graph(*case.inputs[:2], *state)
+        for one, other in zip((found, *state), case.wanted, strict=True):
+            parity.add(DECODER.file, one, other)
     return parity
 
 
-def check_joint(folder: Path, joint, example_inputs) -> Parity:
-    """Compare raw logits with NeMo's joint over several S and U."""
+def check_joint(folder: Path, cases: list[Case]) -> Parity:
+    """Compare raw logits."""
     graph, parity = OrtGraph(folder, JOINT, mapped=True), Parity()
-    for batch, frames, targets in JOINT_CASES:
-        encoded, predicted = example_inputs(batch, frames, targets)
-        found = graph(encoded.numpy(), predicted.numpy())[0]
-        with torch.inference_mode():
-            hidden = joint.project_encoder(_like(encoded, joint))[:, :, None]
-            hidden = hidden + joint.project_prednet(_like(predicted, joint))[:, None]
-            wanted = joint.joint_net(hidden)
-        parity.add(JOINT.file, found, wanted)
+    for case in cases:
+        parity.add(JOINT.file, graph(*case.inputs)[0], *case.wanted)
     return parity
+
+
+def _case(inputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> Case:
+    return Case(*(tuple(tensor.cpu().numpy() for tensor in tensors) for tensors in (inputs, wanted)))
 
 
 def _like(tensor: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
