@@ -4,7 +4,7 @@
 
 Out: three markdown tables, and decoding.json in the work directory.
 1. Decoder + joint per token in plain ONNX Runtime, with several session options.
-2. GenAI end to end with the same options for its decoder and joint.
+2. GenAI end to end with several session options.
 3. GenAI end to end with a float32 encoder, on a clip of 10 minutes, for several chunks and contexts. Expect an hour.
 
 A random model either never emits a token or always does. So the joint of a copy is given frames to tell apart (its
@@ -24,24 +24,25 @@ from statistics import median
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.bench import CORES, machine, parse_args, peak_memory, process, speech
+from benchmarks.bench import machine, parse_args, peak_memory, process, speech
 from benchmarks.recipes import FLOAT32, RECIPES, build
-from common.configs import GENAI_CONFIG
+from common.configs import ENCODER_SESSION, GENAI_CONFIG, TOKEN_SESSION
 from common.console import size_text
 from common.decode import GENAI_RULE, greedy_tdt_decode
 from common.files import staged_folder, write_json
-from common.graphs import DECODER, JOINT, Graph
+from common.graphs import DECODER, ENCODER, JOINT, Graph
 from common.runtime import GenAI, RawOrt, RuntimeConfig
 
 # Chunk, left and right context in seconds; the first is the baseline.
 CHUNKS = ((6, 10, 2), (30, 10, 2), (60, 10, 2), (60, 2, 2), (120, 10, 2))
 CLIP_SECONDS = 600
-# Session options by name, in the form of genai_config.json; the first is the baseline.
-OPTIONS = {
-    "default": {},
-    "1 thread": {"intra_op_num_threads": 1},
-    f"{CORES} threads": {"intra_op_num_threads": CORES},
-    "no spinning": {"session.intra_op.allow_spinning": "0"},
+# Session options in the form of genai_config.json; the first of each is the baseline.
+TOKEN_OPTIONS = {"all cores": ENCODER_SESSION, "two, no spinning": TOKEN_SESSION, "one": {"intra_op_num_threads": 1}}
+# Of the encoder, and of the decoder and the joint.
+GENAI_OPTIONS = {
+    "GenAI's own": ({}, {}),
+    "encoder: all cores": (ENCODER_SESSION, {}),
+    **{f"encoder: all cores; tokens: {name}": (ENCODER_SESSION, own) for name, own in TOKEN_OPTIONS.items()},
 }
 OPTIONS_CLIP_SECONDS = 60
 ROUNDS = 3
@@ -97,7 +98,9 @@ def _call(session, graph: Graph, *inputs: np.ndarray) -> list[np.ndarray]:
 
 def time_tokens(folders: list[Path], rounds: int) -> dict[str, list[dict[str, float]]]:
     """Each folder with each of the options: times of `TOKENS` tokens, a round an entry."""
-    loops = {f"{folder.name}, {name}": TokenLoop(folder, own) for folder in folders for name, own in OPTIONS.items()}
+    loops = {
+        f"{folder.name}, {name}": TokenLoop(folder, own) for folder in folders for name, own in TOKEN_OPTIONS.items()
+    }
     for loop in loops.values():
         loop.seconds()
     times = {name: [] for name in loops}
@@ -217,12 +220,12 @@ def cut(chunk: float, left: float, right: float) -> Callable[[dict], None]:
     return change
 
 
-def with_options(options: dict) -> Callable[[dict], None]:
-    """A setting of `time_genai`: session options of the decoder and the joint."""
+def with_options(encoder: dict, tokens: dict) -> Callable[[dict], None]:
+    """A setting of `time_genai`: session options of the encoder, and of the decoder and the joint."""
 
     def change(model: dict) -> None:
-        for section in (DECODER.genai_section, JOINT.genai_section):
-            model[section]["session_options"] = options
+        for graph, options in ((ENCODER, encoder), (DECODER, tokens), (JOINT, tokens)):
+            model[graph.genai_section]["session_options"] = options
 
     return change
 
@@ -268,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     with process() as worker:
         tokens = worker.submit(time_tokens, folders, 3 * OPTIONS_ROUNDS).result()
     print_tokens(tokens)
-    options = {f"decoder and joint: {name}": with_options(own) for name, own in OPTIONS.items()}
+    options = {name: with_options(*own) for name, own in GENAI_OPTIONS.items()}
     by_options = time_genai(talkative, folders[0], options, OPTIONS_CLIP_SECONDS, OPTIONS_ROUNDS)
     print_genai(by_options, OPTIONS_CLIP_SECONDS)
     chunks = {f"chunk {chunk:g} s, context {left:g} + {right:g} s": cut(chunk, left, right)

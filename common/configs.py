@@ -14,6 +14,12 @@ AUDIO_PROCESSOR_CONFIG = "audio_processor_config.json"
 
 # The runtime stops there. One token a frame of 80 ms would fill it in 2.9 hours of audio.
 CONTEXT_LENGTH = 131072  # tokens
+# What GenAI is told of threads. Its own default is half of what the system counts (CreateSessionOptionsFromConfig in
+# src/models/model.cpp), right where two hardware threads share a core and wrong elsewhere; 0 is ONNX Runtime's, one for
+# each core. A token is one row, read in a few hundred microseconds: threads that spin between two of them are in the
+# encoder's way, and in each other's. Measured by benchmarks/decoding.py on 2 cores: 60 s of audio in 8 s for 15 s.
+ENCODER_SESSION = {"intra_op_num_threads": 0}
+TOKEN_SESSION = {"intra_op_num_threads": 2, "session.intra_op.allow_spinning": "0"}
 # GenAI takes 0 as "force a step after every token"; the largest int is its "no limit".
 NO_SYMBOL_LIMIT = 2**31 - 1
 
@@ -60,11 +66,13 @@ def check_genai_supports(spec: ModelSpec) -> None:
 def genai_config(spec: ModelSpec, window: Window, device: str = "cpu") -> dict:
     """The content of genai_config.json."""
     sections = {graph.genai_section: {"filename": graph.file, **graph.name_maps()} for graph in GRAPHS}
+    for graph, section in zip(GRAPHS, sections.values(), strict=True):
+        section["session_options"] = dict(ENCODER_SESSION if graph is ENCODER else TOKEN_SESSION)
     sections[ENCODER.genai_section] |= {"hidden_size": spec.encoder_dim, "num_hidden_layers": spec.encoder_layers}
     sections[DECODER.genai_section] |= {"hidden_size": spec.decoder_dim, "num_hidden_layers": spec.decoder_layers}
     if device == "cuda":
         for section in sections.values():
-            section["session_options"] = {"provider_options": [{"cuda": {}}]}
+            section["session_options"]["provider_options"] = [{"cuda": {}}]
     return {
         "model": {
             "type": "parakeet_tdt",
