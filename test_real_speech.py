@@ -11,7 +11,6 @@ exported one that it was made from. Exit status 1 when float32 ONNX differs from
 """
 
 import argparse
-import json
 import time
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common.clips import Clip, read_clips
 from common.console import CheckError, Parser, run
 from common.decode import GENAI_RULE, NEMO_RULE
 from common.files import MODEL_DIR_HELP, check_output_file, default_model_dir, read_manifest, write_json
@@ -58,11 +58,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @dataclass
-class Clip:
+class HeardClip(Clip):
     """One clip and what each engine made of it."""
 
-    path: Path
-    text: str | None
     seconds: float = 0.0
     heard: dict[str, "Heard"] = field(default_factory=dict)
 
@@ -97,12 +95,13 @@ class Folder:
 def _compare(args: argparse.Namespace) -> None:
     if args.json:
         check_output_file(args.json)
-    clips = read_clips(args.manifest) if args.manifest else [Clip(path, None) for path in args.audio]
+    listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
+    clips = [HeardClip(**vars(clip)) for clip in listed]
     folders = [Folder(path) for path in _folders(args.model_dir or default_model_dir())]
     nemo = None if args.skip_nemo else _load_nemo(args.model_name, folders[-1])
     sample_rate = folders[0].genai.config.sample_rate
     noise = np.random.default_rng(0).normal(0, 0.1, sample_rate).astype(np.float32)
-    transcribe(Clip(SAMPLE, None), noise, folders, nemo)  # warm-up: the first run of an engine allocates
+    transcribe(HeardClip(SAMPLE), noise, folders, nemo)  # warm-up: the first run of an engine allocates
 
     differences = []
     few = len(clips) <= MAX_PRINTED_CLIPS
@@ -129,27 +128,6 @@ def _load_nemo(model_name: str | None, folder: Folder) -> Nemo:
     return nemo
 
 
-def read_clips(manifest: Path) -> list[Clip]:
-    """The clips of a NeMo manifest, paths relative to it.
-
-    Raises FileNotFoundError, or ValueError naming the line that has no audio_filepath.
-    """
-    if not manifest.is_file():
-        raise FileNotFoundError(f"wanted a manifest, found nothing at {manifest}")
-    clips = []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            clips.append(Clip(manifest.parent / row["audio_filepath"], row.get("text")))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{manifest}:{number} is not a JSON object with audio_filepath ({error!r})") from None
-    if not clips:
-        raise ValueError(f"{manifest} lists no clips")
-    return clips
-
-
 def _folders(folder: Path) -> list[Path]:
     """The exported folder that `folder` was optimized from, where it is still there, and `folder`."""
     source = read_manifest(folder).get("optimize", {}).get("model_dir")
@@ -158,7 +136,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def transcribe(
-    clip: Clip, samples: np.ndarray, folders: list[Folder], nemo: Nemo | None
+    clip: HeardClip, samples: np.ndarray, folders: list[Folder], nemo: Nemo | None
 ) -> list[tuple[str, Difference]]:
     """Fill `clip.heard`; return where a float32 engine parts from NeMo, or GenAI from the raw baseline."""
     text = folders[0].genai.text
@@ -194,7 +172,7 @@ def _timed(function, *args):
     return result, time.perf_counter() - start
 
 
-def print_clip(clip: Clip) -> None:
+def print_clip(clip: HeardClip) -> None:
     """A table for one clip; WER in %, as written."""
     print(f"{clip.path}  {clip.seconds:.1f} s" + ("" if clip.text is None else f"  {clip.text!r}"))
     rows = [("  engine", "RTFx", "WER", "against NeMo", "transcript")]
@@ -212,7 +190,7 @@ def _percent(reference: str | None, hypothesis: str) -> str:
     return f"{100 * errors / max(words, 1):.1f}"
 
 
-def print_corpus(clips: list[Clip]) -> None:
+def print_corpus(clips: list[HeardClip]) -> None:
     """One table over all clips, a line an engine."""
     seconds = sum(clip.seconds for clip in clips)
     print(
@@ -233,7 +211,7 @@ def _print_table(rows: list[tuple[str, ...]]) -> None:
         print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def corpus_row(clips: list[Clip], engine: str) -> dict:
+def corpus_row(clips: list[HeardClip], engine: str) -> dict:
     """One engine's figures over the clips; a WER only where there is something to compare with."""
     heard = [clip.heard[engine] for clip in clips]
     row = {"rtfx": sum(clip.seconds for clip in clips) / sum(one.seconds for one in heard)}
@@ -249,7 +227,7 @@ def corpus_row(clips: list[Clip], engine: str) -> dict:
     return row
 
 
-def results(clips: list[Clip], differences: list[tuple[Clip, str, Difference]]) -> dict:
+def results(clips: list[HeardClip], differences: list[tuple[HeardClip, str, Difference]]) -> dict:
     """Everything, for --json."""
     rows = {engine: corpus_row(clips, engine) for engine in clips[0].heard}
     return {
@@ -273,7 +251,7 @@ def results(clips: list[Clip], differences: list[tuple[Clip, str, Difference]]) 
     }
 
 
-def judge(differences: list[tuple[Clip, str, Difference]]) -> None:
+def judge(differences: list[tuple[HeardClip, str, Difference]]) -> None:
     """List every difference of a float32 engine; raise CheckError if one has no excuse."""
     for clip, engine, difference in differences:
         print(
@@ -285,7 +263,9 @@ def judge(differences: list[tuple[Clip, str, Difference]]) -> None:
         raise CheckError(f"float32 ONNX differs from its reference in {len(unexcused)} cases, listed above")
 
 
-def print_verdict(clips: list[Clip], folders: list[Folder], differences: list[tuple[Clip, str, Difference]]) -> None:
+def print_verdict(
+    clips: list[HeardClip], folders: list[Folder], differences: list[tuple[HeardClip, str, Difference]]
+) -> None:
     """Say in one line what the comparison of float32 with NeMo came to."""
     config = folders[0].genai.config
     compared = [clip for clip in clips if config.fits_one_window(clip.seconds)]
