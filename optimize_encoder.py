@@ -3,10 +3,12 @@
 In: a folder of export_parakeet_to_onnx.py that export_tokenizer.py has completed.
 Out: a second folder, complete by itself, whose encoder has MatMulNBits weights and fused operators, or int8 products;
 the decoder, the joint (unless --decoder_joint_precision is int8) and the configuration are copies. Each new graph and
-the one that it comes from are run on noise, and nothing is written if they do not agree.
+the one that it comes from are run on noise, and nothing is written if they do not agree; with --eval_manifest on
+speech as well, and --max_wer_increase says how many words it may cost. optimization_report.html shows all of it.
 
     python optimize_encoder.py --model_dir ./onnx_models --output_dir ./onnx_models_optimized
     python optimize_encoder.py --quant_method int8 --decoder_joint_precision int8 --output_dir ./onnx_models_int8
+    python optimize_encoder.py --eval_manifest samples/manifest.jsonl --max_wer_increase 0.5
 """
 
 import argparse
@@ -18,6 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common import gate
+from common.clips import Clip, read_clips
 from common.configs import AUDIO_PROCESSOR_CONFIG, GENAI_CONFIG
 from common.console import Parser, Stages, run, size_text
 from common.files import (
@@ -45,6 +49,7 @@ from common.optimize import (
     quantize_weights,
 )
 from common.quantize import BLOCK_SIZES
+from common.report import REPORT_HTML, make_evaluation, make_report, page_writer, write_report
 from common.runtime import EXPORT_COMMAND, TOKENIZER_COMMAND
 from common.tokenizer import TOKENIZER_FILES
 
@@ -67,6 +72,10 @@ DECODER_JOINT_HELP = (
 )
 SKIP_FUSION_HELP = """leave the graph as exported, as quantized encoders for a CPU always are: the fused operator is
 slower there"""
+EVAL_HELP = """JSON lines with audio_filepath, text and perhaps lang: count the words that float32 and the optimized
+model get wrong on these clips"""
+INCREASE_HELP = """points of word error rate, normalised, by which the optimized model may be worse than float32, over
+all clips and in each language; beyond, nothing is written (no limit)"""
 REDUCE_RANGE_HELP = """int8 with weights of 7 bits, for a CPU without VNNI (AVX2 before 2021), where sums of larger
 products are cut off"""
 
@@ -81,6 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quant_method", choices=QUANT_METHODS, default="rtn", help=QUANT_METHOD_HELP)
     add("--decoder_joint_precision", choices=("fp32", "int8"), default="fp32", help=DECODER_JOINT_HELP)
     add("--reduce_range", action="store_true", help=REDUCE_RANGE_HELP)
+    add("--eval_manifest", type=Path, metavar="FILE", help=EVAL_HELP)
+    add("--max_wer_increase", type=float, metavar="POINTS", help=INCREASE_HELP)
     add("--skip_fusion", action="store_true", help=SKIP_FUSION_HELP)
     add("--skip_quantization", action="store_true", help="leave the weights float32")
     return parser.parse_args(argv)
@@ -97,10 +108,12 @@ def _optimize(args: argparse.Namespace) -> None:
     int8_tokens = args.decoder_joint_precision == INT8
     if args.reduce_range and not (int8_encoder or int8_tokens):
         raise ValueError("--reduce_range wants --quant_method int8 or --decoder_joint_precision int8, found neither")
-    exported, stages = args.model_dir / ENCODER.file, Stages(5 if int8_tokens else 4)
+    clips, write_page = _read_eval_manifest(args), page_writer()
+    exported, stages = args.model_dir / ENCODER.file, Stages(5 + int8_tokens + bool(clips))
     before = _encoder_bytes(args.model_dir)
     disk = sum((args.model_dir / file).stat().st_size for file in (*GRAPH_FILES, *CONFIG_FILES, *TOKENIZER_FILES))
     state_needs(f"encoder.onnx ({size_text(before)})", MEMORY_FACTOR * before, disk, args.output_dir)
+    stored, heard, evaluation = {}, [], None
     with staged_folder(args.output_dir) as stage:
         skip_fusion = args.skip_fusion or fusion_slows(manifest, args.skip_quantization)
         model, fused = (load(exported), Counter()) if skip_fusion else fuse(exported)
@@ -112,7 +125,7 @@ def _optimize(args: argparse.Namespace) -> None:
         plan = {} if args.skip_quantization else make_plan(names, args.quant_method, args.block_size, args.reduce_range)
         left = sum(value.const_value.nbytes for name, value in model.graph.initializers.items() if name not in plan)
         if plan:
-            quantize_weights(model, plan, args.quant_method, args.accuracy_level, _progress_bar)
+            stored[ENCODER.name] = quantize_weights(model, plan, args.quant_method, args.accuracy_level, _progress_bar)
         widths = Counter(form.bits for form in plan.values())
         counts = "  ".join(f"{widths[bits]} weights at {bits} bits" for bits in sorted(widths))
         method = args.quant_method if int8_encoder else f"{args.quant_method}, block {args.block_size}"
@@ -124,12 +137,18 @@ def _optimize(args: argparse.Namespace) -> None:
         stages.report("encoder", f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
 
         sqnr = compare(args.model_dir, stage, MIN_SQNR_DB if plan else MIN_FLOAT_SQNR_DB)
-        token_sqnr = quantize_decoder_and_joint(args.model_dir, stage, args.reduce_range) if int8_tokens else {}
-        if token_sqnr:
+        found = f"SQNR {sqnr:.1f} dB" if math.isfinite(sqnr) else "identical"
+        stages.report("against the exported encoder, on noise", found)
+        token_sqnr = {}
+        if int8_tokens:
+            token_sqnr, token_weights = quantize_decoder_and_joint(args.model_dir, stage, args.reduce_range)
+            stored |= token_weights
             found = (f"{name} SQNR {ratio:.1f} dB" for name, ratio in token_sqnr.items())
             stages.report("decoder and joint, int8", *found)
         for file in (*(() if int8_tokens else DECODING_FILES), *CONFIG_FILES, *TOKENIZER_FILES):
             shutil.copyfile(args.model_dir / file, stage / file)
+        if clips:
+            heard, evaluation = _count_words(args, stage, clips, stages)
         record = {
             "model_dir": relative_path(args.model_dir, args.output_dir),
             "flags": {
@@ -147,13 +166,12 @@ def _optimize(args: argparse.Namespace) -> None:
             "sqnr_db_on_noise": round(sqnr, 2) if math.isfinite(sqnr) else None,
             "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in token_sqnr.items()},
         }
+        report = make_report(args.model_dir, stage, manifest, record, stored, None, evaluation)
+        write_report(stage, report, heard, write_page)
         write_manifest(stage, manifest, "optimize", record)
         if moved_manifest(args.model_dir, args.output_dir) != manifest:
             raise ValueError(f"{args.model_dir} was written anew while it was read; run this again")
-    stages.report(
-        "against the exported encoder, on noise",
-        f"SQNR {sqnr:.1f} dB" if math.isfinite(sqnr) else "identical",
-    )
+    stages.report("report", str(args.output_dir / REPORT_HTML))
     print(f"wrote {args.output_dir}; next: python test_e2e.py --model_dir {args.output_dir}")
 
 
@@ -182,12 +200,45 @@ def _check_folders(source: Path, target: Path) -> None:
     verify_files(source, (*GRAPH_FILES, *TOKENIZER_FILES))
 
 
+def _read_eval_manifest(args: argparse.Namespace) -> list[Clip]:
+    """The clips to judge by, none without --eval_manifest. Raises ValueError for a limit that cannot be one, and as
+    read_clips does; FileNotFoundError where a clip is missing, before the work and not after it."""
+    if args.eval_manifest is None:
+        if args.max_wer_increase is not None:
+            raise ValueError("--max_wer_increase wants --eval_manifest, the clips to count words on, found none")
+        return []
+    if args.max_wer_increase is not None and not 0 <= args.max_wer_increase < math.inf:
+        raise ValueError(f"wanted --max_wer_increase in points of 0 and more, found {args.max_wer_increase}")
+    clips = read_clips(args.eval_manifest, with_text=True)
+    for clip in clips:
+        if not clip.path.is_file():
+            raise FileNotFoundError(f"wanted the clips of {args.eval_manifest}, found nothing at {clip.path}")
+    return clips
+
+
+def _count_words(
+    args: argparse.Namespace, stage: Path, clips: list[Clip], stages: Stages
+) -> tuple[list[gate.Heard], dict]:
+    """What the exported folder and `stage` made of the clips, and the report's section on it; raises as gate.judge."""
+    heard = gate.listen(args.model_dir, stage, args.eval_manifest, clips, _clip_bar)
+    table = gate.word_table(heard)
+    stages.report(f"{len(clips)} clips", str(table[0]))
+    gate.print_words(table, heard)
+    if args.max_wer_increase is not None:
+        gate.judge(table, args.max_wer_increase)
+    return heard, make_evaluation(args.eval_manifest, heard, table, args.max_wer_increase)
+
+
 def _encoder_bytes(folder: Path) -> int:
     return sum((folder / file).stat().st_size for file in (ENCODER.file, ENCODER.data_file))
 
 
 def _progress_bar(items: Iterator, total: int) -> Iterable:
     return tqdm(items, total=total, desc="quantizing", unit="weight", leave=False, disable=None)  # none in a pipe
+
+
+def _clip_bar(clips: list[Clip]) -> Iterable[Clip]:
+    return tqdm(clips, desc="transcribing", unit="clip", leave=False, disable=None)
 
 
 if __name__ == "__main__":

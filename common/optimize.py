@@ -63,6 +63,14 @@ class Format:
 Plan = dict[str, Format]  # weight name → its format; a weight that is not in it stays float32
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How one weight was stored, and what it lost: Σ (W - Ŵ)² / Σ W²."""
+
+    form: Format
+    error: float
+
+
 def load(path: Path) -> ir.Model:
     """The model at `path`, its large weights on disk. Raises ValueError if it is no ONNX model."""
     return _model(_proto(path), path.parent)
@@ -133,13 +141,13 @@ def quantize_weights(
     method: str,
     accuracy_level: int,
     progress: Callable[[Iterator[Packed], int], Iterable[Packed]] = lambda items, total: items,
-) -> None:
+) -> dict[str, Stored]:
     """Put a MatMulNBits, or by the method `int8` what common.int8 says, in the place of each MatMul by a weight of
     `plan`, in place."""
     nodes = quantizable(model)
     if method == INT8:
-        quantize_products(model, {name: nodes[name] for name in plan}, plan[next(iter(plan))].bits, progress)
-        return
+        bits = plan[next(iter(plan))].bits
+        return _stored(plan, quantize_products(model, {name: nodes[name] for name in plan}, bits, progress))
     weights = {name: model.graph.initializers[name] for name in plan}
 
     def pack(name: str) -> Packed:
@@ -150,6 +158,7 @@ def quantize_weights(
             if isinstance(tensor, ir.ExternalTensor):
                 tensor.release()  # its mapping of the data file
 
+    errors = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy lets go of Python's lock
         for name, packed in zip(plan, progress(pool.map(pack, plan), len(plan)), strict=True):
             constants = [_initializer(model, f"{name}.{part}", array) for part, array in packed.tensors()]
@@ -157,6 +166,12 @@ def quantize_weights(
                 _replace(node, constants, plan[name], accuracy_level)
             if not weights[name].uses():
                 del model.graph.initializers[name]
+            errors[name] = packed.error
+    return _stored(plan, errors)
+
+
+def _stored(plan: Plan, errors: dict[str, float]) -> dict[str, Stored]:
+    return {name: Stored(form, errors[name]) for name, form in plan.items()}
 
 
 def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
@@ -210,16 +225,22 @@ def _encode_noise(folder: Path, *, mapped: bool) -> list[np.ndarray]:
     return encoder(np.random.default_rng(0).standard_normal(shape, dtype=np.float32), np.array(NOISE_FRAMES))
 
 
-def quantize_decoder_and_joint(source: Path, target: Path, reduce_range: bool) -> dict[str, float]:
-    """Write both graphs of `source` with 8-bit weights into `target`, the embedding as it was; their SQNR on noise.
+def quantize_decoder_and_joint(
+    source: Path, target: Path, reduce_range: bool
+) -> tuple[dict[str, float], dict[str, dict[str, Stored]]]:
+    """Write both graphs of `source` with 8-bit weights into `target`, the embedding as it was; by the name of the graph
+    its SQNR on noise, and how its weights were stored.
 
     Raises CheckError where that is so low that something is broken.
     """
-    decoder = load(source / DECODER.file)
-    quantize_lstms(decoder, REDUCED_BITS if reduce_range else WEIGHT_BITS)
+    decoder, bits = load(source / DECODER.file), REDUCED_BITS if reduce_range else WEIGHT_BITS
+    errors = quantize_lstms(decoder, bits)
     joint = load(source / JOINT.file)
     plan = dict.fromkeys(quantizable(joint), Format(JOINT_BITS, JOINT_BLOCK))
-    quantize_weights(joint, plan, JOINT_METHOD, JOINT_ACCURACY_LEVEL)
+    stored = {
+        DECODER.name: _stored(dict.fromkeys(errors, Format(bits, None)), errors),
+        JOINT.name: quantize_weights(joint, plan, JOINT_METHOD, JOINT_ACCURACY_LEVEL),
+    }
     ratios = {}
     for graph, model in ((DECODER, decoder), (JOINT, joint)):
         save_model(model, target / graph.file)
@@ -228,7 +249,7 @@ def quantize_decoder_and_joint(source: Path, target: Path, reduce_range: bool) -
             raise CheckError(
                 f"the 8-bit {graph.name} has an SQNR of {ratios[graph.name]:.1f} dB, wanted {MIN_TOKEN_SQNR_DB:.0f} dB"
             )
-    return ratios
+    return ratios, stored
 
 
 def _token_sqnr(source: Path, target: Path, graph: Graph) -> float:

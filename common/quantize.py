@@ -7,6 +7,7 @@ A method fits one slab of blocks: (x, bits) → scale [n], zero point [n] of who
 2^(bits-1), which MatMulNBits assumes where no zero points are stored. Codes follow from those by rounding.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -33,15 +34,16 @@ Method = Callable[[np.ndarray, int], Fit]
 
 @dataclass(frozen=True)
 class Packed:
-    """The constant inputs of one MatMulNBits node (docs/ContribOperators.md of onnxruntime)."""
+    """The constant inputs of one MatMulNBits node (docs/ContribOperators.md of onnxruntime), and what they lost."""
 
     codes: np.ndarray  # [N, blocks, block * bits / 8] uint8, low half first
     scales: np.ndarray  # [N, blocks] float32
     zero_points: np.ndarray | None  # [N, ceil(blocks * bits / 8)] uint8, low half first
+    error: float = math.nan  # Σ (W - Ŵ)² / Σ W²
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and array of each input, in the order of the node."""
-        return ((name, array) for name, array in vars(self).items() if array is not None)
+        return ((name, array) for name, array in vars(self).items() if isinstance(array, np.ndarray))
 
 
 def quantize(weight: np.ndarray, bits: int, block: int, method: Method) -> Packed:
@@ -52,7 +54,7 @@ def quantize(weight: np.ndarray, bits: int, block: int, method: Method) -> Packe
     blocks, middle = -(-K // block), 2 ** (bits - 1)
     codes = np.empty((blocks, block, N), np.uint8)
     scales, zeros = np.empty((blocks, N), np.float32), np.full((blocks, N), middle, np.uint8)
-    symmetric = True
+    symmetric, power, noise = True, 0.0, 0.0
     for i in range(blocks):
         rows = weight[i * block : (i + 1) * block]
         for start in range(0, N, SLAB // block):
@@ -63,11 +65,15 @@ def quantize(weight: np.ndarray, bits: int, block: int, method: Method) -> Packe
             if zero is not None:
                 symmetric, zeros[i, columns] = False, zero
             scales[i, columns] = scale
-            codes[i, :, columns] = _steps(x, _inverse(scale), zeros[i, columns], bits) + zeros[i, columns]
+            steps = _steps(x, _inverse(scale), zeros[i, columns], bits)
+            codes[i, :, columns] = steps + zeros[i, columns]
+            power += _power(x)
+            noise += _power(np.subtract(x, np.multiply(steps, scale, out=steps), out=x))
     return Packed(
         codes=np.ascontiguousarray(_pack(codes, bits).transpose(2, 0, 1)),
         scales=np.ascontiguousarray(scales.T),
         zero_points=None if symmetric else np.ascontiguousarray(_pack(zeros[None], bits)[0].T),
+        error=noise / power if power else 0.0,
     )
 
 
@@ -164,6 +170,17 @@ def _steps(x: np.ndarray, inverse: np.ndarray, zero: np.ndarray, bits: int) -> n
     np.rint(steps, out=steps)
     np.maximum(steps, -zero, out=steps)
     return np.minimum(steps, np.float32(2**bits - 1) - zero, out=steps)
+
+
+def relative_error(weight: np.ndarray, found: np.ndarray) -> float:
+    """Σ (W - Ŵ)² / Σ W², and 0 for a weight of zeros."""
+    power = _power(weight)
+    return _power(found - weight) / power if power else 0.0
+
+
+def _power(x: np.ndarray) -> float:
+    """Σ x²"""
+    return float(np.vdot(x, x))
 
 
 def _inverse(x: np.ndarray) -> np.ndarray:

@@ -189,9 +189,10 @@ def windows(config: RuntimeConfig, mel_frames: int) -> Iterator[Piece]:
 class RawOrt:
     """The baseline: three ONNX Runtime sessions and the greedy loop of `common.decode`, windows as GenAI cuts them."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, mapped: bool = False):
         self.config = RuntimeConfig.read(folder)
-        self.encoder, self.decoder, self.joint = (OrtGraph(folder, graph) for graph in (ENCODER, DECODER, JOINT))
+        sessions = (OrtGraph(folder, graph, mapped=mapped) for graph in (ENCODER, DECODER, JOINT))
+        self.encoder, self.decoder, self.joint = sessions
 
     def encode(self, features: np.ndarray) -> np.ndarray:
         """features [M, T] → [S, D], valid frames only"""

@@ -99,11 +99,36 @@ def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
     return found.substitutions + found.deletions + found.insertions, len(reference.split())
 
 
-def word_error_rate(references: list[str], hypotheses: list[str]) -> WordErrorRate:
-    """WER over all clips, with a 95 % bootstrap interval over clips (Bisani & Ney, ICASSP 2004; seeded)."""
-    counts = np.array([word_errors(*pair) for pair in zip(references, hypotheses, strict=True)])
+def word_error_rate(references: list[str], hypotheses: list[str], baseline: list[str] | None = None) -> WordErrorRate:
+    """WER over all clips, with a 95 % bootstrap interval over clips (Bisani & Ney, ICASSP 2004; seeded).
+
+    With a `baseline`, how much higher it is than that of those hypotheses: each draw takes both from the same clips, so
+    the interval is that of the difference.
+    """
+    counts = _counts(references, hypotheses)
+    if baseline is not None:
+        counts[:, 0] -= _counts(references, baseline)[:, 0]
     draws = np.random.default_rng(0).integers(len(counts), size=(BOOTSTRAP_SAMPLES, len(counts)))
     errors, words = counts[draws].sum(axis=1).T
     tail = (100 - CONFIDENCE) / 2
     low, high = np.percentile(100 * errors / np.maximum(words, 1), [tail, 100 - tail])
     return WordErrorRate(int(counts[:, 0].sum()), int(counts[:, 1].sum()), float(low), float(high))
+
+
+def _counts(references: list[str], hypotheses: list[str]) -> np.ndarray:
+    """Errors and words of each clip, [clips, 2]."""
+    return np.array([word_errors(*pair) for pair in zip(references, hypotheses, strict=True)])
+
+
+def word_changes(wanted: str, found: str) -> list[tuple[str, str]]:
+    """Two transcripts aligned word by word (jiwer): runs of words of each, equal ones, or what stands for what."""
+    import jiwer
+
+    one, other = wanted.split(), found.split()
+    if not one or not other:  # jiwer refuses an empty reference
+        return [(" ".join(one), " ".join(other))] if one or other else []
+    chunks = jiwer.process_words(" ".join(one), " ".join(other)).alignments[0]
+    return [
+        (" ".join(one[c.ref_start_idx : c.ref_end_idx]), " ".join(other[c.hyp_start_idx : c.hyp_end_idx]))
+        for c in chunks
+    ]

@@ -96,6 +96,14 @@ def test_every_row_and_every_column_has_its_scale(source, opset):
     )  # of 10 numbers
 
 
+def test_the_error_of_a_weight_is_that_of_its_rounded_columns():
+    model = make_model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": WEIGHT})
+    stored = quantize_weights(model, make_plan(["w"], INT8, 32), INT8, 0)["w"]
+    wanted = np.sum((rounded_columns(WEIGHT) - WEIGHT) ** 2) / np.sum(WEIGHT**2)
+    assert stored.error == pytest.approx(wanted, rel=1e-3)
+    assert 1e-6 < stored.error < 1e-4
+
+
 def test_rows_of_zeros_stay_zeros_and_change_no_other():
     model = int8_model(make_model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": WEIGHT}))
     x = RNG.standard_normal((1, 6, K), dtype=np.float32)

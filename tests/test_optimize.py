@@ -16,6 +16,7 @@ import optimize_encoder
 from common import optimize, quantize
 from common.files import MANIFEST, save_model
 from common.quantize import BITS, BLOCK_SIZES, METHODS
+from common.report import REPORT_HTML, REPORT_JSON
 
 RNG = np.random.default_rng(7)
 MATRICES = {  # [K, N]; K is no multiple of the larger blocks
@@ -75,6 +76,7 @@ def test_codes_mean_to_onnxruntime_what_they_mean_here(method, bits, block):
     weight = np.ascontiguousarray(MATRICES["off-centre"][:200, :33])
     packed = quantize.quantize(weight, bits, block, METHODS[method])
     assert (packed.zero_points is None) == (method == "rtn")
+    assert packed.error == pytest.approx(errors(weight, dequantize(packed, len(weight), bits))[0], rel=1e-3)
     x = RNG.standard_normal((5, len(weight)), dtype=np.float32)
     wanted = x @ dequantize(packed, len(weight), bits)
     scale = np.sqrt(np.mean(wanted**2))
@@ -231,13 +233,14 @@ def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
     exported = onnx.load(tiny_export / "encoder.onnx", load_external_data=False)
     before, after = (Counter(node.op_type for node in graph.graph.node) for graph in (exported, proto))
 
-    assert sorted(path.name for path in target.iterdir()) == sorted(path.name for path in tiny_export.iterdir())
+    names = {path.name for path in target.iterdir()}
+    assert names == {path.name for path in tiny_export.iterdir()} | {REPORT_JSON, REPORT_HTML}
     assert all(path.stat().st_nlink == 1 for path in target.iterdir())
     source_sections = json.loads((tiny_export / MANIFEST).read_text())
     written_sections = json.loads((target / MANIFEST).read_text())
     for name in ("export", "tokenizer"):
         assert written_sections[name] == source_sections[name]
-    assert written_sections["files"].keys() == source_sections["files"].keys()
+    assert written_sections["files"].keys() == names - {MANIFEST}
 
     quantized = 56  # 11 matrices in 5 layers and the subsampling's
     assert record["weights_by_bits"] == {"4": quantized}
@@ -250,7 +253,7 @@ def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
     assert str(tmp_path).encode() not in (target / "encoder.onnx").read_bytes()
 
     printed = capsys.readouterr().out.splitlines()
-    wanted_parts = ("about", "left out", "56 weights at 4 bits", "5.7 times", "SQNR", "wrote")
+    wanted_parts = ("about", "left out", "56 weights at 4 bits", "5.7 times", "SQNR", REPORT_HTML, "wrote")
     for line, wanted in zip(printed, wanted_parts, strict=True):
         assert wanted in line
 

@@ -4,7 +4,14 @@ import pytest
 
 from common.decode import Hypothesis, Step
 from common.graphs import PARITY_TOLERANCE
-from common.transcripts import first_difference, first_token_difference, normalize, word_error_rate, word_errors
+from common.transcripts import (
+    first_difference,
+    first_token_difference,
+    normalize,
+    word_changes,
+    word_error_rate,
+    word_errors,
+)
 
 BLANK = 9
 
@@ -37,6 +44,22 @@ def test_interval_narrows_with_speech():
     few = word_error_rate(["a b c d", "e f g h"] * 3, ["a b c x", "e f g h"] * 3)
     many = word_error_rate(["a b c d", "e f g h"] * 300, ["a b c x", "e f g h"] * 300)
     assert many.high - many.low < few.high - few.low
+
+
+def test_a_rise_is_judged_on_the_same_draws():
+    texts, before = ["a b c d"] * 20, ["a b x y", "a b c d"] * 10
+    after = [*before[:-2], "a x y z", "a b c d"]
+    rise = word_error_rate(texts, after, before)
+    assert (rise.errors, rise.words) == (1, 80)
+    assert 0 <= rise.low <= 1.25 <= rise.high < 5  # while either rate alone is anywhere between 15 % and 40 %
+    assert word_error_rate(texts, before, before).high == 0
+    assert word_error_rate(texts, texts, before).percent == -25
+
+
+def test_word_changes():
+    assert word_changes("a b c", "a x c d") == [("a", "a"), ("b", "x"), ("c", "c"), ("", "d")]
+    assert word_changes("a  b", "") == [("a b", "")]
+    assert word_changes("", "") == []
 
 
 STEPS = ((0, 1, 5.0, False), (1, BLANK, 5.0, False), (2, 2, 5.0, False))

@@ -1,0 +1,323 @@
+"""What an optimization costs in words, and the report of it."""
+
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import optimize_encoder
+from common import gate, optimize, quantize
+from common.clips import read_clips
+from common.console import CheckError
+from common.files import verify_files
+from common.gate import Heard, judge, marked, word_table
+from common.graphs import GRAPHS
+from common.report import REPORT_HTML, REPORT_JSON, make_evaluation, make_report, page_writer
+from tests.conftest import ROOT, SAMPLES
+
+MANIFEST = SAMPLES / "manifest.jsonl"
+HOSTILE_TEXT = "<script>alert(1)</script> & \"quoted\" </p><img src=x onerror='alert(2)'>"
+HOSTILE_LANG = "<b onclick=alert(3)>$x^$"
+
+
+def optimize_tiny(tiny_export: Path, target: Path, *flags: str) -> int:
+    return optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(target), *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_export, tmp_path_factory) -> Path:
+    """A mixed encoder and 8-bit decoder and joint, on the sample clips in two languages, one row of them hostile."""
+    place = tmp_path_factory.mktemp("report")
+    rows = [json.loads(line) for line in MANIFEST.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row |= {"audio_filepath": str(SAMPLES / row["audio_filepath"]), "lang": ("en", "de")[i % 2]}
+    rows[0] |= {"text": HOSTILE_TEXT, "lang": HOSTILE_LANG}
+    (place / "speech.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--quant_method", "k_quant_mixed", "--decoder_joint_precision", "int8", "--max_wer_increase", "50")
+    assert optimize_tiny(tiny_export, place / "out", *flags, "--eval_manifest", place / "speech.jsonl") == 0
+    return place / "out"
+
+
+@pytest.fixture(scope="module")
+def report(folder) -> dict:
+    def no_constants(name: str):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads((folder / REPORT_JSON).read_text(), parse_constant=no_constants)
+
+
+def test_every_byte_is_accounted_for(report, folder, tiny_export):
+    for side, key, place in (("exported", "bytes_before", tiny_export), ("optimized", "bytes_after", folder)):
+        for graph in GRAPHS:
+            component = report["components"][graph.name][side]
+            on_disk = sum((place / file).stat().st_size for file in (graph.file, graph.data_file))
+            assert sum(component.values()) == on_disk
+            proto = onnx.load(place / graph.file)
+            tensors = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in proto.graph.initializer)
+            rows = [row for row in report["tensors"] if row["graph"] == graph.name]
+            assert sum(row[key] for row in rows) == tensors == on_disk - component["graph"] - component["padding"]
+            assert component["padding"] >= 0
+            assert 0 < component["graph"] < (place / graph.file).stat().st_size
+        assert report["bytes"][side] == sum(sum(pair[side].values()) for pair in report["components"].values())
+
+
+def test_tensors_say_how_they_are_stored(report):
+    quantized = [row for row in report["tensors"] if row["bits"]]
+    assert [sum(row["graph"] == graph.name for row in quantized) for graph in GRAPHS] == [56, 4, 3]
+    for row in quantized:
+        floor = {4: (1e-3, 0.02), 8: (1e-7, 1e-4)}[row["bits"]]
+        assert floor[0] < row["weight_error"] < floor[1], row
+        assert row["block"] == {"encoder": 32, "decoder": None, "joint": 128}[row["graph"]]
+        # Codes, and at most a byte and a half for 4 bits of scale and zero point in a block of 32.
+        assert 1 < row["bytes_after"] / (math.prod(row["shape"]) * row["bits"] / 8) < 1.35
+        assert row["output_sensitivity"] is None
+    for row in report["tensors"]:
+        if not row["bits"] and row["bytes_before"]:
+            assert row["bytes_after"] == row["bytes_before"]
+            assert row["weight_error"] is None
+    assert report["sqnr_db_on_noise"].keys() == {"encoder", "decoder", "joint"}
+
+
+def test_words_are_counted_for_all_and_by_language(report):
+    evaluation = report["evaluation"]
+    table = evaluation["normalised"]
+    assert [row["lang"] for row in table] == [None, HOSTILE_LANG, "de", "en"]
+    for row in table:
+        assert row["float32"]["low"] <= row["float32"]["percent"] <= row["float32"]["high"]
+        clips = [clip for clip in evaluation["clips"] if row["lang"] in (None, clip["lang"])]
+        errors = [sum(side) for side in zip(*(clip["errors"] for clip in clips), strict=True)]
+        assert errors == [row["float32"]["errors"], row["optimized"]["errors"]]
+        assert row["increase"]["errors"] == errors[1] - errors[0]
+    for key in ("clips", "words"):
+        assert table[0][key] == sum(row[key] for row in table[1:])
+    assert all(15 < clip["sqnr_db"] < 60 and 1 < clip["seconds"] < 6 for clip in evaluation["clips"])
+    assert evaluation["clips"][3]["float32"] == "We have thirteen black fans."
+    assert str(SAMPLES) not in json.dumps(report)  # names of clips, not where somebody keeps them
+
+
+def test_report_files_are_part_of_the_folder(folder, report, tiny_export):
+    assert verify_files(folder, [REPORT_JSON, REPORT_HTML]) == 2
+    exported = json.loads((tiny_export / "manifest.json").read_text())
+    assert report["source"]["files"] == {name: listed["sha256"] for name, listed in exported["files"].items()}
+    assert report["source"]["sha256"] == exported["export"]["source"]["sha256"]
+    assert report["source"]["checkpoint"] == "parakeet-tdt-tiny.nemo"
+
+
+class Page(HTMLParser):
+    """Elements, their attributes, and text; every element that is opened must be closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text, self.ids = [], [], [], "", []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in {"meta", "br", "img", "link"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_is_whole_and_loads_nothing(folder):
+    text = (folder / REPORT_HTML).read_text()
+    page = Page(text)
+    assert page.tags.count("svg") == 4  # sizes, languages, weights, clip length
+    assert len(page.ids) == len(set(page.ids))
+    assert not {"script", "link", "img", "iframe", "object", "image", "b0"} & set(page.tags)
+    for name, value in page.attributes:
+        if name in ("href", "xlink:href", "src", "srcset", "data", "action"):
+            assert value.startswith("#"), (name, value)
+            assert value[1:] in page.ids
+        for target in re.findall(r"url\((.*?)\)", value or ""):
+            assert target[1:] in page.ids
+    assert not re.search(r"@import|url\((?!#)", text)
+    hosts = set(re.findall(r"https?://[^\s\"'<>]*", text))
+    assert hosts <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, which nobody loads
+    headings = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1
+    assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(headings))
+    for wanted in ("Words that changed", "k_quant_mixed, block 32", "feed_forward1.expand", "clip, s", "limit was +50"):
+        assert wanted in page.text
+
+
+def test_page_shows_hostile_text_as_text(folder, report):
+    clip = report["evaluation"]["clips"][0]
+    heard = [Heard(**{name: value for name, value in clip.items() if name != "errors"} | {"optimized": HOSTILE_TEXT})]
+    report = {**report, "evaluation": make_evaluation(MANIFEST, heard, word_table(heard), None)}
+    path = folder.parent / "hostile.html"
+    page_writer()(path, report, heard)
+    page = Page(path.read_text())
+    assert {"del", "ins"} <= set(page.tags)
+    assert not {"script", "img", "b"} & (set(page.tags) - {"b"})
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert f"said: {HOSTILE_TEXT}" in page.text
+    assert HOSTILE_LANG in page.text
+
+
+def test_sensitivity_is_shown_where_it_was_measured(folder, report, tiny_export, tmp_path):
+    name = "layers.1.attention.key.weight"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    stored = {"encoder": {name: optimize.Stored(optimize.Format(4, 32), 0.01)}}
+    argv = (tiny_export, folder, manifest, manifest["optimize"], stored)
+    found = make_report(*argv, {name: {8: 1.23456e-6, 4: 0.001}}, None)
+    sensitive = {row["name"]: row["output_sensitivity"] for row in found["tensors"] if row["output_sensitivity"]}
+    assert sensitive == {name: {"4": 0.001, "8": 1.235e-6}}
+    page_writer()(tmp_path / "page.html", found, [])
+    page = Page((tmp_path / "page.html").read_text())
+    assert page.tags.count("svg") == 3  # sizes, outputs, weights
+    assert "30.0" in page.text  # dB at the 4 bits it has
+    assert "No speech was evaluated" in page.text
+
+
+def test_without_quantization_there_is_a_report_too(tiny_export, tmp_path):
+    assert optimize_tiny(tiny_export, tmp_path / "out", "--skip_quantization", "--skip_fusion") == 0
+    found = json.loads((tmp_path / "out" / REPORT_JSON).read_text())
+    assert found["evaluation"] is None
+    assert found["sqnr_db_on_noise"] == {"encoder": None}
+    assert not any(row["bits"] for row in found["tensors"])
+    page = Page((tmp_path / "out" / REPORT_HTML).read_text())
+    assert "float32, as exported" in page.text
+
+
+def two_bits(real):
+    """Weights of four levels, stored in the codes of 4 bits."""
+
+    def round_to_nearest(x, bits):
+        scale = np.abs(x).max(axis=0) / 2
+        x[:] = np.clip(np.rint(x / np.where(scale, scale, 1)), -2, 1) * scale
+        return quantize.rtn(x, bits)
+
+    return lambda weight, bits, block, method: real(weight, bits, block, round_to_nearest)
+
+
+def shuffled_scales(real):
+    """The scales of the square matrices in other columns: of the right size all in all, in the wrong places."""
+
+    def quantize_and_shuffle(weight, bits, block, method):
+        packed = real(weight, bits, block, method)
+        if weight.shape[0] == weight.shape[1]:
+            np.random.default_rng(0).shuffle(packed.scales, axis=0)
+        return packed
+
+    return quantize_and_shuffle
+
+
+@pytest.mark.parametrize("ruin", [two_bits, shuffled_scales])
+def test_a_ruined_encoder_that_passes_on_noise_fails_on_words(ruin, tiny_export, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(optimize, "quantize", ruin(quantize.quantize))
+    flags = ("--eval_manifest", MANIFEST, "--max_wer_increase", "0.5")
+    assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 1
+    output, error = capsys.readouterr()
+    assert re.search(r"on noise  SQNR (\d+\.\d) dB", output)
+    assert re.search(r"clips/147_espeak.flac: 0 → \d errors  .*\[.* → .*\]", output)
+    assert re.match(r"check failed: the word error rate rises by \+\d+\.\d+ points \(\d+ of 80 words\)", error)
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_gate_lets_a_good_encoder_pass(tiny_export, tmp_path, capsys):
+    flags = ("--quant_method", "int8", "--eval_manifest", MANIFEST, "--max_wer_increase", "0")
+    assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 0
+    assert re.search(r"11 clips  WER (\S+ % \[.*?\]) → \1  \+0.00 points", capsys.readouterr().out)
+
+
+def heard(text: str, float32: str, optimized: str, lang: str | None = None) -> Heard:
+    return Heard("clip", lang, 1.0, text, float32, optimized, 20.0)
+
+
+def test_a_language_cannot_hide_in_the_whole():
+    clips = [heard("a b c d", "a b x d", "a b c d", "en"), heard("e f g h", "e f g h", "e f g", "uk")]
+    table = word_table(clips)
+    assert [(row.lang, row.increase.percent) for row in table] == [(None, 0), ("en", -25), ("uk", 25)]
+    judge(table, 25)
+    with pytest.raises(CheckError, match=r"\+25.00 points in uk \(1 of 4 words\), wanted at most \+24.9"):
+        judge(table, 24.9)
+    judge(word_table([heard("A b.", "A b.", "a B")]), 0)  # case and punctuation are not words
+    assert word_table([heard("A b.", "A b.", "a B")], str)[0].increase.percent == 100
+    with pytest.raises(CheckError, match=r"\+25.00 points \(1 of 4 words\)"):
+        judge(word_table([heard("a b c d", "a b c d", "a b c", None)]), 0.5)
+
+
+def test_changes_are_shown_in_context():
+    words = "one two three four five six seven eight nine ten"
+    kept = "one two three four …"
+    assert marked(heard("", f"a {words} b", f"c {words} b")) == [("a", "c"), (kept, kept)]
+    changed = marked(heard("", f"{words} a {words}", f"{words} {words} z"))
+    assert [pair for pair in changed if pair[0] != pair[1]] == [("a", ""), ("", "z")]
+    assert marked(heard("", "", "a b")) == [("", "a b")]
+    better, same, worse = heard("a", "b", "a"), heard("a", "a", "a"), heard("a", "a", "b")
+    assert gate.changed([better, same, worse]) == [worse, better]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max_wer_increase", "1"), "--max_wer_increase wants --eval_manifest"),
+        (("--eval_manifest", MANIFEST, "--max_wer_increase", "-1"), "found -1"),
+        (("--eval_manifest", MANIFEST, "--max_wer_increase", "nan"), "found nan"),
+        (("--eval_manifest", "none.jsonl"), "found nothing at none.jsonl"),
+        (("--eval_manifest", "{tmp}/no_text.jsonl"), "no_text.jsonl:2 has no text"),
+        (("--eval_manifest", "{tmp}/no_clip.jsonl"), "gone.flac"),
+    ],
+)
+def test_unusable_speech_is_refused_before_the_work(flags, message, tiny_export, tmp_path, capsys):
+    rows = [json.dumps({"audio_filepath": str(clip.path), "text": clip.text}) for clip in read_clips(MANIFEST)]
+    (tmp_path / "no_text.jsonl").write_text(f"{rows[0]}\n" + rows[1].replace('"text"', '"words"'))
+    (tmp_path / "no_clip.jsonl").write_text(json.dumps({"audio_filepath": "gone.flac", "text": "a"}))
+    flags = [str(flag).format(tmp=tmp_path) for flag in flags]
+    assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_a_missing_package_is_named_before_the_work(package, tiny_export, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "common.plots", raising=False)
+    monkeypatch.delattr("common.plots", raising=False)
+    assert optimize_tiny(tiny_export, tmp_path / "out") == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert package in error
+    assert "pip install -r requirements.txt" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_gate_imports_neither_nemo_nor_torch(tiny_export, tmp_path):
+    shutil.copy(SAMPLES / "clips" / "120_joe.flac", tmp_path)
+    (tmp_path / "one.jsonl").write_text('{"audio_filepath": "120_joe.flac", "text": "Door fellow four."}')
+    argv = ["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out")]
+    code = (
+        "import sys, optimize_encoder;"
+        f"status = optimize_encoder.main({[*argv, '--eval_manifest', str(tmp_path / 'one.jsonl')]!r});"
+        "assert status == 0, status;"
+        "assert not {'nemo', 'torch'} & set(sys.modules), 'imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 clips  WER" in done.stdout
