@@ -18,14 +18,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import onnx_ir as ir
 from tqdm import tqdm
 
 from common import gate
+from common.calibrate import Calibration, calibrate, damages, read_speech
 from common.clips import Clip, read_clips
 from common.configs import AUDIO_PROCESSOR_CONFIG, GENAI_CONFIG
 from common.console import Parser, Stages, run, size_text
 from common.files import (
     check_output_dir,
+    fingerprint,
     moved_manifest,
     relative_path,
     save_model,
@@ -37,18 +40,24 @@ from common.files import (
 from common.graphs import DECODER, ENCODER, GRAPH_FILES, JOINT
 from common.optimize import (
     INT8,
+    K_QUANT_MIXED,
     MIN_FLOAT_SQNR_DB,
     MIN_SQNR_DB,
     QUANT_METHODS,
+    Plan,
+    Sensitivity,
+    check_budget,
     compare,
+    file_bytes,
     fuse,
     load,
     make_plan,
     quantizable,
     quantize_decoder_and_joint,
     quantize_weights,
+    spend,
 )
-from common.quantize import BLOCK_SIZES
+from common.quantize import BLOCK_SIZES, Packed
 from common.report import REPORT_HTML, make_evaluation, make_report, page_writer, write_report
 from common.runtime import EXPORT_COMMAND, TOKENIZER_COMMAND
 from common.tokenizer import TOKENIZER_FILES
@@ -58,6 +67,7 @@ CONFIG_FILES = (GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG)
 
 # Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, when they are compared.
 MEMORY_FACTOR = 1.3
+CALIBRATION_MEMORY_FACTOR = 2.5
 
 BLOCK_SIZE_HELP = """weights that share a scale; a larger block is smaller and faster and less exact; int8 has one
 scale a column whatever this says (%(default)s)"""
@@ -79,6 +89,12 @@ all clips and in each language; beyond, nothing is written (no limit)"""
 REDUCE_RANGE_HELP = """int8 with weights of 7 bits, for a CPU without VNNI (AVX2 before 2021), where sums of larger
 products are cut off"""
 
+CALIBRATION_MANIFEST_HELP = """NeMo manifest (JSON lines with audio_filepath) of a few minutes of speech, on which
+k_quant_mixed measures what each weight does to the encoder's output when it is quantized, to spend 8 bits where they
+help most and to fit the codes; up to 5 minutes of it are used"""
+SIZE_BUDGET_HELP = """with --calibration_manifest, the largest encoder.onnx and its data, in MB of 10^6 bytes (what
+k_quant_mixed takes without a manifest)"""
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
@@ -90,6 +106,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quant_method", choices=QUANT_METHODS, default="rtn", help=QUANT_METHOD_HELP)
     add("--decoder_joint_precision", choices=("fp32", "int8"), default="fp32", help=DECODER_JOINT_HELP)
     add("--reduce_range", action="store_true", help=REDUCE_RANGE_HELP)
+    add("--calibration_manifest", type=Path, metavar="FILE", help=CALIBRATION_MANIFEST_HELP)
+    add("--size_budget_mb", type=float, metavar="MB", help=SIZE_BUDGET_HELP)
     add("--eval_manifest", type=Path, metavar="FILE", help=EVAL_HELP)
     add("--max_wer_increase", type=float, metavar="POINTS", help=INCREASE_HELP)
     add("--skip_fusion", action="store_true", help=SKIP_FUSION_HELP)
@@ -108,12 +126,14 @@ def _optimize(args: argparse.Namespace) -> None:
     int8_tokens = args.decoder_joint_precision == INT8
     if args.reduce_range and not (int8_encoder or int8_tokens):
         raise ValueError("--reduce_range wants --quant_method int8 or --decoder_joint_precision int8, found neither")
-    clips, write_page = _read_eval_manifest(args), page_writer()
-    exported, stages = args.model_dir / ENCODER.file, Stages(5 + int8_tokens + bool(clips))
+    calibration_clips, eval_clips, write_page = _calibration_clips(args), _read_eval_manifest(args), page_writer()
+    exported = args.model_dir / ENCODER.file
+    stages = Stages(5 + int8_tokens + bool(calibration_clips) + bool(eval_clips))
     before = _encoder_bytes(args.model_dir)
     disk = sum((args.model_dir / file).stat().st_size for file in (*GRAPH_FILES, *CONFIG_FILES, *TOKENIZER_FILES))
-    state_needs(f"encoder.onnx ({size_text(before)})", MEMORY_FACTOR * before, disk, args.output_dir)
-    stored, heard, evaluation = {}, [], None
+    memory = (CALIBRATION_MEMORY_FACTOR if calibration_clips else MEMORY_FACTOR) * before
+    state_needs(f"encoder.onnx ({size_text(before)})", memory, disk, args.output_dir)
+    stored, heard, sensitivity, evaluation = {}, [], None, None
     with staged_folder(args.output_dir) as stage:
         skip_fusion = args.skip_fusion or fusion_slows(manifest, args.skip_quantization)
         model, fused = (load(exported), Counter()) if skip_fusion else fuse(exported)
@@ -123,9 +143,14 @@ def _optimize(args: argparse.Namespace) -> None:
 
         names = [] if args.skip_quantization else quantizable(model)
         plan = {} if args.skip_quantization else make_plan(names, args.quant_method, args.block_size, args.reduce_range)
+        packed = {}
+        if calibration_clips:
+            plan, packed, sensitivity = _plan_by_speech(args, model, plan, calibration_clips, stages)
         left = sum(value.const_value.nbytes for name, value in model.graph.initializers.items() if name not in plan)
         if plan:
-            stored[ENCODER.name] = quantize_weights(model, plan, args.quant_method, args.accuracy_level, _progress_bar)
+            stored[ENCODER.name] = quantize_weights(
+                model, plan, args.quant_method, args.accuracy_level, _progress_bar, packed
+            )
         widths = Counter(form.bits for form in plan.values())
         counts = "  ".join(f"{widths[bits]} weights at {bits} bits" for bits in sorted(widths))
         method = args.quant_method if int8_encoder else f"{args.quant_method}, block {args.block_size}"
@@ -147,8 +172,8 @@ def _optimize(args: argparse.Namespace) -> None:
             stages.report("decoder and joint, int8", *found)
         for file in (*(() if int8_tokens else DECODING_FILES), *CONFIG_FILES, *TOKENIZER_FILES):
             shutil.copyfile(args.model_dir / file, stage / file)
-        if clips:
-            heard, evaluation = _count_words(args, stage, clips, stages)
+        if eval_clips:
+            heard, evaluation = _count_words(args, stage, eval_clips, stages)
         record = {
             "model_dir": relative_path(args.model_dir, args.output_dir),
             "flags": {
@@ -159,14 +184,16 @@ def _optimize(args: argparse.Namespace) -> None:
                 "reduce_range": args.reduce_range,
                 "skip_fusion": args.skip_fusion,
                 "skip_quantization": args.skip_quantization,
+                "size_budget_mb": args.size_budget_mb,
             },
+            "calibration": fingerprint(args.calibration_manifest) if calibration_clips else None,
             "fused": dict(fused),
             "weights_by_bits": {str(bits): count for bits, count in sorted(widths.items())},
             "encoder_bytes": {"exported": before, "optimized": after},
             "sqnr_db_on_noise": round(sqnr, 2) if math.isfinite(sqnr) else None,
             "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in token_sqnr.items()},
         }
-        report = make_report(args.model_dir, stage, manifest, record, stored, None, evaluation)
+        report = make_report(args.model_dir, stage, manifest, record, stored, sensitivity, evaluation)
         write_report(stage, report, heard, write_page)
         write_manifest(stage, manifest, "optimize", record)
         if moved_manifest(args.model_dir, args.output_dir) != manifest:
@@ -181,6 +208,48 @@ def fusion_slows(manifest: dict, skip_quantization: bool) -> bool:
     nothing else fuses. On CUDA it saves kernel launches."""
     device = manifest.get("export", {}).get("flags", {}).get("device", "cpu")
     return device == "cpu" and not skip_quantization
+
+
+def _calibration_clips(args: argparse.Namespace) -> list[Clip]:
+    """The clips to calibrate on, none without a manifest. Raises ValueError for flags that do not go together."""
+    calibrated = args.quant_method == K_QUANT_MIXED and not args.skip_quantization
+    if args.calibration_manifest is None:
+        if args.size_budget_mb is not None:
+            raise ValueError("--size_budget_mb wants a --calibration_manifest to decide by, found none")
+        return []
+    if not calibrated:
+        found = "--skip_quantization" if args.skip_quantization else args.quant_method
+        raise ValueError(f"--calibration_manifest wants --quant_method {K_QUANT_MIXED}, found {found}")
+    return read_clips(args.calibration_manifest)
+
+
+def _plan_by_speech(
+    args: argparse.Namespace, model: ir.Model, plan: Plan, clips: list[Clip], stages: Stages
+) -> tuple[Plan, dict[str, Packed], Sensitivity]:
+    """Calibrate, and spend the budget, or what `plan` takes, where it helps most: plan, weights, damages."""
+    exported = args.model_dir / ENCODER.file
+    graph_bytes, budget = exported.stat().st_size, args.size_budget_mb
+    budget = file_bytes(model, graph_bytes, plan) if budget is None else budget * 1e6
+    check_budget(model, graph_bytes, plan, args.block_size, budget)
+    calibration = _calibrate(exported, clips, args.block_size, stages)
+    sensitivity = damages(calibration)
+    plan = spend(model, graph_bytes, sensitivity, args.block_size, budget)
+    return plan, {name: calibration[name][form.bits].packed for name, form in plan.items()}, sensitivity
+
+
+def _calibrate(exported: Path, clips: list[Clip], block: int, stages: Stages) -> Calibration:
+    """Calibrate, with a progress bar, and say where the damage is."""
+    speech = read_speech(exported.parent, clips)
+    with tqdm(desc="calibrating", unit="run", smoothing=0, leave=False, disable=None) as bar:  # none in a pipe
+        calibration = calibrate(exported, speech.batches, block, bar)
+    damage = {name: widths[min(widths)] for name, widths in damages(calibration).items()}
+    worst = max(damage, key=damage.get)
+    stages.report(
+        "calibration",
+        f"{speech.clips} clips  {speech.seconds:.0f} s of speech",
+        f"{worst} does {100 * damage[worst] / max(sum(damage.values()), 1e-30):.0f} % of the damage of 4 bits",
+    )
+    return calibration
 
 
 def _check_folders(source: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ DISK_ERRORS, SHORT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "requested
 # Smaller tensors stay inside the .onnx, where graph optimizers look for constants.
 EXTERNAL_DATA_THRESHOLD = 1024  # bytes
 EXTERNAL_DATA_ALIGNMENT = 65536  # bytes; the allocation granularity of Windows, the coarsest
+EXTERNAL_DATA_ALIGNED_FROM = 2**20  # bytes; onnx_ir's default
 # Packages whose version decides what an exported folder contains.
 RECORDED_PACKAGES = ("nemo_toolkit", "torch", "onnx", "onnxruntime", "onnxruntime-genai", "sentencepiece", "tokenizers")
 
@@ -125,6 +126,16 @@ def save_model(model, path: Path) -> None:
 
     external = {"size_threshold_bytes": EXTERNAL_DATA_THRESHOLD, "alignment": EXTERNAL_DATA_ALIGNMENT}
     ir.save(model, path, external_data=f"{path.name}.data", **external)
+
+
+def data_bytes(sizes: Iterable[int]) -> int:
+    """Bytes of the data file that save_model writes for tensors of these sizes, in this order."""
+    offset = 0
+    for size in sizes:
+        if size > EXTERNAL_DATA_ALIGNED_FROM:
+            offset = -(-offset // EXTERNAL_DATA_ALIGNMENT) * EXTERNAL_DATA_ALIGNMENT
+        offset += size
+    return offset
 
 
 MODEL_DIR_HELP = "model folder (./onnx_models_optimized, or ./onnx_models where that is missing)"

@@ -18,13 +18,16 @@ from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor, uses_external_data
 
 from common.console import CheckError
-from common.files import save_model
+from common.files import data_bytes, save_model
 from common.graphs import DECODER, ENCODER, JOINT, MICROSOFT, Graph
 from common.int8 import REDUCED_BITS, WEIGHT_BITS, quantize_lstms, quantize_products
-from common.quantize import METHODS, Packed, quantize
+from common.quantize import BITS, METHODS, Packed, quantize
 from common.runtime import OrtGraph, RuntimeConfig
 
 MIN_WEIGHTS = 4096  # a matrix smaller than this (16 kB) gains less than its extra tensors cost
+
+# What a MatMulNBits adds to the graph file: attributes, the names and places of three tensors; up to 500 were measured.
+NODE_BYTES = 600
 
 # Noise on which two encoders are compared: mel frames of a ragged batch. 4 s and a shorter one of odd length.
 NOISE_FRAMES = (400, 267)
@@ -37,6 +40,7 @@ MIN_FLOAT_SQNR_DB = 80.0
 # 8-bit decoder and joint: measured 54 dB and 41 dB at full size, 42 dB and 51 dB on the tiny checkpoint.
 MIN_TOKEN_SQNR_DB = 20.0
 
+K_QUANT_MIXED = "k_quant_mixed"  # the method that spends 8 bits where they matter
 INT8 = "int8"  # the method of common.int8, beside those of MatMulNBits
 QUANT_METHODS = (*METHODS, INT8)
 # The joint multiplies one row at a time, which is reading weights: MatMulNBits of 8 bits takes 0.26 ms a token, with
@@ -61,6 +65,8 @@ class Format:
 
 
 Plan = dict[str, Format]  # weight name → its format; a weight that is not in it stays float32
+# weight name → bits → relative error power of the encoder's output on speech, this weight alone stored in those bits
+Sensitivity = dict[str, dict[int, float]]
 
 
 @dataclass(frozen=True)
@@ -126,8 +132,51 @@ def make_plan(weights: Iterable[str], method: str, block: int, reduce_range: boo
         raise ValueError("wanted an encoder with float32 MatMul weights, found none: is it optimized already?")
     if method == INT8:
         return dict.fromkeys(weights, Format(REDUCED_BITS if reduce_range else WEIGHT_BITS, None))
-    eight = eight_bit_weights(weights) if method == "k_quant_mixed" else set()
+    eight = eight_bit_weights(weights) if method == K_QUANT_MIXED else set()
     return {name: Format(8 if name in eight else 4, block) for name in weights}
+
+
+def spend(model: ir.Model, graph_bytes: int, damage: Sensitivity, block: int, budget: float) -> Plan:
+    """4 bits everywhere, then 8 where they take away most damage per byte, as far as `budget` bytes reach.
+
+    damage: weight name → bits → damage (common.calibrate); graph_bytes: of the exported graph, without its data.
+    Raises ValueError as `check_budget` does.
+    """
+    plan = check_budget(model, graph_bytes, damage, block, budget)
+    low, high = BITS
+    sizes = {name: _tensor_bytes(model, name, Format(high, block)) for name in plan}
+    extra = {name: sum(sizes[name]) - sum(_tensor_bytes(model, name, plan[name])) for name in plan}
+    for name in sorted(plan, key=lambda name: (damage[name][low] - damage[name][high]) / extra[name], reverse=True):
+        richer = {**plan, name: Format(high, block)}
+        if file_bytes(model, graph_bytes, richer) <= budget:
+            plan = richer
+    return plan
+
+
+def check_budget(model: ir.Model, graph_bytes: int, weights: Iterable[str], block: int, budget: float) -> Plan:
+    """The smallest plan. Raises ValueError if that takes more than `budget` bytes."""
+    plan = {name: Format(min(BITS), block) for name in weights}
+    smallest = file_bytes(model, graph_bytes, plan)
+    if not smallest <= budget:
+        raise ValueError(
+            f"wanted an encoder of at most {budget / 1e6:g} MB, but 4 bits everywhere take "
+            f"{math.ceil(smallest / 1e4) / 100} MB; give a larger --size_budget_mb or --block_size"
+        )
+    return plan
+
+
+def file_bytes(model: ir.Model, graph_bytes: int, plan: Plan) -> int:
+    """Bytes of graph and data once a plan with zero points has been carried out, or up to a per cent less."""
+    others = (value.const_value.nbytes for name, value in model.graph.initializers.items() if name not in plan)
+    packed = (size for name, form in plan.items() for size in _tensor_bytes(model, name, form))
+    return graph_bytes + NODE_BYTES * len(plan) + data_bytes((*others, *packed))
+
+
+def _tensor_bytes(model: ir.Model, name: str, form: Format) -> tuple[int, int, int]:
+    """Codes, scales and zero points of one weight."""
+    K, N = model.graph.initializers[name].const_value.shape.numpy()
+    blocks = -(-K // form.block)
+    return N * blocks * form.block * form.bits // 8, 4 * N * blocks, N * -(-blocks * form.bits // 8)
 
 
 def eight_bit_weights(weights: list[str]) -> set[str]:
@@ -141,9 +190,10 @@ def quantize_weights(
     method: str,
     accuracy_level: int,
     progress: Callable[[Iterator[Packed], int], Iterable[Packed]] = lambda items, total: items,
+    packed: dict[str, Packed] | None = None,
 ) -> dict[str, Stored]:
     """Put a MatMulNBits, or by the method `int8` what common.int8 says, in the place of each MatMul by a weight of
-    `plan`, in place."""
+    `plan`, in place. `packed` are weights that are quantized already."""
     nodes = quantizable(model)
     if method == INT8:
         bits = plan[next(iter(plan))].bits
@@ -151,6 +201,8 @@ def quantize_weights(
     weights = {name: model.graph.initializers[name] for name in plan}
 
     def pack(name: str) -> Packed:
+        if packed:
+            return packed[name]
         tensor = weights[name].const_value
         try:
             return quantize(tensor.numpy(), plan[name].bits, plan[name].block, METHODS[method])
@@ -160,13 +212,13 @@ def quantize_weights(
 
     errors = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy lets go of Python's lock
-        for name, packed in zip(plan, progress(pool.map(pack, plan), len(plan)), strict=True):
-            constants = [_initializer(model, f"{name}.{part}", array) for part, array in packed.tensors()]
+        for name, found in zip(plan, progress(pool.map(pack, plan), len(plan)), strict=True):
+            constants = [_initializer(model, f"{name}.{part}", array) for part, array in found.tensors()]
             for node in nodes[name]:
                 _replace(node, constants, plan[name], accuracy_level)
             if not weights[name].uses():
                 del model.graph.initializers[name]
-            errors[name] = packed.error
+            errors[name] = found.error
     return _stored(plan, errors)
 
 

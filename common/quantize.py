@@ -28,6 +28,9 @@ K_QUANT_STEPS = tuple(np.linspace(-3.0, 0.9, 14))
 HQQ_NORM, HQQ_BETA, HQQ_KAPPA = 0.7, 10.0, 1.01
 HQQ_ITERATIONS = 10  # 20 gain 0.06 dB at block 128, less at 32
 
+# Added to the diagonal of the second moments of a product's inputs, in parts of its mean, as in GPTQ.
+DAMPING = 0.01
+
 Fit = tuple[np.ndarray, np.ndarray | None]
 Method = Callable[[np.ndarray, int], Fit]
 
@@ -69,12 +72,57 @@ def quantize(weight: np.ndarray, bits: int, block: int, method: Method) -> Packe
             codes[i, :, columns] = steps + zeros[i, columns]
             power += _power(x)
             noise += _power(np.subtract(x, np.multiply(steps, scale, out=steps), out=x))
+    return _packed(codes, scales, zeros, bits, symmetric, noise / power if power else 0.0)
+
+
+def _packed(
+    codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int, symmetric: bool, error: float
+) -> Packed:
+    """codes [blocks, block, N], scales and zero points [blocks, N], in the operator's layout"""
     return Packed(
         codes=np.ascontiguousarray(_pack(codes, bits).transpose(2, 0, 1)),
         scales=np.ascontiguousarray(scales.T),
         zero_points=None if symmetric else np.ascontiguousarray(_pack(zeros[None], bits)[0].T),
-        error=noise / power if power else 0.0,
+        error=error,
     )
+
+
+def error_feedback(inputs: Iterable[np.ndarray], damping: float = DAMPING) -> np.ndarray:
+    """How the error of one row of a weight [K, N] is made up for by the rows after it, from rows of inputs [R, K] to
+    the product: [K, K], upper triangular, ones on its diagonal.
+
+    With Σ xᵀx = U D Uᵀ, errors E [K, N] put Σ d_k ‖(Uᵀ E)_k‖² into the product, so row k should be wrong by what undoes
+    the rows before it (QuIP's LDLQ, Chee et al. 2023; the same codes as GPTQ's, Frantar et al. 2023, by one Cholesky).
+    """
+    moments = sum((rows.T @ rows).astype(np.float64) for rows in inputs)
+    moments[np.diag_indices_from(moments)] += damping * np.trace(moments) / len(moments) + TINY
+    upper = np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
+    return (upper / np.diag(upper)).astype(np.float32)
+
+
+def quantize_compensated(
+    weight: np.ndarray, bits: int, block: int, method: Method, feedback: np.ndarray
+) -> tuple[Packed, np.ndarray]:
+    """As `quantize`, but rounded row by row with the feedback of `error_feedback`; also the errors W - Ŵ [K, N]."""
+    K, N = weight.shape
+    blocks, middle = -(-K // block), 2 ** (bits - 1)
+    codes, scales = np.zeros((blocks, block, N), np.uint8), np.empty((blocks, N), np.float32)
+    zeros, errors = np.empty((blocks, N), np.uint8), np.empty((K, N), np.float32)
+    for i, begin in enumerate(range(0, K, block)):
+        end = min(begin + block, K)
+        wanted = np.zeros((block, N), np.float32)
+        wanted[: end - begin] = weight[begin:end] + feedback[:begin, begin:end].T @ errors[:begin]
+        scales[i], zero = method(wanted, bits)
+        zero = np.full(N, middle, np.float32) if zero is None else zero
+        inverse, within = _inverse(scales[i]), np.ascontiguousarray(feedback[begin:end, begin:end].T)
+        for k in range(begin, end):
+            row = wanted[k - begin] + within[k - begin, : k - begin] @ errors[begin:k]
+            steps = _steps(row, inverse, zero, bits)
+            errors[k] = weight[k] - steps * scales[i]
+            codes[i, k - begin] = steps + zero
+        zeros[i] = zero
+    symmetric = bool(np.all(zeros == middle))
+    return _packed(codes, scales, zeros, bits, symmetric, relative_error(weight, weight - errors)), errors
 
 
 def rtn(x: np.ndarray, bits: int) -> Fit:

@@ -15,15 +15,13 @@ from common.console import size_text
 from common.files import FILES, package_versions, sha256, write_json
 from common.gate import Heard, Words, changed, marked, word_table
 from common.graphs import ENCODER, GRAPHS, Graph
-from common.optimize import Stored, load
+from common.optimize import Sensitivity, Stored, load
 from common.transcripts import CONFIDENCE, WordErrorRate
 
 REPORT_JSON, REPORT_HTML = "optimization_report.json", "optimization_report.html"
 TEMPLATE = "report.html.j2"
 MAX_SHOWN_CLIPS = 200  # in the page; the JSON has them all
 
-# weight name → bits → relative error power of the encoder's output on speech, this weight alone stored in those bits
-Sensitivity = dict[str, dict[int, float]]
 PageWriter = Callable[[Path, dict, list[Heard]], None]
 
 # What a file is made of. A quantized weight W is stored as W.codes, W.scales and perhaps W.zero_points.

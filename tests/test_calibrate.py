@@ -1,0 +1,204 @@
+"""Calibration: codes with error feedback, damages against plain runs of the exported graph, what a budget buys."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tqdm import tqdm
+
+import optimize_encoder
+from common import optimize, quantize
+from common.calibrate import BATCH_SECONDS, calibrate, damages, read_speech, speech_batches
+from common.clips import read_clips
+from common.files import MANIFEST, save_model
+from common.graphs import ENCODER
+from common.optimize import Format, sqnr_db
+from common.runtime import GenAI, OrtGraph
+from tests.conftest import SAMPLES
+from tests.test_optimize import MATRICES, dequantize
+
+BLOCK = 32
+CLIPS = SAMPLES / "manifest.jsonl"
+RNG = np.random.default_rng(11)
+
+
+@pytest.fixture(scope="module")
+def speech(tiny_export):
+    return read_speech(tiny_export, read_clips(CLIPS)[1:])  # the first is kept to look at what came out
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_export, speech):
+    return calibrate(tiny_export / ENCODER.file, speech.batches, BLOCK, tqdm(disable=True))
+
+
+@pytest.fixture(scope="module")
+def unseen(tiny_export) -> np.ndarray:
+    """A clip that nothing was calibrated on, [1, M, T]"""
+    genai = GenAI(tiny_export)
+    return genai.features(genai.config.read_audio(read_clips(CLIPS)[0].path))[None]
+
+
+def encode(folder: Path, batch: np.ndarray) -> np.ndarray:
+    """Equal lengths, so every frame counts. [B, M, T] → [B, D, S]"""
+    return OrtGraph(folder, ENCODER)(batch, np.full(len(batch), batch.shape[2]))[0]
+
+
+def quantized(tiny_export: Path, folder: Path, plan: optimize.Plan, packed: dict, accuracy_level: int = 1) -> Path:
+    """A folder with only the encoder, its weights of `plan` replaced."""
+    model = optimize.load(tiny_export / ENCODER.file)
+    optimize.quantize_weights(model, plan, "k_quant_mixed", accuracy_level, packed=packed)
+    folder.mkdir(exist_ok=True)
+    save_model(model, folder / ENCODER.file)
+    return folder
+
+
+def correlated_rows(K: int, count: int = 400) -> np.ndarray:
+    return (RNG.standard_normal((count, K // 8)) @ RNG.standard_normal((K // 8, K))).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", quantize.BITS)
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("name", MATRICES)
+def test_feedback_undoes_errors_in_the_product(name, block, bits):
+    weight = MATRICES[name][:200]  # no multiple of the blocks
+    x = correlated_rows(len(weight))
+    packed, errors = quantize.quantize_compensated(
+        weight, bits, block, quantize.k_quant, quantize.error_feedback([x[:150], x[150:]])
+    )
+    np.testing.assert_allclose(weight - errors, dequantize(packed, len(weight), bits), atol=1e-6)
+    plain = dequantize(quantize.quantize(weight, bits, block, quantize.k_quant), len(weight), bits)
+    assert 4 * np.sum((x @ errors) ** 2) < np.sum((x @ (weight - plain)) ** 2)
+
+
+def test_without_correlations_there_is_nothing_to_feed_back():
+    weight = MATRICES["gaussian"]
+    feedback = quantize.error_feedback([np.eye(len(weight), dtype=np.float32)])
+    np.testing.assert_allclose(feedback, np.eye(len(weight)), atol=1e-6)
+    plain = quantize.quantize(weight, 4, BLOCK, quantize.k_quant)
+    packed, _ = quantize.quantize_compensated(weight, 4, BLOCK, quantize.k_quant, feedback)
+    for one, other in zip(packed.tensors(), plain.tensors(), strict=True):
+        np.testing.assert_array_equal(one[1], other[1])
+
+
+def test_inputs_that_are_always_zero_or_few():
+    weight = MATRICES["gaussian"]
+    for rows in (np.zeros((5, len(weight)), np.float32), correlated_rows(len(weight))[:1]):
+        _, errors = quantize.quantize_compensated(weight, 4, BLOCK, quantize.k_quant, quantize.error_feedback([rows]))
+        assert np.sum(errors**2) < 0.02 * np.sum(weight**2)
+
+
+def test_batches_hold_no_padding_and_nearly_all_speech():
+    clips = [np.full((3, T), T, np.float32) for T in (150, 5000, 210, 30, 700, 160, 900)]
+    batches = speech_batches(clips, 100)
+    assert all(batch.shape[0] * batch.shape[2] <= BATCH_SECONDS * 100 for batch in batches)
+    assert all(len(batch) == 1 or np.all(batch[:, :, -1] >= batch.shape[2]) for batch in batches)
+    kept = sum(batch.shape[0] * batch.shape[2] for batch in batches)
+    assert 0.7 < kept / sum(clip.shape[1] for clip in clips) <= 1
+
+
+def test_damage_is_what_the_exported_graph_shows(tiny_export, tmp_path, speech, calibration):
+    """Quantizing one weight alone, in MatMulNBits: on the batch that damage is measured on, and on all speech."""
+    weights = list(optimize.quantizable(optimize.load(tiny_export / ENCODER.file)))
+    assert list(calibration) == weights
+    part = speech.batches[len(speech.batches) // 2]
+    checked = weights[::6]
+    found = damages(calibration)
+    everywhere = []
+    for name in checked:
+        for bits, tolerance in ((4, 1.02), (8, 1.5)):
+            packed = {name: calibration[name][bits].packed}
+            folder = quantized(tiny_export, tmp_path / "one", {name: Format(bits, BLOCK)}, packed)
+            exact = 10 ** (-sqnr_db(encode(tiny_export, part), encode(folder, part)) / 10)
+            assert 1 / tolerance < found[name][bits] / exact < tolerance, (name, bits)
+            if bits == 4:
+                wanted, output = (
+                    np.concatenate([encode(where, batch).ravel() for batch in speech.batches])
+                    for where in (tiny_export, folder)
+                )
+                everywhere.append(-sqnr_db(wanted, output))
+    ranks = [np.argsort(np.argsort(values)) for values in (everywhere, [found[name][4] for name in checked])]
+    assert np.corrcoef(*ranks)[0, 1] > 0.9
+
+
+def test_a_budget_goes_where_the_damage_per_byte_is(tiny_export, tmp_path, calibration, unseen):
+    """In no more bytes, a plan made of the true damages beats the rule of thumb, and one of swapped damages."""
+    model = optimize.load(tiny_export / ENCODER.file)
+    graph_bytes = (tiny_export / ENCODER.file).stat().st_size
+    rule = optimize.make_plan(calibration, "k_quant_mixed", BLOCK)
+    budget = optimize.file_bytes(model, graph_bytes, rule)
+    true = damages(calibration)
+    order = sorted(true, key=lambda name: true[name][4])
+    swapped = {name: true[other] for name, other in zip(order, order[::-1], strict=True)}
+    ratios = []
+    for damage in (swapped, true):
+        plan = optimize.spend(model, graph_bytes, damage, BLOCK, budget)
+        assert 0.95 * budget < optimize.file_bytes(model, graph_bytes, plan) <= budget
+        packed = {name: calibration[name][form.bits].packed for name, form in plan.items()}
+        folder = quantized(tiny_export, tmp_path / "out", plan, packed)
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= budget
+        ratios.append(sqnr_db(encode(tiny_export, unseen), encode(folder, unseen)))
+    assert plan != rule
+    by_rule = quantized(tiny_export, tmp_path / "out", rule, {})
+    ratios.insert(1, sqnr_db(encode(tiny_export, unseen), encode(by_rule, unseen)))
+    assert ratios[0] + 3 < ratios[1] < ratios[2] - 2
+
+
+def optimized(tiny_export: Path, target: Path, *flags: str) -> dict:
+    assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(target), *flags]) == 0
+    return json.loads((target / MANIFEST).read_text())["optimize"]
+
+
+def test_calibrated_is_more_exact_than_rtn_and_no_larger(tiny_export, tmp_path, unseen, capsys):
+    record = optimized(tiny_export, tmp_path / "rtn")
+    size = record["encoder_bytes"]["optimized"]
+    flags = ("--quant_method", "k_quant_mixed", "--block_size", "64", "--calibration_manifest", str(CLIPS))
+    record = optimized(tiny_export, tmp_path / "out", *flags, "--size_budget_mb", f"{size / 1e6}")
+    assert 0.95 * size < record["encoder_bytes"]["optimized"] <= size
+    assert record["calibration"]["bytes"] == CLIPS.stat().st_size
+    assert "calibrating 56 weights: about" in capsys.readouterr().out
+    rtn, calibrated = (sqnr_db(encode(tiny_export, unseen), encode(tmp_path / name, unseen)) for name in ("rtn", "out"))
+    assert calibrated > rtn + 4
+
+
+MIXED = ("--quant_method", "k_quant_mixed")
+REFUSED = {
+    "another method": (("--calibration_manifest", CLIPS), "wants --quant_method k_quant_mixed, found rtn"),
+    "no quantization": (
+        (*MIXED, "--skip_quantization", "--calibration_manifest", CLIPS),
+        "wants --quant_method k_quant_mixed, found --skip_quantization",
+    ),
+    "a budget alone": ((*MIXED, "--size_budget_mb", "2"), "--size_budget_mb wants a --calibration_manifest"),
+    "too small a budget": (
+        (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "1"),
+        "wanted an encoder of at most 1 MB, but 4 bits everywhere take 1.5",
+    ),
+    "no number": (
+        (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "nan"),
+        "at most nan MB",
+    ),
+    "no manifest there": ((*MIXED, "--calibration_manifest", "none.jsonl"), "wanted a manifest, found nothing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_are_one_line_and_leave_nothing(case, tiny_export, tmp_path, capsys):
+    flags, message = REFUSED[case]
+    argv = ["--model_dir", tiny_export, "--output_dir", tmp_path / "out", *flags]
+    assert optimize_encoder.main([str(argument) for argument in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_speech_is_refused(tiny_export, tmp_path, capsys):
+    lines = [json.loads(line) for line in CLIPS.read_text().splitlines()[:2]]
+    for line in lines:
+        line["audio_filepath"] = str(SAMPLES / line["audio_filepath"])
+    manifest = tmp_path / "few.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = ["--model_dir", tiny_export, "--output_dir", tmp_path / "out", *MIXED, "--calibration_manifest", manifest]
+    assert optimize_encoder.main([str(argument) for argument in argv]) == 2
+    assert "wanted 10 s of speech to calibrate on, found 3.8 s" in capsys.readouterr().err
