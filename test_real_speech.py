@@ -4,15 +4,22 @@ In: a model folder; clips (any format, rate and channels that libsndfile reads),
 Out: per clip, or per corpus, a table: engine, speed, word error rate against the text and against NeMo, transcript.
 Every engine gets the same samples: mono, resampled once to the model's rate. NeMo computes its features itself and raw
 ONNX Runtime is given those (with --skip_nemo: GenAI's); GenAI computes its own. An optimized folder brings along the
-exported one that it was made from. Exit status 1 when float32 ONNX differs from NeMo in a token for no listed reason.
+exported one that it was made from. Exit status 1 when float32 ONNX differs from NeMo in a token for no listed reason,
+or in a word's time by more than an encoder frame.
 
-    python test_real_speech.py --audio samples/jfk.wav
+Engines are loaded when their turn comes, and a line is printed when it is there: with --skip_nemo, the first as soon as
+GenAI has it. Speed is that of a warm engine, features included; of a batch's time each clip has its share by length.
+
+    python test_real_speech.py --audio my.wav --skip_nemo
+    python test_real_speech.py --audio my.wav --skip_nemo --timestamps --srt my.srt
     python test_real_speech.py --manifest samples/manifest.jsonl
 """
 
 import argparse
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +27,11 @@ from tqdm import tqdm
 
 from common.clips import Clip, read_clips
 from common.console import CheckError, Parser, run
-from common.decode import GENAI_RULE, NEMO_RULE
-from common.files import MODEL_DIR_HELP, check_output_file, default_model_dir, read_manifest, write_json
+from common.decode import GENAI_RULE, NEMO_RULE, Hypothesis
+from common.files import MODEL_DIR_HELP, check_output_file, default_model_dir, read_manifest, write_json, write_text
 from common.model import find_checkpoint, load_model, recorded_checkpoint
-from common.runtime import GenAI, Nemo, RawOrt
+from common.runtime import GenAI, Nemo, RawOrt, RuntimeConfig
+from common.timestamps import Pieces, Word, furthest_apart, srt, words
 from common.transcripts import (
     CONFIDENCE,
     Difference,
@@ -38,6 +46,10 @@ SAMPLE = Path(__file__).resolve().parent / "samples" / "jfk.wav"
 NEMO = "NeMo"
 # More transcripts than a person reads; they are in the --json file.
 MAX_PRINTED_CLIPS = 20
+# Of as much audio clips are sorted by length into batches: more pad less, and take more memory, 8 MB a minute.
+POOL_SECONDS = 1200
+# Furthest that a word's time may be from NeMo's, in encoder frames.
+TIMES_TOLERANCE = 1
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +62,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     clips.add_argument("--audio", type=Path, nargs="+", default=[SAMPLE], help="clips (samples/jfk.wav)")
     clips.add_argument("--manifest", type=Path, help="NeMo manifest: JSON lines with audio_filepath and text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every transcript and figure to FILE")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--batch_size", type=int, default=1, help="clips that plain ONNX Runtime takes at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--timestamps", action="store_true",
+        help="print each word with its start and end in seconds, by plain ONNX Runtime (GenAI tells no times); with "
+        "NeMo, compare them with its own",
+    )  # fmt: skip
+    parser.add_argument("--srt", type=Path, metavar="FILE", help="write the words of one clip as subtitles to FILE")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"argument --batch_size: wanted 1 or more, found {args.batch_size}")
+    if args.srt and (args.manifest or len(args.audio) != 1):
+        parser.error("argument --srt: wanted one clip, given with --audio, for one file of subtitles")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,98 +98,179 @@ class Heard:
     tokens: list[int]
     text: str
     seconds: float
+    words: list[Word] | None = None  # where times were asked for, of the engines that tell them
 
 
 class Folder:
-    """A model folder in both of its runtimes."""
+    """A model folder in both of its runtimes, each loaded and warm (its first run allocates) when it is asked for."""
 
     def __init__(self, path: Path):
-        self.path, self.genai, self.raw = path, GenAI(path), RawOrt(path)
+        self.path, self.config = path, RuntimeConfig.read(path)
         optimized = read_manifest(path).get("optimize")
         flags = optimized["flags"] if optimized else {"skip_quantization": True}
         self.is_float32 = flags["skip_quantization"] and flags.get("decoder_joint_precision", "fp32") == "fp32"
+        self.genai_name, self.raw_name = f"GenAI {path.name}", f"ONNX Runtime {path.name}"
+
+    @cached_property
+    def genai(self) -> GenAI:
+        genai = GenAI(self.path)
+        genai.transcribe(self.noise)
+        return genai
+
+    @cached_property
+    def raw(self) -> RawOrt:
+        raw = RawOrt(self.path)
+        raw.transcribe(self.genai.features(self.noise))
+        return raw
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        return Pieces.read(self.path)
 
     @property
-    def raw_name(self) -> str:
-        return f"ONNX Runtime {self.path.name}"
+    def noise(self) -> np.ndarray:
+        """A second of it, to get warm on."""
+        return np.random.default_rng(0).normal(0, 0.1, self.config.sample_rate).astype(np.float32)
 
-    @property
-    def genai_name(self) -> str:
-        return f"GenAI {self.path.name}"
+
+@dataclass
+class Recording:
+    """A clip while the engines hear it."""
+
+    clip: HeardClip
+    samples: np.ndarray
+    features: np.ndarray | None = None  # [M, T]
+    features_seconds: float = 0.0  # that they took
+    reference: tuple[list[int], list[int]] | None = None  # NeMo's tokens and their frames, where both must be met
+    traced: dict[str, Hypothesis] = field(default_factory=dict)  # by engine
+
+    def compute_features(self, source: GenAI | Nemo) -> None:
+        if self.features is None:
+            self.features, self.features_seconds = _timed(source.features, self.samples)
 
 
 def _compare(args: argparse.Namespace) -> None:
-    if args.json:
-        check_output_file(args.json)
+    for output in filter(None, (args.json, args.srt)):
+        check_output_file(output)
     listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
     clips = [HeardClip(**vars(clip)) for clip in listed]
     folders = [Folder(path) for path in _folders(args.model_dir or default_model_dir())]
-    nemo = None if args.skip_nemo else _load_nemo(args.model_name, folders[-1])
-    sample_rate = folders[0].genai.config.sample_rate
-    noise = np.random.default_rng(0).normal(0, 0.1, sample_rate).astype(np.float32)
-    transcribe(HeardClip(SAMPLE), noise, folders, nemo)  # warm-up: the first run of an engine allocates
+    config = folders[0].genai.config  # loads GenAI: what a folder lacks shows before NeMo takes its time
+    nemo = None if args.skip_nemo else _load_nemo(args.model_name, folders[0])
+    times = args.timestamps or args.srt is not None
 
     differences = []
-    few = len(clips) <= MAX_PRINTED_CLIPS
-    for clip in tqdm(clips, unit="clip", leave=False, disable=few or None):  # None: no bar in a pipe
-        samples = folders[0].genai.config.read_audio(clip.path)
-        clip.seconds = len(samples) / sample_rate
-        differences += [(clip, *found) for found in transcribe(clip, samples, folders, nemo)]
-        if few:
-            print_clip(clip)
+    few, alone = len(clips) <= MAX_PRINTED_CLIPS, args.batch_size == 1
+    with tqdm(total=len(clips), unit="clip", leave=False, disable=few or None) as progress:  # None: no bar in a pipe
+        for pool in read_pools(clips, config, alone):
+            engines = transcribe(pool, folders, nemo, args.batch_size, times)
+            if few and alone:
+                print_clip(pool[0].clip, engines, folders)
+            for _ in engines:
+                pass
+            for recording in pool:
+                if few and not alone:
+                    print_clip(recording.clip, recording.clip.heard, folders)
+                if few and args.timestamps:
+                    print_words(recording.clip.heard[folders[0].raw_name].words, config.frame_seconds)
+                differences += compare(recording, folders, nemo, alone)
+            progress.update(len(pool))
     if len(clips) > 1 or args.manifest:
         print_corpus(clips)
     if args.json:
-        write_json(args.json, results(clips, differences))
+        write_json(args.json, results(clips, differences, config.frame_seconds))
+    if args.srt:
+        write_text(args.srt, srt(clips[0].heard[folders[0].raw_name].words, config.frame_seconds))
     judge(differences)
     if nemo:
         print_verdict(clips, folders, differences)
+    if nemo and times:
+        judge_times(clips, folders)
 
 
 def _load_nemo(model_name: str | None, folder: Folder) -> Nemo:
     checkpoint = find_checkpoint(model_name) if model_name else recorded_checkpoint(folder.path)
     nemo = Nemo(load_model(checkpoint))
-    if nemo.model.decoder.blank_idx != folder.genai.config.blank_id:
+    if nemo.model.decoder.blank_idx != folder.config.blank_id:
         raise ValueError(f"{checkpoint} has another vocabulary than {folder.path}: it was not exported from there")
+    nemo.transcribe(nemo.features(folder.noise))
     return nemo
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The exported folder that `folder` was optimized from, where it is still there, and `folder`."""
+    """`folder`, and the exported folder that it was optimized from, where that is still there."""
     source = read_manifest(folder).get("optimize", {}).get("model_dir")
     exported = folder / source if source else None
-    return [Path(exported).resolve(), folder] if exported and exported.is_dir() else [folder]
+    return [folder, Path(exported).resolve()] if exported and exported.is_dir() else [folder]
+
+
+def read_pools(clips: list[HeardClip], config: RuntimeConfig, alone: bool) -> Iterator[list[Recording]]:
+    """The clips with their samples: one at a time, or pools to make batches of. Raises as read_audio does."""
+    pool, seconds = [], 0.0
+    for clip in clips:
+        pool.append(Recording(clip, config.read_audio(clip.path)))
+        clip.seconds = len(pool[-1].samples) / config.sample_rate
+        seconds += clip.seconds
+        if alone or seconds >= POOL_SECONDS or clip is clips[-1]:
+            yield pool
+            pool, seconds = [], 0.0
 
 
 def transcribe(
-    clip: HeardClip, samples: np.ndarray, folders: list[Folder], nemo: Nemo | None
-) -> list[tuple[str, Difference]]:
-    """Fill `clip.heard`; return where a float32 engine parts from NeMo, or GenAI from the raw baseline."""
+    pool: list[Recording], folders: list[Folder], nemo: Nemo | None, batch_size: int, times: bool
+) -> Iterator[str]:
+    """Let each engine hear the whole pool; yield its name when every clip's `heard` has it. times: of words, too."""
     text = folders[0].genai.text
-    features, features_seconds = _timed((nemo or folders[0].genai).features, samples)
-    reference = None
     if nemo:
-        reference, seconds = _timed(nemo.transcribe, features)
-        clip.heard[NEMO] = Heard(reference[0], text(reference[0]), features_seconds + seconds)
-        if not folders[0].genai.config.fits_one_window(clip.seconds):
-            reference = None  # NeMo sees the whole clip at once; a window does not, and may well say something else
-    differences = []
+        for recording in pool:
+            recording.compute_features(nemo)
+            reference, seconds = _timed(nemo.transcribe, recording.features)
+            spoken = [Word(*word) for word in nemo.words(recording.features)] if times else None
+            seconds += recording.features_seconds
+            recording.clip.heard[NEMO] = Heard(reference[0], text(reference[0]), seconds, spoken)
+            if folders[0].config.fits_one_window(recording.clip.seconds):
+                recording.reference = reference  # a window of a longer clip may well say something else
+        yield NEMO
     for folder in folders:
-        traced, seconds = _timed(folder.raw.transcribe, features, NEMO_RULE if nemo else GENAI_RULE)
-        clip.heard[folder.raw_name] = Heard(traced.tokens, text(traced.tokens), features_seconds + seconds)
-        tokens, seconds = _timed(folder.genai.transcribe, samples)
-        clip.heard[folder.genai_name] = Heard(tokens, text(tokens), seconds)
+        for recording in pool:
+            tokens, seconds = _timed(folder.genai.transcribe, recording.samples)
+            recording.clip.heard[folder.genai_name] = Heard(tokens, text(tokens), seconds)
+        yield folder.genai_name
+        for recording in pool:
+            recording.compute_features(folder.genai)
+        features = [recording.features for recording in pool]
+        rule = NEMO_RULE if nemo else GENAI_RULE
+        traced, seconds = _timed(folder.raw.transcribe_all, features, rule, batch_size)
+        per_second = seconds / sum(recording.clip.seconds for recording in pool)
+        for recording, found in zip(pool, traced, strict=True):
+            seconds = recording.features_seconds + per_second * recording.clip.seconds
+            spoken = words(found.emitted, folder.pieces) if times else None
+            recording.clip.heard[folder.raw_name] = Heard(found.tokens, text(found.tokens), seconds, spoken)
+            recording.traced[folder.raw_name] = found
+        yield folder.raw_name
+
+
+def compare(
+    recording: Recording, folders: list[Folder], nemo: Nemo | None, alone: bool
+) -> list[tuple[HeardClip, str, Difference]]:
+    """Where a float32 engine parts from NeMo, or GenAI from the raw baseline, given its features alone in a batch."""
+    clip, reference, differences = recording.clip, recording.reference, []
+    for folder in folders:
         if not folder.is_float32:
             continue
+        traced, tokens = recording.traced[folder.raw_name], clip.heard[folder.genai_name].tokens
         if reference:
             differences.append((folder.raw_name, first_difference(*reference, traced)))
-        if not reference or tokens != reference[0]:
-            baseline = folder.raw.transcribe(folder.genai.features(samples)) if nemo else traced
-            difference = first_token_difference(baseline, tokens)
-            if reference and difference is None:
-                difference = first_difference(*reference, baseline)
-            differences.append((folder.genai_name, difference))
-    return [(engine, difference) for engine, difference in differences if difference]
+        if tokens == (reference[0] if reference else None if nemo else traced.tokens):
+            continue
+        baseline = folder.raw.transcribe(folder.genai.features(recording.samples)) if nemo or not alone else traced
+        difference = first_token_difference(baseline, tokens)
+        if reference and difference is None:
+            difference = first_difference(*reference, baseline)
+        differences.append((folder.genai_name, difference))
+        if not nemo:  # the same features in a batch
+            differences.append((folder.raw_name, first_difference(baseline.tokens, baseline.frames, traced)))
+    return [(clip, engine, difference) for engine, difference in differences if difference]
 
 
 def _timed(function, *args):
@@ -172,15 +279,23 @@ def _timed(function, *args):
     return result, time.perf_counter() - start
 
 
-def print_clip(clip: HeardClip) -> None:
-    """A table for one clip; WER in %, as written."""
+def print_clip(clip: HeardClip, engines: Iterable[str], folders: list[Folder]) -> None:
+    """A table for one clip, a line an engine, as they come; WER in %, as written."""
     print(f"{clip.path}  {clip.seconds:.1f} s" + ("" if clip.text is None else f"  {clip.text!r}"))
-    rows = [("  engine", "RTFx", "WER", "against NeMo", "transcript")]
-    for engine, heard in clip.heard.items():
+    width = max(len(name) for folder in folders for name in (folder.genai_name, folder.raw_name))
+    row = f"  {{:{width}}}  {{:<6}}  {{:<5}}  {{:<12}}  {{}}".format
+    print(row("engine", "RTFx", "WER", "against NeMo", "transcript"), flush=True)
+    for engine in engines:
+        heard = clip.heard[engine]
         nemo = clip.heard[NEMO].text if NEMO in clip.heard and engine != NEMO else None
         rates = (_percent(reference, heard.text) for reference in (clip.text, nemo))
-        rows.append((f"  {engine}", f"{clip.seconds / heard.seconds:.1f}", *rates, heard.text))
-    _print_table(rows)
+        print(row(engine, f"{clip.seconds / heard.seconds:.1f}", *rates, heard.text), flush=True)
+
+
+def print_words(words: list[Word], frame_seconds: float) -> None:
+    """A line a word: start and end in seconds."""
+    for word in words:
+        print(f"  {word.start * frame_seconds:8.2f} {word.end * frame_seconds:8.2f}  {word.text}")
 
 
 def _percent(reference: str | None, hypothesis: str) -> str:
@@ -227,8 +342,14 @@ def corpus_row(clips: list[HeardClip], engine: str) -> dict:
     return row
 
 
-def results(clips: list[HeardClip], differences: list[tuple[HeardClip, str, Difference]]) -> dict:
+def results(clips: list[HeardClip], differences: list[tuple[HeardClip, str, Difference]], frame_seconds: float) -> dict:
     """Everything, for --json."""
+
+    def plain(heard: Heard) -> dict:
+        times = ((word.text, word.start * frame_seconds, word.end * frame_seconds) for word in heard.words or ())
+        spoken = [{"text": text, "start": round(start, 3), "end": round(end, 3)} for text, start, end in times]
+        return asdict(heard) | {"words": None if heard.words is None else spoken}
+
     rows = {engine: corpus_row(clips, engine) for engine in clips[0].heard}
     return {
         "engines": {
@@ -240,7 +361,7 @@ def results(clips: list[HeardClip], differences: list[tuple[HeardClip, str, Diff
                 "audio_filepath": str(clip.path),
                 "seconds": clip.seconds,
                 "text": clip.text,
-                "engines": {engine: asdict(heard) for engine, heard in clip.heard.items()},
+                "engines": {engine: plain(heard) for engine, heard in clip.heard.items()},
             }
             for clip in clips
         ],
@@ -273,6 +394,25 @@ def print_verdict(
         unlike = {clip.path for clip, *_ in differences}
         equal = sum(clip.path not in unlike for clip in compared)
         print(f"float32 ONNX equals NeMo token for token on {equal} of {len(compared)} clips of one window")
+
+
+def judge_times(clips: list[HeardClip], folders: list[Folder]) -> None:
+    """Say how far the words of float32 ONNX are from NeMo's own times; raise CheckError if further than the tolerance.
+
+    Compared are clips of one window whose tokens are the same, without bytes, of which NeMo makes other words.
+    """
+    for folder in (folder for folder in folders if folder.is_float32):
+        count = furthest = 0
+        for clip in clips:
+            wanted, found = clip.heard[NEMO], clip.heard[folder.raw_name]
+            odd = (folder.pieces.byte_ids | folder.pieces.special).intersection(wanted.tokens)
+            if odd or wanted.tokens != found.tokens or not folder.config.fits_one_window(clip.seconds):
+                continue
+            count += len(wanted.words)
+            furthest = max(furthest, furthest_apart(wanted.words, found.words))
+        print(f"{folder.raw_name}: {count} words, none further from NeMo's own times than {furthest} encoder frames")
+        if furthest > TIMES_TOLERANCE:
+            raise CheckError(f"wanted words within {TIMES_TOLERANCE} encoder frame of NeMo's own, found {furthest}")
 
 
 if __name__ == "__main__":

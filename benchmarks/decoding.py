@@ -17,7 +17,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -116,7 +116,7 @@ def make_talkative(source: Path, target: Path) -> None:
     features = genai.features(speech(RATE_CLIP_SECONDS, genai.config.sample_rate))
     del genai
     raw = RawOrt(source)
-    encoded = raw.encode(features)  # [S, D]
+    (encoded,) = raw.encode([features])  # [S, D]
     mean, scale = encoded.mean(axis=0), (encoded - encoded.mean(axis=0)).std()
     bias, rate = find_blank_bias(raw, (encoded - mean) / scale)
     if not RATE[0] <= rate <= RATE[1]:
@@ -131,14 +131,14 @@ def find_blank_bias(raw: RawOrt, encoded: np.ndarray) -> tuple[float, float]:
     config = raw.config
 
     def rate(bias: float) -> float:
-        def join(frame: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-            logits = raw.join(frame, predicted).copy()
-            logits[config.blank_id] += bias
+        def join(frames: np.ndarray, predicted: Sequence[np.ndarray]) -> np.ndarray:
+            logits = raw.join(frames, predicted).copy()
+            logits[:, config.blank_id] += bias
             return logits
 
-        found = greedy_tdt_decode(
-            encoded,
-            len(encoded),
+        (found,) = greedy_tdt_decode(
+            [encoded],
+            [[len(encoded)]],
             raw.predict,
             join,
             blank_id=config.blank_id,

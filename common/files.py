@@ -94,9 +94,14 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: dict) -> None:
     """Write readable UTF-8 JSON that ends in a newline, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write UTF-8, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(content, encoding="utf-8")
         fsync(partial)
         partial.replace(path)
     finally:

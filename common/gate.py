@@ -4,7 +4,7 @@ Both run in plain ONNX Runtime by GenAI's greedy rule, on the features of GenAI'
 itself is loaded for; NeMo is not needed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,9 +94,9 @@ def listen(
 class _Tapped(RawOrt):
     """The raw path, whose encoder's outputs are kept for a clip."""
 
-    def encode(self, features: np.ndarray) -> np.ndarray:
+    def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
         encoded = super().encode(features)
-        self.encoded.append(encoded)
+        self.encoded += encoded
         return encoded
 
     def hear(self, features: np.ndarray) -> tuple[list[int], np.ndarray]:

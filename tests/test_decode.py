@@ -14,21 +14,39 @@ def logits(token: int, *durations: float) -> np.ndarray:
     return np.concatenate([np.eye(3)[token] * 5, durations]).astype(np.float32)
 
 
-def scripted(frames: list[list[np.ndarray]], rule, max_symbols=3, durations=DURATIONS, **options):
-    """Decode a script: on frame f the n-th visit gives frames[f][n]; the last entry repeats."""
-    visits = [0] * len(frames)
+def scripted_batch(scripts, rule=NEMO_RULE, max_symbols=3, durations=DURATIONS, ends=None):
+    """Decode scripts side by side: the n-th visit to frame f of script s gives scripts[s][f][n]; the last one repeats.
 
-    def join(frame, _):
-        index = int(frame[0])
-        found = frames[index][min(visits[index], len(frames[index]) - 1)]
-        visits[index] += 1
-        return found
+    The state of the prediction network is all tokens it was fed; join asks whether it has that of the right script.
+    """
+    visits = [[0] * len(frames) for frames in scripts]
+    spoken = [(BLANK,) for _ in scripts]
 
-    encoded = np.arange(len(frames), dtype=np.float32)[:, None]
+    def predict(tokens, states):
+        fed = [(*(state or ()), token) for token, state in zip(tokens, states, strict=True)]
+        return [Prediction(state, state) for state in fed]
+
+    def join(frames, outputs):
+        found = []
+        for (script, frame), output in zip(frames.astype(int), outputs, strict=True):
+            assert output == spoken[script]
+            entries = scripts[script][frame]
+            found.append(entries[min(visits[script][frame], len(entries) - 1)])
+            visits[script][frame] += 1
+            if (token := int(found[-1][:3].argmax())) != BLANK:
+                spoken[script] += (token,)
+        return np.stack(found)
+
     return greedy_tdt_decode(
-        encoded, len(frames), lambda token, state: Prediction(np.zeros(1), (state or 0) + 1), join,
-        blank_id=BLANK, durations=durations, max_symbols=max_symbols, blank_zero=rule, **options,
+        [np.array([(script, frame) for frame in range(len(frames))]) for script, frames in enumerate(scripts)],
+        ends or [[len(frames)] for frames in scripts], predict, join,
+        blank_id=BLANK, durations=durations, max_symbols=max_symbols, blank_zero=rule,
     )  # fmt: skip
+
+
+def scripted(frames: list[list[np.ndarray]], rule, max_symbols=3, durations=DURATIONS, **options):
+    """Decode one script."""
+    return scripted_batch([frames], rule, max_symbols, durations, **options)[0]
 
 
 def decisions(hypothesis):
@@ -65,9 +83,23 @@ def test_rules(frames, max_symbols, nemo, genai):
 
 
 def test_state_advances_on_tokens_only():
-    hypothesis = scripted([[BLANK_1], [logits(A, 0, 1, 0)], [BLANK_1], [logits(B, 0, 1, 0)]], NEMO_RULE)
-    assert hypothesis.tokens == [A, B]
-    assert hypothesis.prediction.state == 3  # primed with blank, then two tokens
+    """The scripted join compares the state it is given with the tokens so far."""
+    assert scripted(
+        [[BLANK_1], [logits(A, 0, 1, 0)], [BLANK_1], [logits(B, 0, 1, 0)], [BLANK_1]], NEMO_RULE
+    ).tokens == [
+        A,
+        B,
+    ]
+
+
+@pytest.mark.parametrize("rule", [NEMO_RULE, GENAI_RULE])
+@pytest.mark.parametrize("max_symbols", [2, 3, None])
+def test_side_by_side_as_alone(rule, max_symbols):
+    """Utterances of other lengths and paces, each at its own frame: the decisions of each are those it makes alone."""
+    scripts = [case[1] for case in CASES if max_symbols or case[2] == 3]
+    together = scripted_batch(scripts, rule, max_symbols)
+    assert [decisions(one) for one in together] == [decisions(scripted(one, rule, max_symbols)) for one in scripts]
+    assert len({len(one.steps) for one in together}) > 1
 
 
 def test_margin_is_the_smaller_lead():
@@ -77,13 +109,13 @@ def test_margin_is_the_smaller_lead():
     assert scripted([[logits(BLANK, 3, 1, 2)]], NEMO_RULE).steps[0].blank_zero
 
 
-def test_a_second_window_goes_on_where_the_first_ended():
-    script = [[logits(A, 0, 1, 0)], [logits(B, 0, 1, 0)], [BLANK_1], [logits(A, 0, 1, 0)]]
-    whole = scripted(script, NEMO_RULE)
-    first = scripted(script[:2], NEMO_RULE)
-    joined = scripted(script[2:], NEMO_RULE, first_frame=2, prior=first)
-    assert decisions(joined) == decisions(whole)
-    assert joined.prediction.state == whole.prediction.state
+def test_a_duration_is_dropped_at_the_end_of_a_window():
+    script = [[BLANK_1], [logits(A, 0, 0, 1)], [logits(B, 0, 1, 0)], [BLANK_1]]
+    assert decisions(scripted(script, NEMO_RULE)) == [(0, BLANK, 1), (1, A, 2), (3, BLANK, 1)]
+    assert decisions(scripted(script, NEMO_RULE, ends=[[2, 4]])) == [
+        (0, BLANK, 1), (1, A, 2), (2, B, 1), (3, BLANK, 1),
+    ]  # fmt: skip
+    assert decisions(scripted(script, NEMO_RULE, ends=[[3, 3, 4]])) == decisions(scripted(script, NEMO_RULE))
 
 
 @pytest.mark.parametrize(
@@ -125,24 +157,28 @@ def test_equals_nemo_on_random_networks(durations, max_symbols):
                 joint.joint_net[-1].bias[vocabulary + 1 + durations.index(0)] += 0.5 * seed
             elif 0 in durations:
                 joint.joint_net[-1].bias[vocabulary + 1 + durations.index(0)] -= 20
-        encoded = torch.randn(1, width, frames)
+        encoded, lengths = torch.randn(3, width, frames), torch.tensor([frames, 1, frames // 2])
         infer = GreedyBatchedTDTInfer(
             decoder, joint, blank_index=vocabulary, durations=list(durations), max_symbols_per_step=max_symbols
         )
         with torch.inference_mode():
-            wanted = infer(encoder_output=encoded, encoded_lengths=torch.tensor([frames]))[0][0]
+            wanted = infer(encoder_output=encoded, encoded_lengths=lengths)[0]
 
-            def predict(token, state, decoder=decoder):
-                state = decoder.initialize_state(torch.zeros(1)) if state is None else state
-                output, state = decoder.predict(torch.tensor([[token]]), state, add_sos=False)
-                return Prediction(output.numpy(), state)
+            def predict(tokens, states, decoder=decoder):
+                start = decoder.initialize_state(torch.zeros(1))
+                state = [torch.cat(part, dim=1) for part in zip(*(state or start for state in states), strict=True)]
+                outputs, (h, c) = decoder.predict(torch.tensor(tokens)[:, None], state, add_sos=False)
+                return [Prediction(outputs[i].numpy(), (h[:, [i]], c[:, [i]])) for i in range(len(tokens))]
 
-            def join(frame, output, joint=joint):
-                return joint.joint(torch.from_numpy(frame)[None, None], torch.from_numpy(output)).flatten().numpy()
+            def join(frames, outputs, joint=joint):
+                return joint.joint(torch.from_numpy(frames)[:, None], torch.from_numpy(np.stack(outputs)))[
+                    :, 0, 0
+                ].numpy()
 
             found = greedy_tdt_decode(
-                encoded[0].T.numpy(), frames, predict, join,
+                encoded.transpose(1, 2).numpy(), lengths[:, None].tolist(), predict, join,
                 blank_id=vocabulary, durations=durations, max_symbols=max_symbols,
             )  # fmt: skip
-        assert found.tokens == wanted.y_sequence.tolist()
-        assert [step.frame for step in found.emitted] == [int(frame) for frame in wanted.timestamp]
+        for one, other in zip(found, wanted, strict=True):
+            assert one.tokens == other.y_sequence.tolist()
+            assert [step.frame for step in one.emitted] == [int(frame) for frame in other.timestamp]

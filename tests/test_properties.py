@@ -28,15 +28,16 @@ genai_durations = st.lists(st.integers(1, 9), min_size=1, max_size=5, unique=Tru
 any_durations = st.lists(st.integers(0, 9), min_size=1, max_size=6, unique=True).filter(any).map(tuple)
 
 
-def table_decode(seed: int, frames: int, vocabulary: int, durations, max_symbols, rule, bias=0.0, **options):
-    """Decode random logits that depend on the frame and on the last token."""
+def table_decode(seed: int, ends: list[list[int]], vocabulary: int, durations, max_symbols, rule, bias=0.0):
+    """Decode random logits that depend on the frame and on the last token, and are the same for every utterance."""
+    frames = max(end[-1] for end in ends)
     table = np.random.default_rng(seed).standard_normal((frames, vocabulary + 1, vocabulary + 1 + len(durations)))
     table[:, :, vocabulary] += bias  # of the blank
     return greedy_tdt_decode(
-        np.arange(frames, dtype=np.float32)[:, None], frames,
-        lambda token, state: Prediction(np.array(token), None),
-        lambda frame, output: table[int(frame[0]), int(output)],
-        blank_id=vocabulary, durations=durations, max_symbols=max_symbols, blank_zero=rule, **options,
+        [np.arange(end[-1])[:, None] for end in ends], ends,
+        lambda tokens, states: [Prediction(np.array(token), None) for token in tokens],
+        lambda rows, outputs: table[rows[:, 0], np.array(outputs)],
+        blank_id=vocabulary, durations=durations, max_symbols=max_symbols, blank_zero=rule,
     )  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def table_decode(seed: int, frames: int, vocabulary: int, durations, max_symbols
 def test_decoding_ends_moves_on_and_tells_only_of_its_frames(seed, frames, vocabulary, durations, max_symbols, bias):
     found = {}
     for rule in (NEMO_RULE, GENAI_RULE):
-        hypothesis = table_decode(seed, frames, vocabulary, durations, max_symbols, rule, bias)
+        (hypothesis,) = table_decode(seed, [[frames]], vocabulary, durations, max_symbols, rule, bias)
         steps = hypothesis.steps
         assert len(steps) <= frames * (max_symbols + 1)
         assert all(0 <= step.frame < frames for step in steps)
@@ -68,24 +69,30 @@ def test_decoding_ends_moves_on_and_tells_only_of_its_frames(seed, frames, vocab
 @QUICK
 @given(seed=st.integers(0, 2**32 - 1), durations=any_durations, frames=st.integers(1, 30), cut=st.integers(0, 30))
 def test_a_seam_where_a_step_begins_changes_nothing(seed, durations, frames, cut):
-    whole = table_decode(seed, frames, 5, durations, 4, NEMO_RULE)
-    table = np.random.default_rng(seed).standard_normal((frames, 6, 6 + len(durations)))
+    (whole,) = table_decode(seed, [[frames]], 5, durations, 4, NEMO_RULE)
     begun = sorted({step.frame for step in whole.steps})
     seam = begun[min(cut, len(begun) - 1)]
-    options = {
-        "blank_id": 5, "durations": durations, "max_symbols": 4, "blank_zero": NEMO_RULE,
-        "predict": lambda token, state: Prediction(np.array(token), None),
-        "join": lambda frame, output: table[int(frame[0]), int(output)],
-    }  # fmt: skip
-    encoded = np.arange(frames, dtype=np.float32)[:, None]
-    first = greedy_tdt_decode(encoded, seam, **options)
-    assert greedy_tdt_decode(encoded, frames, start=seam, prior=first, **options).steps == whole.steps
+    assert table_decode(seed, [[seam, frames]], 5, durations, 4, NEMO_RULE) == [whole]
+
+
+@QUICK
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    durations=any_durations,
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any),
+)
+def test_side_by_side_as_alone(seed, durations, lengths):
+    ends = [[length // 2, length] for length in lengths]
+    longest = [[max(lengths)]]  # for one table
+    together = table_decode(seed, ends + longest, 5, durations, 4, NEMO_RULE)
+    alone = [table_decode(seed, [end, *longest], 5, durations, 4, NEMO_RULE)[0] for end in ends]
+    assert together[:-1] == alone
 
 
 def test_logits_that_are_not_numbers_end_at_once():
     with pytest.raises(ValueError, match="not numbers"):
         greedy_tdt_decode(
-            np.zeros((5, 1)), 5, lambda token, state: Prediction(np.zeros(1), None), lambda *_: np.full(6, np.nan),
+            np.zeros((1, 5, 1)), [[5]], lambda *_: [Prediction(np.zeros(1), None)], lambda *_: np.full((1, 6), np.nan),
             blank_id=3, durations=(0, 1), max_symbols=None,
         )  # fmt: skip
 
@@ -139,16 +146,16 @@ def test_ort_torch_wrappers_and_nemo_decode_alike(
         (torch_runner(modules[DECODER]), torch_runner(modules[JOINT])),
     ):
 
-        def predict(token, state, predictor=predictor):
-            state = state or (np.zeros((layers, 1, width), np.float32),) * 2
-            output, _, *state = predictor(np.array([[token]]), np.ones(1, np.int64), *state)
-            return Prediction(output.transpose(0, 2, 1), tuple(state))
+        def predict(tokens, states, predictor=predictor):
+            state = states[0] or (np.zeros((layers, 1, width), np.float32),) * 2
+            output, _, *state = predictor(np.array([tokens]), np.ones(1, np.int64), *state)
+            return [Prediction(output.transpose(0, 2, 1), tuple(state))]
 
-        def join(frame, output, joiner=joiner):
-            return joiner(np.ascontiguousarray(frame)[None, None], np.ascontiguousarray(output))[0].reshape(-1)
+        def join(frames, outputs, joiner=joiner):
+            return joiner(frames[None], np.ascontiguousarray(outputs[0]))[0].reshape(1, -1)
 
-        found = greedy_tdt_decode(
-            encoded[0].T.numpy(), 20, predict, join,
+        (found,) = greedy_tdt_decode(
+            encoded.transpose(1, 2).numpy(), [[20]], predict, join,
             blank_id=vocabulary, durations=durations, max_symbols=max_symbols,
         )  # fmt: skip
         near_tie = next((n for n, step in enumerate(found.steps) if step.margin < 1e-4), len(found.steps))

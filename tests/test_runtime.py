@@ -52,10 +52,11 @@ def test_every_engine_says_the_same(clip, genai, raw, nemo):
 
 def test_nemo_is_run_as_nemo_runs_itself(nemo):
     samples = speech(6)
-    assert (
-        nemo.transcribe(nemo.features(samples))[0]
-        == nemo.model.transcribe([samples], verbose=False)[0].y_sequence.tolist()
-    )
+    try:
+        own = nemo.model.transcribe([samples], verbose=False)[0].y_sequence.tolist()
+    finally:
+        nemo.model.eval()  # transcribe leaves the decoder and the joint in training mode
+    assert nemo.transcribe(nemo.features(samples))[0] == own
 
 
 def test_the_transcripts_are_right(genai):
@@ -85,8 +86,28 @@ def test_windows_cover_every_frame_once(raw):
             assert piece.end <= mel_frames
             encoder_frames = (piece.end - piece.begin + 7) // 8
             stop = encoder_frames if piece.stop is None else piece.stop
-            decoded += range(piece.first_frame + piece.start, piece.first_frame + stop)
+            decoded += range(piece.begin // 8 + piece.start, piece.begin // 8 + stop)
         assert decoded == list(range((mel_frames + 7) // 8))
+
+
+def test_batches_say_what_each_clip_says_alone(genai, raw):
+    """Clips of any length in one batch, one of them in two windows."""
+    samples = [genai.config.read_audio(path) for path in CLIPS] + [speech(75), speech(0.1)]
+    features = [genai.features(one) for one in samples]
+    alone = [raw.transcribe(one).tokens for one in features]
+    assert len({len(tokens) for tokens in alone}) > 4
+    for size in (2, 5, 100):
+        assert [found.tokens for found in raw.transcribe_all(features, batch_size=size)] == alone
+    for one, other in zip(raw.encode(features[:3]), features, strict=False):
+        np.testing.assert_allclose(one, raw.encode([other])[0], atol=1e-4)
+
+
+def test_a_batch_that_is_not_masked_is_noticed(genai, raw, monkeypatch):
+    features = [genai.features(genai.config.read_audio(path)) for path in CLIPS]
+    alone = [raw.transcribe(one).tokens for one in features]
+    encoder = raw.encoder
+    monkeypatch.setattr(raw, "encoder", lambda padded, lengths: encoder(padded, np.full_like(lengths, lengths.max())))
+    assert [found.tokens for found in raw.transcribe_all(features, batch_size=100)] != alone
 
 
 def test_ten_minutes(genai, raw):

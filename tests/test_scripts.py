@@ -237,7 +237,7 @@ def test_real_speech_against_nemo(tiny_export, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "equals NeMo token for token on 11 of 11 clips" in output
     found = json.loads(results.read_text())
-    assert list(found["engines"]) == ["NeMo", "ONNX Runtime onnx_models", "GenAI onnx_models"]
+    assert list(found["engines"]) == ["NeMo", "GenAI onnx_models", "ONNX Runtime onnx_models"]
     for row in found["engines"].values():
         assert 0 < row["wer"]["errors"] < 8
         assert row["wer"]["words"] == 80
@@ -274,16 +274,77 @@ def test_the_recorded_checkpoint_has_changed(tiny_export, tmp_path, capsys):
     assert "is not the file" in refused(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
 
 
-def test_skip_nemo_does_not_import_nemo(tiny_export):
-    code = (
-        "import sys, test_real_speech;"
-        f"status = test_real_speech.main(['--model_dir', {str(tiny_export)!r}, '--skip_nemo', '--audio', {CLIP!r}]);"
-        "assert status == 0, status;"
-        "assert not {'nemo', 'torch'} & set(sys.modules), 'imported'"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+# Runs a script as on a machine where these packages are not installed.
+WITHOUT = """
+import runpy, sys
+for name in ("torch", "nemo", "onnx", "onnxscript", "onnx_ir"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_quick_look_on_another_machine(tiny_export, tmp_path):
+    """The model folder and the scripts alone, elsewhere: no checkpoint, no samples, no NeMo, no torch; any audio."""
+    import soxr
+
+    place = tmp_path / "elsewhere"
+    shutil.copytree(tiny_export, place / "models")
+    shutil.copytree(ROOT / "common", place / "common")
+    shutil.copy(ROOT / "test_real_speech.py", place)
+    samples, rate = soundfile.read(CLIP)
+    soundfile.write(place / "my.wav", np.stack([soxr.resample(samples, rate, 44100)] * 2, axis=1), 44100)
+    argv = ["test_real_speech.py", "--model_dir", "models", "--audio", "my.wav", "--skip_nemo", "--srt", "my.srt"]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.')" + WITHOUT, *argv],
+        cwd=place, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "We have thirteen black fans." in done.stdout
+    assert done.stdout.count("We have thirteen black fans.") == 2
+    assert (place / "my.srt").read_text().endswith("We have thirteen black fans.\n")
+
+
+def test_the_first_transcript_waits_for_genai_alone(tiny_export, capsys, monkeypatch):
+    """It is on the screen before the plain ONNX Runtime sessions are made."""
+    shown = []
+
+    class Late(test_real_speech.RawOrt):
+        def __init__(self, folder):
+            shown.append(capsys.readouterr().out)
+            super().__init__(folder)
+
+    monkeypatch.setattr(test_real_speech, "RawOrt", Late)
+    assert test_real_speech.main(["--model_dir", str(tiny_export), "--audio", CLIP, "--skip_nemo"]) == 0
+    assert len(shown) == 1
+    assert shown[0].endswith("We have thirteen black fans.\n")
+
+
+def test_batches_say_the_same_in_the_order_of_the_manifest(tiny_export, tmp_path, capsys):
+    found = []
+    for size in ("1", "4"):
+        argv = ["--model_dir", str(tiny_export), "--manifest", str(SAMPLES / "manifest.jsonl"), "--skip_nemo"]
+        assert test_real_speech.main([*argv, "--batch_size", size, "--json", str(tmp_path / "found.json")]) == 0
+        clips = json.loads((tmp_path / "found.json").read_text())["clips"]
+        assert all(engine["seconds"] > 0 for clip in clips for engine in clip["engines"].values())
+        found.append(
+            [(clip["audio_filepath"], clip["engines"]["ONNX Runtime onnx_models"]["tokens"]) for clip in clips]
+        )
+    assert found[0] == found[1]
+    assert "11 clips" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--batch_size", "0"), "--batch_size: wanted 1 or more, found 0"),
+        (("--batch_size", "-2"), "--batch_size: wanted 1 or more, found -2"),
+        (("--audio", CLIP, CLIP, "--srt", "a.srt"), "--srt: wanted one clip"),
+        (("--manifest", str(SAMPLES / "manifest.jsonl"), "--srt", "a.srt"), "--srt: wanted one clip"),
+        (("--srt", "none/a.srt"), "found no"),
+    ],
+)
+def test_batches_and_subtitles_that_cannot_be(argv, message, capsys, tiny_export):
+    assert message in refused(capsys, test_real_speech, "--model_dir", tiny_export, "--skip_nemo", *argv)
 
 
 def test_optimized_folder_is_complete_and_brings_the_exported_one(tiny_export, tmp_path, capsys):
@@ -296,7 +357,7 @@ def test_optimized_folder_is_complete_and_brings_the_exported_one(tiny_export, t
     assert test_real_speech.main(["--model_dir", str(optimized), "--audio", CLIP]) == 0
     output = capsys.readouterr().out
     assert re.findall(r"^  (\S+(?: \S+)*?)  ", output, re.M) == [
-        "engine", "NeMo", "ONNX Runtime onnx_models", "GenAI onnx_models", "ONNX Runtime beside", "GenAI beside",
+        "engine", "NeMo", "GenAI beside", "ONNX Runtime beside", "GenAI onnx_models", "ONNX Runtime onnx_models",
     ]  # fmt: skip
     alone = tmp_path / "alone"
     shutil.copytree(optimized, alone)

@@ -1,0 +1,204 @@
+"""Words with their times as NeMo tells them, and subtitles."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import test_real_speech
+from common.decode import NEMO_RULE, Step
+from common.runtime import Nemo, RawOrt, load_audio
+from common.timestamps import LINE_CHARACTERS, MAX_CUE_SECONDS, Pieces, Word, cues, furthest_apart, srt, words
+from tests.conftest import SAMPLES, TINY
+
+ROWS = [json.loads(line) for line in (SAMPLES / "manifest.jsonl").read_text().splitlines()]
+CLIPS = [SAMPLES / row["audio_filepath"] for row in ROWS]
+FRAME = 0.08
+
+
+@pytest.fixture(scope="module")
+def raw(tiny_export):
+    return RawOrt(tiny_export)
+
+
+@pytest.fixture(scope="module")
+def pieces(tiny_export):
+    return Pieces.read(tiny_export)
+
+
+def test_words_and_times_are_nemos_own(raw, pieces, tiny_model):
+    """NeMo as NeMo runs itself: model.transcribe(timestamps=True), one clip at a time."""
+    nemo = Nemo(tiny_model)
+    samples = [raw.config.read_audio(path) for path in CLIPS]
+    features = [nemo.features(one) for one in samples]
+    found = [words(one.emitted, pieces) for one in raw.transcribe_all(features, NEMO_RULE, batch_size=4)]
+    decoding = tiny_model.cfg.decoding.copy()
+    try:
+        hypotheses = tiny_model.transcribe(samples, batch_size=1, timestamps=True, verbose=False)
+    finally:
+        tiny_model.change_decoding_strategy(decoding, verbose=False)
+        tiny_model.eval()  # NeMo's transcribe leaves the decoder and the joint in training mode
+    count = 0
+    for clip, mine, theirs in zip(features, found, hypotheses, strict=True):
+        wanted = [(word["word"], word["start_offset"], word["end_offset"]) for word in theirs.timestamp["word"]]
+        assert nemo.words(clip) == wanted
+        assert [(word.text, word.start, word.end) for word in mine] == wanted
+        seconds = [(word["start"], word["end"]) for word in theirs.timestamp["word"]]
+        np.testing.assert_allclose(
+            [(word.start * raw.config.frame_seconds, word.end * raw.config.frame_seconds) for word in mine], seconds
+        )
+        count += len(wanted)
+    assert count > 70
+
+
+VOCABULARY = ["<unk>", "<|en|>", "▁he", "llo", ",", "▁", "▁wor", "ld", ".", "▁'", "'", "t", "▁caf", "<0xC3>", "<0xA9>"]
+
+
+@pytest.fixture
+def handmade(tmp_path):
+    tokenizer = {
+        "added_tokens": [{"id": index, "special": True} for index in (0, 1, len(VOCABULARY))],
+        "model": {"byte_fallback": True, "vocab": [[name, 0.0] for name in [*VOCABULARY, "<blank>"]]},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return Pieces.read(tmp_path)
+
+
+def spoken(text: str) -> list[Step]:
+    """Steps of the pieces in `text`, as `piece@frame+duration`."""
+    found = (re.fullmatch(r"(.+)@(\d+)\+(\d+)", entry).groups() for entry in text.split())
+    return [Step(int(frame), VOCABULARY.index(piece), int(duration), 9.0, False) for piece, frame, duration in found]
+
+
+CASES = {
+    "pieces of one word": ("▁he@1+2 llo@4+3", [("hello", 1, 7)]),
+    "a mark ends where the word did": ("▁he@1+2 ,@9+4 ▁wor@14+1", [("he,", 1, 3), ("wor", 14, 15)]),
+    "letters after a mark": ("▁he@1+2 '@5+1 t@6+2", [("he't", 1, 8)]),
+    "a quote that opens joins the word before it": ("▁he@0+1 ▁'@2+1 t@4+1", [("he 't", 0, 5)]),
+    "a lone space begins a word": ("▁he@0+1 ▁@3+1 t@5+2", [("he", 0, 1), ("t", 3, 7)]),
+    "a mark after a lone space": ("▁he@0+1 ▁@3+1 .@5+2", [("he", 0, 1), (".", 3, 4)]),
+    "no space at the beginning": ("llo@2+1 ▁he@3+1", [("llo", 2, 3), ("he", 3, 4)]),
+    "a mark at the beginning": (".@2+1 ,@4+1 ▁he@6+0", [(".,", 2, 3), ("he", 6, 6)]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_words_as_nemo_makes_them(case, handmade):
+    """Each case by hand, and by NeMo's own functions."""
+    from nemo.collections.asr.parts.submodules.rnnt_decoding import AbstractRNNTDecoding
+    from nemo.collections.asr.parts.utils.timestamp_utils import get_words_offsets
+
+    steps, wanted = spoken(CASES[case][0]), CASES[case][1]
+    assert [(word.text, word.start, word.end) for word in words(steps, handmade)] == wanted
+    offsets = [{"start_offset": step.frame, "end_offset": step.frame + step.duration} for step in steps]
+    encoded = [{"char": [VOCABULARY[step.token]], **own} for step, own in zip(steps, offsets, strict=True)]
+    shown = [{"char": [handmade.spell([step.token])], **own} for step, own in zip(steps, offsets, strict=True)]
+    encoded, shown = AbstractRNNTDecoding._refine_timestamps_tdt(encoded, shown, handmade.marks)
+    found = get_words_offsets(
+        shown, encoded, lambda names: handmade.spell([VOCABULARY.index(name) for name in names]),
+        supported_punctuation=handmade.marks,
+    )  # fmt: skip
+    assert [(word["word"], word["start_offset"], word["end_offset"]) for word in found] == wanted
+
+
+def test_bytes_become_characters_and_special_tokens_nothing(handmade):
+    steps = spoken("<|en|>@0+1 ▁caf@1+1 <0xC3>@3+1 <0xA9>@4+2 .@8+1 <unk>@9+1 ▁he@12+1")
+    assert words(steps, handmade) == [Word("café.", 1, 6), Word("he", 12, 13)]
+    assert words(spoken("▁he@0+1 <0xC3>@1+1"), handmade) == [Word("he\ufffd", 0, 2)]
+    assert words([], handmade) == []
+
+
+def test_words_are_those_of_the_transcript(raw, pieces, tiny_export):
+    from common.runtime import GenAI
+
+    genai = GenAI(tiny_export)
+    for path in CLIPS[:4]:
+        found = raw.transcribe(genai.features(genai.config.read_audio(path)))
+        assert " ".join(word.text for word in words(found.emitted, pieces)) == genai.text(found.tokens)
+
+
+def test_windows_tell_the_time_of_the_whole_clip(raw, pieces, tiny_export, tmp_path):
+    """Two sentences, decoded in windows of 2 s and in one: the words that both hear are at the same place."""
+    folder = tmp_path / "models"
+    shutil.copytree(tiny_export, folder)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"] |= {"chunk_samples": 2 * 16000, "left_context_samples": 10 * 16000}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    samples = np.concatenate([load_audio(path, 16000, 1) for path in CLIPS[:2]])
+    from common.runtime import GenAI
+
+    features = GenAI(tiny_export).features(samples)
+    whole = words(raw.transcribe(features).emitted, pieces)
+    cut = words(RawOrt(folder).transcribe(features).emitted, pieces)
+    common = [(a, b) for a, b in zip(whole, cut, strict=False) if a.text == b.text]
+    assert len(common) >= 6
+    assert max(word.start for _, word in common) * FRAME > 2
+    assert max(abs(a.start - b.start) for a, b in common) <= 1
+
+
+def sentence(text: str, start: int = 0, step: int = 5) -> list[Word]:
+    return [Word(word, start + step * i, start + step * i + 4) for i, word in enumerate(text.split())]
+
+
+def test_cues():
+    def texts(found):
+        return [" ".join(word.text for word in cue) for cue in cues(found, FRAME)]
+
+    assert texts(sentence("Yes, he said. No, they say.")) == ["Yes, he said.", "No, they say."]
+    assert texts(sentence("before") + sentence("after", start=4 + 13)) == ["before", "after"]  # 1.04 s of silence
+    assert texts(sentence("before") + sentence("after", start=4 + 12)) == ["before after"]
+    long = sentence("word " * 60, step=3)
+    assert all(cue[-1].end - cue[0].start <= MAX_CUE_SECONDS / FRAME for cue in cues(long, FRAME))
+    wide = sentence("extraordinarily " * 30, step=1)
+    for block in srt(wide, FRAME).strip().split("\n\n"):
+        lines = block.split("\n")[2:]
+        assert len(lines) <= 2
+        assert all(len(line) <= LINE_CHARACTERS for line in lines)
+    assert texts([]) == []
+
+
+def test_srt_as_a_player_reads_it():
+    hour = round(3600 / FRAME)
+    spoken = [Word("One.", 0, 1), Word("Two", 5, 9), Word("lines.", 9, 12), *sentence("An hour on.", start=hour)]
+    assert srt(spoken, FRAME) == (
+        "1\n00:00:00,000 --> 00:00:00,400\nOne.\n\n"
+        "2\n00:00:00,400 --> 00:00:01,233\nTwo lines.\n\n"
+        "3\n01:00:00,000 --> 01:00:01,120\nAn hour on.\n"
+    )
+    assert srt([], FRAME) == ""
+
+
+def test_furthest_apart():
+    assert furthest_apart([Word("a", 0, 3)], [Word("a", 1, 5)]) == 2
+    assert furthest_apart([Word("a", 0, 3)], [Word("b", 0, 3)]) == float("inf")
+    assert furthest_apart([], []) == 0
+
+
+def test_script_writes_words_and_subtitles(tiny_export, tmp_path, capsys):
+    target, results = tmp_path / "clip.srt", tmp_path / "results.json"
+    argv = ["--model_dir", str(tiny_export), "--audio", str(CLIPS[0]), "--timestamps", "--srt", str(target)]
+    assert test_real_speech.main([*argv, "--json", str(results)]) == 0
+    output = capsys.readouterr().out
+    assert "words, none further from NeMo's own times than 0 encoder frames" in output
+    found = json.loads(results.read_text())["clips"][0]["engines"]
+    spoken = found["ONNX Runtime onnx_models"]["words"]
+    assert spoken == found["NeMo"]["words"]
+    assert found["GenAI onnx_models"]["words"] is None
+    assert [word["text"] for word in spoken] == ROWS[0]["text"].split()
+    assert re.findall(r"^ +([\d.]+) +([\d.]+)  (\S+)$", output, re.M) == [
+        (f"{word['start']:.2f}", f"{word['end']:.2f}", word["text"]) for word in spoken
+    ]
+    assert " ".join(target.read_text().split("\n")[2:]).split() == ROWS[0]["text"].split()
+
+
+def test_script_notices_times_that_are_not_nemos(tiny_export, capsys, monkeypatch):
+    monkeypatch.setattr(
+        test_real_speech,
+        "words",
+        lambda emitted, pieces: [Word(word.text, word.start + 2, word.end) for word in words(emitted, pieces)],
+    )
+    argv = ["--model_dir", str(tiny_export), "--model_name", str(TINY), "--audio", str(CLIPS[0]), "--timestamps"]
+    assert test_real_speech.main(argv) == 1
+    assert capsys.readouterr().err == "check failed: wanted words within 1 encoder frame of NeMo's own, found 2\n"
