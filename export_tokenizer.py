@@ -30,6 +30,7 @@ from common.files import (
     write_json,
     write_manifest,
 )
+from common.layouts import genai_folder
 from common.model import DEFAULT_MODEL, find_checkpoint, read_tokenizer, source_record
 
 # The files beside tokenizer.json, as a multiple of its compact text: its own indentation, vocab.txt, the manifest.
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     check_output_dir(args.output_dir)
+    args.output_dir = genai_folder(args.output_dir)
     stages = console.Stages(2)
     checkpoint = find_checkpoint(args.model_name)
     model = read_tokenizer(checkpoint)

@@ -6,6 +6,9 @@ the decoder, the joint (unless --decoder_joint_precision is int8) and the config
 the one that it comes from are run on noise, and nothing is written if they do not agree; with --eval_manifest on
 speech as well, and --max_wer_increase says how many words it may cost. optimization_report.html shows all of it.
 
+A folder for onnx-asr or sherpa-onnx is optimized in the same way, and one with subfolders for several runtimes each in
+its turn, weights that come out equal being shared again.
+
     python optimize_encoder.py --model_dir ./onnx_models --output_dir ./onnx_models_optimized
     python optimize_encoder.py --quant_method int8 --decoder_joint_precision int8 --output_dir ./onnx_models_int8
     python optimize_encoder.py --eval_manifest samples/manifest.jsonl --max_wer_increase 0.5
@@ -14,8 +17,10 @@ speech as well, and --max_wer_increase says how many words it may cost. optimiza
 import argparse
 import math
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -24,20 +29,21 @@ from tqdm import tqdm
 from common import gate
 from common.calibrate import Calibration, calibrate, damages, read_speech
 from common.clips import Clip, read_clips
-from common.configs import AUDIO_PROCESSOR_CONFIG, GENAI_CONFIG
 from common.console import Parser, Stages, run, size_text
 from common.files import (
     check_output_dir,
     fingerprint,
     moved_manifest,
+    of_one_name,
     relative_path,
     save_model,
+    share_equal_data,
     staged_folder,
     state_needs,
     verify_files,
     write_manifest,
 )
-from common.graphs import DECODER, ENCODER, GRAPH_FILES, JOINT
+from common.layouts import GENAI, Layout, check_same_shape, layouts_in
 from common.optimize import (
     INT8,
     K_QUANT_MIXED,
@@ -53,17 +59,21 @@ from common.optimize import (
     load,
     make_plan,
     quantizable,
-    quantize_decoder_and_joint,
+    quantize_token_graphs,
     quantize_weights,
     spend,
 )
 from common.quantize import BLOCK_SIZES, Packed
-from common.report import REPORT_HTML, make_evaluation, make_report, page_writer, write_report
+from common.report import (
+    REPORT_HTML,
+    REPORT_JSON,
+    PageWriter,
+    make_evaluation,
+    make_report,
+    page_writer,
+    write_report,
+)
 from common.runtime import EXPORT_COMMAND, TOKENIZER_COMMAND
-from common.tokenizer import TOKENIZER_FILES
-
-DECODING_FILES = tuple(file for graph in (DECODER, JOINT) for file in (graph.file, graph.data_file))
-CONFIG_FILES = (GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG)
 
 # Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, when they are compared.
 MEMORY_FACTOR = 1.3
@@ -120,86 +130,140 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _optimize(args: argparse.Namespace) -> None:
-    manifest = moved_manifest(args.model_dir, args.output_dir)
-    _check_folders(args.model_dir, args.output_dir)
-    int8_encoder = args.quant_method == INT8 and not args.skip_quantization
-    int8_tokens = args.decoder_joint_precision == INT8
-    if args.reduce_range and not (int8_encoder or int8_tokens):
+    layouts = layouts_in(args.model_dir)
+    _check_folders(args.model_dir, args.output_dir, layouts)
+    if args.reduce_range and not (_int8_encoder(args) or args.decoder_joint_precision == INT8):
         raise ValueError("--reduce_range wants --quant_method int8 or --decoder_joint_precision int8, found neither")
-    calibration_clips, eval_clips, write_page = _calibration_clips(args), _read_eval_manifest(args), page_writer()
-    exported = args.model_dir / ENCODER.file
-    stages = Stages(5 + int8_tokens + bool(calibration_clips) + bool(eval_clips))
-    before = _encoder_bytes(args.model_dir)
-    disk = sum((args.model_dir / file).stat().st_size for file in (*GRAPH_FILES, *CONFIG_FILES, *TOKENIZER_FILES))
-    memory = (CALIBRATION_MEMORY_FACTOR if calibration_clips else MEMORY_FACTOR) * before
+    speech = Speech(_calibration_clips(args), _read_eval_manifest(args))
+    genai = next((name for name, layout in layouts.items() if layout is GENAI), None)
+    if genai is None and (speech.calibration or speech.evaluation):
+        raise ValueError(
+            "--calibration_manifest and --eval_manifest want a folder for ONNX Runtime GenAI, which computes their "
+            f"features, found none in {args.model_dir}; export with --runtime all"
+        )
+    write_page = page_writer()
+    before = max(_bytes(args.model_dir / name, layout.encoder.files) for name, layout in layouts.items())
+    # As much as the sources, though less comes out: a copy of one whose weights are shared is read, then removed.
+    disk = sum(_bytes(args.model_dir / name, layout.files) for name, layout in layouts.items())
+    memory = (CALIBRATION_MEMORY_FACTOR if speech.calibration else MEMORY_FACTOR) * before
     state_needs(f"encoder.onnx ({size_text(before)})", memory, disk, args.output_dir)
-    stored, heard, sensitivity, evaluation = {}, [], None, None
     with staged_folder(args.output_dir) as stage:
-        skip_fusion = args.skip_fusion or fusion_slows(manifest, args.skip_quantization)
-        model, fused = (load(exported), Counter()) if skip_fusion else fuse(exported)
-        found = "  ".join(f"{count} {operator}" for operator, count in fused.items()) or "nothing fused"
-        skipped = "skipped" if args.skip_fusion else "left out, it would be slower on a CPU"
-        stages.report("fusion", skipped if skip_fusion else found, f"{len(model.graph)} nodes")
+        for name, layout in layouts.items():
+            (stage / name).mkdir(exist_ok=True)
+            if name:
+                print(f"{name}:")
+            with tempfile.TemporaryDirectory(dir=stage.parent) as scratch:
+                readable = of_one_name(args.model_dir / name, layout.graph_files, Path(scratch) / "copies")
+                paths = Paths(args.model_dir / name, readable, args.output_dir / name, stage / name)
+                _optimize_folder(paths, layout, args, speech, write_page)
+        share_equal_data([stage / name for name in layouts])
+    print(f"wrote {args.output_dir}; its report is {args.output_dir / next(iter(layouts)) / REPORT_HTML}")
+    if genai is not None:
+        print(f"next: python test_e2e.py --model_dir {args.output_dir / genai}")
 
-        names = [] if args.skip_quantization else quantizable(model)
-        plan = {} if args.skip_quantization else make_plan(names, args.quant_method, args.block_size, args.reduce_range)
-        packed = {}
-        if calibration_clips:
-            plan, packed, sensitivity = _plan_by_speech(args, model, plan, calibration_clips, stages)
-        left = sum(value.const_value.nbytes for name, value in model.graph.initializers.items() if name not in plan)
-        if plan:
-            stored[ENCODER.name] = quantize_weights(
-                model, plan, args.quant_method, args.accuracy_level, _progress_bar, packed
-            )
-        widths = Counter(form.bits for form in plan.values())
-        counts = "  ".join(f"{widths[bits]} weights at {bits} bits" for bits in sorted(widths))
-        method = args.quant_method if int8_encoder else f"{args.quant_method}, block {args.block_size}"
-        method = method if plan else "quantization"
-        stages.report(method, counts or "skipped", f"{size_text(left)} left float32")
 
-        save_model(model, stage / ENCODER.file)
-        after = _encoder_bytes(stage)
-        stages.report("encoder", f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
+@dataclass(frozen=True)
+class Paths:
+    """One model folder: where it is, where it will be and is being written; `readable` is the first, or has copies of
+    its graphs."""
 
-        sqnr = compare(args.model_dir, stage, MIN_SQNR_DB if plan else MIN_FLOAT_SQNR_DB)
-        found = f"SQNR {sqnr:.1f} dB" if math.isfinite(sqnr) else "identical"
-        stages.report("against the exported encoder, on noise", found)
-        token_sqnr = {}
-        if int8_tokens:
-            token_sqnr, token_weights = quantize_decoder_and_joint(args.model_dir, stage, args.reduce_range)
-            stored |= token_weights
-            found = (f"{name} SQNR {ratio:.1f} dB" for name, ratio in token_sqnr.items())
-            stages.report("decoder and joint, int8", *found)
-        for file in (*(() if int8_tokens else DECODING_FILES), *CONFIG_FILES, *TOKENIZER_FILES):
-            shutil.copyfile(args.model_dir / file, stage / file)
-        if eval_clips:
-            heard, evaluation = _count_words(args, stage, eval_clips, stages)
-        record = {
-            "model_dir": relative_path(args.model_dir, args.output_dir),
-            "flags": {
-                "quant_method": args.quant_method,
-                "block_size": args.block_size,
-                "accuracy_level": args.accuracy_level,
-                "decoder_joint_precision": args.decoder_joint_precision,
-                "reduce_range": args.reduce_range,
-                "skip_fusion": args.skip_fusion,
-                "skip_quantization": args.skip_quantization,
-                "size_budget_mb": args.size_budget_mb,
-            },
-            "calibration": fingerprint(args.calibration_manifest) if calibration_clips else None,
-            "fused": dict(fused),
-            "weights_by_bits": {str(bits): count for bits, count in sorted(widths.items())},
-            "encoder_bytes": {"exported": before, "optimized": after},
-            "sqnr_db_on_noise": round(sqnr, 2) if math.isfinite(sqnr) else None,
-            "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in token_sqnr.items()},
-        }
-        report = make_report(args.model_dir, stage, manifest, record, stored, sensitivity, evaluation)
-        write_report(stage, report, heard, write_page)
-        write_manifest(stage, manifest, "optimize", record)
-        if moved_manifest(args.model_dir, args.output_dir) != manifest:
-            raise ValueError(f"{args.model_dir} was written anew while it was read; run this again")
-    stages.report("report", str(args.output_dir / REPORT_HTML))
-    print(f"wrote {args.output_dir}; next: python test_e2e.py --model_dir {args.output_dir}")
+    source: Path
+    readable: Path
+    target: Path
+    stage: Path
+
+
+@dataclass
+class Speech:
+    """The clips of both manifests. What the folder for GenAI, the first, was fitted to serves the others as well."""
+
+    calibration: list[Clip]
+    evaluation: list[Clip]
+    plan: Plan | None = None
+    packed: dict[str, Packed] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+
+
+def _optimize_folder(
+    paths: Paths, layout: Layout, args: argparse.Namespace, speech: Speech, write_page: PageWriter
+) -> None:
+    """Optimize a model folder that lies as `layout` says."""
+    source, stage, encoder = paths.source, paths.stage, layout.encoder
+    manifest, exported = moved_manifest(source, paths.target), paths.readable / encoder.file
+    before, int8_tokens = _bytes(source, encoder.files), args.decoder_joint_precision == INT8
+    calibrated, evaluated = (layout is GENAI and bool(clips) for clips in (speech.calibration, speech.evaluation))
+    stages = Stages(5 + int8_tokens + calibrated + evaluated)
+    stored, heard, evaluation = {}, [], None
+    skip_fusion = args.skip_fusion or fusion_slows(manifest, args.skip_quantization)
+    model, fused = (load(exported), Counter()) if skip_fusion else fuse(exported)
+    found = "  ".join(f"{count} {operator}" for operator, count in fused.items()) or "nothing fused"
+    skipped = "skipped" if args.skip_fusion else "left out, it would be slower on a CPU"
+    stages.report("fusion", skipped if skip_fusion else found, f"{len(model.graph)} nodes")
+
+    names = [] if args.skip_quantization else quantizable(model)
+    plan = {} if args.skip_quantization else make_plan(names, args.quant_method, args.block_size, args.reduce_range)
+    if calibrated:
+        _plan_by_speech(args, paths, model, plan, speech, stages)
+    plan = speech.plan or plan
+    left = sum(value.const_value.nbytes for name, value in model.graph.initializers.items() if name not in plan)
+    if plan:
+        how = (args.quant_method, args.accuracy_level, _progress_bar, speech.packed)
+        stored[encoder.name] = quantize_weights(model, plan, *how)
+    widths = Counter(form.bits for form in plan.values())
+    counts = "  ".join(f"{widths[bits]} weights at {bits} bits" for bits in sorted(widths))
+    method = args.quant_method if _int8_encoder(args) else f"{args.quant_method}, block {args.block_size}"
+    method = method if plan else "quantization"
+    stages.report(method, counts or "skipped", f"{size_text(left)} left float32")
+
+    save_model(model, stage / encoder.file)
+    after = _bytes(stage, encoder.files)
+    stages.report("encoder", f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
+
+    sqnr = compare(source, stage, MIN_SQNR_DB if plan else MIN_FLOAT_SQNR_DB, encoder)
+    found = f"SQNR {sqnr:.1f} dB" if math.isfinite(sqnr) else "identical"
+    stages.report("against the exported encoder, on noise", found)
+    token_sqnr = {}
+    if int8_tokens:
+        tokens = layout.vocabulary_size(source)
+        how = (layout.token_graphs, tokens, args.reduce_range)
+        token_sqnr, token_weights = quantize_token_graphs(paths.readable, stage, *how)
+        stored |= token_weights
+        found = (f"{name} SQNR {ratio:.1f} dB" for name, ratio in token_sqnr.items())
+        stages.report("decoder and joint, int8", *found)
+    for file in layout.files:
+        if not (stage / file).exists():
+            shutil.copyfile(source / file, stage / file)
+    if evaluated:
+        heard, evaluation = _count_words(args, paths, speech.evaluation, stages)
+    record = {
+        "model_dir": relative_path(source, paths.target),
+        "flags": {
+            "quant_method": args.quant_method,
+            "block_size": args.block_size,
+            "accuracy_level": args.accuracy_level,
+            "decoder_joint_precision": args.decoder_joint_precision,
+            "reduce_range": args.reduce_range,
+            "skip_fusion": args.skip_fusion,
+            "skip_quantization": args.skip_quantization,
+            "size_budget_mb": args.size_budget_mb,
+        },
+        "calibration": fingerprint(args.calibration_manifest) if speech.calibration else None,
+        "fused": dict(fused),
+        "weights_by_bits": {str(bits): count for bits, count in sorted(widths.items())},
+        "encoder_bytes": {"exported": before, "optimized": after},
+        "sqnr_db_on_noise": round(sqnr, 2) if math.isfinite(sqnr) else None,
+        "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in token_sqnr.items()},
+    }
+    report = make_report(paths.readable, stage, layout.graphs, manifest, record, stored, speech.sensitivity, evaluation)
+    write_report(stage, report, heard, write_page)
+    write_manifest(stage, manifest, "optimize", record)
+    if moved_manifest(source, paths.target) != manifest:
+        raise ValueError(f"{source} was written anew while it was read; run this again")
+    stages.report("report", REPORT_JSON, REPORT_HTML)
+
+
+def _int8_encoder(args: argparse.Namespace) -> bool:
+    return args.quant_method == INT8 and not args.skip_quantization
 
 
 def fusion_slows(manifest: dict, skip_quantization: bool) -> bool:
@@ -224,22 +288,23 @@ def _calibration_clips(args: argparse.Namespace) -> list[Clip]:
 
 
 def _plan_by_speech(
-    args: argparse.Namespace, model: ir.Model, plan: Plan, clips: list[Clip], stages: Stages
-) -> tuple[Plan, dict[str, Packed], Sensitivity]:
-    """Calibrate, and spend the budget, or what `plan` takes, where it helps most: plan, weights, damages."""
-    exported = args.model_dir / ENCODER.file
+    args: argparse.Namespace, paths: Paths, model: ir.Model, plan: Plan, speech: Speech, stages: Stages
+) -> None:
+    """Calibrate, and spend the budget, or what `plan` takes, where it helps most: fill in the plan of `speech`, its
+    weights and the damages."""
+    exported = paths.readable / GENAI.encoder.file
     graph_bytes, budget = exported.stat().st_size, args.size_budget_mb
     budget = file_bytes(model, graph_bytes, plan) if budget is None else budget * 1e6
     check_budget(model, graph_bytes, plan, args.block_size, budget)
-    calibration = _calibrate(exported, clips, args.block_size, stages)
-    sensitivity = damages(calibration)
-    plan = spend(model, graph_bytes, sensitivity, args.block_size, budget)
-    return plan, {name: calibration[name][form.bits].packed for name, form in plan.items()}, sensitivity
+    calibration = _calibrate(paths.source, exported, speech.calibration, args.block_size, stages)
+    speech.sensitivity = damages(calibration)
+    speech.plan = spend(model, graph_bytes, speech.sensitivity, args.block_size, budget)
+    speech.packed = {name: calibration[name][form.bits].packed for name, form in speech.plan.items()}
 
 
-def _calibrate(exported: Path, clips: list[Clip], block: int, stages: Stages) -> Calibration:
-    """Calibrate, with a progress bar, and say where the damage is."""
-    speech = read_speech(exported.parent, clips)
+def _calibrate(folder: Path, exported: Path, clips: list[Clip], block: int, stages: Stages) -> Calibration:
+    """Calibrate the encoder at `exported` on features by `folder`, with a progress bar; say where the damage is."""
+    speech = read_speech(folder, clips)
     with tqdm(desc="calibrating", unit="run", smoothing=0, leave=False, disable=None) as bar:  # none in a pipe
         calibration = calibrate(exported, speech.batches, block, bar)
     damage = {name: widths[min(widths)] for name, widths in damages(calibration).items()}
@@ -252,7 +317,7 @@ def _calibrate(exported: Path, clips: list[Clip], block: int, stages: Stages) ->
     return calibration
 
 
-def _check_folders(source: Path, target: Path) -> None:
+def _check_folders(source: Path, target: Path, layouts: dict[str, Layout]) -> None:
     """Raise FileNotFoundError naming the command that makes what `source` lacks, or ValueError if `target` is it
     or a file of `source` is not the one that its manifest lists."""
     check_output_dir(target)
@@ -260,13 +325,17 @@ def _check_folders(source: Path, target: Path) -> None:
         raise ValueError(
             f"wanted another --output_dir than --model_dir, found {target} twice; the source stays as it is"
         )
-    exported = (ENCODER.file, ENCODER.data_file, *DECODING_FILES, *CONFIG_FILES)
-    for files, command in ((exported, EXPORT_COMMAND), (TOKENIZER_FILES, TOKENIZER_COMMAND)):
-        missing = [file for file in files if not (source / file).is_file()]
-        if missing:
-            names = ", ".join(missing)
-            raise FileNotFoundError(f"wanted {names} in {source}, found none; first run: {command.format(source)}")
-    verify_files(source, (*GRAPH_FILES, *TOKENIZER_FILES))
+    check_same_shape(target, layouts)
+    for name, layout in layouts.items():
+        folder = source / name
+        exported = (*layout.graph_files, *layout.config_files)
+        tokenizer_command = TOKENIZER_COMMAND if layout is GENAI else EXPORT_COMMAND
+        for files, command in ((exported, EXPORT_COMMAND), (layout.vocabulary, tokenizer_command)):
+            missing = [file for file in files if not (folder / file).is_file()]
+            if missing:
+                names = ", ".join(missing)
+                raise FileNotFoundError(f"wanted {names} in {folder}, found none; first run: {command.format(folder)}")
+        verify_files(folder, (*layout.graph_files, *layout.vocabulary))
 
 
 def _read_eval_manifest(args: argparse.Namespace) -> list[Clip]:
@@ -286,10 +355,10 @@ def _read_eval_manifest(args: argparse.Namespace) -> list[Clip]:
 
 
 def _count_words(
-    args: argparse.Namespace, stage: Path, clips: list[Clip], stages: Stages
+    args: argparse.Namespace, paths: Paths, clips: list[Clip], stages: Stages
 ) -> tuple[list[gate.Heard], dict]:
-    """What the exported folder and `stage` made of the clips, and the report's section on it; raises as gate.judge."""
-    heard = gate.listen(args.model_dir, stage, args.eval_manifest, clips, _clip_bar)
+    """What both folders made of the clips, and the report's section on it; raises as gate.judge."""
+    heard = gate.listen(paths.source, paths.stage, args.eval_manifest, clips, _clip_bar)
     table = gate.word_table(heard)
     stages.report(f"{len(clips)} clips", str(table[0]))
     gate.print_words(table, heard)
@@ -298,8 +367,8 @@ def _count_words(
     return heard, make_evaluation(args.eval_manifest, heard, table, args.max_wer_increase)
 
 
-def _encoder_bytes(folder: Path) -> int:
-    return sum((folder / file).stat().st_size for file in (ENCODER.file, ENCODER.data_file))
+def _bytes(folder: Path, files: Iterable[str]) -> int:
+    return sum((folder / file).stat().st_size for file in files)
 
 
 def _progress_bar(items: Iterator, total: int) -> Iterable:

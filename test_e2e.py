@@ -14,6 +14,7 @@ from pathlib import Path
 from common.console import CheckError, Parser, Stages, run
 from common.files import MODEL_DIR_HELP, default_model_dir, verify_files
 from common.graphs import GRAPH_FILES
+from common.layouts import genai_folder
 from common.runtime import GenAI, RawOrt
 from common.tokenizer import TOKENIZER_FILES
 
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _test(args: argparse.Namespace) -> None:
-    folder = args.model_dir or default_model_dir()
+    folder = genai_folder(args.model_dir or default_model_dir())
     stages = Stages(4)
     listed = verify_files(folder, (*GRAPH_FILES, *TOKENIZER_FILES))
     genai = GenAI(folder)

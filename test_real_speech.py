@@ -29,6 +29,7 @@ from common.clips import Clip, read_clips
 from common.console import CheckError, Parser, run
 from common.decode import GENAI_RULE, NEMO_RULE, Hypothesis
 from common.files import MODEL_DIR_HELP, check_output_file, default_model_dir, read_manifest, write_json, write_text
+from common.layouts import genai_folder
 from common.model import find_checkpoint, load_model, recorded_checkpoint
 from common.runtime import GenAI, Nemo, RawOrt, RuntimeConfig
 from common.timestamps import Pieces, Word, furthest_apart, srt, words
@@ -154,7 +155,7 @@ def _compare(args: argparse.Namespace) -> None:
         check_output_file(output)
     listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
     clips = [HeardClip(**vars(clip)) for clip in listed]
-    folders = [Folder(path) for path in _folders(args.model_dir or default_model_dir())]
+    folders = [Folder(path) for path in _folders(genai_folder(args.model_dir or default_model_dir()))]
     config = folders[0].genai.config  # loads GenAI: what a folder lacks shows before NeMo takes its time
     nemo = None if args.skip_nemo else _load_nemo(args.model_name, folders[0])
     times = args.timestamps or args.srt is not None

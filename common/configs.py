@@ -1,9 +1,11 @@
-"""What ONNX Runtime GenAI reads beside the graphs, as dicts made from a ModelSpec and the window that the user chose.
+"""What each runtime reads beside the graphs, as dicts made from a ModelSpec, and what checkpoints it cannot compute.
 
 Keys and their meaning: src/config.cpp, src/models/parakeet.cpp and parakeet_processor.cpp of onnxruntime-genai 0.18.0.
-An unknown key is refused there, so provenance goes into manifest.json.
+An unknown key is refused there, so provenance goes into manifest.json. Those of the other runtimes: src/onnx_asr/asr.py
+of onnx-asr 0.12.0, sherpa-onnx/csrc/offline-transducer-nemo-model.cc of sherpa-onnx.
 """
 
+import math
 from dataclasses import dataclass
 
 from common.graphs import DECODER, ENCODER, GRAPHS
@@ -11,6 +13,7 @@ from common.model import ModelSpec
 
 GENAI_CONFIG = "genai_config.json"
 AUDIO_PROCESSOR_CONFIG = "audio_processor_config.json"
+ONNX_ASR_CONFIG = "config.json"
 
 # The runtime stops there. One token a frame of 80 ms would fill it in 2.9 hours of audio.
 CONTEXT_LENGTH = 131072  # tokens
@@ -20,8 +23,19 @@ CONTEXT_LENGTH = 131072  # tokens
 # encoder's way, and in each other's. Measured by benchmarks/decoding.py on 2 cores: 60 s of audio in 8 s for 15 s.
 ENCODER_SESSION = {"intra_op_num_threads": 0}
 TOKEN_SESSION = {"intra_op_num_threads": 2, "session.intra_op.allow_spinning": "0"}
-# GenAI takes 0 as "force a step after every token"; the largest int is its "no limit".
+# GenAI takes 0 as "force a step after every token"; the largest int is its "no limit", and onnx-asr's.
 NO_SYMBOL_LIMIT = 2**31 - 1
+# The features that onnx-asr (preprocessors/nemo.py) and sherpa-onnx (csrc/features.h) compute, whatever a config says.
+# sherpa-onnx's differ a little from every NeMo model's: see the README.
+FIXED_FEATURES = {
+    "sample_rate": (16000,),
+    "fft_size": (512,),
+    "win_length": (400,),
+    "hop_length": (160,),
+    "preemphasis": (0.97,),
+    "log_guard": (2.0**-24,),
+}
+FIXED_MELS = {"onnx-asr": {"num_mels": (80, 128)}, "sherpa-onnx": {}}
 
 
 @dataclass(frozen=True)
@@ -56,10 +70,30 @@ def check_genai_supports(spec: ModelSpec) -> None:
             f"durations {list(spec.durations)}: ONNX Runtime GenAI forbids index 0 after a blank and takes every other "
             "index to advance, so the first must be 0 and the rest positive"
         )
-    if spec.unsupported_features:
+    _refuse_features("ONNX Runtime GenAI", spec.unsupported_features)
+
+
+def check_fixed_supports(spec: ModelSpec, runtime: str) -> None:
+    """Raise ValueError naming what onnx-asr, or sherpa-onnx, cannot compute of this checkpoint."""
+    if spec.durations != tuple(range(len(spec.durations))):
         raise ValueError(
-            "ONNX Runtime GenAI computes log-mel features one way only, and this checkpoint's differ: "
-            + "; ".join(spec.unsupported_features)
+            f"durations {list(spec.durations)}: {runtime} takes a duration's index for its frames, so they must be "
+            f"{list(range(len(spec.durations)))}"
+        )
+    wanted = {**FIXED_FEATURES, **FIXED_MELS[runtime]}
+    found = {name: getattr(spec, name) for name in wanted}
+    different = [
+        f"{name} is {found[name]:g}, not {' or '.join(f'{value:g}' for value in values)}"
+        for name, values in wanted.items()
+        if not any(math.isclose(found[name], value, rel_tol=1e-6) for value in values)
+    ]
+    _refuse_features(runtime, (*spec.unsupported_features, *different))
+
+
+def _refuse_features(runtime: str, different: tuple[str, ...]) -> None:
+    if different:
+        raise ValueError(
+            f"{runtime} computes log-mel features one way only, and this checkpoint's differ: " + "; ".join(different)
         )
 
 
@@ -129,3 +163,28 @@ def audio_processor_config(spec: ModelSpec) -> dict:
             "normalize_eps": spec.norm_eps,
         },
     }
+
+
+def onnx_asr_config(spec: ModelSpec) -> dict:
+    """The content of onnx-asr's config.json."""
+    return {
+        "model_type": "nemo-conformer-tdt",
+        "features_size": spec.num_mels,
+        "subsampling_factor": spec.subsampling_factor,
+        "max_tokens_per_step": NO_SYMBOL_LIMIT if spec.max_symbols is None else spec.max_symbols,
+    }
+
+
+def sherpa_onnx_metadata(spec: ModelSpec) -> dict[str, str]:
+    """The metadata that sherpa-onnx reads from the encoder; without a number it ends the process."""
+    content = {
+        "model_type": "EncDecRNNTBPEModel",
+        "url": "tdt",  # it takes a model for a TDT where this has "tdt" in it, and looks nowhere else
+        "vocab_size": spec.vocab_size - 1,  # NeMo's count, without the blank
+        "normalize_type": "per_feature",
+        "feat_dim": spec.num_mels,
+        "subsampling_factor": spec.subsampling_factor,
+        "pred_rnn_layers": spec.decoder_layers,
+        "pred_hidden": spec.decoder_dim,
+    }
+    return {key: str(value) for key, value in content.items()}

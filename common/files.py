@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.console import size_text
-from common.swap import fsync, lock, replace_folder
+from common.swap import fsync, link, lock, replace_folder
 
 MANIFEST = "manifest.json"
 FILES = "files"  # section of the manifest: name → bytes and sha256
@@ -141,6 +141,30 @@ def data_bytes(sizes: Iterable[int]) -> int:
             offset = -(-offset // EXTERNAL_DATA_ALIGNMENT) * EXTERNAL_DATA_ALIGNMENT
         offset += size
     return offset
+
+
+def of_one_name(source: Path, names: Iterable[str], scratch: Path) -> Path:
+    """The folder `source`, or, where one of its files `names` is shared with another folder by hard link, the new
+    folder `scratch` with copies of them: onnx and onnx_ir take such a file for an attack, and read none."""
+    names = list(names)
+    if all((source / name).stat().st_nlink == 1 for name in names):
+        return source
+    scratch.mkdir()
+    for name in names:
+        shutil.copyfile(source / name, scratch / name)
+    return scratch
+
+
+def share_equal_data(folders: Iterable[Path]) -> None:
+    """Make the weights of several folders that are equal by their manifests one file under several names, where hard
+    links are to be had."""
+    first: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.data")):
+            same = first.setdefault(read_manifest(folder)[FILES][path.name]["sha256"], path)
+            if same is not path:
+                path.unlink()
+                link(same, path)
 
 
 MODEL_DIR_HELP = "model folder (./onnx_models_optimized, or ./onnx_models where that is missing)"

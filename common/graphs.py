@@ -1,4 +1,4 @@
-"""The ONNX contract, declared once: each graph's file, tensors, axes, and the name ONNX Runtime GenAI has for them.
+"""The ONNX contract, declared once: each graph's file, tensors, axes, and the names that each runtime has for them.
 
 Axes, in docstrings and at line ends throughout:
     B batch · M mel bins · T mel frames (10 ms) · S encoder frames (80 ms) · D encoder width · H prediction width ·
@@ -18,12 +18,18 @@ DYNAMIC_AXES = {"B": "batch", "T": "time", "S": "frames", "U": "targets"}
 
 @dataclass(frozen=True)
 class Tensor:
-    """One input or output: ONNX name, axes (an int is a fixed size), element type, and GenAI's key for it."""
+    """One input or output: ONNX name, axes (an int is a fixed size), GenAI's key for it, element type, and in a View
+    the tensor that it is, where that has another name."""
 
     name: str
     axes: tuple[str | int, ...]
-    genai_key: str
+    genai_key: str = ""
     dtype: str = "float32"
+    of: str = ""
+
+    @property
+    def source(self) -> str:
+        return self.of or self.name
 
     def dynamic_axes(self) -> dict[int, str]:
         """Axis index → symbolic name, for the axes whose size a caller chooses."""
@@ -35,9 +41,9 @@ class Graph:
     """One ONNX file and its one data file."""
 
     name: str
-    genai_section: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    genai_section: str = ""
 
     @property
     def file(self) -> str:
@@ -46,6 +52,10 @@ class Graph:
     @property
     def data_file(self) -> str:
         return f"{self.file}.data"
+
+    @property
+    def files(self) -> tuple[str, str]:
+        return self.file, self.data_file
 
     @property
     def input_names(self) -> list[str]:
@@ -67,8 +77,20 @@ class Graph:
         }
 
 
+@dataclass(frozen=True)
+class View(Graph):
+    """One graph as another runtime wants it, or several in one file; each tensor is one of theirs under another name,
+    with its axes in another order or of another type. An input of a part that an earlier part puts out is joined to
+    it."""
+
+    parts: tuple[Graph, ...] = ()
+
+    def part(self, source: str) -> Tensor:
+        """The declaration of a part's input or output that is one of the view's."""
+        return next(tensor for part in self.parts for tensor in (*part.inputs, *part.outputs) if tensor.name == source)
+
+
 ENCODER = Graph(
-    "encoder",
     "encoder",
     (
         Tensor("audio_signal", ("B", "M", "T"), "audio_features"),
@@ -78,11 +100,11 @@ ENCODER = Graph(
         Tensor("outputs", ("B", "D", "S"), "encoder_outputs"),
         Tensor("encoded_lengths", ("B",), "output_lengths", "int64"),
     ),
+    "encoder",
 )
 
 # GenAI feeds one token at a time (U = 1) and asks for the length back.
 DECODER = Graph(
-    "decoder",
     "decoder",
     (
         Tensor("targets", ("B", "U"), "targets", "int64"),
@@ -96,18 +118,72 @@ DECODER = Graph(
         Tensor("h_out", ("L", "B", "H"), "lstm_hidden_state"),
         Tensor("c_out", ("L", "B", "H"), "lstm_cell_state"),
     ),
+    "decoder",
 )
 
 JOINT = Graph(
     "joint",
-    "joiner",
     (
         Tensor("encoder_output", ("B", "S", "D"), "encoder_outputs"),
         Tensor("decoder_output", ("B", "U", "H"), "decoder_outputs"),
     ),
     # The first V logits are tokens, blank the last of them; the K after them are durations.
     (Tensor("joint_output", ("B", "S", "U", "V+K"), "logits"),),
+    "joiner",
 )
 
 GRAPHS = (ENCODER, DECODER, JOINT)
-GRAPH_FILES = tuple(file for graph in GRAPHS for file in (graph.file, graph.data_file))
+GRAPH_FILES = tuple(file for graph in GRAPHS for file in graph.files)
+
+# onnx-asr asks for tensors by these names (src/onnx_asr/models/nemo.py of 0.12.0); they are NeMo's own export's.
+ONNX_ASR_GRAPHS = (
+    View("encoder-model", ENCODER.inputs, ENCODER.outputs, parts=(ENCODER,)),
+    View(
+        "decoder_joint-model",
+        (
+            Tensor("encoder_outputs", ("B", "D", "S"), of="encoder_output"),
+            Tensor("targets", ("B", "U"), dtype="int64"),
+            Tensor("target_length", ("B",), dtype="int64", of="target_length_orig"),
+            Tensor("input_states_1", ("L", "B", "H"), of="h_in"),
+            Tensor("input_states_2", ("L", "B", "H"), of="c_in"),
+        ),
+        (
+            Tensor("outputs", ("B", "S", "U", "V+K"), of="joint_output"),
+            Tensor("prednet_lengths", ("B",), dtype="int64", of="target_length"),
+            Tensor("output_states_1", ("L", "B", "H"), of="h_out"),
+            Tensor("output_states_2", ("L", "B", "H"), of="c_out"),
+        ),
+        parts=(DECODER, JOINT),
+    ),
+)
+
+# sherpa-onnx goes by position, whatever the names (sherpa-onnx/csrc/offline-transducer-nemo-model.cc), feeds 32-bit
+# tokens and puts time last everywhere (offline-transducer-greedy-search-nemo-decoder.cc).
+SHERPA_ONNX_GRAPHS = (
+    View("encoder", ENCODER.inputs, ENCODER.outputs, parts=(ENCODER,)),
+    View(
+        "decoder",
+        (
+            Tensor("targets", ("B", "U"), dtype="int32"),
+            Tensor("target_length", ("B",), dtype="int32", of="target_length_orig"),
+            Tensor("h_in", ("L", "B", "H")),
+            Tensor("c_in", ("L", "B", "H")),
+        ),
+        (
+            Tensor("outputs", ("B", "H", "U"), of="decoder_output"),
+            Tensor("prednet_lengths", ("B",), dtype="int32", of="target_length"),
+            Tensor("h_out", ("L", "B", "H")),
+            Tensor("c_out", ("L", "B", "H")),
+        ),
+        parts=(DECODER,),
+    ),
+    View(
+        "joiner",
+        (
+            Tensor("encoder_outputs", ("B", "D", "S"), of="encoder_output"),
+            Tensor("decoder_outputs", ("B", "H", "U"), of="decoder_output"),
+        ),
+        (Tensor("outputs", ("B", "S", "U", "V+K"), of="joint_output"),),
+        parts=(JOINT,),
+    ),
+)

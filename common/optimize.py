@@ -19,10 +19,10 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_t
 
 from common.console import CheckError
 from common.files import data_bytes, save_model
-from common.graphs import DECODER, ENCODER, JOINT, MICROSOFT, Graph
+from common.graphs import ENCODER, MICROSOFT, Graph
 from common.int8 import REDUCED_BITS, WEIGHT_BITS, quantize_lstms, quantize_products
 from common.quantize import BITS, METHODS, Packed, quantize
-from common.runtime import OrtGraph, RuntimeConfig
+from common.runtime import OrtGraph
 
 MIN_WEIGHTS = 4096  # a matrix smaller than this (16 kB) gains less than its extra tensors cost
 
@@ -246,16 +246,16 @@ def _replace(node: ir.Node, constants: list[ir.Value], form: Format, accuracy_le
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], [new], node.outputs, new.outputs)
 
 
-def compare(reference: Path, optimized: Path, floor: float) -> float:
-    """Signal to quantization noise ratio in dB, over the valid frames of noise, of the encoder in folder `optimized`
-    against that in `reference`. Raises CheckError below `floor`, and if shapes or lengths differ.
+def compare(reference: Path, optimized: Path, floor: float, graph: Graph = ENCODER) -> float:
+    """Signal to quantization noise ratio in dB, over the valid frames of noise, of the encoder `graph` in folder
+    `optimized` against that in `reference`. Raises CheckError below `floor`, and if shapes or lengths differ.
 
     One session at a time: at full size each holds gigabytes.
     """
-    wanted, wanted_lengths = _encode_noise(reference, mapped=True)
+    wanted, wanted_lengths = _encode_noise(reference, graph, mapped=True)
     try:
         # Repacked as in use: unpacked, MatMulNBits takes a float path that rounds no activations.
-        found, found_lengths = _encode_noise(optimized, mapped=False)
+        found, found_lengths = _encode_noise(optimized, graph, mapped=False)
     except ValueError as error:
         raise CheckError(f"the optimized encoder does not run: {error}") from error
     if found.shape != wanted.shape or found_lengths.tolist() != wanted_lengths.tolist():
@@ -270,33 +270,31 @@ def compare(reference: Path, optimized: Path, floor: float) -> float:
     return ratio
 
 
-def _encode_noise(folder: Path, *, mapped: bool) -> list[np.ndarray]:
-    encoder = OrtGraph(folder, ENCODER, mapped=mapped)
+def _encode_noise(folder: Path, graph: Graph, *, mapped: bool) -> list[np.ndarray]:
+    encoder = OrtGraph(folder, graph, mapped=mapped)
     mels = encoder.session.get_inputs()[0].shape[1]
     shape = (len(NOISE_FRAMES), mels, max(NOISE_FRAMES))
     return encoder(np.random.default_rng(0).standard_normal(shape, dtype=np.float32), np.array(NOISE_FRAMES))
 
 
-def quantize_decoder_and_joint(
-    source: Path, target: Path, reduce_range: bool
+def quantize_token_graphs(
+    source: Path, target: Path, graphs: Iterable[Graph], vocabulary: int, reduce_range: bool
 ) -> tuple[dict[str, float], dict[str, dict[str, Stored]]]:
-    """Write both graphs of `source` with 8-bit weights into `target`, the embedding as it was; by the name of the graph
-    its SQNR on noise, and how its weights were stored.
+    """Write what `source` runs once a token, with 8-bit weights, into `target`, the embedding as it was; by the name of
+    the graph its SQNR on noise, and how its weights were stored.
 
     Raises CheckError where that is so low that something is broken.
     """
-    decoder, bits = load(source / DECODER.file), REDUCED_BITS if reduce_range else WEIGHT_BITS
-    errors = quantize_lstms(decoder, bits)
-    joint = load(source / JOINT.file)
-    plan = dict.fromkeys(quantizable(joint), Format(JOINT_BITS, JOINT_BLOCK))
-    stored = {
-        DECODER.name: _stored(dict.fromkeys(errors, Format(bits, None)), errors),
-        JOINT.name: quantize_weights(joint, plan, JOINT_METHOD, JOINT_ACCURACY_LEVEL),
-    }
+    bits, stored = REDUCED_BITS if reduce_range else WEIGHT_BITS, {}
     ratios = {}
-    for graph, model in ((DECODER, decoder), (JOINT, joint)):
+    for graph in graphs:
+        model = load(source / graph.file)
+        errors = quantize_lstms(model, bits)
+        plan = dict.fromkeys(quantizable(model), Format(JOINT_BITS, JOINT_BLOCK))
+        stored[graph.name] = _stored(dict.fromkeys(errors, Format(bits, None)), errors)
+        stored[graph.name] |= quantize_weights(model, plan, JOINT_METHOD, JOINT_ACCURACY_LEVEL)
         save_model(model, target / graph.file)
-        ratios[graph.name] = _token_sqnr(source, target, graph)
+        ratios[graph.name] = _token_sqnr(source, target, graph, vocabulary)
         if not ratios[graph.name] >= MIN_TOKEN_SQNR_DB:
             raise CheckError(
                 f"the 8-bit {graph.name} has an SQNR of {ratios[graph.name]:.1f} dB, wanted {MIN_TOKEN_SQNR_DB:.0f} dB"
@@ -304,18 +302,10 @@ def quantize_decoder_and_joint(
     return ratios, stored
 
 
-def _token_sqnr(source: Path, target: Path, graph: Graph) -> float:
+def _token_sqnr(source: Path, target: Path, graph: Graph, vocabulary: int) -> float:
     """SQNR in dB of the first output for a batch of 16 random tokens, or frames and decoder outputs."""
     wanted, found = OrtGraph(source, graph), OrtGraph(target, graph)
-    noise, batch = np.random.default_rng(0), 16
-    if graph is DECODER:
-        config = RuntimeConfig.read(source)
-        state = noise.standard_normal((2, config.decoder_layers, batch, config.decoder_dim), dtype=np.float32)
-        tokens = noise.integers(config.blank_id, size=(batch, 1))
-        inputs = (tokens, np.ones(batch, np.int64), np.tanh(state[0]), state[1])
-    else:
-        widths = (value.shape[-1] for value in wanted.session.get_inputs())
-        inputs = [np.tanh(noise.standard_normal((batch, 1, width), dtype=np.float32)) for width in widths]
+    inputs = wanted.noise(vocabulary, B=16, S=1, U=1)
     return sqnr_db(wanted(*inputs)[0], found(*inputs)[0])
 
 

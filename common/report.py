@@ -14,7 +14,7 @@ import onnx_ir as ir
 from common.console import size_text
 from common.files import FILES, package_versions, sha256, write_json
 from common.gate import Heard, Words, changed, marked, word_table
-from common.graphs import ENCODER, GRAPHS, Graph
+from common.graphs import Graph
 from common.optimize import Sensitivity, Stored, load
 from common.transcripts import CONFIDENCE, WordErrorRate
 
@@ -67,6 +67,7 @@ def page_writer() -> PageWriter:
 def make_report(
     exported: Path,
     stage: Path,
+    graphs: tuple[Graph, ...],
     manifest: dict,
     record: dict,
     stored: dict[str, dict[str, Stored]],
@@ -75,12 +76,13 @@ def make_report(
 ) -> dict:
     """Everything that is known of the folder `stage`, made from `exported`.
 
-    `record` is the optimize section of its manifest and `stored` its quantized weights, by graph and name.
+    `graphs`: the encoder and the others, as the folder's runtime has them. `record` is the optimize section of its
+    manifest and `stored` its quantized weights, by graph and name.
     """
-    tensors, components = [], {}
-    for graph in GRAPHS:
+    tensors, components, encoder = [], {}, graphs[0]
+    for graph in graphs:
         rows, before, after = _account(exported, stage, graph, stored.get(graph.name, {}))
-        sensitive = sensitivity or {} if graph is ENCODER else {}
+        sensitive = sensitivity or {} if graph is encoder else {}
         for row in rows:
             by_bits = sensitive.get(row["name"])
             shares = {str(bits): _short(by_bits[bits]) for bits in sorted(by_bits)} if by_bits else None
@@ -95,8 +97,9 @@ def make_report(
             side: sum(sum(component[side].values()) for component in components.values())
             for side in ("exported", "optimized")
         },
+        "encoder": encoder.name,
         "components": components,
-        "sqnr_db_on_noise": {ENCODER.name: record["sqnr_db_on_noise"], **record["token_sqnr_db_on_noise"]},
+        "sqnr_db_on_noise": {encoder.name: record["sqnr_db_on_noise"], **record["token_sqnr_db_on_noise"]},
         "evaluation": evaluation,
         "tensors": tensors,
         "source": {  # not where it was: that differs from machine to machine, and the manifest has it
@@ -188,7 +191,7 @@ def _words(words: Words) -> dict:
 def _plots(report: dict, plots) -> dict[str, str]:
     """The pictures that there are data for, by name."""
     found = {"size": plots.sizes(report["components"], KINDS)}
-    weights = [row for row in report["tensors"] if row["graph"] == ENCODER.name and row["bits"]]
+    weights = [row for row in report["tensors"] if row["graph"] == report["encoder"] and row["bits"]]
     for name, value, title in (
         ("weights", lambda row: row["weight_error"], "Signal to error of the weight, dB"),
         ("outputs", chosen_sensitivity, "Signal to error of the encoder’s output, dB"),

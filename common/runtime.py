@@ -54,6 +54,22 @@ class OrtGraph:
         names = self.graph.input_names
         return self.session.run(self.graph.output_names, dict(zip(names, inputs, strict=True)))
 
+    def noise(self, vocabulary: int, **sizes: int) -> list[np.ndarray]:
+        """Inputs to compare two graphs on: noise, tokens below `vocabulary`, whole lengths. sizes: of the axes that are
+        a caller's choice, B, T, S and U."""
+        draw, found = np.random.default_rng(0), []
+        for tensor, value in zip(self.graph.inputs, self.session.get_inputs(), strict=True):
+            shape = [sizes.get(axis, size) for axis, size in zip(tensor.axes, value.shape, strict=True)]
+            if tensor.dtype == "float32":
+                array = draw.standard_normal(shape, dtype=np.float32)
+                found.append(array if "T" in tensor.axes else np.tanh(array))  # features are not bounded, the rest is
+            elif len(shape) == 1:
+                found.append(np.full(shape, sizes["T"] if "T" in self.graph.inputs[0].axes else sizes["U"]))
+            else:
+                found.append(draw.integers(vocabulary, size=shape))
+            found[-1] = found[-1].astype(tensor.dtype)
+        return found
+
 
 def load_audio(path: Path, sample_rate: int, min_samples: int) -> np.ndarray:
     """Any file libsndfile reads, as mono float32 at `sample_rate`; channels are averaged, resampling is soxr's HQ.

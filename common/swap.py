@@ -97,7 +97,7 @@ def replace_folder(target: Path, new: Path) -> None:
     Entries are hard links where the file system has them, so nothing is copied and nothing can be lost with the old
     folder. All of `new` is on the disk before the rename, and the rename before this returns.
     """
-    written = list(new.iterdir())
+    written = list(new.rglob("*"))
     if target.exists():
         _keep_entries(target, new)
     else:
@@ -118,21 +118,22 @@ def replace_folder(target: Path, new: Path) -> None:
 
 
 def _keep_entries(old: Path, new: Path) -> None:
-    """Give `new` the mode of `old` and the entries that only `old` has."""
+    """Give `new` the mode of `old` and the entries that only `old` has, in the folders that both have as well."""
     for entry in old.iterdir():
-        kept = new / entry.name
+        kept, folder = new / entry.name, entry.is_dir() and not entry.is_symlink()
         if os.path.lexists(kept):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, kept, symlinks=True, copy_function=_link)
+            if folder and kept.is_dir():
+                _keep_entries(entry, kept)
+        elif folder:
+            shutil.copytree(entry, kept, symlinks=True, copy_function=link)
         else:
-            _link(entry, kept)
+            link(entry, kept)
     shutil.copystat(old, new)
     if os.name == "posix" and os.geteuid() == 0:
         os.chown(new, old.stat().st_uid, old.stat().st_gid)
 
 
-def _link(source: str | Path, kept: str | Path) -> str | Path:
+def link(source: str | Path, kept: str | Path) -> str | Path:
     """One file under a second name; a copy of it where the file system has no hard links."""
     try:
         os.link(source, kept, follow_symlinks=False)

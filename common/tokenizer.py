@@ -21,6 +21,7 @@ import base64
 import math
 import random
 import re
+import string
 
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
@@ -28,11 +29,14 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 BLANK = "<blank>"
+PLAIN_BLANK = "<blk>"  # by which onnx-asr and sherpa-onnx find it
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
 NOT_ZERO = -1e-9  # a score that keeps an id where ORT Extensions would skip one of 0; too small to choose a path
 
 Piece = ModelProto.SentencePiece
 HIDDEN_TYPES = (Piece.UNKNOWN, Piece.CONTROL, Piece.USER_DEFINED)
+WHITE_SPACE = set(string.whitespace)  # of ASCII: what sherpa-onnx splits and trims a line at
+LAST_BYTE_BPE = 0xC6  # the largest byte of icefall's byte-level pieces, which are spelt up to U+01BF
 UTF8_LENGTHS = ((0x01, 0x80), (0x80, 0x800), (0x800, 0xD800), (0x10000, 0x110000))  # code points of 1, 2, 3, 4 bytes
 SIX_BYTES_READ_AS_ONE = re.compile(rb"...([0-9A-F]{2}).", re.DOTALL)
 
@@ -138,6 +142,21 @@ def vocab_text(proto: ModelProto) -> str:
     if broken:
         raise ValueError(f"wanted pieces of one line for vocab.txt, found a line break in {_named(broken)}")
     return "".join(f"{piece}\n" for piece in pieces)
+
+
+def tokens_text(proto: ModelProto) -> str:
+    """onnx-asr's vocab.txt and sherpa-onnx's tokens.txt: piece, space, id, one a line, the blank `<blk>` last.
+
+    Raises ValueError naming the pieces that either would misread: with white space in them, or named like the blank;
+    and a vocabulary that sherpa-onnx takes for one of bytes in disguise (IsByteBPE in csrc/symbol-table.cc).
+    """
+    pieces = [piece.piece for piece in proto.pieces]
+    wrong = [piece for piece in pieces if not piece or piece == PLAIN_BLANK or set(piece) & WHITE_SPACE]
+    if wrong:
+        raise ValueError(f"onnx-asr and sherpa-onnx would misread {len(wrong)} pieces: {_named(wrong)}")
+    if max((byte for piece in pieces for byte in piece.lstrip(SPACE).encode()), default=0) == LAST_BYTE_BPE:
+        raise ValueError("sherpa-onnx would take this vocabulary for byte-level BPE: no letter past U+01BF in it")
+    return "".join(f"{piece} {index}\n" for index, piece in enumerate([*pieces, PLAIN_BLANK]))
 
 
 def probe_sequences(proto: ModelProto, length: int = 32, seed: int = 0) -> list[list[int]]:

@@ -1,0 +1,319 @@
+"""The other runtimes themselves, from PyPI, on folders laid out for them: they must say what NeMo says."""
+
+import dataclasses
+import errno
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+import export_parakeet_to_onnx
+import export_tokenizer
+import optimize_encoder
+from common import tokenizer, views
+from common.configs import check_fixed_supports, check_genai_supports
+from common.console import CheckError
+from common.files import MANIFEST, read_manifest, staged_folder, verify_files
+from common.graphs import SHERPA_ONNX_GRAPHS
+from common.layouts import GENAI, LAYOUTS, ONNX_ASR, SHERPA_ONNX, Layout, genai_folder, usage
+from common.model import ModelSpec
+from common.runtime import GenAI, Nemo, load_audio
+from tests.conftest import ROOT, SAMPLES, TINY
+
+CLIPS = [SAMPLES / json.loads(line)["audio_filepath"] for line in (SAMPLES / "manifest.jsonl").open()]
+OTHERS = (ONNX_ASR, SHERPA_ONNX)
+
+# A process of its own: sherpa-onnx brings another libonnxruntime, and ends the process where a model is not right.
+SHERPA_PROGRAM = """
+import json, sys
+import sherpa_onnx, soundfile
+
+folder, *clips = sys.argv[1:]
+files = {name: f"{folder}/{name}.onnx" for name in ("encoder", "decoder", "joiner")}
+recognizer = sherpa_onnx.OfflineRecognizer.from_transducer(
+    **files, tokens=f"{folder}/tokens.txt", model_type="nemo_transducer"
+)
+texts = []
+for clip in clips:
+    stream = recognizer.create_stream()
+    samples, sample_rate = soundfile.read(clip, dtype="float32")
+    stream.accept_waveform(sample_rate, samples)
+    recognizer.decode_stream(stream)
+    texts.append(stream.result.text)
+print(json.dumps(texts))
+"""
+
+
+def python(program: str, *argv, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", program, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)
+
+
+def sherpa_onnx_texts(folder: Path) -> list[str]:
+    done = python(SHERPA_PROGRAM, folder, *CLIPS)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def onnx_asr_texts(folder: Path) -> list[str]:
+    import onnx_asr
+
+    model = onnx_asr.load_model("nemo-conformer-tdt", folder)
+    return [model.recognize(load_audio(clip, 16000, 0), sample_rate=16000) for clip in CLIPS]
+
+
+TEXTS = {ONNX_ASR: onnx_asr_texts, SHERPA_ONNX: sherpa_onnx_texts}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """The bundled checkpoint for every runtime."""
+    folder = tmp_path_factory.mktemp("runtimes") / "onnx_models"
+    argv = ["--model_name", str(TINY), "--output_dir", str(folder)]
+    assert export_parakeet_to_onnx.main([*argv, "--runtime", "all", "--skip_verify"]) == 0
+    assert export_tokenizer.main(argv) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nemo_texts(tiny_model) -> list[str]:
+    nemo = Nemo(tiny_model)
+    tokens = [nemo.transcribe(nemo.features(load_audio(clip, 16000, 0)))[0] for clip in CLIPS]
+    return [tiny_model.tokenizer.ids_to_text(ids) for ids in tokens]
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_model) -> ModelSpec:
+    return ModelSpec.of(tiny_model)
+
+
+@pytest.mark.parametrize("layout", OTHERS, ids=lambda layout: layout.runtime)
+def test_says_what_nemo_says(layout, exported, nemo_texts):
+    assert TEXTS[layout](exported / layout.runtime) == nemo_texts
+
+
+def test_every_runtime_has_its_folder_and_they_share_the_weights(exported):
+    assert sorted(path.name for path in exported.iterdir()) == sorted(LAYOUTS)
+    for name, layout in LAYOUTS.items():
+        files = sorted(path.name for path in (exported / name).iterdir())
+        assert files == sorted((*layout.files, MANIFEST))
+        assert verify_files(exported / name, layout.files) == len(layout.files)
+        manifest = read_manifest(exported / name)["export"]
+        assert (exported / name / manifest["source"]["path"]).samefile(TINY)
+        for graph in layout.graphs:
+            session = ort.InferenceSession(exported / name / graph.file)
+            assert [value.name for value in session.get_inputs()] == graph.input_names
+            assert [value.name for value in session.get_outputs()] == graph.output_names
+    for part, layout, graph in (
+        ("encoder", ONNX_ASR, "encoder-model"),
+        ("encoder", SHERPA_ONNX, "encoder"),
+        ("decoder", SHERPA_ONNX, "decoder"),
+        ("joint", SHERPA_ONNX, "joiner"),
+    ):
+        path = exported / layout.runtime / f"{graph}.onnx.data"
+        assert path.samefile(exported / GENAI.runtime / f"{part}.onnx.data")
+
+
+@pytest.fixture(scope="module")
+def optimized(exported, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("optimized") / "onnx_models"
+    argv = ("--model_dir", str(exported), "--output_dir", str(folder))
+    assert optimize_encoder.main([*argv, "--quant_method", "int8", "--decoder_joint_precision", "int8"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("layout", OTHERS, ids=lambda layout: layout.runtime)
+def test_int8_says_what_nemo_says(layout, optimized, nemo_texts):
+    assert TEXTS[layout](optimized / layout.runtime) == nemo_texts
+
+
+def test_an_optimized_folder_for_several_runtimes_shares_its_weights(exported, optimized):
+    encoders = [optimized / name / layout.encoder.data_file for name, layout in LAYOUTS.items()]
+    assert all(path.samefile(encoders[0]) for path in encoders)
+    for name, layout in LAYOUTS.items():
+        assert verify_files(optimized / name, layout.files) == len(layout.files)
+        assert read_manifest(optimized / name)["optimize"]["flags"]["quant_method"] == "int8"
+        for graph in layout.token_graphs:  # an 8-bit LSTM, an 8-bit joint, or both
+            assert (optimized / name / graph.data_file).stat().st_size < (
+                exported / name / graph.data_file
+            ).stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("layout", "flags"),
+    [
+        (ONNX_ASR, ("--quant_method", "rtn")),
+        (SHERPA_ONNX, ("--quant_method", "rtn")),
+        (SHERPA_ONNX, ("--quant_method", "k_quant_mixed")),
+        (SHERPA_ONNX, ("--quant_method", "hqq")),
+        (SHERPA_ONNX, ("--skip_quantization",)),  # fused
+    ],
+    ids=lambda value: value.runtime if isinstance(value, Layout) else value[-1],
+)
+def test_one_optimized_folder_says_what_genai_says_of_it(layout, flags, exported, tmp_path):
+    """4-bit weights change words, so the measure is GenAI with the same weights."""
+    for name in (GENAI.runtime, layout.runtime):
+        argv = ("--model_dir", str(exported / name), "--output_dir", str(tmp_path / name), *flags)
+        assert optimize_encoder.main(argv) == 0
+    genai = GenAI(tmp_path / GENAI.runtime)
+    wanted = [genai.text(genai.transcribe(genai.config.read_audio(clip))) for clip in CLIPS]
+    assert TEXTS[layout](tmp_path / layout.runtime) == wanted
+
+
+def renamed(view, names: dict[str, str]):
+    """`view` with other names for the same tensors."""
+    inputs, outputs = (
+        tuple(dataclasses.replace(t, name=names.get(t.name, t.name), of=t.source) for t in side)
+        for side in (view.inputs, view.outputs)
+    )
+    return dataclasses.replace(view, inputs=inputs, outputs=outputs)
+
+
+@pytest.mark.parametrize(
+    ("view", "one", "other"),
+    [
+        (SHERPA_ONNX_GRAPHS[2], "encoder_outputs", "decoder_outputs"),
+        (SHERPA_ONNX_GRAPHS[1], "h_in", "c_in"),
+        (ONNX_ASR.graphs[1], "output_states_1", "output_states_2"),
+    ],
+    ids=["joiner inputs", "states in", "states out"],
+)
+def test_a_swap_is_noticed(view, one, other, exported, tmp_path):
+    """Here the swapped tensors have one shape: only values tell."""
+    source = shutil.copytree(exported / GENAI.runtime, tmp_path / "source")  # not shared: onnx_ir can join its graphs
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    for folder, each in ((right, view), (wrong, renamed(view, {one: other, other: one}))):
+        folder.mkdir()
+        views.write_view(each, source, folder, {})
+    views.check_view(view, source, right, 257)
+    with pytest.raises(CheckError, match=f"of {view.file} is not what"):
+        views.check_view(view, source, wrong, 257)
+
+
+def test_without_hard_links_weights_are_copied(exported, tmp_path, monkeypatch):
+    def no_links(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", no_links)
+    view, source = SHERPA_ONNX_GRAPHS[2], exported / GENAI.runtime
+    views.write_view(view, source, tmp_path, {})
+    views.check_view(view, source, tmp_path, 257)
+    assert (tmp_path / view.data_file).stat().st_nlink == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("vocab_size", "255", "<blk> is not the last token"),
+        ("url", "rnnt", "vocab_size: 257 != output_size: 262"),
+        ("pred_hidden", "64", "Got invalid dimensions for input"),
+    ],
+)
+def test_sherpa_onnx_refuses_wrong_metadata(key, value, message, exported, tmp_path):
+    for path in (exported / SHERPA_ONNX.runtime).iterdir():
+        (tmp_path / path.name).hardlink_to(path)
+    encoder = tmp_path / "encoder.onnx"
+    model = onnx.load(encoder, load_external_data=False)
+    next(entry for entry in model.metadata_props if entry.key == key).value = value
+    encoder.unlink()
+    onnx.save(model, encoder)
+    done = python(SHERPA_PROGRAM, tmp_path, CLIPS[0])
+    assert done.returncode != 0
+    assert message in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("runtime", "change", "named"),
+    [
+        ("onnx-asr", {"durations": (0, 1, 2, 4, 8)}, "must be [0, 1, 2, 3, 4]"),
+        ("sherpa-onnx", {"durations": (0, 2)}, "must be [0, 1]"),
+        ("onnx-asr", {"num_mels": 64}, "num_mels is 64, not 80 or 128"),
+        ("onnx-asr", {"log_guard": 1e-6}, "log_guard is 1e-06"),
+        (
+            "sherpa-onnx",
+            {"hop_length": 128, "preemphasis": 0.0},
+            "hop_length is 128, not 160; preemphasis is 0, not 0.97",
+        ),
+        (
+            "sherpa-onnx",
+            {"unsupported_features": ("normalize is 'NA'",)},
+            "sherpa-onnx computes log-mel features one way",
+        ),
+    ],
+)
+def test_a_checkpoint_that_a_runtime_cannot_compute_is_refused_by_name(runtime, change, named, spec):
+    check_fixed_supports(spec, runtime)
+    other = dataclasses.replace(spec, **change)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        check_fixed_supports(other, runtime)
+    if "unsupported_features" not in change:
+        check_genai_supports(other)
+
+
+def pieces(*texts: str) -> ModelProto:
+    return ModelProto(pieces=[ModelProto.SentencePiece(piece=text) for text in texts])
+
+
+@pytest.mark.parametrize("text", ["a b", "a\nb", "\r", "<blk>", ""])
+def test_pieces_that_would_be_misread_are_refused(text):
+    assert tokenizer.tokens_text(pieces("▁a", "é")) == "▁a 0\né 1\n<blk> 2\n"
+    with pytest.raises(ValueError, match="misread 1 pieces"):
+        tokenizer.tokens_text(pieces("▁a", text))
+
+
+def test_a_vocabulary_that_sherpa_onnx_takes_for_bytes_is_refused():
+    assert tokenizer.tokens_text(pieces("▁ſ", "ф"))
+    with pytest.raises(ValueError, match="byte-level BPE"):
+        tokenizer.tokens_text(pieces("▁ſ", "a", "ƒ"))
+
+
+def test_scripts_find_the_folder_for_genai(exported, capsys, tmp_path):
+    assert genai_folder(exported) == exported / GENAI.runtime
+    assert genai_folder(tmp_path) == tmp_path
+    argv = ["--model_name", str(TINY), "--output_dir", str(exported / ONNX_ASR.runtime)]
+    assert export_tokenizer.main(argv) == 2
+    assert "found one for onnx-asr in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("runtime", "folder", "found"),
+    [("genai", "", "genai and onnx-asr and sherpa-onnx"), ("genai", "onnx-asr", "onnx-asr"), ("all", "genai", "genai")],
+)
+def test_one_runtime_is_not_written_over_another(runtime, folder, found, exported, capsys):
+    before = sorted(exported.rglob("*"))
+    argv = ["--model_name", str(TINY), "--output_dir", str(exported / folder), "--runtime", runtime]
+    assert export_parakeet_to_onnx.main(argv) == 2
+    assert f"found one for {found} in" in capsys.readouterr().err
+    assert sorted(exported.rglob("*")) == before
+
+
+def test_a_second_run_keeps_what_it_did_not_write_in_a_subfolder(tmp_path):
+    folder = tmp_path / "onnx_models" / GENAI.runtime
+    folder.mkdir(parents=True)
+    for name in ("encoder.onnx", "tokenizer.json"):
+        (folder / name).write_text("old")
+    with staged_folder(folder.parent) as stage:
+        (stage / GENAI.runtime).mkdir()
+        (stage / GENAI.runtime / "encoder.onnx").write_text("new")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "encoder.onnx": "new",
+        "tokenizer.json": "old",
+    }
+
+
+@pytest.mark.parametrize("runtime", LAYOUTS)
+def test_the_usage_runs_and_is_in_the_readme(runtime, exported, nemo_texts, tmp_path):
+    import soundfile
+
+    assert usage(runtime, f"onnx_models/{runtime}") in (ROOT / "README.md").read_text(encoding="utf-8")
+    samples, sample_rate = soundfile.read(CLIPS[0], dtype="float32")
+    soundfile.write(tmp_path / "audio.wav", samples[: len(samples) // 160 * 160], sample_rate)
+    done = python(usage(runtime, str(exported / runtime), str(tmp_path / "audio.wav")))
+    assert done.stdout.strip() == nemo_texts[0], done.stderr
