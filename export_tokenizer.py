@@ -22,6 +22,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from common import console, tokenizer
+from common.card import CARD, write_card
 from common.files import (
     check_output_dir,
     read_manifest,
@@ -30,7 +31,7 @@ from common.files import (
     write_json,
     write_manifest,
 )
-from common.layouts import genai_folder
+from common.layouts import GENAI, genai_folder
 from common.model import DEFAULT_MODEL, find_checkpoint, read_tokenizer, source_record
 
 # The files beside tokenizer.json, as a multiple of its compact text: its own indentation, vocab.txt, the manifest.
@@ -71,7 +72,8 @@ def _export(args: argparse.Namespace) -> None:
         (stage / "vocab.txt").write_text(tokenizer.vocab_text(proto), encoding="utf-8", newline="\n")
         source = source_record(checkpoint, args.model_name, args.output_dir)
         write_manifest(stage, read_manifest(args.output_dir), "tokenizer", {"source": source})
-    stages.report("tokenizer.json", "tokenizer_config.json", "vocab.txt", "manifest.json")
+        write_card(stage, args.output_dir, GENAI)
+    stages.report("tokenizer.json", "tokenizer_config.json", "vocab.txt", "manifest.json", CARD)
     print(f"wrote {args.output_dir}; next: python optimize_encoder.py --model_dir {args.output_dir}")
 
 

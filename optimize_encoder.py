@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -28,13 +28,16 @@ from tqdm import tqdm
 
 from common import gate
 from common.calibrate import Calibration, calibrate, damages, read_speech
+from common.card import write_card
 from common.clips import Clip, read_clips
 from common.console import Parser, Stages, run, size_text
 from common.files import (
     check_output_dir,
     fingerprint,
+    is_float16,
     moved_manifest,
     of_one_name,
+    read_manifest,
     relative_path,
     save_model,
     share_equal_data,
@@ -193,7 +196,7 @@ def _optimize_folder(
     before, int8_tokens = _bytes(source, encoder.files), args.decoder_joint_precision == INT8
     calibrated, evaluated = (layout is GENAI and bool(clips) for clips in (speech.calibration, speech.evaluation))
     stages = Stages(5 + int8_tokens + calibrated + evaluated)
-    stored, heard, evaluation = {}, [], None
+    stored, heard, evaluation, wer = {}, [], None, {}
     skip_fusion = args.skip_fusion or fusion_slows(manifest, args.skip_quantization)
     model, fused = (load(exported), Counter()) if skip_fusion else fuse(exported)
     found = "  ".join(f"{count} {operator}" for operator, count in fused.items()) or "nothing fused"
@@ -234,7 +237,9 @@ def _optimize_folder(
         if not (stage / file).exists():
             shutil.copyfile(source / file, stage / file)
     if evaluated:
-        heard, evaluation = _count_words(args, paths, speech.evaluation, stages)
+        heard, table = _count_words(args, paths, speech.evaluation, stages)
+        evaluation = make_evaluation(args.eval_manifest, heard, table, args.max_wer_increase)
+        wer = {side: asdict(getattr(table[0], side)) for side in ("float32", "optimized")}
     record = {
         "model_dir": relative_path(source, paths.target),
         "flags": {
@@ -253,10 +258,12 @@ def _optimize_folder(
         "encoder_bytes": {"exported": before, "optimized": after},
         "sqnr_db_on_noise": round(sqnr, 2) if math.isfinite(sqnr) else None,
         "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in token_sqnr.items()},
+        **({"wer": wer} if wer else {}),
     }
     report = make_report(paths.readable, stage, layout.graphs, manifest, record, stored, speech.sensitivity, evaluation)
     write_report(stage, report, heard, write_page)
     write_manifest(stage, manifest, "optimize", record)
+    write_card(stage, paths.target, layout)
     if moved_manifest(source, paths.target) != manifest:
         raise ValueError(f"{source} was written anew while it was read; run this again")
     stages.report("report", REPORT_JSON, REPORT_HTML)
@@ -318,8 +325,8 @@ def _calibrate(folder: Path, exported: Path, clips: list[Clip], block: int, stag
 
 
 def _check_folders(source: Path, target: Path, layouts: dict[str, Layout]) -> None:
-    """Raise FileNotFoundError naming the command that makes what `source` lacks, or ValueError if `target` is it
-    or a file of `source` is not the one that its manifest lists."""
+    """Raise FileNotFoundError naming the command that makes what `source` lacks, or ValueError if `target` is it,
+    a file of `source` is not the one that its manifest lists, or its weights are float16."""
     check_output_dir(target)
     if target.resolve() == source.resolve():
         raise ValueError(
@@ -335,6 +342,10 @@ def _check_folders(source: Path, target: Path, layouts: dict[str, Layout]) -> No
             if missing:
                 names = ", ".join(missing)
                 raise FileNotFoundError(f"wanted {names} in {folder}, found none; first run: {command.format(folder)}")
+        if is_float16(read_manifest(folder)):
+            raise ValueError(
+                f"wanted float32 weights to quantize, found {folder}, exported with --precision fp16; export it without"
+            )
         verify_files(folder, (*layout.graph_files, *layout.vocabulary))
 
 
@@ -356,15 +367,15 @@ def _read_eval_manifest(args: argparse.Namespace) -> list[Clip]:
 
 def _count_words(
     args: argparse.Namespace, paths: Paths, clips: list[Clip], stages: Stages
-) -> tuple[list[gate.Heard], dict]:
-    """What both folders made of the clips, and the report's section on it; raises as gate.judge."""
+) -> tuple[list[gate.Heard], list[gate.Words]]:
+    """What both folders made of the clips, and the table of it; raises as gate.judge."""
     heard = gate.listen(paths.source, paths.stage, args.eval_manifest, clips, _clip_bar)
     table = gate.word_table(heard)
     stages.report(f"{len(clips)} clips", str(table[0]))
     gate.print_words(table, heard)
     if args.max_wer_increase is not None:
         gate.judge(table, args.max_wer_increase)
-    return heard, make_evaluation(args.eval_manifest, heard, table, args.max_wer_increase)
+    return heard, table
 
 
 def _bytes(folder: Path, files: Iterable[str]) -> int:

@@ -28,7 +28,15 @@ from tqdm import tqdm
 from common.clips import Clip, read_clips
 from common.console import CheckError, Parser, run
 from common.decode import GENAI_RULE, NEMO_RULE, Hypothesis
-from common.files import MODEL_DIR_HELP, check_output_file, default_model_dir, read_manifest, write_json, write_text
+from common.files import (
+    MODEL_DIR_HELP,
+    check_output_file,
+    default_model_dir,
+    is_float16,
+    read_manifest,
+    write_json,
+    write_text,
+)
 from common.layouts import genai_folder
 from common.model import find_checkpoint, load_model, recorded_checkpoint
 from common.runtime import GenAI, Nemo, RawOrt, RuntimeConfig
@@ -106,10 +114,11 @@ class Folder:
     """A model folder in both of its runtimes, each loaded and warm (its first run allocates) when it is asked for."""
 
     def __init__(self, path: Path):
-        self.path, self.config = path, RuntimeConfig.read(path)
-        optimized = read_manifest(path).get("optimize")
+        self.path, self.config, manifest = path, RuntimeConfig.read(path), read_manifest(path)
+        optimized = manifest.get("optimize")
         flags = optimized["flags"] if optimized else {"skip_quantization": True}
-        self.is_float32 = flags["skip_quantization"] and flags.get("decoder_joint_precision", "fp32") == "fp32"
+        unquantized = flags["skip_quantization"] and flags.get("decoder_joint_precision", "fp32") == "fp32"
+        self.is_float32 = unquantized and not is_float16(manifest)
         self.genai_name, self.raw_name = f"GenAI {path.name}", f"ONNX Runtime {path.name}"
 
     @cached_property

@@ -36,6 +36,8 @@ FIXED_FEATURES = {
     "log_guard": (2.0**-24,),
 }
 FIXED_MELS = {"onnx-asr": {"num_mels": (80, 128)}, "sherpa-onnx": {}}
+# cuDNN's default tries every algorithm on each new shape, and nearly each clip has one; sherpa-onnx's choice as well.
+CUDA_ENCODER_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,19 @@ def _refuse_features(runtime: str, different: tuple[str, ...]) -> None:
 
 
 def genai_config(spec: ModelSpec, window: Window, device: str = "cpu") -> dict:
-    """The content of genai_config.json."""
+    """The content of genai_config.json.
+
+    The joint has the decoder's session options: providers that a section of its own names are not registered
+    (Config::Config in src/config.cpp fills in those of encoder and decoder alone), and it would run on the CPU.
+    """
     sections = {graph.genai_section: {"filename": graph.file, **graph.name_maps()} for graph in GRAPHS}
-    for graph, section in zip(GRAPHS, sections.values(), strict=True):
-        section["session_options"] = dict(ENCODER_SESSION if graph is ENCODER else TOKEN_SESSION)
+    for graph, options in ((ENCODER, ENCODER_SESSION), (DECODER, TOKEN_SESSION)):
+        sections[graph.genai_section]["session_options"] = dict(options)
     sections[ENCODER.genai_section] |= {"hidden_size": spec.encoder_dim, "num_hidden_layers": spec.encoder_layers}
     sections[DECODER.genai_section] |= {"hidden_size": spec.decoder_dim, "num_hidden_layers": spec.decoder_layers}
     if device == "cuda":
-        for section in sections.values():
-            section["session_options"]["provider_options"] = [{"cuda": {}}]
+        for graph, options in ((ENCODER, CUDA_ENCODER_OPTIONS), (DECODER, {})):
+            sections[graph.genai_section]["session_options"]["provider_options"] = [{"cuda": options}]
     return {
         "model": {
             "type": "parakeet_tdt",

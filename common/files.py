@@ -182,6 +182,11 @@ def read_manifest(folder: Path) -> dict:
     return read_json(path, "python export_parakeet_to_onnx.py") if path.is_file() else {}
 
 
+def is_float16(manifest: dict) -> bool:
+    """Whether the folder was exported with --precision fp16."""
+    return manifest.get("export", {}).get("flags", {}).get("precision") == "fp16"
+
+
 def write_manifest(stage: Path, manifest: dict, section: str, content: dict) -> None:
     """Write `manifest` into `stage`, `section` of it replaced by `content` and the versions of today, and the size and
     SHA-256 of each file of `stage` beside those that it lists already. Call it last."""

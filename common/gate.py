@@ -13,7 +13,7 @@ import numpy as np
 from common.clips import Clip
 from common.console import CheckError
 from common.optimize import sqnr_db
-from common.runtime import GenAI, RawOrt
+from common.runtime import MAPPED, GenAI, RawOrt
 from common.transcripts import WordErrorRate, normalize, word_changes, word_error_rate, word_errors
 
 CONTEXT = 4  # words shown before and after a change
@@ -67,7 +67,7 @@ def listen(
 
     Float32 weights stay in the data file: both models are in memory at once, and one of them is small.
     """
-    genai, float32, small = GenAI(optimized), _Tapped(exported, mapped=True), _Tapped(optimized)
+    genai, float32, small = GenAI(optimized), _Tapped(exported, MAPPED), _Tapped(optimized)
     heard = []
     for clip in progress(clips):
         samples = genai.config.read_audio(clip.path)

@@ -31,6 +31,7 @@ class Layout:
     """A folder as one runtime reads it. `graphs`: the encoder, then those that run once a token."""
 
     runtime: str  # as --runtime has it; also the name of the folder, where there are several
+    package: str  # on PyPI
     graphs: tuple[Graph, ...]
     config_files: tuple[str, ...]
     vocabulary: tuple[str, ...]  # the first has a line for each token
@@ -59,6 +60,7 @@ class Layout:
 
 GENAI = Layout(
     "genai",
+    "onnxruntime-genai",
     GRAPHS,
     (GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG),
     ("vocab.txt", *(file for file in TOKENIZER_FILES if file != "vocab.txt")),
@@ -77,6 +79,7 @@ print(tokenizer.decode(generator.get_sequence(0)))
 
 ONNX_ASR = Layout(
     "onnx-asr",
+    "onnx-asr",
     ONNX_ASR_GRAPHS,
     (ONNX_ASR_CONFIG,),
     ("vocab.txt",),
@@ -91,6 +94,7 @@ print(model.recognize(samples, sample_rate=sample_rate))
 )
 
 SHERPA_ONNX = Layout(
+    "sherpa-onnx",
     "sherpa-onnx",
     SHERPA_ONNX_GRAPHS,
     (),

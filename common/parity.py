@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from common.console import CheckError
-from common.graphs import DECODER, ENCODER, JOINT, PARITY_TOLERANCE
-from common.runtime import OrtGraph
+from common.graphs import DECODER, ENCODER, FLOAT16_TOLERANCE, JOINT, PARITY_TOLERANCE
+from common.runtime import MAPPED, OpenGraph
 
 # Mel frames: one encoder frame, ragged odd lengths, twenty seconds.
 ENCODER_CASES = ((1, 8), (1, 200), (2, 333), (3, 517), (1, 2000))
@@ -29,8 +29,12 @@ class ParityError(CheckError):
 
 @dataclass
 class Parity:
-    """The largest difference seen, absolute and relative to the largest value of the reference."""
+    """The largest difference seen, absolute and relative to the largest value of the reference.
 
+    A float32 graph is held to PARITY_TOLERANCE, the first of them, a float16 one to FLOAT16_TOLERANCE, the second.
+    """
+
+    float16: bool = False
     max_abs: float = 0.0
     max_rel: float = 0.0
     cases: int = 0
@@ -45,14 +49,21 @@ class Parity:
         self.max_abs = max(self.max_abs, error)
         self.max_rel = max(self.max_rel, error / max(float(np.max(np.abs(wanted), initial=0.0)), 1e-30))
         self.cases += 1
-        if self.max_abs > PARITY_TOLERANCE:
+        if (self.max_rel > FLOAT16_TOLERANCE) if self.float16 else (self.max_abs > PARITY_TOLERANCE):
+            kind, tolerance = ("relative ", FLOAT16_TOLERANCE) if self.float16 else ("", PARITY_TOLERANCE)
             raise ParityError(
                 f"{name} is max|Δ| {self.max_abs:.1e}, relative {self.max_rel:.1e} from NeMo; tolerance "
-                f"{PARITY_TOLERANCE:.0e}: the export is wrong"
+                f"{kind}{tolerance:.0e}: the export is wrong"
             )
 
     def __str__(self) -> str:
-        return f"max|Δ| {self.max_abs:.0e} ≤ {PARITY_TOLERANCE:.0e}  relative {self.max_rel:.0e}  {self.cases} cases"
+        absolute = "" if self.float16 else f" ≤ {PARITY_TOLERANCE:.0e}"
+        relative = f" ≤ {FLOAT16_TOLERANCE:.0e}" if self.float16 else ""
+        return f"max|Δ| {self.max_abs:.0e}{absolute}  relative {self.max_rel:.0e}{relative}  {self.cases} cases"
+
+    def record(self) -> dict:
+        """For the manifest."""
+        return {"max_abs": self.max_abs, "max_rel": self.max_rel, "cases": self.cases}
 
 
 @dataclass(frozen=True)
@@ -107,9 +118,9 @@ def joint_cases(joint, example_inputs) -> list[Case]:
     return cases
 
 
-def check_encoder(folder: Path, cases: list[Case]) -> Parity:
+def check_encoder(folder: Path, cases: list[Case], open_graph: OpenGraph = MAPPED, float16: bool = False) -> Parity:
     """Compare the valid frames and the lengths."""
-    graph, parity = OrtGraph(folder, ENCODER, mapped=True), Parity()
+    graph, parity = open_graph(folder, ENCODER), Parity(float16)
     for case in cases:
         found, lengths = graph(*case.inputs)
         wanted, wanted_lengths = case.wanted
@@ -120,9 +131,9 @@ def check_encoder(folder: Path, cases: list[Case]) -> Parity:
     return parity
 
 
-def check_decoder(folder: Path, cases: list[Case]) -> Parity:
+def check_decoder(folder: Path, cases: list[Case], open_graph: OpenGraph = MAPPED, float16: bool = False) -> Parity:
     """Compare outputs and states along the chain."""
-    graph, parity = OrtGraph(folder, DECODER, mapped=True), Parity()
+    graph, parity = open_graph(folder, DECODER), Parity(float16)
     state = cases[0].inputs[2:]
     for case in cases:
         found, _, *state = graph(*case.inputs[:2], *state)
@@ -131,9 +142,9 @@ def check_decoder(folder: Path, cases: list[Case]) -> Parity:
     return parity
 
 
-def check_joint(folder: Path, cases: list[Case]) -> Parity:
+def check_joint(folder: Path, cases: list[Case], open_graph: OpenGraph = MAPPED, float16: bool = False) -> Parity:
     """Compare raw logits."""
-    graph, parity = OrtGraph(folder, JOINT, mapped=True), Parity()
+    graph, parity = open_graph(folder, JOINT), Parity(float16)
     for case in cases:
         parity.add(JOINT.file, graph(*case.inputs)[0], *case.wanted)
     return parity

@@ -1,9 +1,9 @@
 """Running a model: audio in, then NeMo, ONNX Runtime sessions or ONNX Runtime GenAI, tokens out."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,8 @@ class OrtGraph:
     """One graph of a folder in an ONNX Runtime CPU session, called with arrays in the order of its declaration.
 
     `mapped` leaves the weights in the data file instead of repacking copies: at 0.6B the session is there in 0.2 s
-    instead of 6 s, with 2.4 GB less memory of its own, and a run takes no longer. For a few runs, that is.
+    instead of 6 s, with 2.4 GB less memory of its own, and a run takes no longer. For a few runs, that is: a float16
+    weight becomes the CPU's float32 in each of them.
     """
 
     def __init__(self, folder: Path, graph: Graph, *, mapped: bool = False):
@@ -44,7 +45,12 @@ class OrtGraph:
         options.log_severity_level = ERRORS_AND_WORSE
         options.add_session_config_entry("session.disable_prepacking", "1" if mapped else "0")
         try:
-            self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(
+                path,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"] if mapped else None,
+            )
         except Exception as error:  # onnxruntime raises its own types, one per status
             raise ValueError(f"{path} does not load ({error}); make it again") from error
         self.graph = graph
@@ -69,6 +75,10 @@ class OrtGraph:
                 found.append(draw.integers(vocabulary, size=shape))
             found[-1] = found[-1].astype(tensor.dtype)
         return found
+
+
+OpenGraph = Callable[[Path, Graph], OrtGraph]
+MAPPED: OpenGraph = partial(OrtGraph, mapped=True)
 
 
 def load_audio(path: Path, sample_rate: int, min_samples: int) -> np.ndarray:
@@ -210,12 +220,11 @@ def windows(config: RuntimeConfig, mel_frames: int) -> Iterator[Piece]:
 class RawOrt:
     """The baseline: three ONNX Runtime sessions and the greedy loop of `common.decode`, windows as GenAI cuts them."""
 
-    def __init__(self, folder: Path, *, mapped: bool = False):
+    def __init__(self, folder: Path, open_graph: OpenGraph = OrtGraph):
         self.config = RuntimeConfig.read(folder)
         zeros = np.zeros((self.config.decoder_layers, 1, self.config.decoder_dim), dtype=np.float32)
         self._start = (zeros, zeros)
-        sessions = (OrtGraph(folder, graph, mapped=mapped) for graph in (ENCODER, DECODER, JOINT))
-        self.encoder, self.decoder, self.joint = sessions
+        self.encoder, self.decoder, self.joint = (open_graph(folder, graph) for graph in (ENCODER, DECODER, JOINT))
 
     def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
         """features [M, T] of each, run together, padded to the longest → [S, D] of each, valid frames only"""
@@ -348,8 +357,9 @@ class Nemo:
 
         with torch.inference_mode():
             signal, length = torch.from_numpy(samples)[None], torch.tensor([len(samples)])
-            features, lengths = self.model.preprocessor(input_signal=signal, length=length)
-        return features[0, :, : int(lengths[0])].numpy()
+            device = self.model.device
+            features, lengths = self.model.preprocessor(input_signal=signal.to(device), length=length.to(device))
+        return features[0, :, : int(lengths[0])].cpu().numpy()
 
     def transcribe(self, features: np.ndarray) -> tuple[list[int], list[int]]:
         """features [M, T] → token ids, and the encoder frame that each was emitted at"""

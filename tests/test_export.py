@@ -55,7 +55,7 @@ def test_files(tiny_export):
     assert {path.name for path in tiny_export.iterdir()} == {
         "encoder.onnx", "encoder.onnx.data", "decoder.onnx", "decoder.onnx.data", "joint.onnx", "joint.onnx.data",
         "genai_config.json", "audio_processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
-        "manifest.json",
+        "manifest.json", "README.md",
     }  # fmt: skip
     manifest = json.loads((tiny_export / "manifest.json").read_text())
     assert manifest["export"]["flags"]["opset_version"] == 17

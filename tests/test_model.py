@@ -1,7 +1,9 @@
 """Reading checkpoints and configs: every number from the checkpoint, refusals by name."""
 
+import contextlib
 import io
 import json
+import shutil
 import tarfile
 
 import pytest
@@ -9,6 +11,7 @@ import yaml
 
 from common.configs import NO_SYMBOL_LIMIT, Window, audio_processor_config, check_genai_supports, genai_config
 from common.model import ModelSpec, _feature_differences, read_config, require_tdt
+from common.runtime import GenAI
 from tests.conftest import TINY
 
 
@@ -54,9 +57,22 @@ def test_genai_config(spec, tiny_export):
     assert model["decoder"]["num_hidden_layers"] == 2
     assert model["encoder"]["inputs"] == {"audio_features": "audio_signal", "input_lengths": "length"}
     cuda = genai_config(spec, Window(1280, 0, 0), "cuda")["model"]
-    assert all(
-        cuda[part]["session_options"]["provider_options"] == [{"cuda": {}}] for part in ("encoder", "decoder", "joiner")
-    )
+    provider = {"cudnn_conv_algo_search": "HEURISTIC"}
+    assert cuda["encoder"]["session_options"] == {"provider_options": [{"cuda": provider}]}
+    assert cuda["decoder"]["session_options"] == {"provider_options": [{"cuda": {}}]}
+    assert "session_options" not in cuda["joiner"]  # it takes the decoder's
+
+
+@pytest.mark.parametrize(("section", "read"), [("encoder", True), ("decoder", True), ("joiner", False)])
+def test_which_sections_genai_reads_providers_from(section, read, tiny_export, tmp_path):
+    """The wheel without CUDA refuses a provider that it registers, and takes one that it overlooks."""
+    shutil.copytree(tiny_export, tmp_path / "models")
+    path = tmp_path / "models" / "genai_config.json"
+    config = json.loads(path.read_text())
+    config["model"][section]["session_options"] = {"provider_options": [{"cuda": {}}]}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"(?i)cuda") if read else contextlib.nullcontext():
+        GenAI(tmp_path / "models")
 
 
 def test_no_symbol_limit_is_not_zero(spec):

@@ -4,6 +4,7 @@ Verification compares logits; tokens are compared on trained weights elsewhere, 
 """
 
 import json
+import shutil
 
 import pytest
 
@@ -11,6 +12,9 @@ import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
 from benchmarks.random_checkpoint import write_checkpoint
+from common.float16 import Emulated, convert, record
+from common.graphs import GRAPHS
+from common.optimize import sqnr_db
 from common.runtime import GenAI, RawOrt
 from tests.conftest import SAMPLES
 
@@ -80,3 +84,10 @@ def test_all_scripts(topology, tmp_path, capsys):
         tokens = genai.transcribe(samples)
         assert tokens == RawOrt(folder).transcribe(features).tokens
         assert isinstance(genai.text(tokens), str)
+
+    largest = record(exported, [features])
+    shutil.copyfile(exported / "genai_config.json", tmp_path / "genai_config.json")
+    for graph in GRAPHS:
+        assert convert(exported, tmp_path, graph, largest[graph.name]).converted
+    (wanted,), (found,) = (RawOrt(*args).encode([features]) for args in ((exported,), (tmp_path, Emulated)))
+    assert sqnr_db(wanted, found) > 40

@@ -1,0 +1,126 @@
+"""The model card: valid front matter, a snippet that runs, no licence that nobody gave, and nobody's own card lost."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import soundfile
+import yaml
+from huggingface_hub import ModelCard
+
+import export_tokenizer
+import optimize_encoder
+from common.card import CARD, PUBLISHED, front_matter, model_card, wer_table
+from common.files import sha256
+from common.layouts import GENAI
+from tests.conftest import SAMPLES, TINY
+
+
+@pytest.fixture(scope="module")
+def optimized(tiny_export, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card") / "optimized"
+    assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def manifest_of(folder, name=None):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if name:
+        manifest["export"]["source"] = {"name": name, "sha256": "0" * 64}
+    return manifest
+
+
+@pytest.mark.parametrize("name", [None, *PUBLISHED, "somebody/parakeet-finetuned"])
+def test_front_matter(name, optimized, GENAI):
+    text = model_card(manifest_of(optimized, name), GENAI)
+    card = ModelCard(text)  # raises where Hugging Face would not read it
+    found = yaml.safe_load(text.split("---\n")[1])
+    assert found == card.data.to_dict()
+    assert found["pipeline_tag"] == "automatic-speech-recognition"
+    assert found.get("base_model") == name
+    if name in PUBLISHED:
+        assert found["license"] == "cc-by-4.0"
+        assert "en" in found["language"]
+        assert "CC-BY-4.0" in card.text
+    else:
+        assert found["license"] == "other"
+        assert "language" not in found
+        assert "licence is not known" in card.text
+    if name:
+        assert found["base_model_relation"] == "quantized"
+
+
+def test_figures_are_the_manifest_s(optimized, tiny_export):
+    manifest = manifest_of(optimized)
+    text = (optimized / CARD).read_text()
+    assert text == model_card(manifest, GENAI)  # and so the same again
+    assert f"| `encoder.onnx` | {manifest['export']['parity']['encoder.onnx']['max_abs']:.1e} |" in text
+    assert f"encoder {manifest['optimize']['sqnr_db_on_noise']} dB" in text
+    listed = set(re.findall(r"^\| `(\S+)` \| [\d.]+ (?:[kMG]?B)", text, re.M))
+    assert listed | {CARD, "manifest.json"} == {path.name for path in optimized.iterdir()}
+    assert "--quant_method rtn --block_size 32" in text
+    assert "--skip_fusion" not in text
+    assert str(TINY.parents[1]) not in text
+    assert "Signal to quantization noise" not in (tiny_export / CARD).read_text()
+    unverified = manifest_of(tiny_export)
+    unverified["export"]["parity"] = {}
+    assert "not verified" in model_card(unverified, GENAI)
+
+
+def test_word_errors_where_there_are_any(optimized):
+    rows = {"float32": {"errors": 5, "words": 80, "low": 2.5, "high": 10.0}}
+    manifest = manifest_of(optimized)
+    manifest["optimize"]["wer"] = rows
+    assert "| float32 | 6.25 % | 2.50 – 10.00 % | 80 |" in wer_table(rows)
+    assert wer_table(rows) in model_card(manifest, GENAI)
+    assert "WER" not in model_card(manifest_of(optimized), GENAI)
+
+
+def test_the_snippet_runs(optimized, tmp_path):
+    folder = tmp_path / "downloaded"
+    shutil.copytree(optimized, folder)
+    samples, rate = soundfile.read(SAMPLES / "clips" / "029_hibari.flac")
+    soundfile.write(folder / "audio.wav", samples, rate)
+    snippet = re.search(r"```python\n(.*?)```", (folder / CARD).read_text(), re.S).group(1)
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "We have thirteen black fans.", done.stderr
+
+
+def test_cuda_names_its_package(tiny_export):
+    manifest = manifest_of(tiny_export)
+    manifest["export"]["flags"]["device"] = "cuda"
+    assert "pip install onnxruntime-genai-cuda==" in model_card(manifest, GENAI)
+
+
+def test_only_an_unedited_card_is_replaced(tiny_export, tmp_path, capsys):
+    folder = tmp_path / "models"
+    shutil.copytree(tiny_export, folder)
+    argv = ["--model_name", os.path.relpath(TINY), "--output_dir", str(folder)]
+    card = folder / CARD
+    before = card.read_bytes()
+    assert export_tokenizer.main(argv) == 0
+    assert card.read_bytes() == before
+    assert manifest_of(folder)["files"][CARD]["sha256"] == sha256(card)
+    assert "by hand" not in capsys.readouterr().out
+
+    card.write_text("mine")
+    for _ in range(2):  # the first run makes it no more the script's than it was
+        assert export_tokenizer.main(argv) == 0
+        assert card.read_text() == "mine"
+        assert f"{card} was written or changed by hand and stays as it is" in capsys.readouterr().out
+        assert CARD not in manifest_of(folder)["files"]
+    card.unlink()
+    assert export_tokenizer.main(argv) == 0
+    assert card.read_text() == model_card(manifest_of(folder), GENAI)
+
+
+def test_front_matter_of_float16(tiny_export):
+    manifest = manifest_of(tiny_export, "nvidia/parakeet-tdt-0.6b-v3")
+    assert "base_model_relation" not in front_matter(manifest, GENAI)
+    manifest["export"]["flags"]["precision"] = "fp16"
+    assert front_matter(manifest, GENAI)["base_model_relation"] == "quantized"
+    assert "float16" in front_matter(manifest, GENAI)["tags"]

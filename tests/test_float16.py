@@ -1,0 +1,196 @@
+"""Float16 graphs: what they hold, that nothing overflows in them, and that the guard against it is what prevents it."""
+
+import dataclasses
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import export_parakeet_to_onnx
+import export_tokenizer
+import optimize_encoder
+import test_e2e
+import test_real_speech
+from common import float16
+from common.float16 import Emulated, Recorder, convert, record
+from common.graphs import DECODER, ENCODER, GRAPHS, JOINT, Tensor
+from common.optimize import sqnr_db
+from common.runtime import GenAI, Nemo, OrtGraph
+from tests.conftest import SAMPLES, TINY
+
+CLIPS = sorted(SAMPLES.glob("clips/*.flac"))
+LOUD = 2**17  # 131072, twice what float16 holds; a power of two changes no mantissa
+LOUD_LAYER = 2
+
+
+def loud_checkpoint(path):
+    """The bundled checkpoint with the values of one layer's attention as much louder as its output is quieter."""
+    with tarfile.open(TINY) as source, tarfile.open(path, "w") as target:
+        for member in source:
+            content = source.extractfile(member).read()
+            if member.name == "model_weights.ckpt":
+                weights = torch.load(io.BytesIO(content))
+                attention = f"encoder.layers.{LOUD_LAYER}.self_attn"
+                for name, factor in (("linear_v", LOUD), ("linear_out", 1 / LOUD)):
+                    weights[f"{attention}.{name}.weight"] = weights[f"{attention}.{name}.weight"].float() * factor
+                buffer = io.BytesIO()
+                torch.save(weights, buffer)
+                content = buffer.getvalue()
+                member.size = len(content)
+            target.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The loud checkpoint, exported with --precision fp16 and verified."""
+    place = tmp_path_factory.mktemp("float16")
+    source = ["--model_name", str(loud_checkpoint(place / "loud.nemo")), "--output_dir", str(place / "fp16")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.parity.LONG_CASE_MAX_PARAMETERS", 0)  # test_positions is as long
+        assert export_parakeet_to_onnx.main([*source, "--precision", "fp16"]) == 0
+    assert export_tokenizer.main(source) == 0
+    return place / "fp16"
+
+
+@pytest.fixture(scope="module")
+def features(tiny_export):
+    genai = GenAI(tiny_export)
+    return [genai.features(genai.config.read_audio(path)) for path in CLIPS]
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.name)
+def test_weights_are_float16_and_the_contract_is_the_same(graph, folder, tiny_export):
+    onnx.checker.check_model(folder / graph.file, full_check=True)
+    found, wanted = (onnx.load(path / graph.file, load_external_data=False) for path in (folder, tiny_export))
+    assert found.graph.input == wanted.graph.input
+    assert found.graph.output == wanted.graph.output
+    assert found.opset_import == wanted.opset_import
+    weights = {tensor.name: tensor.data_type for tensor in found.graph.initializer}
+    products = [node for node in found.graph.node if node.op_type in ("MatMul", "LSTM") and node.input[1] in weights]
+    single = [node.name for node in products if weights[node.input[1]] == onnx.TensorProto.FLOAT]
+    loud = [f"/layers.{LOUD_LAYER}/attention/{name}/MatMul" for name in ("value", "out")]
+    assert single == (loud if graph is ENCODER else [])
+    sizes = [(path / graph.data_file).stat().st_size for path in (folder, tiny_export)]
+    assert sizes[0] < 0.55 * sizes[1]
+
+
+def test_manifest_names_what_stayed_float32(folder):
+    export = json.loads((folder / "manifest.json").read_text())["export"]
+    assert export["flags"]["precision"] == "fp16"
+    encoder = export["float16"][ENCODER.file]
+    attention = f"/layers.{LOUD_LAYER}/attention"
+    kept = encoder["kept_float32"]
+    assert {
+        "/subsampling/Conv",
+        f"{attention}/value/MatMul",
+        f"{attention}/MatMul_2",
+        f"{attention}/out/MatMul",
+    } <= set(kept)
+    assert all(name.startswith((attention, "/subsampling")) for name in kept)
+    assert kept[f"{attention}/value/MatMul"] > 65504
+    assert "/positions/Range" in encoder["kept_exact"]
+    assert "/positions/Sin" in encoder["kept_exact"]
+    for graph in GRAPHS:
+        row = export["float16"][graph.file]
+        assert row["max_abs"]
+        assert max(row["max_abs"].values()) < row["limit"] <= min(row["kept_float32"].values(), default=np.inf)
+        assert 0 < row["rounded_parity"]["max_rel"] < 2e-2
+        assert export["float32_parity"][graph.file]["max_abs"] < 1e-3
+
+
+def test_an_overflow_is_prevented_by_the_guard_alone(folder, tiny_export, features, tmp_path, monkeypatch):
+    loud = tmp_path / "float32"
+    shutil.copytree(tiny_export, loud)
+    proto = onnx.load(loud / ENCODER.file, load_external_data=False)
+    places = {tensor.name: onnx.external_data_helper.ExternalDataInfo(tensor) for tensor in proto.graph.initializer
+              if tensor.external_data}  # fmt: skip
+    for name, factor in (("value", LOUD), ("out", 1 / LOUD)):
+        place = places[f"layers.{LOUD_LAYER}.attention.{name}.weight"]
+        data = np.memmap(loud / ENCODER.data_file, np.float32, "r+", place.offset or 0, (place.length // 4,))
+        data *= factor
+        data.flush()
+    largest = record(loud, features[:1])[ENCODER.name]
+    clip = features[0][None], np.array([features[0].shape[1]])
+    wanted = OrtGraph(tiny_export, ENCODER)(*clip)[0]
+    assert sqnr_db(wanted, Emulated(folder, ENCODER)(*clip)[0]) > 50
+    with monkeypatch.context() as patch:
+        patch.setattr(float16, "LIMIT", np.inf)
+        assert not convert(loud, tmp_path, ENCODER, largest).overflowing
+    for engine in (Emulated, OrtGraph):
+        assert not np.isfinite(engine(tmp_path, ENCODER)(*clip)[0]).any()
+
+
+def test_sums_inside_a_product_count(tmp_path, tiny_export):
+    """1e5 - 1e5 + 1 is 1, but not in float16."""
+    weight = onnx.numpy_helper.from_array(np.array([[1e5], [-1e5], [1]], np.float32) / 10, "weight")
+    node = onnx.helper.make_node("MatMul", ["x", "weight"], ["y"], name="product")
+    values = [onnx.helper.make_tensor_value_info(name, 1, [1, size]) for name, size in (("x", 3), ("y", 1))]
+    proto = onnx.helper.make_model(onnx.helper.make_graph([node], "g", values[:1], values[1:], [weight]))
+    proto.ir_version, proto.opset_import[0].version = 8, 17
+    onnx.save(proto, tmp_path / JOINT.file)
+    graph = dataclasses.replace(JOINT, inputs=(Tensor("x", (1, 3), ""),), outputs=(Tensor("y", (1, 1), ""),))
+    recorder = Recorder(tmp_path, graph)
+    assert recorder(np.full((1, 3), 10, np.float32))[0] == 1
+    assert recorder.largest()["product"] == pytest.approx(2e5 + 1)
+
+
+def test_positions(tiny_export, features, tmp_path, monkeypatch):
+    """Positions beyond float16's 2048 are exact, which they are not when they are counted in float16."""
+    largest = record(tiny_export, features[:1])[ENCODER.name]
+    frames = 2200 * 8
+    clip = np.tile(features[0], (1, frames // features[0].shape[1] + 1))[None, :, :frames], np.array([frames])
+    wanted = OrtGraph(tiny_export, ENCODER)(*clip)[0]
+    convert(tiny_export, tmp_path, ENCODER, largest)
+    ratio = sqnr_db(wanted, Emulated(tmp_path, ENCODER)(*clip)[0])
+    assert ratio > 55
+    exact = float16._exact
+    monkeypatch.setattr(
+        float16, "_exact", lambda model: {node for node in exact(model) if node.op_type in ("Cast", "Range")}
+    )
+    convert(tiny_export, tmp_path, ENCODER, largest)
+    assert sqnr_db(wanted, Emulated(tmp_path, ENCODER)(*clip)[0]) < ratio - 10
+
+
+def test_genai_says_what_nemo_says(folder, tiny_model, capsys):
+    genai, nemo = GenAI(folder), Nemo(tiny_model)
+    for path in CLIPS:
+        samples = genai.config.read_audio(path)
+        assert genai.transcribe(samples) == nemo.transcribe(nemo.features(samples))[0], path
+    assert test_e2e.main(["--model_dir", str(folder)]) == 0
+    assert "We have thirteen black fans." in capsys.readouterr().out
+
+
+def test_decoder_and_joint_as_a_device_rounds_them(folder, tiny_export):
+    zeros = np.zeros((2, 1, 128), np.float32)
+    decoder = np.array([[7]]), np.ones(1, np.int64), zeros, zeros
+    joint = [np.tanh(np.random.default_rng(0).standard_normal((1, 1, 128), dtype=np.float32)) for _ in range(2)]
+    for graph, inputs in ((DECODER, decoder), (JOINT, joint)):
+        wanted, found = OrtGraph(tiny_export, graph)(*inputs)[0], Emulated(folder, graph)(*inputs)[0]
+        assert found.dtype == np.float32
+        assert 45 < sqnr_db(wanted, found) < 100  # rounded, and no more than that
+
+
+def test_it_is_not_quantized_again(folder, tmp_path, capsys):
+    assert optimize_encoder.main(["--model_dir", str(folder), "--output_dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "wanted a float32 folder to quantize" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_not_held_to_float32(folder):
+    assert not test_real_speech.Folder(folder).is_float32
+
+
+def test_speech_is_wanted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export_parakeet_to_onnx, "SPEECH", tmp_path)
+    argv = ["--model_name", str(TINY), "--output_dir", str(tmp_path / "out"), "--precision", "fp16", "--skip_verify"]
+    assert export_parakeet_to_onnx.main(argv) == 2
+    assert "wanted speech in" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
