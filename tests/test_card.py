@@ -35,7 +35,7 @@ def manifest_of(folder, name=None):
 
 
 @pytest.mark.parametrize("name", [None, *PUBLISHED, "somebody/parakeet-finetuned"])
-def test_front_matter(name, optimized, GENAI):
+def test_front_matter(name, optimized):
     text = model_card(manifest_of(optimized, name), GENAI)
     card = ModelCard(text)  # raises where Hugging Face would not read it
     found = yaml.safe_load(text.split("---\n")[1])
