@@ -13,6 +13,7 @@ With --runtime: the same weights as onnx-asr or sherpa-onnx expect them, vocabul
 """
 
 import argparse
+import gc
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -110,8 +111,8 @@ def _export_to(stage: Path, folders: dict[Layout, str], checkpoint: Path, args: 
     for folder in (base, exported):
         folder.mkdir(exist_ok=True)
     stages = Stages((9 if float16 else 5) + len(folders))
-    # When this returns the model goes, half of the memory.
     spec, cases, speech = _export_graphs(exported, stage.parent, folders, checkpoint, args, stages)
+    gc.collect()  # the model, half of the memory: its modules refer to each other
     content = {"parity": {}}
     for graph, check in _checks().items():
         parity = None if args.skip_verify else check(exported, cases[graph.name])
