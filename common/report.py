@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from common.card import CARD
 from common.console import size_text
 from common.files import FILES, package_versions, sha256, write_json
 from common.gate import Heard, Words, changed, marked, word_table
@@ -105,7 +106,7 @@ def make_report(
         "source": {  # not where it was: that differs from machine to machine, and the manifest has it
             "checkpoint": source.get("name") or Path(source.get("path", "")).name or None,
             "sha256": source.get("sha256"),
-            "files": {name: listed["sha256"] for name, listed in manifest.get(FILES, {}).items()},
+            "files": {name: listed["sha256"] for name, listed in manifest.get(FILES, {}).items() if name != CARD},
         },
         "versions": package_versions(),
     }
