@@ -69,7 +69,6 @@ from common.optimize import (
 from common.quantize import BLOCK_SIZES, Packed
 from common.report import (
     REPORT_HTML,
-    REPORT_JSON,
     PageWriter,
     make_evaluation,
     make_report,
@@ -160,9 +159,8 @@ def _optimize(args: argparse.Namespace) -> None:
                 paths = Paths(args.model_dir / name, readable, args.output_dir / name, stage / name)
                 _optimize_folder(paths, layout, args, speech, write_page)
         share_equal_data([stage / name for name in layouts])
-    print(f"wrote {args.output_dir}; its report is {args.output_dir / next(iter(layouts)) / REPORT_HTML}")
-    if genai is not None:
-        print(f"next: python test_e2e.py --model_dir {args.output_dir / genai}")
+    following = "" if genai is None else f"; next: python test_e2e.py --model_dir {args.output_dir / genai}"
+    print(f"wrote {args.output_dir}{following}")
 
 
 @dataclass(frozen=True)
@@ -266,7 +264,7 @@ def _optimize_folder(
     write_card(stage, paths.target, layout)
     if moved_manifest(source, paths.target) != manifest:
         raise ValueError(f"{source} was written anew while it was read; run this again")
-    stages.report("report", REPORT_JSON, REPORT_HTML)
+    stages.report("report", str(paths.target / REPORT_HTML))
 
 
 def _int8_encoder(args: argparse.Namespace) -> bool:

@@ -18,6 +18,7 @@ import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
 from common import tokenizer, views
+from common.card import CARD
 from common.configs import check_fixed_supports, check_genai_supports
 from common.console import CheckError
 from common.files import MANIFEST, read_manifest, staged_folder, verify_files
@@ -103,7 +104,7 @@ def test_every_runtime_has_its_folder_and_they_share_the_weights(exported):
     assert sorted(path.name for path in exported.iterdir()) == sorted(LAYOUTS)
     for name, layout in LAYOUTS.items():
         files = sorted(path.name for path in (exported / name).iterdir())
-        assert files == sorted((*layout.files, MANIFEST))
+        assert files == sorted((*layout.files, MANIFEST, CARD))
         assert verify_files(exported / name, layout.files) == len(layout.files)
         manifest = read_manifest(exported / name)["export"]
         assert (exported / name / manifest["source"]["path"]).samefile(TINY)

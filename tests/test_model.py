@@ -58,8 +58,8 @@ def test_genai_config(spec, tiny_export):
     assert model["encoder"]["inputs"] == {"audio_features": "audio_signal", "input_lengths": "length"}
     cuda = genai_config(spec, Window(1280, 0, 0), "cuda")["model"]
     provider = {"cudnn_conv_algo_search": "HEURISTIC"}
-    assert cuda["encoder"]["session_options"] == {"provider_options": [{"cuda": provider}]}
-    assert cuda["decoder"]["session_options"] == {"provider_options": [{"cuda": {}}]}
+    assert cuda["encoder"]["session_options"]["provider_options"] == [{"cuda": provider}]
+    assert cuda["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
     assert "session_options" not in cuda["joiner"]  # it takes the decoder's
 
 

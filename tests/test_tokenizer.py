@@ -337,7 +337,7 @@ def test_script_writes_a_whole_folder(tmp_path, capsys):
     assert export_tokenizer.main(["--model_name", str(checkpoint), "--output_dir", str(out)]) == 0
     assert "sequences decode like SentencePiece" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {
-        "tokenizer.json", "tokenizer_config.json", "vocab.txt", "manifest.json"
+        "tokenizer.json", "tokenizer_config.json", "vocab.txt", "manifest.json", "README.md"
     }  # fmt: skip
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "T5Tokenizer"
     assert json.loads((out / "manifest.json").read_text())["tokenizer"]["source"]["sha256"]
