@@ -79,7 +79,7 @@ from common.runtime import EXPORT_COMMAND, TOKENIZER_COMMAND
 
 # Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, when they are compared.
 MEMORY_FACTOR = 1.3
-CALIBRATION_MEMORY_FACTOR = 2.5
+CALIBRATION_MEMORY_FACTOR = 2.6
 
 BLOCK_SIZE_HELP = """weights that share a scale; a larger block is smaller and faster and less exact; int8 has one
 scale a column whatever this says (%(default)s)"""

@@ -16,7 +16,7 @@ from pathlib import Path
 from common.console import size_text
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = (("rtn", 32), ("rtn", 128), ("k_quant_mixed", 32), ("hqq", 32))
+METHODS = (("rtn", 32), ("rtn", 128), ("k_quant_mixed", 32), ("hqq", 32), ("int8", 32))
 
 
 def commands(checkpoint: str, folder: Path) -> list[list[str]]:

@@ -205,10 +205,10 @@ def test_without_quantization_there_is_a_report_too(tiny_export, tmp_path):
 
 
 def two_bits(real):
-    """Weights of four levels, stored in the codes of 4 bits."""
+    """Weights of four levels, stored in the codes of 4 bits: 3.8 dB on noise, over the floor of 3."""
 
     def round_to_nearest(x, bits):
-        scale = np.abs(x).max(axis=0) / 2
+        scale = np.abs(x).max(axis=0) / 1.5
         x[:] = np.clip(np.rint(x / np.where(scale, scale, 1)), -2, 1) * scale
         return quantize.rtn(x, bits)
 
@@ -227,22 +227,20 @@ def shuffled_scales(real):
     return quantize_and_shuffle
 
 
-def test_an_encoder_that_is_beyond_all_fails_on_noise(tiny_export, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(optimize, "quantize", shuffled_scales(quantize.quantize))
-    assert optimize_tiny(tiny_export, tmp_path / "out", "--eval_manifest", MANIFEST) == 1
-    assert capsys.readouterr().err.startswith("check failed: the optimized encoder has an SQNR of ")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_ruined_encoder_that_passes_on_noise_fails_on_words(tiny_export, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(optimize, "quantize", two_bits(quantize.quantize))
+@pytest.mark.parametrize("ruin", [two_bits, shuffled_scales])
+def test_a_ruined_encoder_fails_on_words(ruin, tiny_export, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(optimize, "quantize", ruin(quantize.quantize))
     flags = ("--eval_manifest", MANIFEST, "--max_wer_increase", "0.5")
+    if ruin is shuffled_scales:  # the noise shows it already; the words must do so by themselves
+        assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 1
+        assert "SQNR" in capsys.readouterr().err
+        monkeypatch.setattr(optimize_encoder, "MIN_SQNR_DB", -100)
     assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 1
     output, error = capsys.readouterr()
-    assert re.search(r"on noise  SQNR (\d+\.\d) dB", output)
-    assert re.search(r"clips/\S+.flac: \d → \d errors  .*\[.* → .*\]", output)
-    assert re.match(r"check failed: the word error rate rises by \+\d+\.\d+ points \(\d+ of 80 words\)", error)
-    assert error.count("\n") == 1
+    assert re.search(r"on noise  SQNR -?\d+\.\d dB", output)
+    assert re.search(r"  clips/\w+\.flac: \d+ → \d+ errors  .*\[.* → .*\]", output)
+    found = re.fullmatch(r"check failed: the word error rate rises by \S+ points \((\d+) of 80 words\).*\n", error)
+    assert int(found[1]) >= 3
     assert list(tmp_path.iterdir()) == []
 
 
