@@ -25,7 +25,7 @@ from tqdm import tqdm
 from common.clips import Clip
 from common.graphs import ENCODER
 from common.optimize import Sensitivity, load, quantizable
-from common.quantize import BITS, Packed, error_feedback, k_quant, quantize_compensated
+from common.quantize import BITS, Packed, error_feedback, k_quant, power_of, quantize_compensated
 from common.runtime import ERRORS_AND_WORSE, GenAI
 
 # Pieces of speech that run at once, together. Damage is measured on one such batch: on the tiny checkpoint it ranks the
@@ -126,7 +126,7 @@ def calibrate(path: Path, batches: list[np.ndarray], block: int, bar: tqdm) -> C
             with ThreadPoolExecutor(len(BITS)) as pool:
                 packed, errors = zip(*pool.map(fit, BITS), strict=True)
             output = _run(segments[i:], speech[part], {**weights, segment.weight: weight - errors[0]})
-            damage, noise = _power(output - wanted) / _power(wanted), [_power(x @ error) for error in errors]
+            damage, noise = power_of(output - wanted) / power_of(wanted), [power_of(x @ error) for error in errors]
             found[segment.weight] = {
                 bits: Candidate(codes, damage * left / max(noise[0], 1e-30))
                 for bits, codes, left in zip(BITS, packed, noise, strict=True)
@@ -211,8 +211,3 @@ def _run(segments: list[_Segment], values: dict[str, np.ndarray], weights: dict[
 def _rows(x: np.ndarray) -> np.ndarray:
     """[..., K] → [R, K]"""
     return x.reshape(-1, x.shape[-1])
-
-
-def _power(x: np.ndarray) -> float:
-    """Σ x²"""
-    return float(np.vdot(x, x))

@@ -70,8 +70,8 @@ def quantize(weight: np.ndarray, bits: int, block: int, method: Method) -> Packe
             scales[i, columns] = scale
             steps = _steps(x, _inverse(scale), zeros[i, columns], bits)
             codes[i, :, columns] = steps + zeros[i, columns]
-            power += _power(x)
-            noise += _power(np.subtract(x, np.multiply(steps, scale, out=steps), out=x))
+            power += power_of(x)
+            noise += power_of(np.subtract(x, np.multiply(steps, scale, out=steps), out=x))
     return _packed(codes, scales, zeros, bits, symmetric, noise / power if power else 0.0)
 
 
@@ -222,11 +222,11 @@ def _steps(x: np.ndarray, inverse: np.ndarray, zero: np.ndarray, bits: int) -> n
 
 def relative_error(weight: np.ndarray, found: np.ndarray) -> float:
     """Σ (W - Ŵ)² / Σ W², and 0 for a weight of zeros."""
-    power = _power(weight)
-    return _power(found - weight) / power if power else 0.0
+    power = power_of(weight)
+    return power_of(found - weight) / power if power else 0.0
 
 
-def _power(x: np.ndarray) -> float:
+def power_of(x: np.ndarray) -> float:
     """Σ x²"""
     return float(np.vdot(x, x))
 
