@@ -23,11 +23,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from tqdm import tqdm
 
 from common import gate
-from common.calibrate import Calibration, calibrate, damages, read_speech
+from common.calibrate import calibrate, calibrate_int8, read_speech
 from common.card import write_card
 from common.clips import Clip, read_clips
 from common.console import Parser, Stages, run, size_text
@@ -46,6 +47,7 @@ from common.files import (
     verify_files,
     write_manifest,
 )
+from common.int8 import Columns
 from common.layouts import GENAI, Layout, check_same_shape, layouts_in
 from common.optimize import (
     INT8,
@@ -76,6 +78,7 @@ from common.report import (
     write_report,
 )
 from common.runtime import EXPORT_COMMAND, TOKENIZER_COMMAND
+from common.smooth import fold
 
 # Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, when they are compared.
 MEMORY_FACTOR = 1.3
@@ -101,11 +104,11 @@ all clips and in each language; beyond, nothing is written (no limit)"""
 REDUCE_RANGE_HELP = """int8 with weights of 7 bits, for a CPU without VNNI (AVX2 before 2021), where sums of larger
 products are cut off"""
 
-CALIBRATION_MANIFEST_HELP = """NeMo manifest (JSON lines with audio_filepath) of a few minutes of speech, on which
-k_quant_mixed measures what each weight does to the encoder's output when it is quantized, to spend 8 bits where they
-help most and to fit the codes; up to 5 minutes of it are used"""
-SIZE_BUDGET_HELP = """with --calibration_manifest, the largest encoder.onnx and its data, in MB of 10^6 bytes (what
-k_quant_mixed takes without a manifest)"""
+CALIBRATION_MANIFEST_HELP = """NeMo manifest (JSON lines with audio_filepath) of a few minutes of speech, which
+k_quant_mixed and int8 fit their codes to; k_quant_mixed also measures on it what each weight does to the encoder's
+output when it is quantized, to spend 8 bits where they help most. Up to 5 minutes are used"""
+SIZE_BUDGET_HELP = """for k_quant_mixed with --calibration_manifest, the largest encoder.onnx and its data, in MB of
+10^6 bytes (what k_quant_mixed takes without a manifest)"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -181,7 +184,8 @@ class Speech:
     calibration: list[Clip]
     evaluation: list[Clip]
     plan: Plan | None = None
-    packed: dict[str, Packed] = field(default_factory=dict)
+    fitted: dict[str, Packed] | dict[str, Columns] = field(default_factory=dict)
+    factors: dict[str, np.ndarray] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
 
 
@@ -204,11 +208,12 @@ def _optimize_folder(
     names = [] if args.skip_quantization else quantizable(model)
     plan = {} if args.skip_quantization else make_plan(names, args.quant_method, args.block_size, args.reduce_range)
     if calibrated:
-        _plan_by_speech(args, paths, model, plan, speech, stages)
+        _fit_to_speech(args, paths, model, plan, speech, stages)
     plan = speech.plan or plan
+    fold(model, speech.factors)
     left = sum(value.const_value.nbytes for name, value in model.graph.initializers.items() if name not in plan)
     if plan:
-        how = (args.quant_method, args.accuracy_level, _progress_bar, speech.packed)
+        how = (args.quant_method, args.accuracy_level, _progress_bar, speech.fitted)
         stored[encoder.name] = quantize_weights(model, plan, *how)
     widths = Counter(form.bits for form in plan.values())
     counts = "  ".join(f"{widths[bits]} weights at {bits} bits" for bits in sorted(widths))
@@ -281,45 +286,45 @@ def fusion_slows(manifest: dict, skip_quantization: bool) -> bool:
 
 def _calibration_clips(args: argparse.Namespace) -> list[Clip]:
     """The clips to calibrate on, none without a manifest. Raises ValueError for flags that do not go together."""
-    calibrated = args.quant_method == K_QUANT_MIXED and not args.skip_quantization
+    method = "--skip_quantization" if args.skip_quantization else args.quant_method
     if args.calibration_manifest is None:
         if args.size_budget_mb is not None:
             raise ValueError("--size_budget_mb wants a --calibration_manifest to decide by, found none")
         return []
-    if not calibrated:
-        found = "--skip_quantization" if args.skip_quantization else args.quant_method
-        raise ValueError(f"--calibration_manifest wants --quant_method {K_QUANT_MIXED}, found {found}")
+    if method not in (K_QUANT_MIXED, INT8):
+        raise ValueError(f"--calibration_manifest wants --quant_method {K_QUANT_MIXED} or {INT8}, found {method}")
+    if method == INT8 and args.size_budget_mb is not None:
+        raise ValueError(f"--size_budget_mb wants --quant_method {K_QUANT_MIXED}, found {INT8}, which has one size")
     return read_clips(args.calibration_manifest)
 
 
-def _plan_by_speech(
+def _fit_to_speech(
     args: argparse.Namespace, paths: Paths, model: ir.Model, plan: Plan, speech: Speech, stages: Stages
 ) -> None:
-    """Calibrate, and spend the budget, or what `plan` takes, where it helps most: fill in the plan of `speech`, its
-    weights and the damages."""
-    exported = paths.readable / GENAI.encoder.file
-    graph_bytes, budget = exported.stat().st_size, args.size_budget_mb
-    budget = file_bytes(model, graph_bytes, plan) if budget is None else budget * 1e6
-    check_budget(model, graph_bytes, plan, args.block_size, budget)
-    calibration = _calibrate(paths.source, exported, speech.calibration, args.block_size, stages)
-    speech.sensitivity = damages(calibration)
-    speech.plan = spend(model, graph_bytes, speech.sensitivity, args.block_size, budget)
-    speech.packed = {name: calibration[name][form.bits].packed for name, form in speech.plan.items()}
-
-
-def _calibrate(folder: Path, exported: Path, clips: list[Clip], block: int, stages: Stages) -> Calibration:
-    """Calibrate the encoder at `exported` on features by `folder`, with a progress bar; say where the damage is."""
-    speech = read_speech(folder, clips)
+    """Calibrate, with a progress bar, and spend the budget, or what `plan` takes, where it helps most: fill in what
+    `speech` has of plan, weights, row factors and damages."""
+    exported, found = paths.readable / GENAI.encoder.file, []
     with tqdm(desc="calibrating", unit="run", smoothing=0, leave=False, disable=None) as bar:  # none in a pipe
-        calibration = calibrate(exported, speech.batches, block, bar)
-    damage = {name: widths[min(widths)] for name, widths in damages(calibration).items()}
-    worst = max(damage, key=damage.get)
-    stages.report(
-        "calibration",
-        f"{speech.clips} clips  {speech.seconds:.0f} s of speech",
-        f"{worst} does {100 * damage[worst] / max(sum(damage.values()), 1e-30):.0f} % of the damage of 4 bits",
-    )
-    return calibration
+        if args.quant_method == INT8:
+            heard = read_speech(paths.source, speech.calibration)
+            calibration = calibrate_int8(exported, heard.batches, plan[next(iter(plan))].bits, bar)
+            speech.fitted = calibration.weights
+        else:
+            graph_bytes = exported.stat().st_size
+            budget = file_bytes(model, graph_bytes, plan) if args.size_budget_mb is None else args.size_budget_mb * 1e6
+            check_budget(model, graph_bytes, plan, args.block_size, budget)
+            heard = read_speech(paths.source, speech.calibration)
+            calibration = calibrate(exported, heard.batches, args.block_size, bar)
+            damage = speech.sensitivity = calibration.damages
+            speech.plan = spend(model, graph_bytes, damage, args.block_size, budget)
+            speech.fitted = {name: calibration.weights[name][form.bits].packed for name, form in speech.plan.items()}
+            low = {name: widths[min(widths)] for name, widths in damage.items()}
+            worst = max(low, key=low.get)
+            share = 100 * low[worst] / max(sum(low.values()), 1e-30)
+            found.append(f"{worst} does {share:.0f} % of the damage of 4 bits")
+    speech.factors = calibration.factors
+    found.append(f"inputs of {len(speech.factors)} weights smoothed")
+    stages.report("calibration", f"{heard.clips} clips  {heard.seconds:.0f} s of speech", *found)
 
 
 def _check_folders(source: Path, target: Path, layouts: dict[str, Layout]) -> None:

@@ -2,18 +2,19 @@
 
 The float32 graph is cut before each product with a constant matrix, into segments that hand their values on. All of the
 speech walks along them once. At each product its inputs are at hand, so the weight is quantized such that later rows
-make up for the errors of earlier ones on inputs like these (`quantize_compensated`). From there part of the speech goes
-to the end of the graph a second time, with the quantized weight: how far the output moves is the weight's damage.
+make up for the errors of earlier ones on inputs like these (`error_feedback`), and loud channels of inputs that come
+from a normalization are made quieter (common.smooth). From there part of the speech goes to the end of the graph a
+second time, with the quantized weight: how far the output moves is the weight's damage.
 
 Weights stay in the data file, and a walk holds the values of one cut: memory is that of the speech and of the codes.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +25,23 @@ from tqdm import tqdm
 
 from common.clips import Clip
 from common.graphs import ENCODER
+from common.int8 import Columns, compensated_columns
 from common.optimize import Sensitivity, load, quantizable
-from common.quantize import BITS, Packed, error_feedback, k_quant, power_of, quantize_compensated
+from common.quantize import BITS, Packed, error_feedback, k_quant, power_of, quantize_compensated, second_moments
 from common.runtime import ERRORS_AND_WORSE, GenAI
+from common.smooth import normalized_inputs, row_factors
 
 # Pieces of speech that run at once, together. Damage is measured on one such batch: on the tiny checkpoint it ranks the
 # weights as all of the speech does (rank correlation 0.99), and at 0.6B a run from every weight on takes minutes.
 BATCH_SECONDS = 20
 # More speech changes the codes little; less is no speech to speak of.
 MAX_SECONDS, MIN_SECONDS = 300, 10
-FIT_RUNS = 120  # quantizing a weight to both widths takes about as long as so many runs of a segment, at 0.6B
+FIT_RUNS = 60  # quantizing a weight to one width takes about as long as so many runs of a segment, at 0.6B
+
+# How much of the differences in loudness between channels is taken from a product's inputs and given to its weight:
+# half, as in SmoothQuant. On the tiny checkpoint's speech that is 0.0 to 0.2 dB where most codes have 4 bits, 0.3 to
+# 1.1 dB where many have 8, and 1.9 dB for int8, whose inputs have one scale a row.
+SMOOTHING = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,24 @@ class Candidate:
     damage: float
 
 
-Calibration = dict[str, dict[int, Candidate]]  # weight name → bits → candidate
+@dataclass(frozen=True)
+class Calibration:
+    """What was found for each weight, by name and in graph order."""
+
+    weights: dict[str, dict[int, Candidate]]  # by bits
+    factors: dict[str, np.ndarray]  # of the rows of those that are smoothed, [K, 1]; for `common.smooth.fold`
+
+    @property
+    def damages(self) -> Sensitivity:
+        return {name: {bits: one.damage for bits, one in widths.items()} for name, widths in self.weights.items()}
 
 
-def damages(calibration: Calibration) -> Sensitivity:
-    """Weight name, in graph order → bits → damage."""
-    return {name: {bits: one.damage for bits, one in widths.items()} for name, widths in calibration.items()}
+@dataclass(frozen=True)
+class Int8Calibration:
+    """The same for common.int8, where there is nothing to choose."""
+
+    weights: dict[str, Columns]
+    factors: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -106,34 +126,77 @@ def calibrate(path: Path, batches: list[np.ndarray], block: int, bar: tqdm) -> C
     The damage of 4 bits is measured; that of 8 is it times the ratio of the errors that the two leave in the product,
     small errors going through the rest of the graph alike. The bar counts runs of a segment.
     """
-    segments, weights = _cut(path)
+    found = Calibration({}, {})
+    for product in _products(path, batches, len(BITS), bar, measured=True):
+        how = {"block": block, "method": k_quant, "feedback": product.feedback, "factors": product.factors}
+        with ThreadPoolExecutor(len(BITS)) as pool:
+            fits = pool.map(partial(quantize_compensated, product.weight, **how), BITS)
+            packed, errors = zip(*fits, strict=True)
+        damage, noise = product.damage(errors[0]), [power_of(product.x @ error) for error in errors]
+        if product.smoothed:
+            found.factors[product.name] = product.factors
+        found.weights[product.name] = {
+            bits: Candidate(codes, damage * left / max(noise[0], 1e-30))
+            for bits, codes, left in zip(BITS, packed, noise, strict=True)
+        }
+    return found
+
+
+def calibrate_int8(path: Path, batches: list[np.ndarray], bits: int, bar: tqdm) -> Int8Calibration:
+    """Columns of each quantizable weight of the float32 encoder at `path`, on batches [B, M, T]."""
+    found = Int8Calibration({}, {})
+    for product in _products(path, batches, 1, bar, measured=False):
+        if product.smoothed:
+            found.factors[product.name] = product.factors
+        found.weights[product.name] = compensated_columns(product.weight, bits, product.feedback, product.factors)
+    return found
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A weight [K, N] that speech has come to."""
+
+    name: str
+    weight: np.ndarray
+    smoothed: bool
+    factors: np.ndarray  # [K, 1], of its rows; ones where it is not smoothed
+    feedback: np.ndarray  # [K, K], for the weight times factors
+    x: np.ndarray  # [R, K], what part of the speech gives it
+    damage: Callable[[np.ndarray], float]  # of the errors [K, N] that are taken from the weight
+
+
+def _products(path: Path, batches: list[np.ndarray], fits: int, bar: tqdm, *, measured: bool) -> Iterator[_Product]:
+    """Each weight in graph order. For the bar: it will be quantized `fits` times, and its damage be `measured`."""
+    segments, weights, normalized = _cut(path)
     speech = [_inputs(batch) for batch in batches]
     part = len(speech) // 2  # clips of middling length
     start = time.perf_counter()
     wanted = _run(segments, speech[part], weights)
     run_seconds = (time.perf_counter() - start) / len(segments)
-    runs = [len(speech) + (FIT_RUNS + len(segments) - i if segment.weight else 0) for i, segment in enumerate(segments)]
+    runs = [
+        len(speech) + (FIT_RUNS * fits + (len(segments) - i) * measured if segment.weight else 0)
+        for i, segment in enumerate(segments)
+    ]
     bar.reset(sum(runs))
     bar.write(f"calibrating {len(weights)} weights: about {sum(runs) * run_seconds / 60:.1f} min")
-    found: Calibration = {}
-    feedback_of, feedback = "", None
+    feedback_of = ""
     for i, segment in enumerate(segments):
         if segment.weight:
             if segment.x != feedback_of:  # queries, keys and values have one input
-                feedback_of, feedback = segment.x, error_feedback(_rows(values[segment.x]) for values in speech)
-            weight, x = weights[segment.weight], _rows(speech[part][segment.x])
-            fit = partial(quantize_compensated, weight, block=block, method=k_quant, feedback=feedback)
-            with ThreadPoolExecutor(len(BITS)) as pool:
-                packed, errors = zip(*pool.map(fit, BITS), strict=True)
-            output = _run(segments[i:], speech[part], {**weights, segment.weight: weight - errors[0]})
-            damage, noise = power_of(output - wanted) / power_of(wanted), [power_of(x @ error) for error in errors]
-            found[segment.weight] = {
-                bits: Candidate(codes, damage * left / max(noise[0], 1e-30))
-                for bits, codes, left in zip(BITS, packed, noise, strict=True)
-            }
+                moments = second_moments(_rows(values[segment.x]) for values in speech)
+                smoothed = segment.weight in normalized
+                factors = row_factors(np.diag(moments), SMOOTHING if smoothed else 0.0)
+                feedback = error_feedback(moments / (factors * factors.T))
+                feedback_of = segment.x
+
+            def damage(error: np.ndarray, later=segments[i:], values=speech[part], name=segment.weight) -> float:
+                output = _run(later, values, {**weights, name: weights[name] - error})
+                return power_of(output - wanted) / power_of(wanted)
+
+            x = _rows(speech[part][segment.x])
+            yield _Product(segment.weight, weights[segment.weight], smoothed, factors, feedback, x, damage)
         speech = [segment(values, weights) for values in speech]
         bar.update(runs[i])
-    return found
 
 
 @dataclass(frozen=True)
@@ -154,8 +217,8 @@ class _Segment:
         return {name: value for name, value in {**values, **made}.items() if name in self.later}
 
 
-def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray]]:
-    """The graph in segments, and its quantizable weights, mapped."""
+def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], set[str]]:
+    """The graph in segments, its quantizable weights, mapped, and those that a normalization feeds."""
     model = load(path)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.ShapeInferencePass()(model)  # a segment's inputs need types
@@ -180,7 +243,8 @@ def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray]]:
         x = nodes[begin].inputs[0].name if weight else ""
         names = [[value.name for value in values] for values in (takes, gives)]
         segments.append(_Segment(weight, x, *names, later, _session(model, *names)))
-    return segments, {name: graph.initializers[name].const_value.numpy() for name in products}
+    weights = {name: graph.initializers[name].const_value.numpy() for name in products}
+    return segments, weights, set(chain.from_iterable(normalized_inputs(model, products).values()))
 
 
 def _session(model: ir.Model, takes: list[str], gives: list[str]) -> ort.InferenceSession:

@@ -11,7 +11,7 @@ column scales. All in all the row scales cost 12 % of the products' time (1080 G
 float32 has 310; 1.32, 2 cores with AVX-512 VNNI); dividing by them before DynamicQuantizeMatMul costs the same.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import cpu_count
@@ -22,10 +22,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from common.graphs import MICROSOFT
-from common.quantize import relative_error
+from common.quantize import compensate, relative_error
 
 WEIGHT_BITS, REDUCED_BITS = 8, 7
 CODES = 255  # largest uint8
+BLOCK = 128  # rows whose feedback is one product; nothing else depends on it
 TINY = np.float32(1e-30)  # a row scale that can still be divided by and multiplied with
 
 # The code of 0, from what is known of a row's range: codes below it are for negative numbers, and a range that is used
@@ -39,7 +40,7 @@ EVEN_ROWS_ROLES = (".attention.position.weight",)
 
 # What rounding takes from these inputs is multiplied as well, 255 times finer: 65 % of the error of the output comes
 # from this eighth of its products (speech through the tiny checkpoint: 36.2 dB without, 39.2 dB with it; if all
-# products had it, for twice the time, 43.4 dB).
+# products had it, for twice the time, 43.4 dB). Columns that were fitted to speech do without: they are as exact.
 TWO_TERM_ROLES = (".convolution.expand.weight", ".convolution.project.weight")
 
 
@@ -55,38 +56,60 @@ def quantize_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndar
     return np.rint(weight * inverse).astype(np.int8), scales
 
 
+@dataclass(frozen=True)
+class Columns:
+    """A weight [K, N] in 8 bits, and what it lost."""
+
+    codes: np.ndarray  # [K, N] int8
+    scales: np.ndarray  # [N]
+    error: float  # Σ (W - Ŵ)² / Σ W²
+
+
+def compensated_columns(weight: np.ndarray, bits: int, feedback: np.ndarray, factors: np.ndarray | float) -> Columns:
+    """The weight times factors of its rows [K, 1], rounded with the feedback of `common.quantize.error_feedback`."""
+    scaled = weight * factors
+    _, scales = quantize_columns(scaled, bits)
+    codes, _, zeros, errors = compensate(scaled, bits, BLOCK, lambda rows, bits: (scales, None), feedback)
+    codes = codes.reshape(-1, weight.shape[1])[: len(weight)].view(np.int8) - zeros[0].view(np.int8)
+    return Columns(codes, scales, relative_error(weight, weight - errors / factors))
+
+
 def quantize_products(
     model: ir.Model,
     products: dict[str, list[ir.Node]],
     bits: int,
     progress: Callable[[Iterator, int], Iterable] = lambda items, total: items,
+    fitted: Mapping[str, Columns] | None = None,
 ) -> dict[str, float]:
     """Put integer products in the place of MatMuls (weight name → nodes, in graph order), in place; the relative error
-    of each weight."""
-    rewriter, errors = _Rewriter(model), {}
+    of each weight. `fitted` are weights that are quantized already."""
+    rewriter, errors = _Rewriter(model, () if fitted else TWO_TERM_ROLES), {}
 
-    def pack(name: str) -> tuple[np.ndarray, np.ndarray, float]:
+    def pack(name: str) -> Columns:
+        if fitted:
+            return fitted[name]
         tensor = model.graph.initializers[name].const_value
         try:
-            return _columns_and_error(tensor.numpy(), bits)  # nothing here may hold on to the mapping
+            return _columns(tensor.numpy(), bits)  # nothing here may hold on to the mapping
         finally:
             if isinstance(tensor, ir.ExternalTensor):
                 tensor.release()  # its mapping of the data file
 
     with ThreadPoolExecutor(cpu_count()) as pool:  # NumPy lets go of Python's lock
         packed = progress(pool.map(pack, products), len(products))
-        for (name, nodes), (codes, scales, errors[name]) in zip(products.items(), packed, strict=True):
+        for (name, nodes), columns in zip(products.items(), packed, strict=True):
+            errors[name] = columns.error
             for node in nodes:
-                rewriter.replace(node, name, codes, scales)
+                rewriter.replace(node, name, columns.codes, columns.scales)
             if not model.graph.initializers[name].uses():
                 del model.graph.initializers[name]
     RemoveUnusedNodesPass()(model)  # factors taken into scales, of which onnxruntime warns one by one
     return errors
 
 
-def _columns_and_error(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, float]:
+def _columns(weight: np.ndarray, bits: int) -> Columns:
     codes, scales = quantize_columns(weight, bits)
-    return codes, scales, relative_error(weight, codes * scales)
+    return Columns(codes, scales, relative_error(weight, codes * scales))
 
 
 def quantize_lstms(model: ir.Model, bits: int) -> dict[str, float]:
@@ -136,8 +159,9 @@ class _Rows:
 class _Rewriter:
     """Replaces MatMuls one by one; remembers the quantized form of each activation."""
 
-    def __init__(self, model: ir.Model):
+    def __init__(self, model: ir.Model, two_term_roles: tuple[str, ...] = ()):
         self.graph, self.opset = model.graph, model.graph.opset_imports[""]
+        self.two_term_roles = two_term_roles
         model.graph.opset_imports.setdefault(MICROSOFT, 1)
         self._constants: dict[str, ir.Value] = {}
         self._rows: dict[ir.Value, _Rows] = {}
@@ -173,7 +197,7 @@ class _Rewriter:
             rows = self._row_scales(x, len(codes), node)
             shaped = tape.op("Reshape", [rows.codes, rows.shape])
             y = multiply(shaped, self._number("one", 1), self._zero_point(rows.zero))
-            if name.endswith(TWO_TERM_ROLES):
+            if name.endswith(self.two_term_roles):
                 shaped = tape.op("Reshape", [self._rest(rows, tape), rows.shape])
                 rest = multiply(shaped, self._number("step", 1 / CODES), self._zero_point(MIDDLE_ZERO))
                 y = tape.op("Add", [y, rest])

@@ -20,7 +20,7 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_t
 from common.console import CheckError
 from common.files import data_bytes, save_model
 from common.graphs import ENCODER, MICROSOFT, Graph
-from common.int8 import REDUCED_BITS, WEIGHT_BITS, quantize_lstms, quantize_products
+from common.int8 import REDUCED_BITS, WEIGHT_BITS, Columns, quantize_lstms, quantize_products
 from common.quantize import BITS, METHODS, Packed, quantize
 from common.runtime import OrtGraph
 
@@ -190,19 +190,19 @@ def quantize_weights(
     method: str,
     accuracy_level: int,
     progress: Callable[[Iterator[Packed], int], Iterable[Packed]] = lambda items, total: items,
-    packed: dict[str, Packed] | None = None,
+    fitted: dict[str, Packed] | dict[str, Columns] | None = None,
 ) -> dict[str, Stored]:
     """Put a MatMulNBits, or by the method `int8` what common.int8 says, in the place of each MatMul by a weight of
-    `plan`, in place. `packed` are weights that are quantized already."""
+    `plan`, in place. `fitted` are weights that are quantized already."""
     nodes = quantizable(model)
     if method == INT8:
         bits = plan[next(iter(plan))].bits
-        return _stored(plan, quantize_products(model, {name: nodes[name] for name in plan}, bits, progress))
+        return _stored(plan, quantize_products(model, {name: nodes[name] for name in plan}, bits, progress, fitted))
     weights = {name: model.graph.initializers[name] for name in plan}
 
     def pack(name: str) -> Packed:
-        if packed:
-            return packed[name]
+        if fitted:
+            return fitted[name]
         tensor = weights[name].const_value
         try:
             return quantize(tensor.numpy(), plan[name].bits, plan[name].block, METHODS[method])

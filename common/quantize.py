@@ -87,23 +87,45 @@ def _packed(
     )
 
 
-def error_feedback(inputs: Iterable[np.ndarray], damping: float = DAMPING) -> np.ndarray:
-    """How the error of one row of a weight [K, N] is made up for by the rows after it, from rows of inputs [R, K] to
-    the product: [K, K], upper triangular, ones on its diagonal.
+def second_moments(inputs: Iterable[np.ndarray]) -> np.ndarray:
+    """Σ xᵀx over rows of inputs [R, K] to a product: [K, K] float64."""
+    return sum((rows.T @ rows).astype(np.float64) for rows in inputs)
+
+
+def error_feedback(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+    """How the error of one row of a weight [K, N] is made up for by the rows after it, from the second moments of the
+    product's inputs: [K, K], upper triangular, ones on its diagonal.
 
     With Σ xᵀx = U D Uᵀ, errors E [K, N] put Σ d_k ‖(Uᵀ E)_k‖² into the product, so row k should be wrong by what undoes
     the rows before it (QuIP's LDLQ, Chee et al. 2023; the same codes as GPTQ's, Frantar et al. 2023, by one Cholesky).
     """
-    moments = sum((rows.T @ rows).astype(np.float64) for rows in inputs)
-    moments[np.diag_indices_from(moments)] += damping * np.trace(moments) / len(moments) + TINY
-    upper = np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
+    damped = moments.copy()
+    damped[np.diag_indices_from(damped)] += damping * np.trace(moments) / len(moments) + TINY
+    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     return (upper / np.diag(upper)).astype(np.float32)
 
 
 def quantize_compensated(
-    weight: np.ndarray, bits: int, block: int, method: Method, feedback: np.ndarray
+    weight: np.ndarray,
+    bits: int,
+    block: int,
+    method: Method,
+    feedback: np.ndarray,
+    factors: np.ndarray | float = 1.0,
 ) -> tuple[Packed, np.ndarray]:
-    """As `quantize`, but rounded row by row with the feedback of `error_feedback`; also the errors W - Ŵ [K, N]."""
+    """As `quantize`, but of the weight times factors of its rows [K, 1], rounded row by row with the feedback of
+    `error_feedback`; also the errors W - Ŵ [K, N], factors taken away again."""
+    codes, scales, zeros, errors = compensate(weight * factors, bits, block, method, feedback)
+    errors /= factors
+    symmetric = bool(np.all(zeros == 2 ** (bits - 1)))
+    return _packed(codes, scales, zeros, bits, symmetric, relative_error(weight, weight - errors)), errors
+
+
+def compensate(
+    weight: np.ndarray, bits: int, block: int, method: Method, feedback: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Codes [blocks, block, N], scales and zero points [blocks, N], and errors W - Ŵ [K, N], which go into the rows
+    that follow."""
     K, N = weight.shape
     blocks, middle = -(-K // block), 2 ** (bits - 1)
     codes, scales = np.zeros((blocks, block, N), np.uint8), np.empty((blocks, N), np.float32)
@@ -121,8 +143,7 @@ def quantize_compensated(
             errors[k] = weight[k] - steps * scales[i]
             codes[i, k - begin] = steps + zero
         zeros[i] = zero
-    symmetric = bool(np.all(zeros == middle))
-    return _packed(codes, scales, zeros, bits, symmetric, relative_error(weight, weight - errors)), errors
+    return codes, scales, zeros, errors
 
 
 def rtn(x: np.ndarray, bits: int) -> Fit:

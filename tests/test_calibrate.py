@@ -1,15 +1,20 @@
 """Calibration: codes with error feedback, damages against plain runs of the exported graph, what a budget buys."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 from tqdm import tqdm
 
 import optimize_encoder
-from common import optimize, quantize
-from common.calibrate import BATCH_SECONDS, calibrate, damages, read_speech, speech_batches
+from common import int8, optimize, quantize, smooth
+from common.calibrate import BATCH_SECONDS, Calibration, calibrate, read_speech, speech_batches
 from common.clips import read_clips
 from common.files import MANIFEST, save_model
 from common.graphs import ENCODER
@@ -45,10 +50,21 @@ def encode(folder: Path, batch: np.ndarray) -> np.ndarray:
     return OrtGraph(folder, ENCODER)(batch, np.full(len(batch), batch.shape[2]))[0]
 
 
-def quantized(tiny_export: Path, folder: Path, plan: optimize.Plan, packed: dict, accuracy_level: int = 1) -> Path:
-    """A folder with only the encoder, its weights of `plan` replaced."""
-    model = optimize.load(tiny_export / ENCODER.file)
-    optimize.quantize_weights(model, plan, "k_quant_mixed", accuracy_level, packed=packed)
+def smoothed(model: ir.Model, factors: dict[str, np.ndarray], left: Iterable[str]) -> None:
+    """Fold all factors, and multiply the weights that are left float32 by theirs."""
+    smooth.fold(model, factors)
+    for name in left:
+        weight = model.graph.initializers[name]
+        weight.const_value = ir.tensor(weight.const_value.numpy() * factors[name], name=name)
+
+
+def quantized(tiny_export: Path, folder: Path, plan: optimize.Plan, calibration: Calibration | None) -> Path:
+    """A folder with only the encoder, its weights of `plan` replaced, inputs not rounded."""
+    model, fitted = optimize.load(tiny_export / ENCODER.file), {}
+    if calibration:
+        smoothed(model, calibration.factors, set(calibration.factors) - set(plan))
+        fitted = {name: calibration.weights[name][form.bits].packed for name, form in plan.items()}
+    optimize.quantize_weights(model, plan, "k_quant_mixed", 1, fitted=fitted)
     folder.mkdir(exist_ok=True)
     save_model(model, folder / ENCODER.file)
     return folder
@@ -58,15 +74,17 @@ def correlated_rows(K: int, count: int = 400) -> np.ndarray:
     return (RNG.standard_normal((count, K // 8)) @ RNG.standard_normal((K // 8, K))).astype(np.float32)
 
 
+def feedback_of(*inputs: np.ndarray) -> np.ndarray:
+    return quantize.error_feedback(quantize.second_moments(inputs))
+
+
 @pytest.mark.parametrize("bits", quantize.BITS)
 @pytest.mark.parametrize("block", [32, 128])
 @pytest.mark.parametrize("name", MATRICES)
 def test_feedback_undoes_errors_in_the_product(name, block, bits):
     weight = MATRICES[name][:200]  # no multiple of the blocks
     x = correlated_rows(len(weight))
-    packed, errors = quantize.quantize_compensated(
-        weight, bits, block, quantize.k_quant, quantize.error_feedback([x[:150], x[150:]])
-    )
+    packed, errors = quantize.quantize_compensated(weight, bits, block, quantize.k_quant, feedback_of(x[:150], x[150:]))
     np.testing.assert_allclose(weight - errors, dequantize(packed, len(weight), bits), atol=1e-6)
     plain = dequantize(quantize.quantize(weight, bits, block, quantize.k_quant), len(weight), bits)
     assert 4 * np.sum((x @ errors) ** 2) < np.sum((x @ (weight - plain)) ** 2)
@@ -74,7 +92,7 @@ def test_feedback_undoes_errors_in_the_product(name, block, bits):
 
 def test_without_correlations_there_is_nothing_to_feed_back():
     weight = MATRICES["gaussian"]
-    feedback = quantize.error_feedback([np.eye(len(weight), dtype=np.float32)])
+    feedback = feedback_of(np.eye(len(weight), dtype=np.float32))
     np.testing.assert_allclose(feedback, np.eye(len(weight)), atol=1e-6)
     plain = quantize.quantize(weight, 4, BLOCK, quantize.k_quant)
     packed, _ = quantize.quantize_compensated(weight, 4, BLOCK, quantize.k_quant, feedback)
@@ -85,7 +103,7 @@ def test_without_correlations_there_is_nothing_to_feed_back():
 def test_inputs_that_are_always_zero_or_few():
     weight = MATRICES["gaussian"]
     for rows in (np.zeros((5, len(weight)), np.float32), correlated_rows(len(weight))[:1]):
-        _, errors = quantize.quantize_compensated(weight, 4, BLOCK, quantize.k_quant, quantize.error_feedback([rows]))
+        _, errors = quantize.quantize_compensated(weight, 4, BLOCK, quantize.k_quant, feedback_of(rows))
         assert np.sum(errors**2) < 0.02 * np.sum(weight**2)
 
 
@@ -99,17 +117,17 @@ def test_batches_hold_no_padding_and_nearly_all_speech():
 
 
 def test_damage_is_what_the_exported_graph_shows(tiny_export, tmp_path, speech, calibration):
-    """Quantizing one weight alone, in MatMulNBits: on the batch that damage is measured on, and on all speech."""
+    """Quantizing one weight alone, in MatMulNBits, inputs smoothed: on the batch that damage is measured on, and on all
+    speech."""
     weights = list(optimize.quantizable(optimize.load(tiny_export / ENCODER.file)))
-    assert list(calibration) == weights
+    assert list(calibration.weights) == weights
     part = speech.batches[len(speech.batches) // 2]
     checked = weights[::6]
-    found = damages(calibration)
+    found = calibration.damages
     everywhere = []
     for name in checked:
         for bits, tolerance in ((4, 1.02), (8, 1.5)):
-            packed = {name: calibration[name][bits].packed}
-            folder = quantized(tiny_export, tmp_path / "one", {name: Format(bits, BLOCK)}, packed)
+            folder = quantized(tiny_export, tmp_path / "one", {name: Format(bits, BLOCK)}, calibration)
             exact = 10 ** (-sqnr_db(encode(tiny_export, part), encode(folder, part)) / 10)
             assert 1 / tolerance < found[name][bits] / exact < tolerance, (name, bits)
             if bits == 4:
@@ -126,21 +144,20 @@ def test_a_budget_goes_where_the_damage_per_byte_is(tiny_export, tmp_path, calib
     """In no more bytes, a plan made of the true damages beats the rule of thumb, and one of swapped damages."""
     model = optimize.load(tiny_export / ENCODER.file)
     graph_bytes = (tiny_export / ENCODER.file).stat().st_size
-    rule = optimize.make_plan(calibration, "k_quant_mixed", BLOCK)
+    true = calibration.damages
+    rule = optimize.make_plan(true, "k_quant_mixed", BLOCK)
     budget = optimize.file_bytes(model, graph_bytes, rule)
-    true = damages(calibration)
     order = sorted(true, key=lambda name: true[name][4])
     swapped = {name: true[other] for name, other in zip(order, order[::-1], strict=True)}
     ratios = []
     for damage in (swapped, true):
         plan = optimize.spend(model, graph_bytes, damage, BLOCK, budget)
         assert 0.95 * budget < optimize.file_bytes(model, graph_bytes, plan) <= budget
-        packed = {name: calibration[name][form.bits].packed for name, form in plan.items()}
-        folder = quantized(tiny_export, tmp_path / "out", plan, packed)
+        folder = quantized(tiny_export, tmp_path / "out", plan, calibration)
         assert sum(path.stat().st_size for path in folder.iterdir()) <= budget
         ratios.append(sqnr_db(encode(tiny_export, unseen), encode(folder, unseen)))
     assert plan != rule
-    by_rule = quantized(tiny_export, tmp_path / "out", rule, {})
+    by_rule = quantized(tiny_export, tmp_path / "out", rule, None)
     ratios.insert(1, sqnr_db(encode(tiny_export, unseen), encode(by_rule, unseen)))
     assert ratios[0] + 3 < ratios[1] < ratios[2] - 2
 
@@ -162,14 +179,72 @@ def test_calibrated_is_more_exact_than_rtn_and_no_larger(tiny_export, tmp_path, 
     assert calibrated > rtn + 4
 
 
+def test_calibrated_int8_has_no_second_term_and_is_more_exact_without(tiny_export, tmp_path, unseen, monkeypatch):
+    flags = ("--quant_method", "int8")
+    fit = (*flags, "--calibration_manifest", str(CLIPS))
+    assert optimized(tiny_export, tmp_path / "fitted", *fit)["weights_by_bits"] == {"8": 56}
+    optimized(tiny_export, tmp_path / "two_terms", *flags)
+    monkeypatch.setattr(int8, "TWO_TERM_ROLES", ())
+    optimized(tiny_export, tmp_path / "one_term", *flags)
+    folders = [tmp_path / name for name in ("one_term", "fitted", "two_terms")]
+    graphs = [onnx.load(folder / ENCODER.file).graph for folder in folders]
+    counts = [Counter(node.op_type for node in graph.node) for graph in graphs]
+    assert [count["MatMulIntegerToFloat"] for count in counts] == [56, 56, 56 + 2 * 5]
+    assert counts[0] == counts[1]
+    ratios = [sqnr_db(encode(tiny_export, unseen), encode(folder, unseen)) for folder in folders]
+    assert ratios[1] > ratios[0] + 1
+
+
+def test_calibrated_int8_in_seven_bits(tiny_export, tmp_path, unseen):
+    reduced = ("--quant_method", "int8", "--reduce_range", "--calibration_manifest", str(CLIPS))
+    assert optimized(tiny_export, tmp_path / "seven", *reduced)["weights_by_bits"] == {"7": 56}
+    assert sqnr_db(encode(tiny_export, unseen), encode(tmp_path / "seven", unseen)) > 34
+    for tensor in onnx.load(tmp_path / "seven" / ENCODER.file).graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8:
+            assert np.abs(numpy_helper.to_array(tensor).astype(int)).max() <= 64
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_smoothed_inputs_change_nothing_until_they_are_rounded(fused, tiny_export, tmp_path, calibration, unseen):
+    """Folded factors, and weights times factors, are the same function; of a fused graph too."""
+    path = tiny_export / ENCODER.file
+    model = optimize.fuse(path)[0] if fused else optimize.load(path)
+    factors = calibration.factors
+    assert {name.split(".", 2)[-1] for name in factors} == {
+        *(f"attention.{role}.weight" for role in ("query", "key", "value")),
+        *(f"{module}.expand.weight" for module in ("feed_forward1", "feed_forward2", "convolution")),
+    }
+    assert all(factor.max() == 1 and factor.min() < 0.7 for factor in factors.values())
+    smoothed(model, factors, factors)
+    (tmp_path / "out").mkdir()
+    save_model(model, tmp_path / "out" / ENCODER.file)
+    assert sqnr_db(encode(tiny_export, unseen), encode(tmp_path / "out", unseen)) > 100
+
+
+def test_smoothing_is_refused_where_no_normalization_is_before(tiny_export):
+    model = optimize.load(tiny_export / ENCODER.file)
+    with pytest.raises(ValueError, match=r"wanted a normalization before layers.0.attention.out.weight"):
+        smooth.fold(model, {"layers.0.attention.out.weight": np.ones((128, 1), np.float32)})
+
+
+def test_row_factors_are_between_a_hundredth_and_one():
+    factors = smooth.row_factors(np.array([0.0, 1e-12, 1.0, 16.0]), 0.5)
+    np.testing.assert_allclose(factors[:, 0], [0.01, 0.01, 0.5, 1])
+    np.testing.assert_allclose(smooth.row_factors(np.zeros(3), 0.5)[:, 0], 0.01)
+
+
 MIXED = ("--quant_method", "k_quant_mixed")
 REFUSED = {
-    "another method": (("--calibration_manifest", CLIPS), "wants --quant_method k_quant_mixed, found rtn"),
+    "another method": (("--calibration_manifest", CLIPS), "wants --quant_method k_quant_mixed or int8, found rtn"),
     "no quantization": (
         (*MIXED, "--skip_quantization", "--calibration_manifest", CLIPS),
-        "wants --quant_method k_quant_mixed, found --skip_quantization",
+        "wants --quant_method k_quant_mixed or int8, found --skip_quantization",
     ),
     "a budget alone": ((*MIXED, "--size_budget_mb", "2"), "--size_budget_mb wants a --calibration_manifest"),
+    "a budget for int8": (
+        ("--quant_method", "int8", "--calibration_manifest", CLIPS, "--size_budget_mb", "2"),
+        "--size_budget_mb wants --quant_method k_quant_mixed, found int8",
+    ),
     "too small a budget": (
         (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "1"),
         "wanted an encoder of at most 1 MB, but 4 bits everywhere take 1.5",
