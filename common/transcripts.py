@@ -108,8 +108,9 @@ def word_error_rate(references: list[str], hypotheses: list[str], baseline: list
     counts = _counts(references, hypotheses)
     if baseline is not None:
         counts[:, 0] -= _counts(references, baseline)[:, 0]
-    draws = np.random.default_rng(0).integers(len(counts), size=(BOOTSTRAP_SAMPLES, len(counts)))
-    errors, words = counts[draws].sum(axis=1).T
+    rng, n = np.random.default_rng(0), len(counts)
+    draws = (counts[rng.integers(n, size=n)].sum(axis=0) for _ in range(BOOTSTRAP_SAMPLES))
+    errors, words = np.array(list(draws)).T
     tail = (100 - CONFIDENCE) / 2
     low, high = np.percentile(100 * errors / np.maximum(words, 1), [tail, 100 - tail])
     return WordErrorRate(int(counts[:, 0].sum()), int(counts[:, 1].sum()), float(low), float(high))
