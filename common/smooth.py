@@ -24,19 +24,21 @@ def row_factors(power: np.ndarray, exponent: float) -> np.ndarray:
 def normalized_inputs(model: ir.Model, weights: Collection[str]) -> dict[ir.Node, list[str]]:
     """Normalizations whose output goes into products with some of the weights and nowhere else → those weights."""
     nodes = (node for node in model.graph if node.op_type in SCALE_INPUT)
-    found = {node: _factors_of(node.outputs[0], weights) for node in nodes}
+    found = {node: _multiplied_by(node.outputs[0], weights) for node in nodes}
     return {node: names for node, names in found.items() if names}
 
 
-def _factors_of(x: ir.Value, weights: Collection[str]) -> list[str]:
-    """The weights that x is multiplied by; none if anything else is done with it."""
+def _multiplied_by(x: ir.Value, weights: Collection[str]) -> list[str]:
+    """The weights that x, and nothing else, is multiplied by; none if anything else is done with it."""
     names = []
     for use in x.uses():
-        if use.node.op_type == "Transpose" and _keeps_channels(use.node):
-            behind = _factors_of(use.node.outputs[0], weights)
+        node = use.node
+        if node.op_type == "Transpose" and _keeps_channels(node):
+            behind = _multiplied_by(node.outputs[0], weights)
+        elif node.op_type == "MatMul" and node.inputs[1].name in weights and len(node.inputs[1].uses()) == 1:
+            behind = [node.inputs[1].name]
         else:
-            is_product = use.node.op_type == "MatMul" and use.idx == 0
-            behind = [use.node.inputs[1].name] if is_product and use.node.inputs[1].name in weights else []
+            behind = []
         if not behind:
             return []
         names += behind

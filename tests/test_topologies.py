@@ -85,6 +85,14 @@ def test_all_scripts(topology, tmp_path, capsys):
         assert tokens == RawOrt(folder).transcribe(features).tokens
         assert isinstance(genai.text(tokens), str)
 
+    manifest, fitted = tmp_path / "speech.jsonl", tmp_path / "fitted"
+    manifest.write_text(json.dumps({"audio_filepath": str(SAMPLES / "jfk.wav")}))
+    flags = ["--quant_method", "int8", "--calibration_manifest", str(manifest), "--output_dir", str(fitted)]
+    assert optimize_encoder.main(["--model_dir", str(exported), *flags]) == 0, capsys.readouterr().err
+    assert f"inputs of {6 * SMALL['n_layers']} weights smoothed" in capsys.readouterr().out
+    (wanted,), (found,) = (RawOrt(folder).encode([features]) for folder in (exported, fitted))
+    assert sqnr_db(wanted, found) > 30
+
     largest = record(exported, [features])
     shutil.copyfile(exported / "genai_config.json", tmp_path / "genai_config.json")
     for graph in GRAPHS:
