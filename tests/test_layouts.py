@@ -122,11 +122,15 @@ def test_every_runtime_has_its_folder_and_they_share_the_weights(exported):
         assert path.samefile(exported / GENAI.runtime / f"{part}.onnx.data")
 
 
-@pytest.fixture(scope="module")
-def optimized(exported, tmp_path_factory) -> Path:
+@pytest.fixture(
+    scope="module",
+    params=[(), ("--calibration_manifest", str(SAMPLES / "manifest.jsonl"))],
+    ids=["plain", "calibrated"],
+)
+def optimized(request, exported, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("optimized") / "onnx_models"
-    argv = ("--model_dir", str(exported), "--output_dir", str(folder))
-    assert optimize_encoder.main([*argv, "--quant_method", "int8", "--decoder_joint_precision", "int8"]) == 0
+    argv = ("--model_dir", str(exported), "--output_dir", str(folder), "--quant_method", "int8", *request.param)
+    assert optimize_encoder.main([*argv, "--decoder_joint_precision", "int8"]) == 0
     return folder
 
 
