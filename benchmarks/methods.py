@@ -27,7 +27,6 @@ from tqdm import tqdm
 from benchmarks.bench import machine, parse_args
 from benchmarks.recipes import FLOAT32, Recipe, build, encoder_bytes, ours
 from common.clips import read_clips
-from common.console import size_text
 from common.files import write_json
 from common.optimize import sqnr_db
 from common.quantize import METHODS
@@ -110,12 +109,12 @@ def points(rate: WordErrorRate) -> str:
 def row(name: str, results: dict[str, Result], texts: list[str]) -> list[str]:
     """One line of the table; beside a calibrated encoder in the size of an `rtn` one, the difference to that."""
     own, float32, rtn = results[name], results[FLOAT32.name], results.get(name.partition(IN_SIZE_OF)[2])
-    wer = str(word_error_rate(texts, own.texts))
+    size, wer = f"{own.bytes / 1e6:.2f} MB", str(word_error_rate(texts, own.texts))
     if own is float32:
-        return [name, size_text(own.bytes), wer, "", "", "", "", f"{own.rtfx:.0f}"]
+        return [name, size, wer, "", "", "", "", f"{own.rtfx:.0f}"]
     against = [points(word_error_rate(texts, own.texts, one.texts)) if one else "" for one in (float32, rtn)]
     unlike = str(word_error_rate(float32.texts, own.texts))
-    return [name, size_text(own.bytes), wer, *against, unlike, f"{own.sqnr_db:.1f} dB", f"{own.rtfx:.0f}"]
+    return [name, size, wer, *against, unlike, f"{own.sqnr_db:.1f} dB", f"{own.rtfx:.0f}"]
 
 
 def front(results: dict[str, Result]) -> list[str]:
@@ -151,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration_manifest", type=Path, required=True, help="clips to calibrate on")
     parser.add_argument("--manifest", type=Path, required=True, help="other clips, with text, to measure on")
-    parser.add_argument("--encoders", nargs="+", help="as the table names them, float32 aside (all)")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only encoders with one of these in their name")
     parser.add_argument("--snr_db", type=float, help="add white noise to the clips (none)")
     args = parse_args(parser, argv)
     clips = read_clips(args.manifest)
@@ -162,12 +161,8 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(f"error: {len(shared)} clips are in both manifests, {min(shared).name} is one")
 
     found = recipes(args.model_name, args.work_dir, args.calibration_manifest)
-    if args.encoders:
-        known = {recipe.name: recipe for recipe in found}
-        unknown = set(args.encoders) - set(known)
-        if unknown:
-            raise SystemExit(f"error: no encoder is called {min(unknown)}; there are {', '.join(known)}")
-        found = [FLOAT32, *(known[name] for name in args.encoders)]
+    if args.only:
+        found = [one for one in found if one is FLOAT32 or any(word in one.name for word in args.only)]
     folders = {recipe.name: build(recipe, args.model_name, args.work_dir) for recipe in found}
     genai = GenAI(folders[FLOAT32.name])
     features = []

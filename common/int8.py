@@ -66,12 +66,15 @@ class Columns:
 
 
 def compensated_columns(weight: np.ndarray, bits: int, feedback: np.ndarray, factors: np.ndarray | float) -> Columns:
-    """The weight times factors of its rows [K, 1], rounded with the feedback of `common.quantize.error_feedback`."""
+    """The weight times factors of its rows [K, 1], rounded with the feedback of `common.quantize.error_feedback`.
+
+    Feedback may lead to a code of -2^(bits-1), one beyond the plain ones: 2 · 255 · 64 = 32640 is in int16 as well.
+    """
     scaled = weight * factors
     _, scales = quantize_columns(scaled, bits)
-    codes, _, zeros, errors = compensate(scaled, bits, BLOCK, lambda rows, bits: (scales, None), feedback)
-    codes = codes.reshape(-1, weight.shape[1])[: len(weight)].view(np.int8) - zeros[0].view(np.int8)
-    return Columns(codes, scales, relative_error(weight, weight - errors / factors))
+    codes, _, _, errors = compensate(scaled, bits, BLOCK, lambda rows, bits: (scales, None), feedback)
+    codes = codes.reshape(-1, weight.shape[1])[: len(weight)].astype(np.int16) - 2 ** (bits - 1)
+    return Columns(codes.astype(np.int8), scales, relative_error(weight, weight - errors / factors))
 
 
 def quantize_products(
