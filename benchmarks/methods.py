@@ -135,6 +135,7 @@ def plot(results: dict[str, Result], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(10, 5.5), layout="constrained")
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
     for name, result in results.items():
         marker = "*" if "calibrated" in name else "o"
         axes.scatter(result.bytes / 1e6, result.sqnr_db, s=90, marker=marker, label=name)
