@@ -36,7 +36,7 @@ from common.smooth import normalized_inputs, row_factors
 BATCH_SECONDS = 20
 # More speech changes the codes little; less is no speech to speak of.
 MAX_SECONDS, MIN_SECONDS = 300, 10
-FIT_RUNS = 60  # quantizing a weight to one width takes about as long as so many runs of a segment, at 0.6B
+FIT_RUNS = 120  # quantizing a weight takes about as long as so many runs of a segment, at 0.6B, to one width or two
 
 # How much of the differences in loudness between channels is taken from a product's inputs and given to its weight:
 # half, as in SmoothQuant. On the tiny checkpoint's speech that is 0.0 to 0.2 dB where most codes have 4 bits, 0.3 to
@@ -127,7 +127,7 @@ def calibrate(path: Path, batches: list[np.ndarray], block: int, bar: tqdm) -> C
     small errors going through the rest of the graph alike. The bar counts runs of a segment.
     """
     found = Calibration({}, {})
-    for product in _products(path, batches, len(BITS), bar, measured=True):
+    for product in _products(path, batches, bar, measured=True):
         how = {"block": block, "method": k_quant, "feedback": product.feedback, "factors": product.factors}
         with ThreadPoolExecutor(len(BITS)) as pool:
             fits = pool.map(partial(quantize_compensated, product.weight, **how), BITS)
@@ -145,7 +145,7 @@ def calibrate(path: Path, batches: list[np.ndarray], block: int, bar: tqdm) -> C
 def calibrate_int8(path: Path, batches: list[np.ndarray], bits: int, bar: tqdm) -> Int8Calibration:
     """Columns of each quantizable weight of the float32 encoder at `path`, on batches [B, M, T]."""
     found = Int8Calibration({}, {})
-    for product in _products(path, batches, 1, bar, measured=False):
+    for product in _products(path, batches, bar, measured=False):
         if product.smoothed:
             found.factors[product.name] = product.factors
         found.weights[product.name] = compensated_columns(product.weight, bits, product.feedback, product.factors)
@@ -165,8 +165,8 @@ class _Product:
     damage: Callable[[np.ndarray], float]  # of the errors [K, N] that are taken from the weight
 
 
-def _products(path: Path, batches: list[np.ndarray], fits: int, bar: tqdm, *, measured: bool) -> Iterator[_Product]:
-    """Each weight in graph order. For the bar: it will be quantized `fits` times, and its damage be `measured`."""
+def _products(path: Path, batches: list[np.ndarray], bar: tqdm, *, measured: bool) -> Iterator[_Product]:
+    """Each weight in graph order. The bar and the estimate go by whether its damage will be `measured`."""
     segments, weights, normalized = _cut(path)
     speech = [_inputs(batch) for batch in batches]
     part = len(speech) // 2  # clips of middling length
@@ -174,7 +174,7 @@ def _products(path: Path, batches: list[np.ndarray], fits: int, bar: tqdm, *, me
     wanted = _run(segments, speech[part], weights)
     run_seconds = (time.perf_counter() - start) / len(segments)
     runs = [
-        len(speech) + (FIT_RUNS * fits + (len(segments) - i) * measured if segment.weight else 0)
+        len(speech) + (FIT_RUNS + (len(segments) - i) * measured if segment.weight else 0)
         for i, segment in enumerate(segments)
     ]
     bar.reset(sum(runs))
