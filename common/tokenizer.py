@@ -34,7 +34,7 @@ SPACE = "▁"  # how SentencePiece writes a space inside a piece
 NOT_ZERO = -1e-9  # a score that keeps an id where ORT Extensions would skip one of 0; too small to choose a path
 
 Piece = ModelProto.SentencePiece
-HIDDEN_TYPES = (Piece.UNKNOWN, Piece.CONTROL, Piece.USER_DEFINED)
+MARK = re.compile(rf"{SPACE}?(<.+>|\[.+\])", re.DOTALL)  # how a user-defined piece that is no text is spelt
 WHITE_SPACE = set(string.whitespace)  # of ASCII: what sherpa-onnx splits and trims a line at
 LAST_BYTE_BPE = 0xC6  # the largest byte of icefall's byte-level pieces, which are spelt up to U+01BF
 UTF8_LENGTHS = ((0x01, 0x80), (0x80, 0x800), (0x800, 0xD800), (0x10000, 0x110000))  # code points of 1, 2, 3, 4 bytes
@@ -57,12 +57,18 @@ def parse_model(model: bytes) -> ModelProto:
 
 
 def special_ids(proto: ModelProto) -> list[int]:
-    """Ids that no transcript shows: unknown, control and user-defined pieces, bytes without a use, and the blank."""
+    """Ids that no transcript shows: unknown and control pieces, user-defined marks, bytes without a use, the blank.
+
+    A user-defined piece is a mark if it is spelt like one, `<|en|>` or `[noise]`. All others are text: v3 has its digits
+    as user-defined pieces, and no other digit pieces.
+    """
     taken = {piece.piece for piece in proto.pieces}
     hidden = [
         index
         for index, piece in enumerate(proto.pieces)
-        if piece.type in HIDDEN_TYPES or (piece.type == Piece.BYTE and _is_useless_byte(_byte(piece), taken))
+        if piece.type in (Piece.UNKNOWN, Piece.CONTROL)
+        or (piece.type == Piece.USER_DEFINED and MARK.fullmatch(piece.piece))
+        or (piece.type == Piece.BYTE and _is_useless_byte(_byte(piece), taken))
     ]
     return [*hidden, len(proto.pieces)]
 
