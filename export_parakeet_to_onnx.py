@@ -20,21 +20,22 @@ from pathlib import Path
 
 import numpy as np
 
-from common.card import CARD, write_card
-from common.configs import (
-    AUDIO_PROCESSOR_CONFIG,
-    GENAI_CONFIG,
-    Window,
-    audio_processor_config,
-    genai_config,
-)
-from common.console import Parser, Stages, run, size_text
-from common.files import check_output_dir, read_manifest, staged_folder, state_needs, write_json, write_manifest
-from common.graphs import DECODER, ENCODER, JOINT, Graph
-from common.layouts import GENAI, LAYOUTS, Layout, check_same_shape, check_supports, write_layout
-from common.model import DEFAULT_MODEL, ModelSpec, find_checkpoint, load_model, read_tokenizer, source_record
-from common.runtime import MAPPED, Nemo, RuntimeConfig
-from common.tokenizer import parse_model, tokens_text
+from common.checkpoint.download import DEFAULT_MODEL, find_checkpoint
+from common.checkpoint.nemo import load_model, read_tokenizer
+from common.checkpoint.source import source_record
+from common.checkpoint.spec import ModelSpec
+from common.checkpoint.tokenizer import parse_model, tokens_text
+from common.cli import Parser, Stages, run, size_text
+from common.contract import DECODER, ENCODER, JOINT, Graph
+from common.folder.manifest import read_manifest, write_manifest
+from common.folder.staging import check_output_dir, staged_folder, state_needs
+from common.layouts import LAYOUTS, Layout, Window
+from common.layouts.genai import GENAI
+from common.layouts.layout import check_same_layouts, write_configs, write_views
+from common.report.card import CARD, write_card
+from common.run.config import RuntimeConfig
+from common.run.nemo import Nemo
+from common.run.ort import MAPPED
 
 FP32, FP16 = "fp32", "fp16"
 
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from common.export import check_opset  # torch takes seconds to import; --help should not
+    from common.export.trace import check_opset  # torch takes seconds to import; --help should not
 
     check_opset(args.opset_version)
     check_output_dir(args.output_dir)
@@ -86,7 +87,7 @@ def _export(args: argparse.Namespace) -> None:
         raise ValueError(f"--precision fp16 is for --runtime {GENAI.runtime}, found {args.runtime}; export it apart")
     layouts = tuple(LAYOUTS.values()) if args.runtime == "all" else (LAYOUTS[args.runtime],)
     folders = {layout: "" if args.runtime == GENAI.runtime else layout.runtime for layout in layouts}
-    check_same_shape(args.output_dir, {name: layout for layout, name in folders.items()})
+    check_same_layouts(args.output_dir, {name: layout for layout, name in folders.items()})
     checkpoint = find_checkpoint(args.model_name)
     size = checkpoint.stat().st_size
     disk_factor = DISK_FACTOR + (FLOAT16_DISK_FACTOR if args.precision == FP16 else 0)
@@ -111,7 +112,7 @@ def _export_to(stage: Path, folders: dict[Layout, str], checkpoint: Path, args: 
     for folder in (base, exported):
         folder.mkdir(exist_ok=True)
     stages = Stages((9 if float16 else 5) + len(folders))
-    spec, cases, speech = _export_graphs(exported, stage.parent, folders, checkpoint, args, stages)
+    spec, window, cases, speech = _export_graphs(exported, stage.parent, folders, checkpoint, args, stages)
     gc.collect()  # the model, half of the memory: its modules refer to each other
     content = {"parity": {}}
     for graph, check in _checks().items():
@@ -120,8 +121,8 @@ def _export_to(stage: Path, folders: dict[Layout, str], checkpoint: Path, args: 
         stages.report(graph.file, str(parity or "not verified"))
     if float16:
         content = _to_float16(exported, base, cases, speech, stages) | {"float32_parity": content["parity"]}
-        shutil.copyfile(exported / GENAI_CONFIG, base / GENAI_CONFIG)
-    write_json(base / AUDIO_PROCESSOR_CONFIG, audio_processor_config(spec))
+        for file in GENAI.config_files:
+            shutil.copyfile(exported / file, base / file)
     flags = {
         "runtime": args.runtime,
         "opset_version": args.opset_version,
@@ -134,7 +135,10 @@ def _export_to(stage: Path, folders: dict[Layout, str], checkpoint: Path, args: 
     }
     for layout, name in folders.items():
         if layout is not GENAI:
-            write_layout(layout, base, stage / name, spec, tokens)
+            (stage / name).mkdir()
+            write_views(layout, base, stage / name, spec)
+            write_configs(layout, stage / name, spec, window, args.device)
+            (stage / name / layout.vocabulary[0]).write_text(tokens, encoding="utf-8", newline="\n")
         source = source_record(checkpoint, args.model_name, args.output_dir / name)
         record = {"source": source, "flags": flags, **content}
         write_manifest(stage / name, read_manifest(args.output_dir / name), "export", record)
@@ -143,22 +147,22 @@ def _export_to(stage: Path, folders: dict[Layout, str], checkpoint: Path, args: 
 
 
 def _checks() -> dict[Graph, Callable]:
-    from common.parity import check_decoder, check_encoder, check_joint
+    from common.export.parity import check_decoder, check_encoder, check_joint
 
     return {ENCODER: check_encoder, DECODER: check_decoder, JOINT: check_joint}
 
 
 def _export_graphs(
     folder: Path, scratch: Path, layouts: Iterable[Layout], checkpoint: Path, args: argparse.Namespace, stages: Stages
-) -> tuple[ModelSpec, dict[str, list], list[np.ndarray]]:
+) -> tuple[ModelSpec, Window, dict[str, list], list[np.ndarray]]:
     """Write the three graphs, which all `layouts` can run, and genai_config.json into `folder`. Also what they are
     verified with, graph name → cases of common/parity, and for float16 features of speech, [M, T] each."""
-    from common.export import export_graph
+    from common.export.trace import export_graph
 
     model = load_model(checkpoint, args.device, scratch=scratch)
     spec = ModelSpec.of(model)
     for layout in layouts:
-        check_supports(spec, layout.runtime)
+        layout.check(spec)
     window = Window.of_seconds(spec, args.chunk_seconds, args.left_context_seconds, args.right_context_seconds)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stages.report(
@@ -168,8 +172,8 @@ def _export_graphs(
         f"durations {list(spec.durations)}",
     )
 
-    from common.parity import decoder_cases, encoder_cases, joint_cases
-    from common.wrappers import Encoder, StatefulDecoder, TdtJoint
+    from common.export.parity import decoder_cases, encoder_cases, joint_cases
+    from common.export.wrappers import Encoder, StatefulDecoder, TdtJoint
 
     cases, sizes = {}, []
     for graph, wrapper, module, cases_of in (
@@ -182,10 +186,10 @@ def _export_graphs(
         sizes.append(f"{graph.file} {_size_text(folder, graph)}")
         if not args.skip_verify:
             cases[graph.name] = cases_of(module, wrapped.example_inputs)
-    write_json(folder / GENAI_CONFIG, genai_config(spec, window, args.device))
+    write_configs(GENAI, folder, spec, window, args.device)
     speech = _speech(Nemo(model), folder) if args.precision == FP16 else []
     stages.report("exported", *sizes)
-    return spec, cases, speech
+    return spec, window, cases, speech
 
 
 def _speech(nemo: Nemo, folder: Path) -> list[np.ndarray]:
@@ -200,7 +204,8 @@ def _speech(nemo: Nemo, folder: Path) -> list[np.ndarray]:
 def _to_float16(source: Path, stage: Path, cases: dict, speech: list[np.ndarray], stages: Stages) -> dict:
     """Convert the float32 folder `source` into `stage` and verify that, as ONNX Runtime's CPU runs it and as a device
     that rounds each result would; what the manifest says of it."""
-    from common.float16 import LIMIT, Emulated, convert, record
+    from common.export.float16 import LIMIT, Emulated, convert
+    from common.export.ranges import record
 
     largest = record(source, speech)
     peak = max(max(values.values()) for values in largest.values())

@@ -21,18 +21,16 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from common import console, tokenizer
-from common.card import CARD, write_card
-from common.files import (
-    check_output_dir,
-    read_manifest,
-    require_free,
-    staged_folder,
-    write_json,
-    write_manifest,
-)
-from common.layouts import GENAI, genai_folder
-from common.model import DEFAULT_MODEL, find_checkpoint, read_tokenizer, source_record
+from common import cli as console
+from common.checkpoint.download import DEFAULT_MODEL, find_checkpoint
+from common.checkpoint.nemo import read_tokenizer
+from common.checkpoint.source import source_record
+from common.checkpoint.tokenizer import parse_model, probe_sequences, tokenizer_config, tokenizer_json, vocab_text
+from common.folder.manifest import read_manifest, write_manifest
+from common.folder.outputs import write_json
+from common.folder.staging import check_output_dir, require_free, staged_folder
+from common.layouts.genai import GENAI, genai_folder
+from common.report.card import CARD, write_card
 
 # The files beside tokenizer.json, as a multiple of its compact text: its own indentation, vocab.txt, the manifest.
 DISK_FACTOR = 4
@@ -59,17 +57,17 @@ def _export(args: argparse.Namespace) -> None:
     stages = console.Stages(2)
     checkpoint = find_checkpoint(args.model_name)
     model = read_tokenizer(checkpoint)
-    proto = tokenizer.parse_model(model)
-    content = tokenizer.tokenizer_json(proto)
-    sequences = tokenizer.probe_sequences(proto)
+    proto = parse_model(model)
+    content = tokenizer_json(proto)
+    sequences = probe_sequences(proto)
     check_decoding(model, content, sequences)
     stages.report("tokenizer", *_measured(content), f"{len(sequences)} sequences decode like SentencePiece")
 
     require_free(DISK_FACTOR * len(json.dumps(content)), args.output_dir)
     with staged_folder(args.output_dir) as stage:
         write_json(stage / "tokenizer.json", content)
-        write_json(stage / "tokenizer_config.json", tokenizer.tokenizer_config(proto))
-        (stage / "vocab.txt").write_text(tokenizer.vocab_text(proto), encoding="utf-8", newline="\n")
+        write_json(stage / "tokenizer_config.json", tokenizer_config(proto))
+        (stage / "vocab.txt").write_text(vocab_text(proto), encoding="utf-8", newline="\n")
         source = source_record(checkpoint, args.model_name, args.output_dir)
         write_manifest(stage, read_manifest(args.output_dir), "tokenizer", {"source": source})
         write_card(stage, args.output_dir, GENAI)

@@ -27,58 +27,41 @@ import numpy as np
 import onnx_ir as ir
 from tqdm import tqdm
 
-from common import gate
-from common.calibrate import calibrate, calibrate_int8, read_speech
-from common.card import write_card
-from common.clips import Clip, read_clips
-from common.console import Parser, Stages, run, size_text
-from common.files import (
-    check_output_dir,
+from common.cli import EXPORT_COMMAND, Parser, Stages, run, size_text
+from common.evaluate import word_limit as gate
+from common.folder.manifest import (
     fingerprint,
     is_float16,
     moved_manifest,
-    of_one_name,
     read_manifest,
     relative_path,
-    save_model,
-    share_equal_data,
-    staged_folder,
-    state_needs,
     verify_files,
     write_manifest,
 )
-from common.int8 import Columns
-from common.layouts import GENAI, Layout, check_same_shape, layouts_in
-from common.optimize import (
+from common.folder.onnx_files import load, of_one_name, save_model, share_equal_data
+from common.folder.staging import check_output_dir, staged_folder, state_needs
+from common.layouts.genai import GENAI
+from common.layouts.layout import Layout, check_same_layouts, layouts_in
+from common.quantize.blocks import BLOCK_SIZES, Packed
+from common.quantize.calibration import calibrate, calibrate_int8, read_speech
+from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
+from common.quantize.int8 import Columns
+from common.quantize.plan import (
     INT8,
     K_QUANT_MIXED,
-    MIN_FLOAT_SQNR_DB,
-    MIN_SQNR_DB,
     QUANT_METHODS,
     Plan,
     Sensitivity,
     check_budget,
-    compare,
     file_bytes,
-    fuse,
-    load,
     make_plan,
-    quantizable,
-    quantize_token_graphs,
-    quantize_weights,
     spend,
 )
-from common.quantize import BLOCK_SIZES, Packed
-from common.report import (
-    REPORT_HTML,
-    PageWriter,
-    make_evaluation,
-    make_report,
-    page_writer,
-    write_report,
-)
-from common.runtime import EXPORT_COMMAND, TOKENIZER_COMMAND
-from common.smooth import fold
+from common.quantize.rewrite import fuse, quantizable, quantize_token_graphs, quantize_weights
+from common.quantize.smoothing import fold
+from common.report.card import write_card
+from common.report.report import REPORT_HTML, PageWriter, make_evaluation, make_report, page_writer, write_report
+from common.run.clips import Clip, read_clips
 
 # Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, when they are compared.
 MEMORY_FACTOR = 1.3
@@ -335,12 +318,11 @@ def _check_folders(source: Path, target: Path, layouts: dict[str, Layout]) -> No
         raise ValueError(
             f"wanted another --output_dir than --model_dir, found {target} twice; the source stays as it is"
         )
-    check_same_shape(target, layouts)
+    check_same_layouts(target, layouts)
     for name, layout in layouts.items():
         folder = source / name
         exported = (*layout.graph_files, *layout.config_files)
-        tokenizer_command = TOKENIZER_COMMAND if layout is GENAI else EXPORT_COMMAND
-        for files, command in ((exported, EXPORT_COMMAND), (layout.vocabulary, tokenizer_command)):
+        for files, command in ((exported, EXPORT_COMMAND), (layout.vocabulary, layout.vocabulary_command)):
             missing = [file for file in files if not (folder / file).is_file()]
             if missing:
                 names = ", ".join(missing)

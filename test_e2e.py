@@ -11,12 +11,12 @@ status 1 when the two disagree in one token, or hear nothing.
 import argparse
 from pathlib import Path
 
-from common.console import CheckError, Parser, Stages, run
-from common.files import MODEL_DIR_HELP, default_model_dir, verify_files
-from common.graphs import GRAPH_FILES
-from common.layouts import genai_folder
-from common.runtime import GenAI, RawOrt
-from common.tokenizer import TOKENIZER_FILES
+from common.cli import MODEL_DIR_HELP, CheckError, Parser, Stages, default_model_dir, run
+from common.contract import GRAPH_FILES, TOKENIZER_FILES
+from common.folder.manifest import verify_files
+from common.layouts.genai import genai_folder
+from common.run.baseline import RawOrt
+from common.run.genai import GenAI
 
 SAMPLE = Path(__file__).resolve().parent / "samples" / "clips" / "029_hibari.flac"
 

@@ -25,31 +25,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.clips import Clip, read_clips
-from common.console import CheckError, Parser, run
-from common.decode import GENAI_RULE, NEMO_RULE, Hypothesis
-from common.files import (
-    MODEL_DIR_HELP,
-    check_output_file,
-    default_model_dir,
-    is_float16,
-    read_manifest,
-    write_json,
-    write_text,
-)
-from common.layouts import genai_folder
-from common.model import find_checkpoint, load_model, recorded_checkpoint
-from common.runtime import GenAI, Nemo, RawOrt, RuntimeConfig
-from common.timestamps import Pieces, Word, furthest_apart, srt, words
-from common.transcripts import (
-    CONFIDENCE,
-    Difference,
-    first_difference,
-    first_token_difference,
-    normalize,
-    word_error_rate,
-    word_errors,
-)
+from common.checkpoint.download import find_checkpoint
+from common.checkpoint.nemo import load_model
+from common.checkpoint.source import recorded_checkpoint
+from common.cli import MODEL_DIR_HELP, CheckError, Parser, default_model_dir, run
+from common.evaluate.differences import Difference, first_difference, first_token_difference
+from common.evaluate.subtitles import srt
+from common.evaluate.timestamps import Pieces, Word, furthest_apart, words
+from common.evaluate.wer import CONFIDENCE, normalize, word_error_rate, word_errors
+from common.folder.manifest import is_float16, read_manifest
+from common.folder.outputs import check_output_file, write_json, write_text
+from common.layouts.genai import genai_folder
+from common.run.baseline import RawOrt
+from common.run.clips import Clip, read_clips
+from common.run.config import RuntimeConfig
+from common.run.decode import GENAI_RULE, NEMO_RULE, Hypothesis
+from common.run.genai import GenAI
+from common.run.nemo import Nemo
 
 SAMPLE = Path(__file__).resolve().parent / "samples" / "jfk.wav"
 NEMO = "NeMo"

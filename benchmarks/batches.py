@@ -16,9 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.bench import machine, peak_memory
-from common.clips import read_clips
-from common.console import quiet_libraries, size_text
-from common.runtime import GenAI, RawOrt
+from common.cli import quiet_libraries, size_text
+from common.run.baseline import RawOrt
+from common.run.clips import read_clips
+from common.run.genai import GenAI
 
 BATCH_SIZES = (1, 4, 8, 16)  # the first is the baseline
 ROUNDS = 5

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.console import quiet_libraries
-from common.runtime import load_audio
+from common.cli import quiet_libraries
+from common.run.audio import load_audio
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 CORES = os.cpu_count()

@@ -26,12 +26,15 @@ from tqdm import tqdm
 
 from benchmarks.bench import machine, parse_args, peak_memory, process, speech
 from benchmarks.recipes import FLOAT32, RECIPES, build
-from common.configs import ENCODER_SESSION, GENAI_CONFIG, TOKEN_SESSION
-from common.console import size_text
-from common.decode import GENAI_RULE, greedy_tdt_decode
-from common.files import staged_folder, write_json
-from common.graphs import DECODER, ENCODER, JOINT, Graph
-from common.runtime import GenAI, RawOrt, RuntimeConfig
+from common.cli import size_text
+from common.contract import DECODER, ENCODER, GENAI_CONFIG, JOINT, Graph
+from common.folder.outputs import write_json
+from common.folder.staging import staged_folder
+from common.layouts.genai import ENCODER_SESSION, TOKEN_SESSION
+from common.run.baseline import RawOrt
+from common.run.config import RuntimeConfig
+from common.run.decode import GENAI_RULE, greedy_tdt_decode
+from common.run.genai import GenAI
 
 # Chunk, left and right context in seconds; the first is the baseline.
 CHUNKS = ((6, 10, 2), (30, 10, 2), (60, 10, 2), (60, 2, 2), (120, 10, 2))
@@ -162,7 +165,7 @@ def change_joint(folder: Path, mean: np.ndarray, scale: float, blank_id: int, bi
     """Rewrite the float32 joint of `folder`: it takes (frame - mean) / scale, and `bias` is in its blank logit."""
     import onnx_ir as ir
 
-    from common.files import save_model
+    from common.folder.onnx_files import save_model
 
     model = ir.load(folder / JOINT.file)
     ir.external_data.load_to_model(model)

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from benchmarks.bench import CORES, machine, parse_args, peak_memory, process, speech
 from benchmarks.recipes import FLOAT32, RECIPES, build, encoder_bytes
-from common.console import size_text
-from common.files import write_json
-from common.graphs import ENCODER
+from common.cli import size_text
+from common.contract import ENCODER
+from common.folder.outputs import write_json
 
 CLIP_SECONDS = (10, 20, 60)
 PLOT_SECONDS = 20
@@ -44,7 +44,7 @@ def load_nemo(checkpoint: Path) -> None:
     global _encode, _size, _load_seconds
     import torch
 
-    from common.model import load_model
+    from common.checkpoint.nemo import load_model
 
     torch.set_num_threads(CORES)
     torch.set_grad_enabled(False)
@@ -95,8 +95,9 @@ def seconds(features: np.ndarray) -> float:
 
 def nemo_features(checkpoint: Path) -> dict[int, np.ndarray]:
     """NeMo's features of speech of each length: seconds → [1, M, T]"""
-    from common.model import ModelSpec, load_model
-    from common.runtime import Nemo
+    from common.checkpoint.nemo import load_model
+    from common.checkpoint.spec import ModelSpec
+    from common.run.nemo import Nemo
 
     model = load_model(checkpoint)
     rate = ModelSpec.of(model).sample_rate
@@ -146,7 +147,7 @@ def candidates(checkpoint: Path, work_dir: Path, wanted: Callable[[str], bool]) 
 
 def measure(candidates: list[Candidate], features: dict[int, np.ndarray], rounds: int) -> None:
     """Fill in the results: load times, then errors and times with every encoder in memory, then sizes."""
-    from common.optimize import sqnr_db
+    from common.quantize.fidelity import sqnr_db
 
     running = [candidate for candidate in candidates if "failed" not in candidate.result]
     progress = tqdm(total=len(running) * (LOADS + len(features) * (rounds + 1)), leave=False, disable=None)

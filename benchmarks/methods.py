@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 from benchmarks.bench import machine, parse_args
 from benchmarks.recipes import FLOAT32, Recipe, build, encoder_bytes, ours
-from common.clips import read_clips
-from common.files import write_json
-from common.optimize import sqnr_db
-from common.quantize import METHODS
-from common.runtime import GenAI, RawOrt
-from common.transcripts import WordErrorRate, word_error_rate
+from common.evaluate.wer import WordErrorRate, word_error_rate
+from common.folder.outputs import write_json
+from common.quantize.blocks import METHODS
+from common.quantize.fidelity import sqnr_db
+from common.run.baseline import RawOrt
+from common.run.clips import read_clips
+from common.run.genai import GenAI
 
 BLOCKS = (32, 64, 128)
 RTN = f"rtn {BLOCKS[0]}"

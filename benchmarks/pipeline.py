@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.console import size_text
+from common.cli import size_text
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = (("rtn", 32), ("rtn", 128), ("k_quant_mixed", 32), ("hqq", 32), ("int8", 32))

@@ -11,8 +11,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from common.console import quiet_libraries
-from common.model import read_config
+from common.checkpoint.nemo import read_config
+from common.cli import quiet_libraries
 
 TINY = Path(__file__).resolve().parents[1] / "samples" / "parakeet-tdt-tiny.nemo"
 

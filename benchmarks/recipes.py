@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.bench import SAMPLES, parse_args, process
-from common.console import size_text
-from common.files import staged_folder
-from common.graphs import ENCODER
+from common.cli import size_text
+from common.contract import ENCODER
+from common.folder.staging import staged_folder
 
 # Flags of optimize_encoder.py, a mode a line.
 OURS = (
@@ -99,7 +99,7 @@ def _export_dynamo(checkpoint: Path, path: Path) -> tuple[int, int]:
     """Write NeMo's encoder, unchanged, by the dynamo exporter; return its heads and width."""
     import torch
 
-    from common.model import load_model
+    from common.checkpoint.nemo import load_model
 
     class Untyped(torch.nn.Module):
         """NeMo's encoder behind a plain signature: its own takes keywords only, and optional caches."""
@@ -133,7 +133,7 @@ def recipe_s(checkpoint: Path, work_dir: Path, folder: Path) -> None:
     """NeMo's own export, dynamic quantization to QUInt8; see above."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    from common.model import load_model
+    from common.checkpoint.nemo import load_model
 
     with tempfile.TemporaryDirectory(dir=work_dir) as scratch, staged_folder(folder) as stage:
         with chdir(scratch):  # the exporter leaves one loose file for each weight in the current folder

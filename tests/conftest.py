@@ -15,8 +15,8 @@ TINY = SAMPLES / "parakeet-tdt-tiny.nemo"
 @pytest.fixture(scope="session")
 def tiny_model():
     """The bundled checkpoint in NeMo."""
-    from common.console import quiet_libraries
-    from common.model import load_model
+    from common.checkpoint.nemo import load_model
+    from common.cli import quiet_libraries
 
     quiet_libraries(False)
     return load_model(TINY)

@@ -13,13 +13,19 @@ from onnx import numpy_helper
 from tqdm import tqdm
 
 import optimize_encoder
-from common import int8, optimize, quantize, smooth
-from common.calibrate import BATCH_SECONDS, Calibration, calibrate, read_speech, speech_batches
-from common.clips import read_clips
-from common.files import MANIFEST, save_model
-from common.graphs import ENCODER
-from common.optimize import Format, sqnr_db
-from common.runtime import GenAI, OrtGraph
+from common.contract import ENCODER
+from common.folder.manifest import MANIFEST
+from common.folder.onnx_files import load, save_model
+from common.quantize import blocks as quantize
+from common.quantize import int8
+from common.quantize import smoothing as smooth
+from common.quantize.calibration import BATCH_SECONDS, Calibration, calibrate, read_speech, speech_batches
+from common.quantize.fidelity import sqnr_db
+from common.quantize.plan import Format, Plan, file_bytes, make_plan, spend
+from common.quantize.rewrite import fuse, quantizable, quantize_weights
+from common.run.clips import read_clips
+from common.run.genai import GenAI
+from common.run.ort import OrtGraph
 from tests.conftest import SAMPLES
 from tests.test_optimize import MATRICES, dequantize
 
@@ -58,13 +64,13 @@ def smoothed(model: ir.Model, factors: dict[str, np.ndarray], left: Iterable[str
         weight.const_value = ir.tensor(weight.const_value.numpy() * factors[name], name=name)
 
 
-def quantized(tiny_export: Path, folder: Path, plan: optimize.Plan, calibration: Calibration | None) -> Path:
+def quantized(tiny_export: Path, folder: Path, plan: Plan, calibration: Calibration | None) -> Path:
     """A folder with only the encoder, its weights of `plan` replaced, inputs not rounded."""
-    model, fitted = optimize.load(tiny_export / ENCODER.file), {}
+    model, fitted = load(tiny_export / ENCODER.file), {}
     if calibration:
         smoothed(model, calibration.factors, set(calibration.factors) - set(plan))
         fitted = {name: calibration.weights[name][form.bits].packed for name, form in plan.items()}
-    optimize.quantize_weights(model, plan, "k_quant_mixed", 1, fitted=fitted)
+    quantize_weights(model, plan, "k_quant_mixed", 1, fitted=fitted)
     folder.mkdir(exist_ok=True)
     save_model(model, folder / ENCODER.file)
     return folder
@@ -119,7 +125,7 @@ def test_batches_hold_no_padding_and_nearly_all_speech():
 def test_damage_is_what_the_exported_graph_shows(tiny_export, tmp_path, speech, calibration):
     """Quantizing one weight alone, in MatMulNBits, inputs smoothed: on the batch that damage is measured on, and on all
     speech."""
-    weights = list(optimize.quantizable(optimize.load(tiny_export / ENCODER.file)))
+    weights = list(quantizable(load(tiny_export / ENCODER.file)))
     assert list(calibration.weights) == weights
     part = speech.batches[len(speech.batches) // 2]
     checked = weights[::6]
@@ -142,17 +148,17 @@ def test_damage_is_what_the_exported_graph_shows(tiny_export, tmp_path, speech, 
 
 def test_a_budget_goes_where_the_damage_per_byte_is(tiny_export, tmp_path, calibration, unseen):
     """In no more bytes, a plan made of the true damages beats the rule of thumb, and one of swapped damages."""
-    model = optimize.load(tiny_export / ENCODER.file)
+    model = load(tiny_export / ENCODER.file)
     graph_bytes = (tiny_export / ENCODER.file).stat().st_size
     true = calibration.damages
-    rule = optimize.make_plan(true, "k_quant_mixed", BLOCK)
-    budget = optimize.file_bytes(model, graph_bytes, rule)
+    rule = make_plan(true, "k_quant_mixed", BLOCK)
+    budget = file_bytes(model, graph_bytes, rule)
     order = sorted(true, key=lambda name: true[name][4])
     swapped = {name: true[other] for name, other in zip(order, order[::-1], strict=True)}
     ratios = []
     for damage in (swapped, true):
-        plan = optimize.spend(model, graph_bytes, damage, BLOCK, budget)
-        assert 0.95 * budget < optimize.file_bytes(model, graph_bytes, plan) <= budget
+        plan = spend(model, graph_bytes, damage, BLOCK, budget)
+        assert 0.95 * budget < file_bytes(model, graph_bytes, plan) <= budget
         folder = quantized(tiny_export, tmp_path / "out", plan, calibration)
         assert sum(path.stat().st_size for path in folder.iterdir()) <= budget
         ratios.append(sqnr_db(encode(tiny_export, unseen), encode(folder, unseen)))
@@ -208,7 +214,7 @@ def test_calibrated_int8_in_seven_bits(tiny_export, tmp_path, unseen):
 def test_smoothed_inputs_change_nothing_until_they_are_rounded(fused, tiny_export, tmp_path, calibration, unseen):
     """Folded factors, and weights times factors, are the same function; of a fused graph too."""
     path = tiny_export / ENCODER.file
-    model = optimize.fuse(path)[0] if fused else optimize.load(path)
+    model = fuse(path)[0] if fused else load(path)
     factors = calibration.factors
     assert {name.split(".", 2)[-1] for name in factors} == {
         *(f"attention.{role}.weight" for role in ("query", "key", "value")),
@@ -222,7 +228,7 @@ def test_smoothed_inputs_change_nothing_until_they_are_rounded(fused, tiny_expor
 
 
 def test_smoothing_is_refused_where_no_normalization_is_before(tiny_export):
-    model = optimize.load(tiny_export / ENCODER.file)
+    model = load(tiny_export / ENCODER.file)
     with pytest.raises(ValueError, match=r"wanted a normalization before layers.0.attention.out.weight"):
         smooth.fold(model, {"layers.0.attention.out.weight": np.ones((128, 1), np.float32)})
 

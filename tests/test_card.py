@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard
 
 import export_tokenizer
 import optimize_encoder
-from common.card import CARD, PUBLISHED, front_matter, model_card, wer_table
-from common.files import sha256
-from common.layouts import GENAI
+from common.folder.manifest import sha256
+from common.layouts.genai import GENAI
+from common.report.card import CARD, PUBLISHED, front_matter, model_card, wer_table
 from tests.conftest import SAMPLES, TINY
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.decode import GENAI_RULE, NEMO_RULE, Prediction, greedy_tdt_decode
+from common.run.decode import GENAI_RULE, NEMO_RULE, Prediction, greedy_tdt_decode
 
 A, B, BLANK = 0, 1, 2
 DURATIONS = (0, 1, 2)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import export_parakeet_to_onnx
-from common import wrappers
-from common.export import MAX_OPSET, MIN_OPSET, export_graph
-from common.graphs import DECODER, ENCODER, GRAPHS, JOINT
-from common.runtime import OrtGraph
+from common.contract import DECODER, ENCODER, GRAPHS, JOINT
+from common.export import wrappers
+from common.export.trace import MAX_OPSET, MIN_OPSET, export_graph
+from common.run.ort import OrtGraph
 from tests.conftest import TINY
 
 WRAPPERS = {"encoder": wrappers.Encoder, "decoder": wrappers.StatefulDecoder, "joint": wrappers.TdtJoint}
@@ -131,7 +131,7 @@ class TestVerificationFails:
 
     @pytest.fixture(autouse=True)
     def _without_the_long_clip(self, monkeypatch):
-        monkeypatch.setattr("common.parity.LONG_CASE_MAX_PARAMETERS", 0)
+        monkeypatch.setattr("common.export.parity.LONG_CASE_MAX_PARAMETERS", 0)
 
     def assert_caught(self, tmp_path, capsys, graph):
         assert export(tmp_path / "out") == 1
@@ -150,7 +150,7 @@ class TestVerificationFails:
             if exported is graph:
                 perturb_one_weight(folder, graph)
 
-        monkeypatch.setattr("common.export.export_graph", export_and_perturb)
+        monkeypatch.setattr("common.export.trace.export_graph", export_and_perturb)
         self.assert_caught(tmp_path, capsys, graph)
 
     def test_on_a_lost_padding_mask(self, tmp_path, capsys, monkeypatch):

@@ -18,10 +18,16 @@ import soxr
 import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
-from common import files, runtime, swap
-from common.archive import open_archive, parse_config
-from common.card import CARD
-from common.model import load_model, read_config
+from common.checkpoint.archive import open_archive, parse_config
+from common.checkpoint.nemo import load_model, read_config
+from common.folder import atomic as swap
+from common.folder.manifest import fingerprint, verify_files
+from common.folder.outputs import write_json
+from common.folder.staging import staged_folder
+from common.report.card import CARD
+from common.run.audio import load_audio
+from common.run.baseline import RawOrt
+from common.run.genai import GenAI
 from tests.conftest import ROOT, TINY
 from tests.faults import audio, checkpoints
 
@@ -55,7 +61,7 @@ class TestReplacing:
         return target
 
     def write(self, target: Path) -> None:
-        with files.staged_folder(target) as stage:
+        with staged_folder(target) as stage:
             (stage.parent / "unpacked").mkdir()
             for name in ("a.onnx", "b.onnx"):
                 (stage / name).write_text("new")
@@ -150,7 +156,7 @@ class TestReplacing:
         target = self.lay_out(tmp_path)
 
         def fail():
-            with files.staged_folder(target) as stage:
+            with staged_folder(target) as stage:
                 (stage / "a.onnx").write_text("half")
                 raise RuntimeError
 
@@ -161,10 +167,10 @@ class TestReplacing:
 
     def test_a_second_run_is_refused_and_a_dead_one_forgotten(self, tmp_path):
         target = self.lay_out(tmp_path)
-        with files.staged_folder(target):
+        with staged_folder(target):
             with pytest.raises(BlockingIOError, match="another run is writing to"):
                 self.write(target)
-            with files.staged_folder(tmp_path / "other"):
+            with staged_folder(tmp_path / "other"):
                 pass
         (tmp_path / ".models.lock").touch()
         (tmp_path / ".models.partial" / "new").mkdir(parents=True)
@@ -173,14 +179,14 @@ class TestReplacing:
 
     def test_json_is_written_whole_or_not_at_all(self, tmp_path, monkeypatch):
         path = tmp_path / "results.json"
-        files.write_json(path, {"a": 1})
+        write_json(path, {"a": 1})
 
         def full(_):
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(files, "fsync", full)
+        monkeypatch.setattr("common.folder.outputs.fsync", full)
         with pytest.raises(OSError, match="No space"):
-            files.write_json(path, {"a": 2})
+            write_json(path, {"a": 2})
         assert json.loads(path.read_text()) == {"a": 1}
         assert [found.name for found in tmp_path.iterdir()] == ["results.json"]
 
@@ -198,18 +204,18 @@ class TestManifest:
         listed = json.loads((tiny_export / "manifest.json").read_text())["files"]
         assert set(listed) == {path.name for path in tiny_export.iterdir()} - {"manifest.json"}
         for name, entry in listed.items():
-            assert entry == files.fingerprint(tiny_export / name)
+            assert entry == fingerprint(tiny_export / name)
 
     def test_says_which_file_is_wrong_and_how(self, tiny_export, tmp_path):
         folder = tmp_path / "models"
         shutil.copytree(tiny_export, folder)
         names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
-        assert files.verify_files(folder, names) == len(names)
+        assert verify_files(folder, names) == len(names)
         os.truncate(folder / "encoder.onnx.data", 1000)
         shutil.copy(folder / "joint.onnx.data", folder / "decoder.onnx.data")
         (folder / "vocab.txt").write_text("x" * (folder / "vocab.txt").stat().st_size)
         with pytest.raises(ValueError, match="make the folder again") as error:
-            files.verify_files(folder, names)
+            verify_files(folder, names)
         for part in (
             "encoder.onnx.data is truncated: 1000 bytes of",
             "decoder.onnx.data is joint.onnx.data under another name",
@@ -224,7 +230,7 @@ class TestManifest:
         manifest = json.loads((folder / "manifest.json").read_text())
         del manifest["files"]
         (folder / "manifest.json").write_text(json.dumps(manifest))
-        assert files.verify_files(folder, ["encoder.onnx"]) == 0
+        assert verify_files(folder, ["encoder.onnx"]) == 0
 
 
 def test_the_same_input_gives_the_same_bytes(tiny_export, tmp_path):
@@ -345,17 +351,17 @@ class TestAudio:
         soundfile.write(path, np.stack([samples, 0.5 * samples], axis=1), rate)
         whole = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(axis=1)
         wanted = soxr.resample(whole, rate, 16000) if rate != 16000 else whole
-        monkeypatch.setattr(runtime, "BLOCK_VALUES", 10_000)
-        np.testing.assert_allclose(runtime.load_audio(path, 16000, 1), wanted, atol=1e-6)
+        monkeypatch.setattr("common.run.audio.BLOCK_VALUES", 10_000)
+        np.testing.assert_allclose(load_audio(path, 16000, 1), wanted, atol=1e-6)
 
     def test_a_clip_over_the_limit_is_refused_before_it_is_in_memory(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(runtime, "MAX_SECONDS", 2)
-        monkeypatch.setattr(runtime, "BLOCK_VALUES", 1000)
+        monkeypatch.setattr("common.run.audio.MAX_SECONDS", 2)
+        monkeypatch.setattr("common.run.audio.BLOCK_VALUES", 1000)
         soundfile.write(tmp_path / "long.wav", np.zeros(8000 * 3), 8000)
         soundfile.write(tmp_path / "right.wav", np.zeros(8000 * 2), 8000)
-        assert len(runtime.load_audio(tmp_path / "right.wav", 16000, 1)) == 32_000
+        assert len(load_audio(tmp_path / "right.wav", 16000, 1)) == 32_000
         with pytest.raises(ValueError, match="longer than"):
-            runtime.load_audio(tmp_path / "long.wav", 16000, 1)
+            load_audio(tmp_path / "long.wav", 16000, 1)
 
     @needs_fork
     @pytest.mark.parametrize("token", [7, 256], ids=["a token", "the blank"])
@@ -371,7 +377,7 @@ class TestAudio:
         onnx.save(proto, folder / "joint.onnx")
         signal.alarm(60)  # its default is to end the process: better than to hang
         try:
-            genai, raw = runtime.GenAI(folder), runtime.RawOrt(folder)
+            genai, raw = GenAI(folder), RawOrt(folder)
             samples = genai.config.read_audio(audio.SPEECH)
             features = genai.features(samples)
             found = genai.transcribe(samples)

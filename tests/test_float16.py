@@ -16,11 +16,14 @@ import export_tokenizer
 import optimize_encoder
 import test_e2e
 import test_real_speech
-from common import float16
-from common.float16 import Emulated, Recorder, convert, record
-from common.graphs import DECODER, ENCODER, GRAPHS, JOINT, Tensor
-from common.optimize import sqnr_db
-from common.runtime import GenAI, Nemo, OrtGraph
+from common.contract import DECODER, ENCODER, GRAPHS, JOINT, Tensor
+from common.export import float16
+from common.export.float16 import Emulated, _exact, convert
+from common.export.ranges import Recorder, record
+from common.quantize.fidelity import sqnr_db
+from common.run.genai import GenAI
+from common.run.nemo import Nemo
+from common.run.ort import OrtGraph
 from tests.conftest import SAMPLES, TINY
 
 CLIPS = sorted(SAMPLES.glob("clips/*.flac"))
@@ -52,7 +55,7 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("float16")
     source = ["--model_name", str(loud_checkpoint(place / "loud.nemo")), "--output_dir", str(place / "fp16")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.parity.LONG_CASE_MAX_PARAMETERS", 0)  # test_positions is as long
+        patch.setattr("common.export.parity.LONG_CASE_MAX_PARAMETERS", 0)  # test_positions is as long
         assert export_parakeet_to_onnx.main([*source, "--precision", "fp16"]) == 0
     assert export_tokenizer.main(source) == 0
     return place / "fp16"
@@ -149,7 +152,7 @@ def test_positions(tiny_export, features, tmp_path, monkeypatch):
     convert(tiny_export, tmp_path, ENCODER, largest)
     ratio = sqnr_db(wanted, Emulated(tmp_path, ENCODER)(*clip)[0])
     assert ratio > 55
-    exact = float16._exact
+    exact = _exact
     monkeypatch.setattr(
         float16, "_exact", lambda model: {node for node in exact(model) if node.op_type in ("Cast", "Range")}
     )

@@ -12,11 +12,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import optimize_encoder
-from common import int8
-from common.files import MANIFEST, save_model
-from common.graphs import DECODER, ENCODER, JOINT
-from common.optimize import INT8, make_plan, quantizable, quantize_weights, sqnr_db
-from common.runtime import GenAI, OrtGraph, RawOrt
+from common.contract import DECODER, ENCODER, JOINT
+from common.folder.manifest import MANIFEST
+from common.folder.onnx_files import save_model
+from common.quantize import int8
+from common.quantize.fidelity import sqnr_db
+from common.quantize.plan import INT8, make_plan
+from common.quantize.rewrite import quantizable, quantize_weights
+from common.run.baseline import RawOrt
+from common.run.genai import GenAI
+from common.run.ort import OrtGraph
 from tests.conftest import SAMPLES
 
 RNG = np.random.default_rng(0)

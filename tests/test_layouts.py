@@ -17,15 +17,20 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
-from common import tokenizer, views
-from common.card import CARD
-from common.configs import check_fixed_supports, check_genai_supports
-from common.console import CheckError
-from common.files import MANIFEST, read_manifest, staged_folder, verify_files
-from common.graphs import SHERPA_ONNX_GRAPHS
-from common.layouts import GENAI, LAYOUTS, ONNX_ASR, SHERPA_ONNX, Layout, genai_folder, usage
-from common.model import ModelSpec
-from common.runtime import GenAI, Nemo, load_audio
+from common.checkpoint.spec import ModelSpec
+from common.checkpoint.tokenizer import tokens_text
+from common.cli import CheckError
+from common.folder.manifest import MANIFEST, read_manifest, verify_files
+from common.folder.staging import staged_folder
+from common.layouts import adapt as views
+from common.layouts.genai import GENAI, check_genai_supports, genai_folder
+from common.layouts.layout import LAYOUTS, Layout
+from common.layouts.onnx_asr import ONNX_ASR
+from common.layouts.sherpa_onnx import SHERPA_ONNX, SHERPA_ONNX_GRAPHS
+from common.report.card import CARD
+from common.run.audio import load_audio
+from common.run.genai import GenAI
+from common.run.nemo import Nemo
 from tests.conftest import ROOT, SAMPLES, TINY
 
 CLIPS = [SAMPLES / json.loads(line)["audio_filepath"] for line in (SAMPLES / "manifest.jsonl").open()]
@@ -254,10 +259,10 @@ def test_sherpa_onnx_refuses_wrong_metadata(key, value, message, exported, tmp_p
     ],
 )
 def test_a_checkpoint_that_a_runtime_cannot_compute_is_refused_by_name(runtime, change, named, spec):
-    check_fixed_supports(spec, runtime)
+    LAYOUTS[runtime].check(spec)
     other = dataclasses.replace(spec, **change)
     with pytest.raises(ValueError, match=re.escape(named)):
-        check_fixed_supports(other, runtime)
+        LAYOUTS[runtime].check(other)
     if "unsupported_features" not in change:
         check_genai_supports(other)
 
@@ -268,15 +273,15 @@ def pieces(*texts: str) -> ModelProto:
 
 @pytest.mark.parametrize("text", ["a b", "a\nb", "\r", "<blk>", ""])
 def test_pieces_that_would_be_misread_are_refused(text):
-    assert tokenizer.tokens_text(pieces("▁a", "é")) == "▁a 0\né 1\n<blk> 2\n"
+    assert tokens_text(pieces("▁a", "é")) == "▁a 0\né 1\n<blk> 2\n"
     with pytest.raises(ValueError, match="misread 1 pieces"):
-        tokenizer.tokens_text(pieces("▁a", text))
+        tokens_text(pieces("▁a", text))
 
 
 def test_a_vocabulary_that_sherpa_onnx_takes_for_bytes_is_refused():
-    assert tokenizer.tokens_text(pieces("▁ſ", "ф"))
+    assert tokens_text(pieces("▁ſ", "ф"))
     with pytest.raises(ValueError, match="byte-level BPE"):
-        tokenizer.tokens_text(pieces("▁ſ", "a", "ƒ"))
+        tokens_text(pieces("▁ſ", "a", "ƒ"))
 
 
 def test_scripts_find_the_folder_for_genai(exported, capsys, tmp_path):
@@ -317,8 +322,8 @@ def test_a_second_run_keeps_what_it_did_not_write_in_a_subfolder(tmp_path):
 def test_the_usage_runs_and_is_in_the_readme(runtime, exported, nemo_texts, tmp_path):
     import soundfile
 
-    assert usage(runtime, f"onnx_models/{runtime}") in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert LAYOUTS[runtime].usage_of(f"onnx_models/{runtime}") in (ROOT / "README.md").read_text(encoding="utf-8")
     samples, sample_rate = soundfile.read(CLIPS[0], dtype="float32")
     soundfile.write(tmp_path / "audio.wav", samples[: len(samples) // 160 * 160], sample_rate)
-    done = python(usage(runtime, str(exported / runtime), str(tmp_path / "audio.wav")))
+    done = python(LAYOUTS[runtime].usage_of(str(exported / runtime), str(tmp_path / "audio.wav")))
     assert done.stdout.strip() == nemo_texts[0], done.stderr

@@ -9,9 +9,11 @@ import tarfile
 import pytest
 import yaml
 
-from common.configs import NO_SYMBOL_LIMIT, Window, audio_processor_config, check_genai_supports, genai_config
-from common.model import ModelSpec, _feature_differences, read_config, require_tdt
-from common.runtime import GenAI
+from common.checkpoint.nemo import read_config, require_tdt
+from common.checkpoint.spec import ModelSpec, _feature_differences
+from common.layouts.features import NO_SYMBOL_LIMIT
+from common.layouts.genai import Window, audio_processor_config, check_genai_supports, genai_config
+from common.run.genai import GenAI
 from tests.conftest import TINY
 
 

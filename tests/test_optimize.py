@@ -13,10 +13,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import optimize_encoder
-from common import optimize, quantize
-from common.files import MANIFEST, save_model
-from common.quantize import BITS, BLOCK_SIZES, METHODS
-from common.report import REPORT_HTML, REPORT_JSON
+from common.folder.manifest import MANIFEST
+from common.folder.onnx_files import load, save_model
+from common.quantize import blocks as quantize
+from common.quantize import rewrite as optimize
+from common.quantize.blocks import BITS, BLOCK_SIZES, METHODS
+from common.quantize.fidelity import sqnr_db
+from common.quantize.plan import Format, make_plan
+from common.quantize.rewrite import fuse, quantizable, quantize_weights
+from common.report.report import REPORT_HTML, REPORT_JSON
 
 RNG = np.random.default_rng(7)
 MATRICES = {  # [K, N]; K is no multiple of the larger blocks
@@ -145,7 +150,7 @@ def test_mixed_plan_gives_8_bits_to_both_ends_and_to_sensitive_roles():
         "feed_forward2.project",
     )
     names = ["subsampling.out.weight", *(f"layers.{i}.{role}.weight" for i in range(3) for role in roles)]
-    plan = optimize.make_plan(names, "k_quant_mixed", 64)
+    plan = make_plan(names, "k_quant_mixed", 64)
     assert list(plan) == names
     assert {form.block for form in plan.values()} == {64}
     assert [name for name in names if plan[name].bits == 8] == [
@@ -153,9 +158,9 @@ def test_mixed_plan_gives_8_bits_to_both_ends_and_to_sensitive_roles():
         *(f"layers.{i}.{role}.weight" for i in range(3) for role in ("attention.value", "convolution.expand")),
         "layers.2.feed_forward2.project.weight",
     ]
-    assert {form.bits for form in optimize.make_plan(names, "hqq", 64).values()} == {4}
+    assert {form.bits for form in make_plan(names, "hqq", 64).values()} == {4}
     with pytest.raises(ValueError, match="optimized already"):
-        optimize.make_plan([], "rtn", 32)
+        make_plan([], "rtn", 32)
 
 
 @pytest.fixture
@@ -192,7 +197,7 @@ def run_file(path: Path) -> list[np.ndarray]:
 
 
 def test_fusion_reads_biases_from_the_data_file(block_model, tmp_path):
-    model, fused = optimize.fuse(block_model)
+    model, fused = fuse(block_model)
     assert fused == {"SkipLayerNormalization": 2}
     assert Counter(node.op_type for node in model.graph) == {"SkipLayerNormalization": 2, "MatMul": 4, "Transpose": 1}
     save_model(model, tmp_path / "fused.onnx")
@@ -201,23 +206,23 @@ def test_fusion_reads_biases_from_the_data_file(block_model, tmp_path):
 
 
 def test_only_constant_matrices_of_some_size_are_quantized_and_shared_ones_once(block_model, tmp_path):
-    model = optimize.load(block_model)
-    found = optimize.quantizable(model)
+    model = load(block_model)
+    found = quantizable(model)
     assert {name: len(nodes) for name, nodes in found.items()} == {"weight": 2}
-    optimize.quantize_weights(model, {"weight": optimize.Format(8, 32)}, "hqq", 0)
+    quantize_weights(model, {"weight": Format(8, 32)}, "hqq", 0)
     assert [node.op_type for node in model.graph].count("MatMulNBits") == 2
     assert "weight" not in model.graph.initializers
     save_model(model, tmp_path / "eight.onnx")
     for wanted, found in zip(run_file(block_model), run_file(tmp_path / "eight.onnx"), strict=True):
-        assert optimize.sqnr_db(wanted, found) > 35
+        assert sqnr_db(wanted, found) > 35
 
 
 def test_sqnr():
     wanted = np.ones(10, np.float32)
-    assert optimize.sqnr_db(wanted, wanted * 1.1) == pytest.approx(20, abs=1e-3)
-    assert optimize.sqnr_db(wanted, wanted) == np.inf
-    assert optimize.sqnr_db(wanted, 0 * wanted) == 0
-    assert np.isnan(optimize.sqnr_db(wanted, wanted * np.nan))
+    assert sqnr_db(wanted, wanted * 1.1) == pytest.approx(20, abs=1e-3)
+    assert sqnr_db(wanted, wanted) == np.inf
+    assert sqnr_db(wanted, 0 * wanted) == 0
+    assert np.isnan(sqnr_db(wanted, wanted * np.nan))
 
 
 def optimized(tiny_export: Path, target: Path, *flags: str) -> tuple[onnx.ModelProto, dict]:

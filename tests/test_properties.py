@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from common import optimize, tokenizer, wrappers
-from common.archive import parse_config
-from common.decode import GENAI_RULE, NEMO_RULE, Prediction, greedy_tdt_decode
-from common.export import export_graph
-from common.files import save_model
-from common.graphs import DECODER, ENCODER, JOINT
-from common.runtime import OrtGraph
+from common.checkpoint.archive import parse_config
+from common.checkpoint.tokenizer import parse_model, special_ids, tokenizer_json, vocab_text
+from common.contract import DECODER, ENCODER, JOINT
+from common.export import wrappers
+from common.export.trace import export_graph
+from common.folder.onnx_files import save_model
+from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, compare
+from common.quantize.rewrite import fuse
+from common.run.decode import GENAI_RULE, NEMO_RULE, Prediction, greedy_tdt_decode
+from common.run.ort import OrtGraph
 from tests.test_tokenizer import Piece, handmade
 
 QUICK = settings(deadline=None, max_examples=200)
@@ -174,17 +177,17 @@ pieces = st.text(alphabet="abzAF019▁.'éж語😀", min_size=1, max_size=8)
 @given(names=st.lists(pieces, min_size=1, max_size=30, unique=True), draw=st.data())
 def test_any_vocabulary_reads_the_same_in_sentencepiece_and_hugging_face(names, draw):
     model = handmade(*((name, -float(index), Piece.NORMAL) for index, name in enumerate(names)))
-    proto = tokenizer.parse_model(model)
+    proto = parse_model(model)
     try:
-        content = tokenizer.tokenizer_json(proto)
+        content = tokenizer_json(proto)
     except ValueError as error:  # pieces that ONNX Runtime GenAI would misread
         reject() if "would misread" in str(error) else pytest.fail(str(error))
     assert len(content["model"]["vocab"]) == len(proto.pieces) + 1
     processor, exported = SentencePieceProcessor(model_proto=model), Tokenizer.from_str(json.dumps(content))
-    special = set(tokenizer.special_ids(proto))
+    special = set(special_ids(proto))
     ids = draw.draw(st.lists(st.integers(0, len(proto.pieces)), max_size=20))
     assert exported.decode(ids) == processor.decode([index for index in ids if index not in special])
-    assert tokenizer.vocab_text(proto).count("\n") == len(proto.pieces) + 1
+    assert vocab_text(proto).count("\n") == len(proto.pieces) + 1
 
 
 @settings(QUICK, max_examples=300)
@@ -194,7 +197,7 @@ def test_a_damaged_tokenizer_is_read_or_refused(flips):
     for place, value in flips:
         content[place % len(content)] = value
     with contextlib.suppress(ValueError):
-        tokenizer.tokenizer_json(tokenizer.parse_model(bytes(content)))
+        tokenizer_json(parse_model(bytes(content)))
 
 
 yaml_values = st.recursive(
@@ -239,12 +242,12 @@ def test_fusion_keeps_what_the_encoder_says(
     ).eval().requires_grad_(False)  # fmt: skip
     folder = tmp_path_factory.mktemp("random")
     export_graph(wrappers.Encoder(encoder), ENCODER, folder, 17)
-    fused, counts = optimize.fuse(folder / ENCODER.file)
+    fused, counts = fuse(folder / ENCODER.file)
     assert counts["SkipLayerNormalization"] > 0
     (folder / "fused").mkdir()
     save_model(fused, folder / "fused" / ENCODER.file)
     onnx.checker.check_model(folder / ENCODER.file)
-    assert optimize.compare(folder, folder / "fused", optimize.MIN_FLOAT_SQNR_DB) >= optimize.MIN_FLOAT_SQNR_DB
+    assert compare(folder, folder / "fused", MIN_FLOAT_SQNR_DB) >= MIN_FLOAT_SQNR_DB
     features, lengths = np.random.default_rng(seed).standard_normal((2, mels, 90), np.float32), np.array([90, 57])
     found, found_lengths = OrtGraph(folder, ENCODER)(features, lengths)
     with torch.inference_mode():

@@ -15,14 +15,17 @@ import onnx
 import pytest
 
 import optimize_encoder
-from common import gate, optimize, quantize
-from common.card import CARD
-from common.clips import read_clips
-from common.console import CheckError
-from common.files import verify_files
-from common.gate import Heard, judge, marked, word_table
-from common.graphs import GRAPHS
-from common.report import REPORT_HTML, REPORT_JSON, make_evaluation, make_report, page_writer
+from common.cli import CheckError
+from common.contract import GRAPHS
+from common.evaluate import word_limit as gate
+from common.evaluate.word_limit import Heard, judge, marked, word_table
+from common.folder.manifest import verify_files
+from common.quantize import blocks as quantize
+from common.quantize import rewrite as optimize
+from common.quantize.plan import Format, Stored
+from common.report.card import CARD
+from common.report.report import REPORT_HTML, REPORT_JSON, make_evaluation, make_report, page_writer
+from common.run.clips import read_clips
 from tests.conftest import ROOT, SAMPLES
 
 MANIFEST = SAMPLES / "manifest.jsonl"
@@ -182,7 +185,7 @@ def test_page_shows_hostile_text_as_text(folder, report):
 def test_sensitivity_is_shown_where_it_was_measured(folder, report, tiny_export, tmp_path):
     name = "layers.1.attention.key.weight"
     manifest = json.loads((folder / "manifest.json").read_text())
-    stored = {"encoder": {name: optimize.Stored(optimize.Format(4, 32), 0.01)}}
+    stored = {"encoder": {name: Stored(Format(4, 32), 0.01)}}
     argv = (tiny_export, folder, GRAPHS, manifest, manifest["optimize"], stored)
     found = make_report(*argv, {name: {8: 1.23456e-6, 4: 0.001}}, None)
     sensitive = {row["name"]: row["output_sensitivity"] for row in found["tensors"] if row["output_sensitivity"]}
@@ -305,8 +308,8 @@ def test_unusable_speech_is_refused_before_the_work(flags, message, tiny_export,
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
 def test_a_missing_package_is_named_before_the_work(package, tiny_export, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "common.plots", raising=False)
-    monkeypatch.delattr("common.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "common.report.plots", raising=False)
+    monkeypatch.delattr("common.report.plots", raising=False)
     assert optimize_tiny(tiny_export, tmp_path / "out") == 2
     output, error = capsys.readouterr()
     assert output == ""

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from common.decode import NEMO_RULE
-from common.runtime import GenAI, Nemo, RawOrt, load_audio, windows
+from common.run.audio import load_audio
+from common.run.baseline import RawOrt
+from common.run.config import windows
+from common.run.decode import NEMO_RULE
+from common.run.genai import GenAI
+from common.run.nemo import Nemo
 from tests.conftest import SAMPLES
 
 ROWS = [json.loads(line) for line in (SAMPLES / "manifest.jsonl").read_text().splitlines()]

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 import test_real_speech
-from common.decode import NEMO_RULE, Step
-from common.runtime import GenAI, Nemo, RawOrt
-from common.timestamps import LINE_CHARACTERS, MAX_CUE_SECONDS, Pieces, Word, cues, furthest_apart, srt, words
+from common.evaluate.subtitles import LINE_CHARACTERS, MAX_CUE_SECONDS, cues, srt
+from common.evaluate.timestamps import Pieces, Word, furthest_apart, words
+from common.run.baseline import RawOrt
+from common.run.decode import NEMO_RULE, Step
+from common.run.genai import GenAI
+from common.run.nemo import Nemo
 from tests.conftest import SAMPLES, TINY
 
 ROWS = [json.loads(line) for line in (SAMPLES / "manifest.jsonl").read_text().splitlines()]

@@ -19,8 +19,21 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer
 
 import export_tokenizer
-from common import console, files, tokenizer
-from common.tokenizer import ModelProto, Piece
+from common import cli as console
+from common.checkpoint import tokenizer
+from common.checkpoint.tokenizer import (
+    NOT_ZERO,
+    ModelProto,
+    Piece,
+    parse_model,
+    probe_sequences,
+    special_ids,
+    tokenizer_config,
+    tokenizer_json,
+    vocab_text,
+    vocabulary,
+)
+from common.folder.outputs import write_json
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = REPOSITORY / "samples" / "parakeet-tdt-tiny.nemo"
@@ -76,16 +89,16 @@ class Readers:
     """One exported tokenizer as the three programs see it. `decode` asserts that they agree and returns the text."""
 
     def __init__(self, model: bytes, folder: Path):
-        self.proto = tokenizer.parse_model(model)
+        self.proto = parse_model(model)
         self.sentencepiece = SentencePieceProcessor(model_proto=model)
-        files.write_json(folder / "tokenizer.json", tokenizer.tokenizer_json(self.proto))
-        files.write_json(folder / "tokenizer_config.json", tokenizer.tokenizer_config(self.proto))
+        write_json(folder / "tokenizer.json", tokenizer_json(self.proto))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(self.proto))
         write_stub_model(folder, vocab_size=len(self.proto.pieces) + 1)
         self.hugging_face = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.genai_model = og.Model(str(folder))
         self.genai = og.Tokenizer(self.genai_model)
         self.processor = self.genai_model.create_multimodal_processor()
-        self.special = set(tokenizer.special_ids(self.proto))
+        self.special = set(special_ids(self.proto))
 
     def decode(self, ids: list[int]) -> str:
         wanted = self.sentencepiece.decode([index for index in ids if index not in self.special])
@@ -148,7 +161,7 @@ def write_stub_model(folder: Path, vocab_size: int) -> None:
             model[name] |= {"hidden_size": width, "num_hidden_layers": 1}
         model[name] |= {side: dict(zip(roles[name][index], graphs[name][index], strict=True))
                         for index, side in enumerate(("inputs", "outputs"))}  # fmt: skip
-    files.write_json(folder / "genai_config.json", {"model": model, "search": {"max_length": 100}})
+    write_json(folder / "genai_config.json", {"model": model, "search": {"max_length": 100}})
 
 
 def write_constants(path: Path, inputs: dict, outputs: dict) -> None:
@@ -179,7 +192,7 @@ def write_checkpoint(path: Path, model: bytes) -> Path:
 
 
 def test_pieces_and_scores_are_sentencepiece_s_own_and_the_blank_is_last(readers):
-    entries = tokenizer.tokenizer_json(readers.proto)["model"]["vocab"]
+    entries = tokenizer_json(readers.proto)["model"]["vocab"]
     own = [(piece.piece, piece.score) for piece in readers.proto.pieces]
     respelled = [(old, new) for (old, _), (new, _) in zip(own, entries, strict=False) if old != new]
     assert all(new == old.replace("▁", " ") for old, new in respelled)
@@ -190,7 +203,7 @@ def test_pieces_and_scores_are_sentencepiece_s_own_and_the_blank_is_last(readers
 
 
 def test_vocab_text_is_one_piece_a_line(readers):
-    lines = tokenizer.vocab_text(readers.proto).splitlines()
+    lines = vocab_text(readers.proto).splitlines()
     assert lines == [readers.sentencepiece.id_to_piece(index) for index in range(len(lines) - 1)] + ["<blank>"]
 
 
@@ -211,7 +224,7 @@ def test_control_and_user_defined_pieces_are_special(bytes_readers):
 
 
 def test_probe_sequences_hold_every_piece_and_decode_alike(readers):
-    sequences = tokenizer.probe_sequences(readers.proto)
+    sequences = probe_sequences(readers.proto)
     byte_ids = {index for index, piece in enumerate(readers.proto.pieces) if piece.type == Piece.BYTE}
     reached = {index for sequence in sequences for index in sequence}
     assert set(range(len(readers.proto.pieces) + 1)) - byte_ids <= reached | {readers.id("▁")}
@@ -220,7 +233,7 @@ def test_probe_sequences_hold_every_piece_and_decode_alike(readers):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_sequences_decode_alike(readers, seed):
-    for sequence in tokenizer.probe_sequences(readers.proto, length=1 + 3 * seed, seed=1000 + seed):
+    for sequence in probe_sequences(readers.proto, length=1 + 3 * seed, seed=1000 + seed):
         readers.decode(sequence)
 
 
@@ -234,7 +247,7 @@ def test_sentences_survive_every_encoder(readers, sentence):
 
 
 def test_unigram_encodes_like_sentencepiece_but_for_respelled_pieces(bytes_readers):
-    entries = tokenizer.vocabulary(bytes_readers.proto)
+    entries = vocabulary(bytes_readers.proto)
     respelled = {index for index, piece in enumerate(bytes_readers.proto.pieces) if piece.piece != entries[index][0]}
     same = []
     for sentence in SENTENCES:
@@ -289,7 +302,7 @@ def test_ids_do_not_shift_after_a_zero_score(tmp_path):
     pieces = [("%", 0.0, 4), *((f"<0x{value:02X}>", 0.0, 6) for value in range(256)), ("a", 0.0, 1), ("b", -1.0, 1)]
     readers = Readers(handmade(*pieces), tmp_path)
     assert readers.decode([readers.id("b"), readers.id("a"), readers.id("<0x25>"), readers.id("b")]) == "bab"
-    assert tokenizer.vocabulary(readers.proto)[readers.id("<0x25>")][1] == tokenizer.NOT_ZERO
+    assert vocabulary(readers.proto)[readers.id("<0x25>")][1] == NOT_ZERO
 
 
 # What is refused
@@ -308,23 +321,23 @@ def test_a_piece_without_a_spelling_is_refused_by_name(tmp_path, capsys):
 @pytest.mark.parametrize("model", [b"", b"not a model", b"\x0a\x02"])
 def test_other_bytes_are_refused(model):
     with pytest.raises(ValueError, match="wanted a SentencePiece model"):
-        tokenizer.parse_model(model)
+        parse_model(model)
 
 
 def test_half_a_model_and_a_repeated_piece_are_refused():
     for model in (trained("bpe")[:1000], handmade(("a", -1.0, 1), ("a", -2.0, 1))):
         with pytest.raises(ValueError, match="wanted a SentencePiece model"):
-            tokenizer.parse_model(model)
+            parse_model(model)
 
 
 def test_a_line_break_in_a_piece_is_refused():
     with pytest.raises(ValueError, match="line break in 'a"):
-        tokenizer.vocab_text(tokenizer.parse_model(handmade(("a\n", -1.0, 1))))
+        vocab_text(parse_model(handmade(("a\n", -1.0, 1))))
 
 
 def test_a_piece_named_like_the_blank_keeps_its_name(tmp_path):
     readers = Readers(handmade(("<blank>", 0.0, 4), ("a", -1.0, 1)), tmp_path)
-    assert tokenizer.vocabulary(readers.proto)[-1][0] == "<<blank>>"
+    assert vocabulary(readers.proto)[-1][0] == "<<blank>>"
     assert readers.decode([1, 2, 3]) == "a"
 
 
@@ -365,7 +378,7 @@ def keep_leading_space(content: dict) -> None:
 
 @pytest.mark.parametrize("damage", [swap_pieces, show_a_mark, forget_bytes, keep_leading_space])
 def test_script_catches_a_wrong_tokenizer(tmp_path, monkeypatch, capsys, damage):
-    right = tokenizer.tokenizer_json
+    right = tokenizer_json
 
     def wrong(proto: ModelProto) -> dict:
         content = right(proto)

@@ -12,10 +12,12 @@ import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
 from benchmarks.random_checkpoint import write_checkpoint
-from common.float16 import Emulated, convert, record
-from common.graphs import GRAPHS
-from common.optimize import sqnr_db
-from common.runtime import GenAI, RawOrt
+from common.contract import GRAPHS
+from common.export.float16 import Emulated, convert
+from common.export.ranges import record
+from common.quantize.fidelity import sqnr_db
+from common.run.baseline import RawOrt
+from common.run.genai import GenAI
 from tests.conftest import SAMPLES
 
 SMALL = {"n_layers": 2, "n_heads": 2, "subsampling_conv_channels": 16}

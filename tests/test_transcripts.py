@@ -2,16 +2,10 @@
 
 import pytest
 
-from common.decode import Hypothesis, Step
-from common.graphs import PARITY_TOLERANCE
-from common.transcripts import (
-    first_difference,
-    first_token_difference,
-    normalize,
-    word_changes,
-    word_error_rate,
-    word_errors,
-)
+from common.contract import PARITY_TOLERANCE
+from common.evaluate.differences import first_difference, first_token_difference
+from common.evaluate.wer import normalize, word_changes, word_error_rate, word_errors
+from common.run.decode import Hypothesis, Step
 
 BLANK = 9
 

@@ -28,8 +28,9 @@ import export_tokenizer
 import optimize_encoder
 import test_e2e
 import test_real_speech
-from common.console import quiet_libraries
-from common.files import MANIFEST, read_json, sha256, write_json
+from common.cli import quiet_libraries
+from common.folder.manifest import MANIFEST, sha256
+from common.folder.outputs import read_json, write_json
 from tests.faults import audio, checkpoints
 
 TINY = checkpoints.TINY
@@ -448,10 +449,6 @@ def _import_heavy_modules() -> None:
     import onnxruntime  # noqa: F401
     import onnxruntime_genai  # noqa: F401
     import soxr  # noqa: F401
-
-    import common.export
-    import common.parity
-    import common.wrappers  # noqa: F401
 
 
 if __name__ == "__main__":

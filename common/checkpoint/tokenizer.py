@@ -1,0 +1,293 @@
+"""A SentencePiece model as the tokenizer files of Hugging Face and ORT Extensions; pure functions, no torch, no NeMo.
+
+Three readers must show the same text for the same ids: SentencePiece itself, Hugging Face `tokenizers` and the
+Unigram reader of ORT Extensions that ORT GenAI uses (`SpmUgmTokenizer`, `SpmUgmDecoder` in
+operators/tokenizer/ugm_kernels.hpp, observed with onnxruntime-genai 0.18.0). The last one has four habits that decide
+how the files are written:
+
+* Any piece of six bytes whose fourth and fifth are upper-case hexadecimal digits becomes one byte, not only `<0x41>`:
+  `▁100` would show as `\x10` and `▁FBI` as the byte FB. With a plain space for `▁` such a piece is four bytes long; it
+  decodes right, and the encoders spell its text with other pieces.
+* `▁` becomes a space where the piece starts with it, else where it ends with it, and nowhere besides.
+* Ids are counted, not read: a piece of score 0 whose string was seen before (`<0x25>` after a piece `%`) gets no id,
+  and all later ids shift.
+* A string has one id. Where `A` is a piece, `<0x41>` has no text of its own; SentencePiece's encoder never uses such a
+  byte, so no model learned to emit it, and it is marked special.
+
+V counts the blank, which SentencePiece does not have: it is the last id, V - 1.
+"""
+
+import base64
+import math
+import random
+import re
+import string
+
+from google.protobuf.message import DecodeError
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+BLANK = "<blank>"
+PLAIN_BLANK = "<blk>"  # by which onnx-asr and sherpa-onnx find it
+SPACE = "▁"  # how SentencePiece writes a space inside a piece
+NOT_ZERO = -1e-9  # a score that keeps an id where ORT Extensions would skip one of 0; too small to choose a path
+Piece = ModelProto.SentencePiece
+MARK = re.compile(rf"{SPACE}?(<.+>|\[.+\])", re.DOTALL)  # how a user-defined piece that is no text is spelt
+WHITE_SPACE = set(string.whitespace)  # of ASCII: what sherpa-onnx splits and trims a line at
+LAST_BYTE_BPE = 0xC6  # the largest byte of icefall's byte-level pieces, which are spelt up to U+01BF
+UTF8_LENGTHS = ((0x01, 0x80), (0x80, 0x800), (0x800, 0xD800), (0x10000, 0x110000))  # code points of 1, 2, 3, 4 bytes
+SIX_BYTES_READ_AS_ONE = re.compile(rb"...([0-9A-F]{2}).", re.DOTALL)
+
+
+def parse_model(model: bytes) -> ModelProto:
+    """The SentencePiece model in `model`. Raises ValueError where SentencePiece cannot load it."""
+    try:
+        SentencePieceProcessor().LoadFromSerializedProto(model)
+        proto = ModelProto.FromString(model)
+    except (RuntimeError, DecodeError) as error:
+        raise ValueError(f"wanted a SentencePiece model, found {len(model)} other bytes ({error})") from None
+    for index, piece in enumerate(proto.pieces):  # protobuf gives bytes for a string that is not UTF-8
+        if not isinstance(piece.piece, str) or not math.isfinite(piece.score):
+            raise ValueError(
+                f"piece {index} of the SentencePiece model, {piece.piece!r}, is damaged; download it again"
+            )
+    return proto
+
+
+def special_ids(proto: ModelProto) -> list[int]:
+    """Ids that no transcript shows: unknown and control pieces, user-defined marks, bytes without a use, the blank.
+
+    A user-defined piece is a mark if it is spelt like one, `<|en|>` or `[noise]`. All others are text: v3 has its digits
+    as user-defined pieces, and no other digit pieces.
+    """
+    taken = {piece.piece for piece in proto.pieces}
+    hidden = [
+        index
+        for index, piece in enumerate(proto.pieces)
+        if piece.type in (Piece.UNKNOWN, Piece.CONTROL)
+        or (piece.type == Piece.USER_DEFINED and MARK.fullmatch(piece.piece))
+        or (piece.type == Piece.BYTE and _is_useless_byte(_byte(piece), taken))
+    ]
+    return [*hidden, len(proto.pieces)]
+
+
+def vocabulary(proto: ModelProto) -> list[list]:
+    """[piece, score] of each id, the blank last; SentencePiece's own but where ORT Extensions would misread them.
+
+    Raises ValueError naming the pieces that ORT Extensions cannot show: `IMPACT`, six bytes with `AC` as the fourth and
+    fifth, is a byte to it, and it offers no other spelling.
+    """
+    entries, seen = [], set()
+    for piece in proto.pieces:
+        text = piece.piece if piece.type == Piece.BYTE else _readable(piece.piece)
+        score = piece.score
+        if score == 0 and _runtime_key(text) in seen:
+            score = NOT_ZERO
+        seen.add(_runtime_key(text))
+        entries.append([text, score])
+    entries.append([blank_name(proto), 0.0])
+    _require_readable(proto, entries)
+    return entries
+
+
+def blank_name(proto: ModelProto) -> str:
+    """`<blank>`, in further brackets while the model has a piece of that name."""
+    taken, name = {piece.piece for piece in proto.pieces}, BLANK
+    while name in taken:
+        name = f"<{name}>"
+    return name
+
+
+def tokenizer_json(proto: ModelProto) -> dict:
+    """The content of tokenizer.json: a Hugging Face Unigram tokenizer. Raises ValueError like `vocabulary`."""
+    entries = vocabulary(proto)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_special_token(index, entries[index][0]) for index in special_ids(proto)],
+        "normalizer": _normalizer(proto),
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": SPACE,
+            "prepend_scheme": "always" if proto.normalizer_spec.add_dummy_prefix else "never",
+            "split": proto.trainer_spec.split_by_whitespace,
+        },
+        "post_processor": None,
+        "decoder": _decoder(proto),
+        "model": {
+            "type": "Unigram",
+            "unk_id": _unknown_id(proto),
+            "vocab": entries,
+            "byte_fallback": any(piece.type == Piece.BYTE for piece in proto.pieces),
+        },
+    }
+
+
+def tokenizer_config(proto: ModelProto) -> dict:
+    """The content of tokenizer_config.json. ORT Extensions picks its Unigram reader by the class name T5Tokenizer."""
+    return {
+        "tokenizer_class": "T5Tokenizer",
+        "unk_token": proto.pieces[_unknown_id(proto)].piece,
+        "eos_token": blank_name(proto),
+        "pad_token": blank_name(proto),
+        "extra_ids": 0,  # T5 has 100 pieces of its own after the vocabulary; there is nothing after the blank
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def vocab_text(proto: ModelProto) -> str:
+    """The content of vocab.txt: one piece a line, in id order, the blank last.
+
+    Raises ValueError where a piece holds a line break.
+    """
+    pieces = [*(piece.piece for piece in proto.pieces), blank_name(proto)]
+    broken = [piece for piece in pieces if "\n" in piece]
+    if broken:
+        raise ValueError(f"wanted pieces of one line for vocab.txt, found a line break in {_named(broken)}")
+    return "".join(f"{piece}\n" for piece in pieces)
+
+
+def tokens_text(proto: ModelProto) -> str:
+    """onnx-asr's vocab.txt and sherpa-onnx's tokens.txt: piece, space, id, one a line, the blank `<blk>` last.
+
+    Raises ValueError naming the pieces that either would misread: with white space in them, or named like the blank;
+    and a vocabulary that sherpa-onnx takes for one of bytes in disguise (IsByteBPE in csrc/symbol-table.cc).
+    """
+    pieces = [piece.piece for piece in proto.pieces]
+    wrong = [piece for piece in pieces if not piece or piece == PLAIN_BLANK or set(piece) & WHITE_SPACE]
+    if wrong:
+        raise ValueError(f"onnx-asr and sherpa-onnx would misread {len(wrong)} pieces: {_named(wrong)}")
+    if max((byte for piece in pieces for byte in piece.lstrip(SPACE).encode()), default=0) == LAST_BYTE_BPE:
+        raise ValueError("sherpa-onnx would take this vocabulary for byte-level BPE: no letter past U+01BF in it")
+    return "".join(f"{piece} {index}\n" for index, piece in enumerate([*pieces, PLAIN_BLANK]))
+
+
+def probe_sequences(proto: ModelProto, length: int = 32, seed: int = 0) -> list[list[int]]:
+    """Shuffled id sequences of about `length` ids that hold every piece, bytes as whole UTF-8 characters.
+
+    Of a broken byte run SentencePiece shows U+FFFD for each broken byte, `tokenizers` for each byte of the run, and
+    ORT GenAI raises UnicodeDecodeError. Where SentencePiece drops all spaces at the beginning, no sequence starts with
+    several, since ORT GenAI always drops one. On all other sequences the three agree.
+    """
+    draw = random.Random(seed)
+    of_byte = {_byte(piece): index for index, piece in enumerate(proto.pieces) if piece.type == Piece.BYTE}
+    bytes_used = set(of_byte.values())
+    units = [[index] for index in range(len(proto.pieces) + 1) if index not in bytes_used]
+    if of_byte:  # SentencePiece loads a model with all 256 or none
+        units += [[of_byte[value]] for value in range(0x80)]
+        characters = [chr(draw.randrange(*limits)) for limits in UTF8_LENGTHS for _ in range(length)]
+        units += [[of_byte[value] for value in character.encode()] for character in characters]
+    draw.shuffle(units)
+    groups = [units[start : start + length] for start in range(0, len(units), length)]
+    sequences = [[index for unit in group for index in unit] for group in groups]
+    if not proto.normalizer_spec.remove_extra_whitespaces:
+        return sequences
+    special, spaces = set(special_ids(proto)), _space_ids(proto)
+    return [_without_leading(spaces, sequence, special) for sequence in sequences]
+
+
+def _space_ids(proto: ModelProto) -> set[int]:
+    """Ids of the lone space and of pieces that begin with several."""
+    pieces = enumerate(piece.piece for piece in proto.pieces)
+    return {index for index, text in pieces if text == SPACE or text.startswith(2 * SPACE)}
+
+
+def _without_leading(spaces: set[int], sequence: list[int], special: set[int]) -> list[int]:
+    """`sequence` without those of `spaces` that precede its first other piece; special ids stay."""
+    start = next((place for place, index in enumerate(sequence) if index not in special | spaces), len(sequence))
+    return [index for index in sequence[:start] if index not in spaces] + sequence[start:]
+
+
+def _unknown_id(proto: ModelProto) -> int:
+    return next(index for index, piece in enumerate(proto.pieces) if piece.type == Piece.UNKNOWN)
+
+
+def _byte(piece: Piece) -> int:
+    """65 for the byte piece `<0x41>`."""
+    return int(piece.piece[3:5], 16)
+
+
+def _is_useless_byte(value: int, taken: set[str]) -> bool:
+    """Whether a character has a piece besides its byte, or is NUL, which would end the C string of a transcript."""
+    return value == 0 or (value < 0x80 and chr(value).replace(" ", SPACE) in taken)
+
+
+def _special_token(index: int, content: str) -> dict:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": content, **flags, "special": True}
+
+
+def _normalizer(proto: ModelProto) -> dict | None:
+    """SentencePiece's own character map, then its handling of spaces."""
+    spec, steps = proto.normalizer_spec, []
+    if spec.precompiled_charsmap:
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode("ascii")
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if spec.remove_extra_whitespaces:
+        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    return {"type": "Sequence", "normalizers": steps} if steps else None
+
+
+def _decoder(proto: ModelProto) -> dict:
+    """Spaces, bytes, and the spaces that `SentencePieceProcessor::Decode` drops at the beginning: all, one or none."""
+    spec = proto.normalizer_spec
+    dropped = 2**31 - 1 if spec.remove_extra_whitespaces else int(spec.add_dummy_prefix)
+    steps = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": dropped, "stop": 0},
+    ]
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _readable(text: str) -> str:
+    """`text` as it is where ORT Extensions shows it right, else with plain spaces, which it passes on untouched."""
+    plain = text.replace(SPACE, " ")
+    return text if _runtime_text(_runtime_key(text)) == plain.encode() else plain
+
+
+def _runtime_key(text: str) -> bytes:
+    """What `SpmUgmTokenizer::Load` files a piece under."""
+    raw = text.encode()
+    match = SIX_BYTES_READ_AS_ONE.fullmatch(raw)
+    return bytes([int(match[1], 16)]) if match else raw
+
+
+def _runtime_text(key: bytes) -> bytes:
+    """What `SpmUgmDecoder::Id2Token` shows for a piece."""
+    space = SPACE.encode()
+    if key.startswith(space):
+        return b" " + key.removeprefix(space)
+    return key.removesuffix(space) + b" " if key.count(space) == 1 and key.endswith(space) else key
+
+
+def _require_readable(proto: ModelProto, entries: list[list]) -> None:
+    """Raise ValueError naming the pieces that ORT Extensions, loading `entries`, shows otherwise than SentencePiece."""
+    ids: dict[bytes, int] = {}
+    count = 0
+    for text, score in entries:  # the loop of `SpmUgmTokenizer::Load`
+        key = _runtime_key(text)
+        if score != 0 or key not in ids:
+            ids[key] = count
+            count += 1
+    shown = {index: _runtime_text(key) for key, index in ids.items()}
+    hidden = set(special_ids(proto))
+    wrong = [
+        piece.piece
+        for index, piece in enumerate(proto.pieces)
+        if index not in hidden and shown.get(index) != _sentencepiece_text(piece)
+    ]
+    if wrong:
+        raise ValueError(f"ONNX Runtime GenAI would misread {len(wrong)} pieces, and cannot be told: {_named(wrong)}")
+
+
+def _sentencepiece_text(piece: Piece) -> bytes:
+    return bytes([_byte(piece)]) if piece.type == Piece.BYTE else piece.piece.replace(SPACE, " ").encode()
+
+
+def _named(pieces: list[str], most: int = 8) -> str:
+    more = f" and {len(pieces) - most} more" if len(pieces) > most else ""
+    return ", ".join(map(repr, pieces[:most])) + more

@@ -1,0 +1,136 @@
+"""The ONNX contract, declared once: each graph's file, tensors, axes, and the names that each runtime has for them.
+
+Axes, in docstrings and at line ends throughout:
+    B batch · M mel bins · T mel frames (10 ms) · S encoder frames (80 ms) · D encoder width · H prediction width ·
+    L LSTM layers · U target positions · V tokens including blank · K durations.
+"""
+
+from dataclasses import dataclass
+
+# Largest |ONNX - NeMo|, in encoder outputs and in logits, that float32 arithmetic in another order explains. Both are
+# of size 1 to 100; measured 2e-5 on the tiny checkpoint, 5e-6 on a random model of 24 layers.
+PARITY_TOLERANCE = 1e-3
+# The same relative to the largest value, where each operator's result is rounded to float16, by up to 5e-4 of it.
+FLOAT16_TOLERANCE = 2e-2
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+DYNAMIC_AXES = {"B": "batch", "T": "time", "S": "frames", "U": "targets"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output: ONNX name, axes (an int is a fixed size), GenAI's key for it, element type, and in a View
+    the tensor that it is, where that has another name."""
+
+    name: str
+    axes: tuple[str | int, ...]
+    genai_key: str = ""
+    dtype: str = "float32"
+    of: str = ""
+
+    @property
+    def source(self) -> str:
+        return self.of or self.name
+
+    def dynamic_axes(self) -> dict[int, str]:
+        """Axis index → symbolic name, for the axes whose size a caller chooses."""
+        return {i: DYNAMIC_AXES[axis] for i, axis in enumerate(self.axes) if axis in DYNAMIC_AXES}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file and its one data file."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    genai_section: str = ""
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.onnx"
+
+    @property
+    def data_file(self) -> str:
+        return f"{self.file}.data"
+
+    @property
+    def files(self) -> tuple[str, str]:
+        return self.file, self.data_file
+
+    @property
+    def input_names(self) -> list[str]:
+        return [tensor.name for tensor in self.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        return [tensor.name for tensor in self.outputs]
+
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Tensor name → dynamic axes, the form torch.onnx.export takes."""
+        return {tensor.name: tensor.dynamic_axes() for tensor in (*self.inputs, *self.outputs)}
+
+    def name_maps(self) -> dict[str, dict[str, str]]:
+        """The `inputs` and `outputs` maps of the graph's section in genai_config.json."""
+        return {
+            "inputs": {tensor.genai_key: tensor.name for tensor in self.inputs},
+            "outputs": {tensor.genai_key: tensor.name for tensor in self.outputs},
+        }
+
+
+@dataclass(frozen=True)
+class View(Graph):
+    """One graph as another runtime wants it, or several in one file; each tensor is one of theirs under another name,
+    with its axes in another order or of another type. An input of a part that an earlier part puts out is joined to
+    it."""
+
+    parts: tuple[Graph, ...] = ()
+
+    def part(self, source: str) -> Tensor:
+        """The declaration of a part's input or output that is one of the view's."""
+        return next(tensor for part in self.parts for tensor in (*part.inputs, *part.outputs) if tensor.name == source)
+
+
+ENCODER = Graph(
+    "encoder",
+    (
+        Tensor("audio_signal", ("B", "M", "T"), "audio_features"),
+        Tensor("length", ("B",), "input_lengths", "int64"),
+    ),
+    (
+        Tensor("outputs", ("B", "D", "S"), "encoder_outputs"),
+        Tensor("encoded_lengths", ("B",), "output_lengths", "int64"),
+    ),
+    "encoder",
+)
+# GenAI feeds one token at a time (U = 1) and asks for the length back.
+DECODER = Graph(
+    "decoder",
+    (
+        Tensor("targets", ("B", "U"), "targets", "int64"),
+        Tensor("target_length_orig", ("B",), "targets_length", "int64"),
+        Tensor("h_in", ("L", "B", "H"), "lstm_hidden_state"),
+        Tensor("c_in", ("L", "B", "H"), "lstm_cell_state"),
+    ),
+    (
+        Tensor("decoder_output", ("B", "H", "U"), "outputs"),
+        Tensor("target_length", ("B",), "outputs_length", "int64"),
+        Tensor("h_out", ("L", "B", "H"), "lstm_hidden_state"),
+        Tensor("c_out", ("L", "B", "H"), "lstm_cell_state"),
+    ),
+    "decoder",
+)
+JOINT = Graph(
+    "joint",
+    (
+        Tensor("encoder_output", ("B", "S", "D"), "encoder_outputs"),
+        Tensor("decoder_output", ("B", "U", "H"), "decoder_outputs"),
+    ),
+    # The first V logits are tokens, blank the last of them; the K after them are durations.
+    (Tensor("joint_output", ("B", "S", "U", "V+K"), "logits"),),
+    "joiner",
+)
+GRAPHS = (ENCODER, DECODER, JOINT)
+GRAPH_FILES = tuple(file for graph in GRAPHS for file in graph.files)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+GENAI_CONFIG = "genai_config.json"
+AUDIO_PROCESSOR_CONFIG = "audio_processor_config.json"

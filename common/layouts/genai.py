@@ -1,0 +1,152 @@
+"""The folder of ONNX Runtime GenAI: genai_config.json, audio_processor_config.json, and what GenAI cannot compute.
+
+Keys and their meaning: src/config.cpp, src/models/parakeet.cpp and parakeet_processor.cpp of onnxruntime-genai 0.18.0.
+GenAI does not accept unknown keys, so provenance goes into manifest.json.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint.spec import ModelSpec
+from common.cli import EXPORT_COMMAND, TOKENIZER_COMMAND
+from common.contract import AUDIO_PROCESSOR_CONFIG, DECODER, ENCODER, GENAI_CONFIG, GRAPHS, TOKENIZER_FILES
+from common.layouts.features import NO_SYMBOL_LIMIT, check_log_mel
+from common.layouts.layout import Layout, Window, layouts_in, register
+
+# The runtime stops there. One token a frame of 80 ms would fill it in 2.9 hours of audio.
+CONTEXT_LENGTH = 131072  # tokens
+# What GenAI is told of threads. Its own default is half of what the system counts (CreateSessionOptionsFromConfig in
+# src/models/model.cpp), right where two hardware threads share a core and wrong elsewhere; 0 is ONNX Runtime's, one for
+# each core. A token is one row, read in a few hundred microseconds: threads that spin between two of them are in the
+# encoder's way, and in each other's. Measured by benchmarks/decoding.py on 2 cores: 60 s of audio in 8 s for 15 s.
+ENCODER_SESSION = {"intra_op_num_threads": 0}
+TOKEN_SESSION = {"intra_op_num_threads": 2, "session.intra_op.allow_spinning": "0"}
+# cuDNN's default tries every algorithm on each new shape, and nearly each clip has one; sherpa-onnx's choice as well.
+CUDA_ENCODER_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
+
+
+def check_genai_supports(spec: ModelSpec) -> None:
+    """Raise ValueError naming what ONNX Runtime GenAI's parakeet_tdt cannot compute of this checkpoint."""
+    if spec.durations[0] != 0 or min(spec.durations[1:], default=0) < 1:
+        raise ValueError(
+            f"durations {list(spec.durations)}: ONNX Runtime GenAI forbids index 0 after a blank and takes every other "
+            "index to advance, so the first must be 0 and the rest positive"
+        )
+    check_log_mel("ONNX Runtime GenAI", spec.unsupported_features)
+
+
+def genai_config(spec: ModelSpec, window: Window, device: str = "cpu") -> dict[str, Any]:
+    """The content of genai_config.json.
+
+    The joint has the decoder's session options: providers that a section of its own names are not registered
+    (Config::Config in src/config.cpp fills in those of encoder and decoder alone), and it would run on the CPU.
+    """
+    sections = {graph.genai_section: {"filename": graph.file, **graph.name_maps()} for graph in GRAPHS}
+    for graph, options in ((ENCODER, ENCODER_SESSION), (DECODER, TOKEN_SESSION)):
+        sections[graph.genai_section]["session_options"] = dict(options)
+    sections[ENCODER.genai_section] |= {"hidden_size": spec.encoder_dim, "num_hidden_layers": spec.encoder_layers}
+    sections[DECODER.genai_section] |= {"hidden_size": spec.decoder_dim, "num_hidden_layers": spec.decoder_layers}
+    if device == "cuda":
+        for graph, options in ((ENCODER, CUDA_ENCODER_OPTIONS), (DECODER, {})):
+            sections[graph.genai_section]["session_options"]["provider_options"] = [{"cuda": options}]
+    return {
+        "model": {
+            "type": "parakeet_tdt",
+            "vocab_size": spec.vocab_size,
+            "context_length": CONTEXT_LENGTH,
+            "decoder_start_token_id": spec.blank_id,
+            "eos_token_id": spec.blank_id,  # what the runtime returns when the audio ends
+            "blank_id": spec.blank_id,
+            "tdt_durations": list(spec.durations),
+            "max_symbols_per_step": NO_SYMBOL_LIMIT if spec.max_symbols is None else spec.max_symbols,
+            "sample_rate": spec.sample_rate,
+            "num_mels": spec.num_mels,
+            "fft_size": spec.fft_size,
+            "win_length": spec.win_length,
+            "hop_length": spec.hop_length,
+            "preemph": spec.preemphasis,
+            "log_eps": spec.log_guard,
+            "norm_eps": spec.norm_eps,
+            "subsampling_factor": spec.subsampling_factor,
+            "chunk_samples": window.chunk,
+            "left_context_samples": window.left,
+            "right_context_samples": window.right,
+            "speech": {"config_filename": AUDIO_PROCESSOR_CONFIG},
+            **sections,
+        },
+        "search": {"max_length": CONTEXT_LENGTH, "min_length": 0},
+    }
+
+
+def audio_processor_config(spec: ModelSpec) -> dict[str, Any]:
+    """The content of audio_processor_config.json: the features in full, for consumers other than GenAI, which reads
+    them from genai_config.json."""
+    return {
+        "model_type": "speech_features",
+        "audio_params": {
+            "sample_rate": spec.sample_rate,
+            "n_fft": spec.fft_size,
+            "hop_length": spec.hop_length,
+            "n_mels": spec.num_mels,
+            "window_length": spec.win_length,
+            "window_type": "hann",
+            "window_periodic": False,
+            "fmin": 0,
+            "fmax": spec.sample_rate // 2,
+            "mel_scale": "slaney",
+            "mel_norm": "slaney",
+            "center": True,
+            "mag_power": 2.0,
+            "preemphasis": spec.preemphasis,
+            "dither": 0.0,  # NeMo dithers in training only
+            "log_zero_guard_type": "add",
+            "log_zero_guard_value": spec.log_guard,
+            "normalize": "per_feature",
+            "normalize_eps": spec.norm_eps,
+        },
+    }
+
+
+def _configs(spec: ModelSpec, window: Window, device: str) -> dict[str, dict[str, Any]]:
+    return {GENAI_CONFIG: genai_config(spec, window, device), AUDIO_PROCESSOR_CONFIG: audio_processor_config(spec)}
+
+
+GENAI = register(
+    Layout(
+        runtime="genai",
+        package="onnxruntime-genai",
+        cuda_package="onnxruntime-genai-cuda",
+        graphs=GRAPHS,
+        config_files=(GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG),
+        vocabulary=("vocab.txt", *(file for file in TOKENIZER_FILES if file != "vocab.txt")),
+        vocabulary_command=TOKENIZER_COMMAND,
+        check=check_genai_supports,
+        configs=_configs,
+        measures_speech=True,
+        usage="""\
+import onnxruntime_genai as og
+
+model = og.Model("{folder}")
+processor, tokenizer = model.create_multimodal_processor(), og.Tokenizer(model)
+generator = og.Generator(model, og.GeneratorParams(model))
+generator.set_inputs(processor("", audios=og.Audios.open("{audio}")))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+""",
+    )
+)
+
+
+def genai_folder(folder: Path) -> Path:
+    """`folder`, or its subfolder for ONNX Runtime GenAI. Raises ValueError where it is another runtime's."""
+    existing = layouts_in(folder)
+    if existing.get("") is GENAI:
+        return folder
+    if GENAI.runtime in existing:
+        return folder / GENAI.runtime
+    runtimes = " and ".join(layout.runtime for layout in existing.values())
+    raise ValueError(
+        f"expected a folder for ONNX Runtime GenAI, got {folder}, which is one for {runtimes}; "
+        f"make one with: {EXPORT_COMMAND.format('./onnx_models')} --runtime genai"
+    )

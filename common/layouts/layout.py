@@ -1,0 +1,157 @@
+"""A model folder as one runtime reads it: its graphs, the files beside them, and the Python that runs it.
+
+Each layout is a module of this room that calls `register` once; the choices of `--runtime`, the checks, the model card
+and the tests follow from the registry. `docs/architecture.md` shows how to add one.
+
+The greedy loops of the runtimes, from their sources, and where they differ from NeMo's (common/run/decode.py):
+    genai        durations by value; a blank of duration 0 takes the best other one; the limit of genai_config.json
+    onnx-asr     durations by index; otherwise NeMo's rule, with the limit that config.json gives (src/onnx_asr/asr.py)
+    sherpa-onnx  durations by index; otherwise NeMo's rule, with a limit of 5 that nothing changes
+                 (sherpa-onnx/csrc/offline-transducer-greedy-search-nemo-decoder.cc)
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint.spec import ModelSpec
+from common.contract import Graph, View
+from common.folder.manifest import MANIFEST
+from common.folder.outputs import write_json
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a clip is cut for the encoder: `chunk` samples are decoded, with `left` and `right` samples of context."""
+
+    chunk: int
+    left: int
+    right: int
+
+    @classmethod
+    def of_seconds(cls, spec: ModelSpec, chunk: float, left: float, right: float) -> "Window":
+        """The window of these lengths in seconds.
+
+        Raises ValueError unless each is a whole number of encoder frames: the runtime divides by integers, and a
+        remainder would shift every later seam.
+        """
+        samples = {}
+        for name, seconds in (("chunk", chunk), ("left_context", left), ("right_context", right)):
+            exact = seconds * spec.sample_rate
+            frame = spec.frame_samples
+            if exact < (frame if name == "chunk" else 0) or abs(exact / frame - round(exact / frame)) > 1e-6:
+                raise ValueError(
+                    f"expected --{name}_seconds as a whole number of encoder frames of {frame / spec.sample_rate:g} s, "
+                    f"got {seconds:g}; the nearest is {max(round(exact / frame), 1) * frame / spec.sample_rate:g}"
+                )
+            samples[name] = round(exact)
+        return cls(samples["chunk"], samples["left_context"], samples["right_context"])
+
+
+def _no_metadata(spec: ModelSpec) -> dict[str, str]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One runtime's model folder."""
+
+    runtime: str  # the value of --runtime, and the name of the subfolder where a folder holds several
+    package: str  # on PyPI
+    cuda_package: str = ""  # on PyPI, where running on CUDA takes another package
+    graphs: tuple[Graph, ...]  # the encoder, then those that run once a token
+    config_files: tuple[str, ...]
+    vocabulary: tuple[str, ...]  # the first file has a line for each token
+    vocabulary_command: str  # what writes them; {} stands for the folder
+    usage: str  # Python that transcribes a file; {folder} and {audio} stand for the paths
+    check: Callable[[ModelSpec], None]  # raises ValueError naming what the runtime cannot compute of a checkpoint
+    configs: Callable[[ModelSpec, Window, str], dict[str, dict[str, Any]]]  # spec, window, device → file name → content
+    encoder_metadata: Callable[[ModelSpec], dict[str, str]] = _no_metadata  # what the encoder's ONNX metadata must hold
+    measures_speech: bool = False  # whether common/run loads it: calibration and evaluation need one that it does
+
+    @property
+    def encoder(self) -> Graph:
+        return self.graphs[0]
+
+    @property
+    def token_graphs(self) -> tuple[Graph, ...]:
+        return self.graphs[1:]
+
+    @property
+    def marker(self) -> str:
+        """The file by which a folder of this layout is recognized: no other layout has one of that name."""
+        return self.graphs[-1].file
+
+    @property
+    def graph_files(self) -> tuple[str, ...]:
+        return tuple(file for graph in self.graphs for file in graph.files)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*self.graph_files, *self.config_files, *self.vocabulary)
+
+    def vocabulary_size(self, folder: Path) -> int:
+        """V, blank included, of the model in `folder`."""
+        return (folder / self.vocabulary[0]).read_bytes().count(b"\n")
+
+    def usage_of(self, folder: str, audio: str = "audio.wav") -> str:
+        """Python that transcribes the file `audio` with the model in `folder`."""
+        return self.usage.format(folder=folder, audio=audio)
+
+
+LAYOUTS: dict[str, Layout] = {}  # by runtime, in the order in which folders are written
+
+
+def register(layout: Layout) -> Layout:
+    """Add a layout to the registry. Raises ValueError where another has its name or its marker file."""
+    for other in LAYOUTS.values():
+        if layout.runtime == other.runtime or layout.marker == other.marker:
+            raise ValueError(f"layout {layout.runtime} has the name or the last graph file of {other.runtime}")
+    LAYOUTS[layout.runtime] = layout
+    return layout
+
+
+def layout_of(folder: Path) -> Layout:
+    """The layout of one model folder; the first registered one, GenAI's, for a folder without graphs."""
+    return next(
+        (layout for layout in LAYOUTS.values() if (folder / layout.marker).is_file()), next(iter(LAYOUTS.values()))
+    )
+
+
+def layouts_in(folder: Path) -> dict[str, Layout]:
+    """Subfolder → layout, for a folder exported for several runtimes; "" → layout for a model folder."""
+    found = {name: layout for name, layout in LAYOUTS.items() if (folder / name / layout.encoder.file).is_file()}
+    return found or {"": layout_of(folder)}
+
+
+def check_same_layouts(folder: Path, planned: Mapping[str, Layout]) -> None:
+    """Raise ValueError where `folder` is for one runtime and is to become that of another, or of several, or the other
+    way round: a reader would take one for the other."""
+    existing = layouts_in(folder)
+    is_model_folder = "" not in existing or (folder / MANIFEST).is_file()
+    if is_model_folder and existing.get("") is not planned.get(""):
+        new, old = (" and ".join(layout.runtime for layout in each.values()) for each in (planned, existing))
+        raise ValueError(
+            f"expected a folder for {new}, got {folder}, which is one for {old}; give another --output_dir"
+        )
+
+
+def write_views(layout: Layout, source: Path, target: Path, spec: ModelSpec) -> None:
+    """Write into `target` the graphs of `layout` that are views of those in the folder `source`, and check each.
+
+    Raises CheckError where a view does not compute what its source does.
+    """
+    from common.layouts.adapt import check_view, write_view  # onnx_ir; readers of a folder do without it
+
+    for graph in layout.graphs:
+        if isinstance(graph, View):
+            metadata = layout.encoder_metadata(spec) if graph is layout.encoder else {}
+            write_view(graph, source, target, metadata)
+            check_view(graph, source, target, spec.vocab_size)
+
+
+def write_configs(layout: Layout, target: Path, spec: ModelSpec, window: Window, device: str) -> None:
+    """Write the runtime's configuration files into `target`."""
+    for name, content in layout.configs(spec, window, device).items():
+        write_json(target / name, content)

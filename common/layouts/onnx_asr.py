@@ -1,0 +1,75 @@
+"""The folder of onnx-asr 0.12.0 (src/onnx_asr/asr.py, src/onnx_asr/models/nemo.py)."""
+
+from typing import Any
+
+from common.checkpoint.spec import ModelSpec
+from common.cli import EXPORT_COMMAND
+from common.contract import DECODER, ENCODER, JOINT, Tensor, View
+from common.layouts.features import FIXED_FEATURES, NO_SYMBOL_LIMIT, check_fixed
+from common.layouts.layout import Layout, Window, register
+
+ONNX_ASR_CONFIG = "config.json"
+FEATURES = {**FIXED_FEATURES, "num_mels": (80.0, 128.0)}
+
+# onnx-asr asks for tensors by these names (src/onnx_asr/models/nemo.py of 0.12.0); they are NeMo's own export's.
+ONNX_ASR_GRAPHS = (
+    View("encoder-model", ENCODER.inputs, ENCODER.outputs, parts=(ENCODER,)),
+    View(
+        "decoder_joint-model",
+        (
+            Tensor("encoder_outputs", ("B", "D", "S"), of="encoder_output"),
+            Tensor("targets", ("B", "U"), dtype="int64"),
+            Tensor("target_length", ("B",), dtype="int64", of="target_length_orig"),
+            Tensor("input_states_1", ("L", "B", "H"), of="h_in"),
+            Tensor("input_states_2", ("L", "B", "H"), of="c_in"),
+        ),
+        (
+            Tensor("outputs", ("B", "S", "U", "V+K"), of="joint_output"),
+            Tensor("prednet_lengths", ("B",), dtype="int64", of="target_length"),
+            Tensor("output_states_1", ("L", "B", "H"), of="h_out"),
+            Tensor("output_states_2", ("L", "B", "H"), of="c_out"),
+        ),
+        parts=(DECODER, JOINT),
+    ),
+)
+
+
+def check_onnx_asr_supports(spec: ModelSpec) -> None:
+    """Raise ValueError naming what onnx-asr cannot compute of this checkpoint."""
+    check_fixed(spec, "onnx-asr", FEATURES)
+
+
+def onnx_asr_config(spec: ModelSpec) -> dict[str, Any]:
+    """The content of onnx-asr's config.json."""
+    return {
+        "model_type": "nemo-conformer-tdt",
+        "features_size": spec.num_mels,
+        "subsampling_factor": spec.subsampling_factor,
+        "max_tokens_per_step": NO_SYMBOL_LIMIT if spec.max_symbols is None else spec.max_symbols,
+    }
+
+
+def _configs(spec: ModelSpec, window: Window, device: str) -> dict[str, dict[str, Any]]:
+    return {ONNX_ASR_CONFIG: onnx_asr_config(spec)}
+
+
+ONNX_ASR = register(
+    Layout(
+        runtime="onnx-asr",
+        package="onnx-asr",
+        graphs=ONNX_ASR_GRAPHS,
+        config_files=(ONNX_ASR_CONFIG,),
+        vocabulary=("vocab.txt",),
+        vocabulary_command=EXPORT_COMMAND,
+        check=check_onnx_asr_supports,
+        configs=_configs,
+        usage="""\
+import onnx_asr
+import soundfile
+
+model = onnx_asr.load_model("nemo-conformer-tdt", "{folder}")
+samples, sample_rate = soundfile.read("{audio}", dtype="float32")
+print(model.recognize(samples, sample_rate=sample_rate))
+""",
+    )
+)

@@ -1,0 +1,93 @@
+"""The folder of sherpa-onnx 2.0.1 (sherpa-onnx/csrc/offline-transducer-nemo-model.cc)."""
+
+from typing import Any
+
+from common.checkpoint.spec import ModelSpec
+from common.cli import EXPORT_COMMAND
+from common.contract import DECODER, ENCODER, JOINT, Tensor, View
+from common.layouts.features import check_fixed
+from common.layouts.layout import Layout, Window, register
+
+# sherpa-onnx goes by position, whatever the names (sherpa-onnx/csrc/offline-transducer-nemo-model.cc), feeds 32-bit
+# tokens and puts time last everywhere (offline-transducer-greedy-search-nemo-decoder.cc).
+SHERPA_ONNX_GRAPHS = (
+    View("encoder", ENCODER.inputs, ENCODER.outputs, parts=(ENCODER,)),
+    View(
+        "decoder",
+        (
+            Tensor("targets", ("B", "U"), dtype="int32"),
+            Tensor("target_length", ("B",), dtype="int32", of="target_length_orig"),
+            Tensor("h_in", ("L", "B", "H")),
+            Tensor("c_in", ("L", "B", "H")),
+        ),
+        (
+            Tensor("outputs", ("B", "H", "U"), of="decoder_output"),
+            Tensor("prednet_lengths", ("B",), dtype="int32", of="target_length"),
+            Tensor("h_out", ("L", "B", "H")),
+            Tensor("c_out", ("L", "B", "H")),
+        ),
+        parts=(DECODER,),
+    ),
+    View(
+        "joiner",
+        (
+            Tensor("encoder_outputs", ("B", "D", "S"), of="encoder_output"),
+            Tensor("decoder_outputs", ("B", "H", "U"), of="decoder_output"),
+        ),
+        (Tensor("outputs", ("B", "S", "U", "V+K"), of="joint_output"),),
+        parts=(JOINT,),
+    ),
+)
+
+
+def check_sherpa_onnx_supports(spec: ModelSpec) -> None:
+    """Raise ValueError naming what sherpa-onnx cannot compute of this checkpoint."""
+    check_fixed(spec, "sherpa-onnx")
+
+
+def sherpa_onnx_metadata(spec: ModelSpec) -> dict[str, str]:
+    """The metadata that sherpa-onnx reads from the encoder; without a number it ends the process."""
+    content = {
+        "model_type": "EncDecRNNTBPEModel",
+        "url": "tdt",  # it takes a model for a TDT where this has "tdt" in it, and looks nowhere else
+        "vocab_size": spec.vocab_size - 1,  # NeMo's count, without the blank
+        "normalize_type": "per_feature",
+        "feat_dim": spec.num_mels,
+        "subsampling_factor": spec.subsampling_factor,
+        "pred_rnn_layers": spec.decoder_layers,
+        "pred_hidden": spec.decoder_dim,
+    }
+    return {key: str(value) for key, value in content.items()}
+
+
+def _configs(spec: ModelSpec, window: Window, device: str) -> dict[str, dict[str, Any]]:
+    return {}  # all that it reads is in the encoder's metadata
+
+
+SHERPA_ONNX = register(
+    Layout(
+        runtime="sherpa-onnx",
+        package="sherpa-onnx",
+        graphs=SHERPA_ONNX_GRAPHS,
+        config_files=(),
+        vocabulary=("tokens.txt",),
+        vocabulary_command=EXPORT_COMMAND,
+        check=check_sherpa_onnx_supports,
+        configs=_configs,
+        encoder_metadata=sherpa_onnx_metadata,
+        usage="""\
+import sherpa_onnx
+import soundfile
+
+files = {{name: f"{folder}/{{name}}.onnx" for name in ("encoder", "decoder", "joiner")}}
+recognizer = sherpa_onnx.OfflineRecognizer.from_transducer(
+    **files, tokens="{folder}/tokens.txt", model_type="nemo_transducer", num_threads=4
+)
+stream = recognizer.create_stream()
+samples, sample_rate = soundfile.read("{audio}", dtype="float32")
+stream.accept_waveform(sample_rate, samples)
+recognizer.decode_stream(stream)
+print(stream.result.text)
+""",
+    )
+)

@@ -1,0 +1,266 @@
+"""Float32 matrices as the tensors of ONNX Runtime's MatMulNBits: pure NumPy, one function per method.
+
+A weight W [K, N] is cut along K into blocks that share a scale and a zero point; W ≈ scale · (code - zero point).
+Inside, a block is a column of x [block, n]: a sum over every block is then a sum of long rows, the fast kind.
+
+A method fits one slab of blocks: (x, bits) → scale [n], zero point [n] of whole numbers, or None for the middle code
+2^(bits-1), which MatMulNBits assumes where no zero points are stored. Codes follow from those by rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+BITS = (4, 8)
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # weights; what ONNX Runtime's CPU kernels have (1.32)
+# Weights fitted at a time: 1 MB, so that temporaries stay in cache and threads seldom wait for Python's lock.
+SLAB = 1 << 18
+TINY = np.float32(1e-30)  # in the place of a zero divisor, whose dividend is then zero as well
+# How much wider (negative: the range is stretched over fewer codes) or narrower than the block's range the tried scales
+# are, in codes. Beyond these ends, and between these points, a Gaussian or Laplacian matrix gains under 0.1 dB.
+RTN_STEPS = (-2.0, -1.2, -0.6, 0.0, 0.5)
+K_QUANT_STEPS = tuple(np.linspace(-3.0, 0.9, 14))
+# Badri & Shaji's constants (mobiusml/hqq, `optimize_weights_proximal`), there for 20 iterations that stop early.
+HQQ_NORM, HQQ_BETA, HQQ_KAPPA = 0.7, 10.0, 1.01
+HQQ_ITERATIONS = 10  # 20 gain 0.06 dB at block 128, less at 32
+# Added to the diagonal of the second moments of a product's inputs, in parts of its mean, as in GPTQ.
+DAMPING = 0.01
+Fit = tuple[np.ndarray, np.ndarray | None]
+Method = Callable[[np.ndarray, int], Fit]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The constant inputs of one MatMulNBits node (docs/ContribOperators.md of onnxruntime), and what they lost."""
+
+    codes: np.ndarray  # [N, blocks, block * bits / 8] uint8, low half first
+    scales: np.ndarray  # [N, blocks] float32
+    zero_points: np.ndarray | None  # [N, ceil(blocks * bits / 8)] uint8, low half first
+    error: float = math.nan  # Σ (W - Ŵ)² / Σ W²
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and array of each input, in the order of the node."""
+        return ((name, array) for name, array in vars(self).items() if isinstance(array, np.ndarray))
+
+
+def quantize(weight: np.ndarray, bits: int, block: int, method: Method) -> Packed:
+    """weight [K, N] in blocks along K, the last one padded with zeros. Raises ValueError for other bits or blocks."""
+    if bits not in BITS or block not in BLOCK_SIZES:
+        raise ValueError(f"wanted bits of {BITS} and a block size of {BLOCK_SIZES}, found {bits} and {block}")
+    K, N = weight.shape
+    blocks, middle = -(-K // block), 2 ** (bits - 1)
+    codes = np.empty((blocks, block, N), np.uint8)
+    scales, zeros = np.empty((blocks, N), np.float32), np.full((blocks, N), middle, np.uint8)
+    symmetric, power, noise = True, 0.0, 0.0
+    for i in range(blocks):
+        rows = weight[i * block : (i + 1) * block]
+        for start in range(0, N, SLAB // block):
+            columns = slice(start, start + SLAB // block)
+            x = np.zeros((block, rows[:, columns].shape[1]), np.float32)
+            x[: len(rows)] = rows[:, columns]
+            scale, zero = method(x, bits)
+            if zero is not None:
+                symmetric, zeros[i, columns] = False, zero
+            scales[i, columns] = scale
+            steps = _steps(x, _inverse(scale), zeros[i, columns], bits)
+            codes[i, :, columns] = steps + zeros[i, columns]
+            power += power_of(x)
+            noise += power_of(np.subtract(x, np.multiply(steps, scale, out=steps), out=x))
+    return _packed(codes, scales, zeros, bits, symmetric, noise / power if power else 0.0)
+
+
+def _packed(
+    codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int, symmetric: bool, error: float
+) -> Packed:
+    """codes [blocks, block, N], scales and zero points [blocks, N], in the operator's layout"""
+    return Packed(
+        codes=np.ascontiguousarray(_pack(codes, bits).transpose(2, 0, 1)),
+        scales=np.ascontiguousarray(scales.T),
+        zero_points=None if symmetric else np.ascontiguousarray(_pack(zeros[None], bits)[0].T),
+        error=error,
+    )
+
+
+def second_moments(inputs: Iterable[np.ndarray]) -> np.ndarray:
+    """Σ xᵀx over rows of inputs [R, K] to a product: [K, K] float64."""
+    return sum((rows.T @ rows).astype(np.float64) for rows in inputs)
+
+
+def error_feedback(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+    """How the error of one row of a weight [K, N] is made up for by the rows after it, from the second moments of the
+    product's inputs: [K, K], upper triangular, ones on its diagonal.
+
+    With Σ xᵀx = U D Uᵀ, errors E [K, N] put Σ d_k ‖(Uᵀ E)_k‖² into the product, so row k should be wrong by what undoes
+    the rows before it (QuIP's LDLQ, Chee et al. 2023; the same codes as GPTQ's, Frantar et al. 2023, by one Cholesky).
+    """
+    damped = moments.copy()
+    damped[np.diag_indices_from(damped)] += damping * np.trace(moments) / len(moments) + TINY
+    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    return (upper / np.diag(upper)).astype(np.float32)
+
+
+def quantize_compensated(
+    weight: np.ndarray,
+    bits: int,
+    block: int,
+    method: Method,
+    feedback: np.ndarray,
+    factors: np.ndarray | float = 1.0,
+) -> tuple[Packed, np.ndarray]:
+    """As `quantize`, but of the weight times factors of its rows [K, 1], rounded row by row with the feedback of
+    `error_feedback`; also the errors W - Ŵ [K, N], factors taken away again."""
+    codes, scales, zeros, errors = compensate(weight * factors, bits, block, method, feedback)
+    errors /= factors
+    symmetric = bool(np.all(zeros == 2 ** (bits - 1)))
+    return _packed(codes, scales, zeros, bits, symmetric, relative_error(weight, weight - errors)), errors
+
+
+def compensate(
+    weight: np.ndarray, bits: int, block: int, method: Method, feedback: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Codes [blocks, block, N], scales and zero points [blocks, N], and errors W - Ŵ [K, N], which go into the rows
+    that follow."""
+    K, N = weight.shape
+    blocks, middle = -(-K // block), 2 ** (bits - 1)
+    codes, scales = np.zeros((blocks, block, N), np.uint8), np.empty((blocks, N), np.float32)
+    zeros, errors = np.empty((blocks, N), np.uint8), np.empty((K, N), np.float32)
+    for i, begin in enumerate(range(0, K, block)):
+        end = min(begin + block, K)
+        wanted = np.zeros((block, N), np.float32)
+        wanted[: end - begin] = weight[begin:end] + feedback[:begin, begin:end].T @ errors[:begin]
+        scales[i], zero = method(wanted, bits)
+        zero = np.full(N, middle, np.float32) if zero is None else zero
+        inverse, within = _inverse(scales[i]), np.ascontiguousarray(feedback[begin:end, begin:end].T)
+        for k in range(begin, end):
+            row = wanted[k - begin] + within[k - begin, : k - begin] @ errors[begin:k]
+            steps = _steps(row, inverse, zero, bits)
+            errors[k] = weight[k] - steps * scales[i]
+            codes[i, k - begin] = steps + zero
+        zeros[i] = zero
+    return codes, scales, zeros, errors
+
+
+def rtn(x: np.ndarray, bits: int) -> Fit:
+    """Symmetric round to nearest, 0.3 to 0.5 dB better than its plain form: of five scales the one of least error.
+
+    As in ONNX Runtime and llama.cpp's Q4_0 the weight of largest magnitude falls on code 0, whatever its sign: of the
+    two ends of -8 … 7 that is the far one.
+    """
+    half = 2 ** (bits - 1)
+    high, low = x.max(axis=0), x.min(axis=0)
+    per_extreme = _inverse(np.where(high >= -low, high, low))
+    candidates = ((np.float32(-(half + step)) * per_extreme, np.float32(half)) for step in RTN_STEPS)
+    return _best_of(x, None, candidates, bits)[0], None
+
+
+def k_quant(x: np.ndarray, bits: int) -> Fit:
+    """A search of scale and zero point under llama.cpp's weights, rms + |x| (`make_qkx2_quants` in ggml-quants.c).
+
+    There the offset is a float; here it is rounded before a candidate is judged, not after the search.
+    """
+    low, high = np.minimum(x.min(axis=0), 0), np.maximum(x.max(axis=0), 0)
+    top, per_range = 2**bits - 1, _inverse(high - low)
+    inverses = (np.float32(top + step) * per_range for step in K_QUANT_STEPS)
+    candidates = ((inverse, np.clip(np.rint(-low * inverse), 0, top)) for inverse in inverses)
+    return _best_of(x, np.abs(x) + np.sqrt(np.mean(x * x, axis=0)), candidates, bits)
+
+
+def hqq(x: np.ndarray, bits: int) -> Fit:
+    """Half-quadratic quantization (Badri & Shaji 2023) with whole zero points, which the fast kernels need.
+
+    Large errors are taken for outliers by an l_p shrinkage, p < 1, and scale and zero point are fitted to the rest.
+    The original moves only the zero point, which would mostly be rounded back to where it began; here the closed form
+    is for both. Errors are measured in steps of the block, so the constants mean the same for any magnitude of weight.
+    The iterate of least squared error is kept, so the result is no worse than its start, the block's range.
+    """
+    top = np.float32(2**bits - 1)
+    low, high = np.minimum(x.min(axis=0), 0), np.maximum(x.max(axis=0), 0)
+    inverse = _inverse(high - low) * top
+    zero = np.rint(-low * inverse)
+    scale, best = _inverse(inverse), np.full(x.shape[1], np.inf, np.float32)
+    best_scale, best_zero = scale, zero
+    for i in range(HQQ_ITERATIONS):
+        steps = _steps(x, inverse, zero, bits)
+        error = x - steps * scale
+        loss = np.sum(error * error, axis=0)
+        better = loss < best
+        best, best_scale, best_zero = (
+            np.where(better, new, old) for new, old in ((loss, best), (scale, best_scale), (zero, best_zero))
+        )
+        size = np.abs(error) * inverse + np.float32(1e-8)
+        shrunk = np.maximum(size - size ** np.float32(HQQ_NORM - 1) / np.float32(HQQ_BETA * HQQ_KAPPA**i), 0)
+        rest = x - np.copysign(shrunk * scale, error)
+        scale, zero = _least_squares(rest, steps, scale, zero, top)
+        inverse = _inverse(scale)
+    return best_scale, best_zero
+
+
+def _least_squares(x: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np.ndarray, top: np.float32) -> Fit:
+    """Scale and whole zero' that fit x ≈ scale · (code - zero'); steps are code - zero. [block, n] twice, [n] twice."""
+    mean_x, mean_steps = x.mean(axis=0), steps.mean(axis=0)
+    slope = np.sum((steps - mean_steps) * x, axis=0) / np.maximum(np.sum((steps - mean_steps) ** 2, axis=0), TINY)
+    slope = np.where(slope > 0, slope, scale)
+    moved = np.clip(np.rint(zero + mean_steps - mean_x * _inverse(slope)), 0, top)
+    steps = steps + (zero - moved)
+    dot, norm = np.sum(x * steps, axis=0), np.sum(steps * steps, axis=0)
+    return np.where(dot > 0, dot / np.maximum(norm, TINY), slope), moved
+
+
+def _best_of(x: np.ndarray, weight: np.ndarray | None, candidates: Iterable[Fit], bits: int) -> Fit:
+    """Of the candidates (1/scale, zero) that whose codes, once the scale is fitted to them, have the least weighted
+    squared error Σ weight · (x - scale · steps)². Explained by a fit is Σ(w x s)² / Σ(w s²); the rest is error."""
+    weighted = x if weight is None else weight * x
+    explained = np.full(x.shape[1], -1, np.float32)
+    scale, zero = np.zeros_like(explained), np.zeros_like(explained)
+    product = np.empty_like(x)
+    for inverse, candidate in candidates:
+        steps = _steps(x, inverse, candidate, bits)
+        dot = np.sum(np.multiply(weighted, steps, out=product), axis=0)
+        np.multiply(steps, steps, out=product)
+        norm = np.maximum(
+            np.sum(product if weight is None else np.multiply(product, weight, out=product), axis=0), TINY
+        )
+        better = dot * dot / norm > explained
+        explained = np.where(better, dot * dot / norm, explained)
+        scale, zero = np.where(better, dot / norm, scale), np.where(better, candidate, zero)
+    return scale, zero
+
+
+def _steps(x: np.ndarray, inverse: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
+    """code - zero of each weight, [block, n] float32: the nearest whole multiple of the scale that a code reaches."""
+    zero = np.asarray(zero, np.float32)
+    steps = x * inverse
+    np.rint(steps, out=steps)
+    np.maximum(steps, -zero, out=steps)
+    return np.minimum(steps, np.float32(2**bits - 1) - zero, out=steps)
+
+
+def relative_error(weight: np.ndarray, found: np.ndarray) -> float:
+    """Σ (W - Ŵ)² / Σ W², and 0 for a weight of zeros."""
+    power = power_of(weight)
+    return power_of(found - weight) / power if power else 0.0
+
+
+def power_of(x: np.ndarray) -> float:
+    """Σ x²"""
+    return float(np.vdot(x, x))
+
+
+def _inverse(x: np.ndarray) -> np.ndarray:
+    """1/x, and 0 for 0: a block of zeros gets scale 0."""
+    return np.divide(1, x, out=np.zeros_like(x), where=x != 0)
+
+
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Two 4-bit codes a byte along axis 1, the even one in the low half; 8-bit codes stay. [·, k, N] → [·, ⌈k/2⌉, N]"""
+    if bits == 8:
+        return codes
+    low, high = codes[:, 0::2], codes[:, 1::2]
+    packed = low.copy()
+    packed[:, : high.shape[1]] |= high << 4
+    return packed
+
+
+METHODS: dict[str, Method] = {"rtn": rtn, "k_quant_mixed": k_quant, "hqq": hqq}

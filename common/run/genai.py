@@ -1,0 +1,55 @@
+"""XXX docstring of run.genai"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from common.cli import TOKENIZER_COMMAND
+from common.run.config import RuntimeConfig
+
+
+class GenAI:
+    """A model folder in ONNX Runtime GenAI."""
+
+    def __init__(self, folder: Path):
+        import onnxruntime_genai as og
+
+        og.disable_telemetry_events()  # a local tool calls nobody
+        folder = Path(folder)
+        self.config = RuntimeConfig.read(folder)
+        if not (folder / "tokenizer.json").is_file():
+            command = TOKENIZER_COMMAND.format(folder)
+            raise FileNotFoundError(f"wanted {folder / 'tokenizer.json'}, found no such file; first run: {command}")
+        try:
+            self.model = og.Model(str(folder))
+            self.processor = self.model.create_multimodal_processor()
+            self.tokenizer = og.Tokenizer(self.model)
+        except RuntimeError as error:
+            raise ValueError(f"ONNX Runtime GenAI does not load {folder}: {error}") from error
+
+    def inputs(self, samples: np.ndarray):
+        """The processor's tensors for one clip of mono samples at the model's rate."""
+        import onnxruntime_genai as og
+        import soundfile
+
+        buffer = io.BytesIO()  # float WAV: what the other engines are given, bit for bit
+        soundfile.write(buffer, samples, self.config.sample_rate, format="WAV", subtype="FLOAT")
+        return self.processor("", audios=og.Audios.open_bytes(buffer.getvalue()))
+
+    def features(self, samples: np.ndarray) -> np.ndarray:
+        """The features GenAI computes, [M, T]."""
+        return self.inputs(samples)["audio_features"].as_numpy()[0].copy()
+
+    def transcribe(self, samples: np.ndarray) -> list[int]:
+        """Token ids of one clip."""
+        import onnxruntime_genai as og
+
+        generator = og.Generator(self.model, og.GeneratorParams(self.model))
+        generator.set_inputs(self.inputs(samples))
+        while not generator.is_done():
+            generator.generate_next_token()
+        return [int(token) for token in generator.get_sequence(0)]
+
+    def text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(np.array(tokens, dtype=np.int32)).strip() if tokens else ""
