@@ -1,13 +1,13 @@
-"""Make an exported encoder small and fast: fuse its graph, then store its weights in 4 bits, or multiply in 8.
+"""Make an exported encoder small and fast: fuse its graph, then store its weights in 4 or 8 bits.
 
 In: a folder of export_parakeet_to_onnx.py that export_tokenizer.py has completed.
-Out: a second folder, complete by itself, whose encoder has MatMulNBits weights and fused operators, or int8 products;
-the decoder, the joint (unless --decoder_joint_precision is int8) and the configuration are copies. Each new graph and
-the one that it comes from are run on noise, and nothing is written if they do not agree; with --eval_manifest on
-speech as well, and --max_wer_increase says how many words it may cost. optimization_report.html shows all of it.
+Out: a second folder, complete by itself, whose encoder has fused operators and quantized weights; the decoder, the
+joint (unless --decoder_joint_precision is int8) and the configuration are copies. Each new graph and the one that it
+comes from are run on noise, and nothing is written if they do not agree; with --eval_manifest on speech as well, and
+--max_wer_increase says by how much the word error rate may rise. optimization_report.html shows all of it.
 
 A folder for onnx-asr or sherpa-onnx is optimized in the same way, and one with subfolders for several runtimes each in
-its turn, weights that come out equal being shared again.
+its turn; weights that turn out equal are shared again.
 
     python optimize_encoder.py --model_dir ./onnx_models --output_dir ./onnx_models_optimized
     python optimize_encoder.py --quant_method int8 --decoder_joint_precision int8 --output_dir ./onnx_models_int8
@@ -15,100 +15,73 @@ its turn, weights that come out equal being shared again.
 """
 
 import argparse
-import math
-import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
-import onnx_ir as ir
-from tqdm import tqdm
-
 from common.cli import EXPORT_COMMAND, Parser, Stages, run, size_text
-from common.evaluate import word_limit as gate
-from common.folder.manifest import (
-    fingerprint,
-    is_float16,
-    moved_manifest,
-    read_manifest,
-    relative_path,
-    verify_files,
-    write_manifest,
-)
-from common.folder.onnx_files import load, of_one_name, save_model, share_equal_data
+from common.folder.manifest import is_float16, read_manifest, verify_files
+from common.folder.onnx_files import share_equal_data
 from common.folder.staging import check_output_dir, staged_folder, state_needs
-from common.layouts.genai import GENAI
-from common.layouts.layout import Layout, check_same_layouts, layouts_in
-from common.quantize.blocks import BLOCK_SIZES, Packed
-from common.quantize.calibration import calibrate, calibrate_int8, read_speech
-from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
-from common.quantize.int8 import Columns
-from common.quantize.plan import (
-    INT8,
-    K_QUANT_MIXED,
-    QUANT_METHODS,
-    Plan,
-    Sensitivity,
-    check_budget,
-    file_bytes,
-    make_plan,
-    spend,
-)
-from common.quantize.rewrite import fuse, quantizable, quantize_token_graphs, quantize_weights
-from common.quantize.smoothing import fold
-from common.report.card import write_card
-from common.report.report import REPORT_HTML, PageWriter, make_evaluation, make_report, page_writer, write_report
+from common.layouts.layout import LAYOUTS, Layout, check_same_layouts, layouts_in
+from common.quantize import METHODS
+from common.quantize.blocks import BLOCK_SIZES
+from common.quantize.calibration import read_speech
+from common.quantize.method import Calibrated, P, QuantMethod
+from common.quantize.options import TOKEN_PRECISIONS, OptimizeOptions
+from common.quantize.rewrite import optimize_graph
+from common.report.optimized_folder import ModelFolder, Report, finish_folder, open_folder
+from common.report.report import page_writer
 from common.run.clips import Clip, read_clips
 
 # Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, when they are compared.
 MEMORY_FACTOR = 1.3
 CALIBRATION_MEMORY_FACTOR = 2.6
-
-BLOCK_SIZE_HELP = """weights that share a scale; a larger block is smaller and faster and less exact; int8 has one
-scale a column whatever this says (%(default)s)"""
-ACCURACY_LEVEL_HELP = """what activations are rounded to in a quantized product: 4 int8, which is the fastest and not
-the most exact; 3 bf16, 2 fp16, 1 fp32, 0 left to the runtime (%(default)s)"""
-QUANT_METHOD_HELP = """rtn: 4 bits, symmetric, the smallest. k_quant_mixed: 4 bits with zero points by llama.cpp's
-search, 8 bits where they matter most. hqq: 4 bits with whole zero points by half-quadratic optimisation, the slowest
-to make. Those run on the same kernels, and --accuracy_level applies to them. int8: integer products, the fastest and
-the most exact, 1.6 times the size of 4 bits (%(default)s)"""
-DECODER_JOINT_HELP = (
-    "weights of the decoder's LSTM and of the joint; int8 makes a token three times as fast (%(default)s)"
-)
-SKIP_FUSION_HELP = """leave the graph as exported, as quantized encoders for a CPU always are: the fused operator is
-slower there"""
-EVAL_HELP = """JSON lines with audio_filepath, text and perhaps lang: count the words that float32 and the optimized
-model get wrong on these clips"""
-INCREASE_HELP = """points of word error rate, normalised, by which the optimized model may be worse than float32, over
-all clips and in each language; beyond, nothing is written (no limit)"""
-REDUCE_RANGE_HELP = """int8 with weights of 7 bits, for a CPU without VNNI (AVX2 before 2021), where sums of larger
-products are cut off"""
-
-CALIBRATION_MANIFEST_HELP = """NeMo manifest (JSON lines with audio_filepath) of a few minutes of speech, which
-k_quant_mixed and int8 fit their codes to; k_quant_mixed also measures on it what each weight does to the encoder's
-output when it is quantized, to spend 8 bits where they help most. Up to 5 minutes are used"""
-SIZE_BUDGET_HELP = """for k_quant_mixed with --calibration_manifest, the largest encoder.onnx and its data, in MB of
-10^6 bytes (what k_quant_mixed takes without a manifest)"""
+STAGES = 5  # of each folder: fusion, quantization, size, comparison, report
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__ or "")
     add = parser.add_argument
+    methods = METHODS.values()
+    help_of_methods = ". ".join(f"{method.name}: {method.help}" for method in methods)
+    in_blocks = " and ".join(method.name for method in methods if method.uses_blocks)
+    calibrating = " and ".join(method.name for method in methods if method.calibrates)
+    with_budget = " and ".join(method.name for method in methods if method.has_size_budget)
+    never_fused = " and ".join(method.name for method in methods if not method.fused_on_cpu)
     add("--model_dir", type=Path, default=Path("onnx_models"), help="exported folder (./%(default)s)")
     add("--output_dir", type=Path, default=Path("onnx_models_optimized"), help="folder to write (./%(default)s)")
-    add("--block_size", type=int, choices=BLOCK_SIZES, default=32, help=BLOCK_SIZE_HELP)
-    add("--accuracy_level", type=int, choices=range(5), default=4, help=ACCURACY_LEVEL_HELP)
-    add("--quant_method", choices=QUANT_METHODS, default="rtn", help=QUANT_METHOD_HELP)
-    add("--decoder_joint_precision", choices=("fp32", "int8"), default="fp32", help=DECODER_JOINT_HELP)
-    add("--reduce_range", action="store_true", help=REDUCE_RANGE_HELP)
-    add("--calibration_manifest", type=Path, metavar="FILE", help=CALIBRATION_MANIFEST_HELP)
-    add("--size_budget_mb", type=float, metavar="MB", help=SIZE_BUDGET_HELP)
-    add("--eval_manifest", type=Path, metavar="FILE", help=EVAL_HELP)
-    add("--max_wer_increase", type=float, metavar="POINTS", help=INCREASE_HELP)
-    add("--skip_fusion", action="store_true", help=SKIP_FUSION_HELP)
+    add("--block_size", type=int, choices=BLOCK_SIZES, default=OptimizeOptions.block_size,
+        help=f"for {in_blocks}: weights that share a scale; a larger block is smaller, faster and less exact "
+             "(%(default)s)")  # fmt: skip
+    add("--accuracy_level", type=int, choices=range(5), default=OptimizeOptions.accuracy_level,
+        help=f"for {in_blocks}: what a product rounds activations to. 4: int8, the fastest and not the most exact; "
+             "3: bf16; 2: fp16; 1: fp32; 0: the runtime decides (%(default)s)")  # fmt: skip
+    add("--quant_method", choices=tuple(METHODS), default=OptimizeOptions.quant_method,
+        help=f"how the encoder's weights are stored. {help_of_methods} (%(default)s)")  # fmt: skip
+    add("--decoder_joint_precision", choices=TOKEN_PRECISIONS, default=OptimizeOptions.decoder_joint_precision,
+        help="weights of the decoder's LSTM and of the joint; int8 makes a token three times as fast "
+             "(%(default)s)")  # fmt: skip
+    add("--reduce_range", action="store_true",
+        help="int8 with weights of 7 bits, for a CPU without VNNI (AVX2 before 2021), where sums of larger products "
+             "overflow")  # fmt: skip
+    add("--calibration_manifest", type=Path, metavar="FILE",
+        help=f"for {calibrating}: NeMo manifest (JSON lines with audio_filepath) of a few minutes of speech, of which "
+             "up to 5 are used. Weights are rounded so that products with this speech change least, and "
+             f"{with_budget} measures on it which weights need 8 bits")  # fmt: skip
+    add("--size_budget_mb", type=float, metavar="MB",
+        help=f"for {with_budget} with --calibration_manifest: the largest encoder.onnx and its data, in MB of 10^6 "
+             "bytes (what it takes without a manifest)")  # fmt: skip
+    add("--eval_manifest", type=Path, metavar="FILE",
+        help="JSON lines with audio_filepath, text and perhaps lang: count the words that float32 and the optimized "
+             "model get wrong on these clips")  # fmt: skip
+    add("--max_wer_increase", type=float, metavar="POINTS",
+        help="percentage points by which the word error rate, without case and punctuation, may be higher than "
+             "float32's, over all clips and in each language; beyond, nothing is written (no limit)")  # fmt: skip
+    add("--skip_fusion", action="store_true",
+        help="leave the graph as exported. Fusion makes one operator of a residual addition and the normalization "
+             "after it, which is faster on a GPU; on a CPU 4-bit encoders are 6 to 10 %% faster without it, and "
+             f"{never_fused} is not fused")  # fmt: skip
     add("--skip_quantization", action="store_true", help="leave the weights float32")
     return parser.parse_args(argv)
 
@@ -118,205 +91,54 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _optimize(args: argparse.Namespace) -> None:
-    layouts = layouts_in(args.model_dir)
-    _check_folders(args.model_dir, args.output_dir, layouts)
-    if args.reduce_range and not (_int8_encoder(args) or args.decoder_joint_precision == INT8):
-        raise ValueError("--reduce_range wants --quant_method int8 or --decoder_joint_precision int8, found neither")
-    speech = Speech(_calibration_clips(args), _read_eval_manifest(args))
-    genai = next((name for name, layout in layouts.items() if layout is GENAI), None)
-    if genai is None and (speech.calibration or speech.evaluation):
-        raise ValueError(
-            "--calibration_manifest and --eval_manifest want a folder for ONNX Runtime GenAI, which computes their "
-            f"features, found none in {args.model_dir}; export with --runtime all"
-        )
+    options = OptimizeOptions(**{field.name: getattr(args, field.name) for field in fields(OptimizeOptions)})
+    options.validate()
+    source, target = args.model_dir, args.output_dir
+    layouts = layouts_in(source)
+    check_folders(source, target, layouts)
+    speech_folder = next((name for name, layout in layouts.items() if layout.measures_speech), None)
+    calibration, evaluation = read_speech_manifests(options, source, speech_folder)
     write_page = page_writer()
-    before = max(_bytes(args.model_dir / name, layout.encoder.files) for name, layout in layouts.items())
-    # As much as the sources, though less comes out: a copy of one whose weights are shared is read, then removed.
-    disk = sum(_bytes(args.model_dir / name, layout.files) for name, layout in layouts.items())
-    memory = (CALIBRATION_MEMORY_FACTOR if speech.calibration else MEMORY_FACTOR) * before
-    state_needs(f"encoder.onnx ({size_text(before)})", memory, disk, args.output_dir)
-    with staged_folder(args.output_dir) as stage:
+    print_needs(source, target, layouts, CALIBRATION_MEMORY_FACTOR if calibration else MEMORY_FACTOR)
+
+    per_folder = STAGES + options.int8_tokens
+    report = Stages(bool(calibration) + len(layouts) * per_folder + bool(evaluation)).report
+    with staged_folder(target) as stage:
+        calibrated = None
+        if options.method and calibration and speech_folder is not None:
+            with open_folder(layouts[speech_folder], speech_folder, source, target, stage) as folder:
+                calibrated = calibrate(folder, options.method, options, calibration, report)
         for name, layout in layouts.items():
-            (stage / name).mkdir(exist_ok=True)
             if name:
                 print(f"{name}:")
-            with tempfile.TemporaryDirectory(dir=stage.parent) as scratch:
-                readable = of_one_name(args.model_dir / name, layout.graph_files, Path(scratch) / "copies")
-                paths = Paths(args.model_dir / name, readable, args.output_dir / name, stage / name)
-                _optimize_folder(paths, layout, args, speech, write_page)
+            with open_folder(layout, name, source, target, stage) as folder:
+                encoder = optimize_graph(folder.encoder, options, folder.device, calibrated, report)
+                clips = evaluation if layout.measures_speech else []
+                finish_folder(folder, encoder, options, clips, write_page, report)
         share_equal_data([stage / name for name in layouts])
-    following = "" if genai is None else f"; next: python test_e2e.py --model_dir {args.output_dir / genai}"
-    print(f"wrote {args.output_dir}{following}")
+    if advice := options.fusion_advice(folder.device):
+        print(advice)
+    following = "" if speech_folder is None else f"; next: python test_e2e.py --model_dir {target / speech_folder}"
+    print(f"wrote {target}{following}")
 
 
-@dataclass(frozen=True)
-class Paths:
-    """One model folder: where it is, where it will be and is being written; `readable` is the first, or has copies of
-    its graphs."""
-
-    source: Path
-    readable: Path
-    target: Path
-    stage: Path
-
-
-@dataclass
-class Speech:
-    """The clips of both manifests. What the folder for GenAI, the first, was fitted to serves the others as well."""
-
-    calibration: list[Clip]
-    evaluation: list[Clip]
-    plan: Plan | None = None
-    fitted: dict[str, Packed] | dict[str, Columns] = field(default_factory=dict)
-    factors: dict[str, np.ndarray] = field(default_factory=dict)
-    sensitivity: Sensitivity | None = None
+def calibrate(
+    folder: ModelFolder, method: QuantMethod[P], options: OptimizeOptions, clips: list[Clip], report: Report
+) -> Calibrated[P]:
+    """Fit the encoder's weights to speech, once for the folders of all runtimes."""
+    speech = read_speech(folder.source, clips)
+    calibrated = method.calibrate(folder.encoder, speech.batches, options)
+    report("calibration", f"{speech.clips} clips", f"{speech.seconds:.0f} s of speech", *calibrated.summary())
+    return calibrated
 
 
-def _optimize_folder(
-    paths: Paths, layout: Layout, args: argparse.Namespace, speech: Speech, write_page: PageWriter
-) -> None:
-    """Optimize a model folder that lies as `layout` says."""
-    source, stage, encoder = paths.source, paths.stage, layout.encoder
-    manifest, exported = moved_manifest(source, paths.target), paths.readable / encoder.file
-    before, int8_tokens = _bytes(source, encoder.files), args.decoder_joint_precision == INT8
-    calibrated, evaluated = (layout is GENAI and bool(clips) for clips in (speech.calibration, speech.evaluation))
-    stages = Stages(5 + int8_tokens + calibrated + evaluated)
-    stored, heard, evaluation, wer = {}, [], None, {}
-    skip_fusion = args.skip_fusion or fusion_slows(manifest, args.skip_quantization)
-    model, fused = (load(exported), Counter()) if skip_fusion else fuse(exported)
-    found = "  ".join(f"{count} {operator}" for operator, count in fused.items()) or "nothing fused"
-    skipped = "skipped" if args.skip_fusion else "left out, it would be slower on a CPU"
-    stages.report("fusion", skipped if skip_fusion else found, f"{len(model.graph)} nodes")
-
-    names = [] if args.skip_quantization else quantizable(model)
-    plan = {} if args.skip_quantization else make_plan(names, args.quant_method, args.block_size, args.reduce_range)
-    if calibrated:
-        _fit_to_speech(args, paths, model, plan, speech, stages)
-    plan = speech.plan or plan
-    fold(model, speech.factors)
-    left = sum(value.const_value.nbytes for name, value in model.graph.initializers.items() if name not in plan)
-    if plan:
-        how = (args.quant_method, args.accuracy_level, _progress_bar, speech.fitted)
-        stored[encoder.name] = quantize_weights(model, plan, *how)
-    widths = Counter(form.bits for form in plan.values())
-    counts = "  ".join(f"{widths[bits]} weights at {bits} bits" for bits in sorted(widths))
-    method = args.quant_method if _int8_encoder(args) else f"{args.quant_method}, block {args.block_size}"
-    method = method if plan else "quantization"
-    stages.report(method, counts or "skipped", f"{size_text(left)} left float32")
-
-    save_model(model, stage / encoder.file)
-    after = _bytes(stage, encoder.files)
-    stages.report("encoder", f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
-
-    sqnr = compare(source, stage, MIN_SQNR_DB if plan else MIN_FLOAT_SQNR_DB, encoder)
-    found = f"SQNR {sqnr:.1f} dB" if math.isfinite(sqnr) else "identical"
-    stages.report("against the exported encoder, on noise", found)
-    token_sqnr = {}
-    if int8_tokens:
-        tokens = layout.vocabulary_size(source)
-        how = (layout.token_graphs, tokens, args.reduce_range)
-        token_sqnr, token_weights = quantize_token_graphs(paths.readable, stage, *how)
-        stored |= token_weights
-        found = (f"{name} SQNR {ratio:.1f} dB" for name, ratio in token_sqnr.items())
-        stages.report("decoder and joint, int8", *found)
-    for file in layout.files:
-        if not (stage / file).exists():
-            shutil.copyfile(source / file, stage / file)
-    if evaluated:
-        heard, table = _count_words(args, paths, speech.evaluation, stages)
-        evaluation = make_evaluation(args.eval_manifest, heard, table, args.max_wer_increase)
-        wer = {side: asdict(getattr(table[0], side)) for side in ("float32", "optimized")}
-    record = {
-        "model_dir": relative_path(source, paths.target),
-        "flags": {
-            "quant_method": args.quant_method,
-            "block_size": args.block_size,
-            "accuracy_level": args.accuracy_level,
-            "decoder_joint_precision": args.decoder_joint_precision,
-            "reduce_range": args.reduce_range,
-            "skip_fusion": args.skip_fusion,
-            "skip_quantization": args.skip_quantization,
-            "size_budget_mb": args.size_budget_mb,
-        },
-        "calibration": fingerprint(args.calibration_manifest) if speech.calibration else None,
-        "fused": dict(fused),
-        "weights_by_bits": {str(bits): count for bits, count in sorted(widths.items())},
-        "encoder_bytes": {"exported": before, "optimized": after},
-        "sqnr_db_on_noise": round(sqnr, 2) if math.isfinite(sqnr) else None,
-        "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in token_sqnr.items()},
-        **({"wer": wer} if wer else {}),
-    }
-    report = make_report(paths.readable, stage, layout.graphs, manifest, record, stored, speech.sensitivity, evaluation)
-    write_report(stage, report, heard, write_page)
-    write_manifest(stage, manifest, "optimize", record)
-    write_card(stage, paths.target, layout)
-    if moved_manifest(source, paths.target) != manifest:
-        raise ValueError(f"{source} was written anew while it was read; run this again")
-    stages.report("report", str(paths.target / REPORT_HTML))
-
-
-def _int8_encoder(args: argparse.Namespace) -> bool:
-    return args.quant_method == INT8 and not args.skip_quantization
-
-
-def fusion_slows(manifest: dict, skip_quantization: bool) -> bool:
-    """SkipLayerNormalization takes 0.7 to 1 ms longer than Add and LayerNormalization on the CPU (onnxruntime 1.32,
-    [250, 1024]; 96 of them: 6 to 10 % of a 4-bit encoder, more of an int8 one), so there only a run that asks for
-    nothing else fuses. On CUDA it saves kernel launches."""
-    device = manifest.get("export", {}).get("flags", {}).get("device", "cpu")
-    return device == "cpu" and not skip_quantization
-
-
-def _calibration_clips(args: argparse.Namespace) -> list[Clip]:
-    """The clips to calibrate on, none without a manifest. Raises ValueError for flags that do not go together."""
-    method = "--skip_quantization" if args.skip_quantization else args.quant_method
-    if args.calibration_manifest is None:
-        if args.size_budget_mb is not None:
-            raise ValueError("--size_budget_mb wants a --calibration_manifest to decide by, found none")
-        return []
-    if method not in (K_QUANT_MIXED, INT8):
-        raise ValueError(f"--calibration_manifest wants --quant_method {K_QUANT_MIXED} or {INT8}, found {method}")
-    if method == INT8 and args.size_budget_mb is not None:
-        raise ValueError(f"--size_budget_mb wants --quant_method {K_QUANT_MIXED}, found {INT8}, which has one size")
-    return read_clips(args.calibration_manifest)
-
-
-def _fit_to_speech(
-    args: argparse.Namespace, paths: Paths, model: ir.Model, plan: Plan, speech: Speech, stages: Stages
-) -> None:
-    """Calibrate, with a progress bar, and spend the budget, or what `plan` takes, where it helps most: fill in what
-    `speech` has of plan, weights, row factors and damages."""
-    exported, found = paths.readable / GENAI.encoder.file, []
-    with tqdm(desc="calibrating", unit="run", smoothing=0, leave=False, disable=None) as bar:  # none in a pipe
-        if args.quant_method == INT8:
-            heard = read_speech(paths.source, speech.calibration)
-            calibration = calibrate_int8(exported, heard.batches, plan[next(iter(plan))].bits, bar)
-            speech.fitted = calibration.weights
-        else:
-            graph_bytes = exported.stat().st_size
-            budget = file_bytes(model, graph_bytes, plan) if args.size_budget_mb is None else args.size_budget_mb * 1e6
-            check_budget(model, graph_bytes, plan, args.block_size, budget)
-            heard = read_speech(paths.source, speech.calibration)
-            calibration = calibrate(exported, heard.batches, args.block_size, bar)
-            damage = speech.sensitivity = calibration.damages
-            speech.plan = spend(model, graph_bytes, damage, args.block_size, budget)
-            speech.fitted = {name: calibration.weights[name][form.bits].packed for name, form in speech.plan.items()}
-            low = {name: widths[min(widths)] for name, widths in damage.items()}
-            worst = max(low, key=low.get)
-            share = 100 * low[worst] / max(sum(low.values()), 1e-30)
-            found.append(f"{worst} does {share:.0f} % of the damage of 4 bits")
-    speech.factors = calibration.factors
-    found.append(f"inputs of {len(speech.factors)} weights smoothed")
-    stages.report("calibration", f"{heard.clips} clips  {heard.seconds:.0f} s of speech", *found)
-
-
-def _check_folders(source: Path, target: Path, layouts: dict[str, Layout]) -> None:
+def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> None:
     """Raise FileNotFoundError naming the command that makes what `source` lacks, or ValueError if `target` is it,
     a file of `source` is not the one that its manifest lists, or its weights are float16."""
     check_output_dir(target)
     if target.resolve() == source.resolve():
         raise ValueError(
-            f"wanted another --output_dir than --model_dir, found {target} twice; the source stays as it is"
+            f"expected --output_dir and --model_dir to differ, got {target} twice; give another --output_dir"
         )
     check_same_layouts(target, layouts)
     for name, layout in layouts.items():
@@ -325,54 +147,49 @@ def _check_folders(source: Path, target: Path, layouts: dict[str, Layout]) -> No
         for files, command in ((exported, EXPORT_COMMAND), (layout.vocabulary, layout.vocabulary_command)):
             missing = [file for file in files if not (folder / file).is_file()]
             if missing:
-                names = ", ".join(missing)
-                raise FileNotFoundError(f"wanted {names} in {folder}, found none; first run: {command.format(folder)}")
+                files_text = ", ".join(missing)
+                raise FileNotFoundError(
+                    f"expected {files_text} in {folder}, got none; first run: {command.format(folder)}"
+                )
         if is_float16(read_manifest(folder)):
             raise ValueError(
-                f"wanted float32 weights to quantize, found {folder}, exported with --precision fp16; export it without"
+                f"expected float32 weights to quantize, got {folder}, exported with --precision fp16; export it without"
             )
         verify_files(folder, (*layout.graph_files, *layout.vocabulary))
 
 
-def _read_eval_manifest(args: argparse.Namespace) -> list[Clip]:
-    """The clips to judge by, none without --eval_manifest. Raises ValueError for a limit that cannot be one, and as
-    read_clips does; FileNotFoundError where a clip is missing, before the work and not after it."""
-    if args.eval_manifest is None:
-        if args.max_wer_increase is not None:
-            raise ValueError("--max_wer_increase wants --eval_manifest, the clips to count words on, found none")
-        return []
-    if args.max_wer_increase is not None and not 0 <= args.max_wer_increase < math.inf:
-        raise ValueError(f"wanted --max_wer_increase in points of 0 and more, found {args.max_wer_increase}")
-    clips = read_clips(args.eval_manifest, with_text=True)
-    for clip in clips:
+def read_speech_manifests(
+    options: OptimizeOptions, source: Path, speech_folder: str | None
+) -> tuple[list[Clip], list[Clip]]:
+    """The clips of --calibration_manifest and of --eval_manifest, none where there is no manifest.
+
+    Raises ValueError where no folder's runtime computes their features, and as read_clips does; FileNotFoundError where
+    a clip is missing, before the work and not after it.
+    """
+    if speech_folder is None and (options.calibration_manifest or options.eval_manifest):
+        able = " or ".join(layout.runtime for layout in LAYOUTS.values() if layout.measures_speech)
+        raise ValueError(
+            f"--calibration_manifest and --eval_manifest expect a folder for {able}, which computes their features, "
+            f"got none in {source}; export with --runtime all"
+        )
+    calibration = read_clips(options.calibration_manifest) if options.calibration_manifest else []
+    evaluation = read_clips(options.eval_manifest, with_text=True) if options.eval_manifest else []
+    for clip in evaluation:
         if not clip.path.is_file():
-            raise FileNotFoundError(f"wanted the clips of {args.eval_manifest}, found nothing at {clip.path}")
-    return clips
+            raise FileNotFoundError(f"expected the clips of {options.eval_manifest}, got nothing at {clip.path}")
+    return calibration, evaluation
 
 
-def _count_words(
-    args: argparse.Namespace, paths: Paths, clips: list[Clip], stages: Stages
-) -> tuple[list[gate.Heard], list[gate.Words]]:
-    """What both folders made of the clips, and the table of it; raises as gate.judge."""
-    heard = gate.listen(paths.source, paths.stage, args.eval_manifest, clips, _clip_bar)
-    table = gate.word_table(heard)
-    stages.report(f"{len(clips)} clips", str(table[0]))
-    gate.print_words(table, heard)
-    if args.max_wer_increase is not None:
-        gate.judge(table, args.max_wer_increase)
-    return heard, table
+def print_needs(source: Path, target: Path, layouts: Mapping[str, Layout], memory_factor: float) -> None:
+    """Say what the run takes; raises as state_needs does."""
+    encoder = max(bytes_of(source / name, layout.encoder.files) for name, layout in layouts.items())
+    # As much as the sources, though the result is smaller: one whose weights are shared is copied, and then removed.
+    disk = sum(bytes_of(source / name, layout.files) for name, layout in layouts.items())
+    state_needs(f"encoder.onnx ({size_text(encoder)})", memory_factor * encoder, disk, target)
 
 
-def _bytes(folder: Path, files: Iterable[str]) -> int:
+def bytes_of(folder: Path, files: Iterable[str]) -> int:
     return sum((folder / file).stat().st_size for file in files)
-
-
-def _progress_bar(items: Iterator, total: int) -> Iterable:
-    return tqdm(items, total=total, desc="quantizing", unit="weight", leave=False, disable=None)  # none in a pipe
-
-
-def _clip_bar(clips: list[Clip]) -> Iterable[Clip]:
-    return tqdm(clips, desc="transcribing", unit="clip", leave=False, disable=None)
 
 
 if __name__ == "__main__":

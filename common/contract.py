@@ -5,7 +5,10 @@ Axes, in docstrings and at line ends throughout:
     L LSTM layers · U target positions · V tokens including blank · K durations.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 # Largest |ONNX - NeMo|, in encoder outputs and in logits, that float32 arithmetic in another order explains. Both are
 # of size 1 to 100; measured 2e-5 on the tiny checkpoint, 5e-6 on a random model of 24 layers.
@@ -134,3 +137,73 @@ GRAPH_FILES = tuple(file for graph in GRAPHS for file in graph.files)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 GENAI_CONFIG = "genai_config.json"
 AUDIO_PROCESSOR_CONFIG = "audio_processor_config.json"
+
+
+class Role(StrEnum):
+    """What a weight matrix of the encoder is for. The value is its module in common/export/wrappers.py, so its name in
+    the graph is `subsampling.out.weight`, `layers.3.attention.query.weight`, … or `projection.weight`."""
+
+    SUBSAMPLING_OUT = "subsampling.out"
+    FEED_FORWARD1_EXPAND = "feed_forward1.expand"
+    FEED_FORWARD1_PROJECT = "feed_forward1.project"
+    ATTENTION_QUERY = "attention.query"
+    ATTENTION_KEY = "attention.key"
+    ATTENTION_VALUE = "attention.value"
+    ATTENTION_POSITION = "attention.position"
+    ATTENTION_OUT = "attention.out"
+    CONVOLUTION_EXPAND = "convolution.expand"
+    CONVOLUTION_PROJECT = "convolution.project"
+    FEED_FORWARD2_EXPAND = "feed_forward2.expand"
+    FEED_FORWARD2_PROJECT = "feed_forward2.project"
+    PROJECTION = "projection"
+
+
+# A checkpoint may lack these: subsampling by stacked frames has a matrix of another form, and few encoders end in one.
+ROLES_OUTSIDE_LAYERS = (Role.SUBSAMPLING_OUT, Role.PROJECTION)
+LAYER_ROLES = tuple(role for role in Role if role not in ROLES_OUTSIDE_LAYERS)  # every layer has each of them
+_ENCODER_WEIGHT = re.compile(
+    rf"(?P<outside>{'|'.join(map(re.escape, ROLES_OUTSIDE_LAYERS))})\.weight"
+    rf"|layers\.(?P<layer>\d+)\.(?P<role>{'|'.join(map(re.escape, LAYER_ROLES))})\.weight"
+)
+
+
+@dataclass(frozen=True)
+class EncoderWeight:
+    """Role of a weight matrix, and the layer it belongs to; None outside the layers."""
+
+    role: Role
+    layer: int | None = None
+
+
+def encoder_weight(name: str) -> EncoderWeight:
+    """Role and layer of the weight matrix called `name` in the encoder's graph. Raises ValueError for other names."""
+    match = _ENCODER_WEIGHT.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"expected an encoder weight with a role of common/contract.py, such as layers.0.attention.query.weight, "
+            f"got {name}; export the checkpoint again with this version"
+        )
+    if match["outside"]:
+        return EncoderWeight(Role(match["outside"]))
+    return EncoderWeight(Role(match["role"]), int(match["layer"]))
+
+
+def encoder_weights(names: Iterable[str]) -> dict[str, EncoderWeight]:
+    """Role and layer of every weight matrix of an encoder, by name, in the order given.
+
+    Raises ValueError for a name without a role, and for a layer that lacks one of LAYER_ROLES: a rule for that role
+    would silently apply to fewer weights.
+    """
+    weights = {name: encoder_weight(name) for name in names}
+    roles_of_layer: dict[int, set[Role]] = {}
+    for weight in weights.values():
+        if weight.layer is not None:
+            roles_of_layer.setdefault(weight.layer, set()).add(weight.role)
+    for layer in range(1 + max(roles_of_layer, default=-1)):
+        missing = [role for role in LAYER_ROLES if role not in roles_of_layer.get(layer, ())]
+        if missing:
+            raise ValueError(
+                f"expected a matrix for every role in every layer of the encoder, got none for {', '.join(missing)} in "
+                f"layer {layer}; export the checkpoint again with this version"
+            )
+    return weights

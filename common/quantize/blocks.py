@@ -1,9 +1,9 @@
-"""Float32 matrices as the tensors of ONNX Runtime's MatMulNBits: pure NumPy, one function per method.
+"""Float32 matrices as the tensors of ONNX Runtime's MatMulNBits: pure NumPy, one function for each way to find codes.
 
 A weight W [K, N] is cut along K into blocks that share a scale and a zero point; W ≈ scale · (code - zero point).
 Inside, a block is a column of x [block, n]: a sum over every block is then a sum of long rows, the fast kind.
 
-A method fits one slab of blocks: (x, bits) → scale [n], zero point [n] of whole numbers, or None for the middle code
+A Fitter fits one slab of blocks: (x, bits) → scale [n], zero point [n] of whole numbers, or None for the middle code
 2^(bits-1), which MatMulNBits assumes where no zero points are stored. Codes follow from those by rounding.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 BITS = (4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # weights; what ONNX Runtime's CPU kernels have (1.32)
@@ -28,7 +29,7 @@ HQQ_ITERATIONS = 10  # 20 gain 0.06 dB at block 128, less at 32
 # Added to the diagonal of the second moments of a product's inputs, in parts of its mean, as in GPTQ.
 DAMPING = 0.01
 Fit = tuple[np.ndarray, np.ndarray | None]
-Method = Callable[[np.ndarray, int], Fit]
+Fitter = Callable[[np.ndarray, int], Fit]
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Packed:
         return ((name, array) for name, array in vars(self).items() if isinstance(array, np.ndarray))
 
 
-def quantize(weight: np.ndarray, bits: int, block: int, method: Method) -> Packed:
+def quantize(weight: np.ndarray, bits: int, block: int, fit: Fitter) -> Packed:
     """weight [K, N] in blocks along K, the last one padded with zeros. Raises ValueError for other bits or blocks."""
     if bits not in BITS or block not in BLOCK_SIZES:
-        raise ValueError(f"wanted bits of {BITS} and a block size of {BLOCK_SIZES}, found {bits} and {block}")
+        raise ValueError(f"expected bits of {BITS} and a block size of {BLOCK_SIZES}, got {bits} and {block}")
     K, N = weight.shape
-    blocks, middle = -(-K // block), 2 ** (bits - 1)
+    blocks, middle = ceil_div(K, block), 2 ** (bits - 1)
     codes = np.empty((blocks, block, N), np.uint8)
     scales, zeros = np.empty((blocks, N), np.float32), np.full((blocks, N), middle, np.uint8)
     symmetric, power, noise = True, 0.0, 0.0
@@ -60,7 +61,7 @@ def quantize(weight: np.ndarray, bits: int, block: int, method: Method) -> Packe
             columns = slice(start, start + SLAB // block)
             x = np.zeros((block, rows[:, columns].shape[1]), np.float32)
             x[: len(rows)] = rows[:, columns]
-            scale, zero = method(x, bits)
+            scale, zero = fit(x, bits)
             if zero is not None:
                 symmetric, zeros[i, columns] = False, zero
             scales[i, columns] = scale
@@ -68,24 +69,22 @@ def quantize(weight: np.ndarray, bits: int, block: int, method: Method) -> Packe
             codes[i, :, columns] = steps + zeros[i, columns]
             power += power_of(x)
             noise += power_of(np.subtract(x, np.multiply(steps, scale, out=steps), out=x))
-    return _packed(codes, scales, zeros, bits, symmetric, noise / power if power else 0.0)
+    return _packed(codes, scales, None if symmetric else zeros, bits, noise / power if power else 0.0)
 
 
-def _packed(
-    codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int, symmetric: bool, error: float
-) -> Packed:
+def _packed(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int, error: float) -> Packed:
     """codes [blocks, block, N], scales and zero points [blocks, N], in the operator's layout"""
     return Packed(
         codes=np.ascontiguousarray(_pack(codes, bits).transpose(2, 0, 1)),
         scales=np.ascontiguousarray(scales.T),
-        zero_points=None if symmetric else np.ascontiguousarray(_pack(zeros[None], bits)[0].T),
+        zero_points=None if zeros is None else np.ascontiguousarray(_pack(zeros[None], bits)[0].T),
         error=error,
     )
 
 
 def second_moments(inputs: Iterable[np.ndarray]) -> np.ndarray:
     """Σ xᵀx over rows of inputs [R, K] to a product: [K, K] float64."""
-    return sum((rows.T @ rows).astype(np.float64) for rows in inputs)
+    return np.asarray(sum((rows.T @ rows).astype(np.float64) for rows in inputs))
 
 
 def error_feedback(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
@@ -98,39 +97,40 @@ def error_feedback(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
     damped = moments.copy()
     damped[np.diag_indices_from(damped)] += damping * np.trace(moments) / len(moments) + TINY
     upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    return (upper / np.diag(upper)).astype(np.float32)
+    return np.asarray(upper / np.diag(upper), np.float32)
 
 
 def quantize_compensated(
     weight: np.ndarray,
     bits: int,
     block: int,
-    method: Method,
+    fit: Fitter,
     feedback: np.ndarray,
     factors: np.ndarray | float = 1.0,
 ) -> tuple[Packed, np.ndarray]:
     """As `quantize`, but of the weight times factors of its rows [K, 1], rounded row by row with the feedback of
     `error_feedback`; also the errors W - Ŵ [K, N], factors taken away again."""
-    codes, scales, zeros, errors = compensate(weight * factors, bits, block, method, feedback)
+    codes, scales, zeros, errors = compensate(weight * factors, bits, block, fit, feedback)
     errors /= factors
     symmetric = bool(np.all(zeros == 2 ** (bits - 1)))
-    return _packed(codes, scales, zeros, bits, symmetric, relative_error(weight, weight - errors)), errors
+    error = relative_error(weight, weight - errors)
+    return _packed(codes, scales, None if symmetric else zeros, bits, error), errors
 
 
 def compensate(
-    weight: np.ndarray, bits: int, block: int, method: Method, feedback: np.ndarray
+    weight: np.ndarray, bits: int, block: int, fit: Fitter, feedback: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Codes [blocks, block, N], scales and zero points [blocks, N], and errors W - Ŵ [K, N], which go into the rows
     that follow."""
     K, N = weight.shape
-    blocks, middle = -(-K // block), 2 ** (bits - 1)
+    blocks, middle = ceil_div(K, block), 2 ** (bits - 1)
     codes, scales = np.zeros((blocks, block, N), np.uint8), np.empty((blocks, N), np.float32)
     zeros, errors = np.empty((blocks, N), np.uint8), np.empty((K, N), np.float32)
     for i, begin in enumerate(range(0, K, block)):
         end = min(begin + block, K)
         wanted = np.zeros((block, N), np.float32)
         wanted[: end - begin] = weight[begin:end] + feedback[:begin, begin:end].T @ errors[:begin]
-        scales[i], zero = method(wanted, bits)
+        scales[i], zero = fit(wanted, bits)
         zero = np.full(N, middle, np.float32) if zero is None else zero
         inverse, within = _inverse(scales[i]), np.ascontiguousarray(feedback[begin:end, begin:end].T)
         for k in range(begin, end):
@@ -208,7 +208,9 @@ def _least_squares(x: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np
     return np.where(dot > 0, dot / np.maximum(norm, TINY), slope), moved
 
 
-def _best_of(x: np.ndarray, weight: np.ndarray | None, candidates: Iterable[Fit], bits: int) -> Fit:
+def _best_of(
+    x: np.ndarray, weight: np.ndarray | None, candidates: Iterable[tuple[np.ndarray, ArrayLike]], bits: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Of the candidates (1/scale, zero) that whose codes, once the scale is fitted to them, have the least weighted
     squared error Σ weight · (x - scale · steps)². Explained by a fit is Σ(w x s)² / Σ(w s²); the rest is error."""
     weighted = x if weight is None else weight * x
@@ -228,13 +230,19 @@ def _best_of(x: np.ndarray, weight: np.ndarray | None, candidates: Iterable[Fit]
     return scale, zero
 
 
-def _steps(x: np.ndarray, inverse: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
+def _steps(x: np.ndarray, inverse: np.ndarray, zero: ArrayLike, bits: int) -> np.ndarray:
     """code - zero of each weight, [block, n] float32: the nearest whole multiple of the scale that a code reaches."""
     zero = np.asarray(zero, np.float32)
-    steps = x * inverse
+    steps: np.ndarray = x * inverse
     np.rint(steps, out=steps)
     np.maximum(steps, -zero, out=steps)
-    return np.minimum(steps, np.float32(2**bits - 1) - zero, out=steps)
+    np.minimum(steps, np.float32(2**bits - 1) - zero, out=steps)
+    return steps
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """number / divisor, rounded up."""
+    return -(-number // divisor)
 
 
 def relative_error(weight: np.ndarray, found: np.ndarray) -> float:
@@ -250,7 +258,9 @@ def power_of(x: np.ndarray) -> float:
 
 def _inverse(x: np.ndarray) -> np.ndarray:
     """1/x, and 0 for 0: a block of zeros gets scale 0."""
-    return np.divide(1, x, out=np.zeros_like(x), where=x != 0)
+    inverse = np.zeros_like(x)
+    np.divide(1, x, out=inverse, where=x != 0)
+    return inverse
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -261,6 +271,3 @@ def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
     packed = low.copy()
     packed[:, : high.shape[1]] |= high << 4
     return packed
-
-
-METHODS: dict[str, Method] = {"rtn": rtn, "k_quant_mixed": k_quant, "hqq": hqq}

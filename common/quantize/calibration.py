@@ -1,19 +1,17 @@
-"""Calibration: on some speech, what quantizing one weight does to the encoder's output, and codes fitted to its inputs.
+"""Calibration: speech is run through the float32 encoder, and every product with a weight matrix is observed.
 
-The float32 graph is cut before each product with a constant matrix, into segments that hand their values on. All of the
-speech walks along them once. At each product its inputs are at hand, so the weight is quantized such that later rows
-make up for the errors of earlier ones on inputs like these (`error_feedback`), and loud channels of inputs that come
-from a normalization are made quieter (common.smooth). From there part of the speech goes to the end of the graph a
-second time, with the quantized weight: how far the output moves is the weight's damage.
+The graph is cut before each product with a constant matrix, into segments that hand their values on. All of the speech
+passes through them once. At each product its inputs are known, so a method can round the weight such that later rows
+make up for the errors of earlier ones on inputs like these (`blocks.error_feedback`); input channels that come from a
+normalization are scaled to differ less (smoothing.py). From there part of the speech can go to the end of the graph a
+second time, with the rounded weight: how far the output moves is the weight's damage.
 
-Weights stay in the data file, and a walk holds the values of one cut: memory is that of the speech and of the codes.
+Weights stay in the data file, and a pass holds the values of one cut: memory is that of the speech and of the codes.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -21,86 +19,58 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes import common as passes
-from tqdm import tqdm
 
 from common.contract import ENCODER
 from common.folder.onnx_files import load
-from common.quantize.blocks import BITS, Packed, error_feedback, k_quant, power_of, quantize_compensated, second_moments
-from common.quantize.int8 import Columns, compensated_columns
-from common.quantize.plan import Sensitivity
+from common.folder.onnx_graph import input_of, name_of, tensor_of
+from common.progress import progress_bar
+from common.quantize.blocks import error_feedback, power_of, second_moments
 from common.quantize.rewrite import quantizable
 from common.quantize.smoothing import normalized_inputs, row_factors
 from common.run.clips import Clip
 from common.run.genai import GenAI
-from common.run.ort import ERRORS_AND_WORSE
+from common.run.session import open_session
 
 # Pieces of speech that run at once, together. Damage is measured on one such batch: on the tiny checkpoint it ranks the
 # weights as all of the speech does (rank correlation 0.99), and at 0.6B a run from every weight on takes minutes.
 BATCH_SECONDS = 20
-# More speech changes the codes little; less is no speech to speak of.
+# More speech changes the codes little; less covers too few sounds.
 MAX_SECONDS, MIN_SECONDS = 300, 10
 FIT_RUNS = 120  # quantizing a weight takes about as long as so many runs of a segment, at 0.6B, to one width or two
-# How much of the differences in loudness between channels is taken from a product's inputs and given to its weight:
+# How much of the differences in magnitude between channels is taken from a product's inputs and given to its weight:
 # half, as in SmoothQuant. On the tiny checkpoint's speech that is -0.4 to 0.1 dB where nearly all codes have 4 bits,
 # 0.3 to 1.2 dB where many have 8 (a third: 0 to 1.0 dB), and 1.9 dB for int8, whose inputs have one scale a row.
 SMOOTHING = 0.5
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One weight at one width: its stored form, and the damage that it does alone, Σ (y - ŷ)² / Σ y² of the encoder's
-    output y on speech."""
+class CalibrationSpeech:
+    """Features of the clips that are used."""
 
-    packed: Packed
-    damage: float
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was found for each weight, by name and in graph order."""
-
-    weights: dict[str, dict[int, Candidate]]  # by bits
-    factors: dict[str, np.ndarray]  # of the rows of those that are smoothed, [K, 1]; for `common.smooth.fold`
-
-    @property
-    def damages(self) -> Sensitivity:
-        return {name: {bits: one.damage for bits, one in widths.items()} for name, widths in self.weights.items()}
-
-
-@dataclass(frozen=True)
-class Int8Calibration:
-    """The same for common.int8, where there is nothing to choose."""
-
-    weights: dict[str, Columns]
-    factors: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Speech:
-    """What is calibrated on."""
-
-    batches: list[np.ndarray]
+    batches: list[np.ndarray]  # [B, M, T] each
     clips: int
     seconds: float
 
 
-def read_speech(folder: Path, clips: list[Clip]) -> Speech:
+def read_speech(folder: Path, clips: list[Clip]) -> CalibrationSpeech:
     """Features of the clips by the processor of GenAI in `folder`; if they are long, of some of them from all over.
 
     Raises ValueError where they are too short, and as GenAI and read_audio do.
     """
-    genai, features, frames = GenAI(folder), [], 0
+    genai = GenAI(folder)
+    features: list[np.ndarray] = []
+    frames = 0
     frame_rate = genai.config.sample_rate / genai.config.hop_length
     for i in np.random.default_rng(0).permutation(len(clips)):
-        wanted = int(MAX_SECONDS * frame_rate) - frames
-        if wanted <= 0:
+        room = int(MAX_SECONDS * frame_rate) - frames
+        if room <= 0:
             break
-        features.append(genai.features(genai.config.read_audio(clips[i].path))[:, :wanted])
+        features.append(genai.features(genai.config.read_audio(clips[i].path))[:, :room])
         frames += features[-1].shape[1]
     seconds = frames / frame_rate
     if seconds < MIN_SECONDS:
-        raise ValueError(f"wanted {MIN_SECONDS} s of speech to calibrate on, found {seconds:.1f} s; add clips")
-    return Speech(speech_batches(features, frame_rate), len(features), seconds)
+        raise ValueError(f"expected at least {MIN_SECONDS} s of calibration speech, got {seconds:.1f} s; add clips")
+    return CalibrationSpeech(speech_batches(features, frame_rate), len(features), seconds)
 
 
 def speech_batches(features: Iterable[np.ndarray], frame_rate: float) -> list[np.ndarray]:
@@ -122,83 +92,67 @@ def speech_batches(features: Iterable[np.ndarray], frame_rate: float) -> list[np
     return [np.stack([piece[:, : batch[0].shape[1]] for piece in batch]) for batch in batches]
 
 
-def calibrate(path: Path, batches: list[np.ndarray], block: int, bar: tqdm) -> Calibration:
-    """Both widths of each quantizable weight of the float32 encoder at `path`, on batches [B, M, T].
-
-    The damage of 4 bits is measured; that of 8 is it times the ratio of the errors that the two leave in the product,
-    small errors going through the rest of the graph alike. The bar counts runs of a segment.
-    """
-    found = Calibration({}, {})
-    for product in _products(path, batches, bar, measured=True):
-        how = {"block": block, "method": k_quant, "feedback": product.feedback, "factors": product.factors}
-        with ThreadPoolExecutor(len(BITS)) as pool:
-            fits = pool.map(partial(quantize_compensated, product.weight, **how), BITS)
-            packed, errors = zip(*fits, strict=True)
-        damage, noise = product.damage(errors[0]), [power_of(product.x @ error) for error in errors]
-        if product.smoothed:
-            found.factors[product.name] = product.factors
-        found.weights[product.name] = {
-            bits: Candidate(codes, damage * left / max(noise[0], 1e-30))
-            for bits, codes, left in zip(BITS, packed, noise, strict=True)
-        }
-    return found
-
-
-def calibrate_int8(path: Path, batches: list[np.ndarray], bits: int, bar: tqdm) -> Int8Calibration:
-    """Columns of each quantizable weight of the float32 encoder at `path`, on batches [B, M, T]."""
-    found = Int8Calibration({}, {})
-    for product in _products(path, batches, bar, measured=False):
-        if product.smoothed:
-            found.factors[product.name] = product.factors
-        found.weights[product.name] = compensated_columns(product.weight, bits, product.feedback, product.factors)
-    return found
-
-
 @dataclass(frozen=True)
-class _Product:
-    """A weight [K, N] that speech has come to."""
+class Product:
+    """A weight [K, N], and what speech multiplies it by."""
 
     name: str
     weight: np.ndarray
-    smoothed: bool
-    factors: np.ndarray  # [K, 1], of its rows; ones where it is not smoothed
+    scaled: bool  # whether its input channels are scaled
+    factors: np.ndarray  # [K, 1], of its rows; ones where they are not
     feedback: np.ndarray  # [K, K], for the weight times factors
-    x: np.ndarray  # [R, K], what part of the speech gives it
-    damage: Callable[[np.ndarray], float]  # of the errors [K, N] that are taken from the weight
+    x: np.ndarray  # [R, K], its inputs on part of the speech
+    damage: Callable[[np.ndarray], float]  # of errors [K, N] of the weight: Σ (y - ŷ)² / Σ y² of the encoder's output y
 
 
-def _products(path: Path, batches: list[np.ndarray], bar: tqdm, *, measured: bool) -> Iterator[_Product]:
-    """Each weight in graph order. The bar and the estimate go by whether its damage will be `measured`."""
-    segments, weights, normalized = _cut(path)
+def calibrated_products(encoder: Path, batches: Sequence[np.ndarray], *, measures_damage: bool) -> Iterator[Product]:
+    """Each quantizable weight of the float32 graph at `encoder`, in graph order, on features [B, M, T].
+
+    A progress bar and an estimate of the time are printed; both go by whether `damage` will be called.
+    """
+    segments, weights, normalized = _cut(encoder)
     speech = [_inputs(batch) for batch in batches]
     part = len(speech) // 2  # clips of middling length
     start = time.perf_counter()
-    wanted = _run(segments, speech[part], weights)
+    reference = _run(segments, speech[part], weights)
     run_seconds = (time.perf_counter() - start) / len(segments)
     runs = [
-        len(speech) + (FIT_RUNS + (len(segments) - i) * measured if segment.weight else 0)
+        len(speech) + (FIT_RUNS + (len(segments) - i) * measures_damage if segment.weight else 0)
         for i, segment in enumerate(segments)
     ]
-    bar.reset(sum(runs))
-    bar.write(f"calibrating {len(weights)} weights: about {sum(runs) * run_seconds / 60:.1f} min")
+    factors = feedback = np.empty(0)
     feedback_of = ""
-    for i, segment in enumerate(segments):
-        if segment.weight:
-            if segment.x != feedback_of:  # queries, keys and values have one input
-                moments = second_moments(_rows(values[segment.x]) for values in speech)
-                smoothed = segment.weight in normalized
-                factors = row_factors(np.diag(moments), SMOOTHING if smoothed else 0.0)
-                feedback = error_feedback(moments / (factors * factors.T))
-                feedback_of = segment.x
+    with progress_bar(total=sum(runs), task="calibrating", unit="run") as bar:
+        bar.write(f"calibrating {len(weights)} weights: about {sum(runs) * run_seconds / 60:.1f} min")
+        for i, segment in enumerate(segments):
+            if segment.weight:
+                scaled = segment.weight in normalized
+                if segment.x != feedback_of:  # queries, keys and values have one input
+                    moments = second_moments(_rows(values[segment.x]) for values in speech)
+                    factors = row_factors(np.diag(moments), SMOOTHING if scaled else 0.0)
+                    feedback = error_feedback(moments / (factors * factors.T))
+                    feedback_of = segment.x
+                damage = _Damage(segments[i:], speech[part], weights, segment.weight, reference)
+                x = _rows(speech[part][segment.x])
+                yield Product(segment.weight, weights[segment.weight], scaled, factors, feedback, x, damage)
+            speech = [segment(values, weights) for values in speech]
+            bar.update(runs[i])
 
-            def damage(error: np.ndarray, later=segments[i:], values=speech[part], name=segment.weight) -> float:
-                output = _run(later, values, {**weights, name: weights[name] - error})
-                return power_of(output - wanted) / power_of(wanted)
 
-            x = _rows(speech[part][segment.x])
-            yield _Product(segment.weight, weights[segment.weight], smoothed, factors, feedback, x, damage)
-        speech = [segment(values, weights) for values in speech]
-        bar.update(runs[i])
+@dataclass(frozen=True)
+class _Damage:
+    """Runs the rest of the graph with errors taken from one weight."""
+
+    segments: "list[_Segment]"  # from the weight's own to the last
+    values: dict[str, np.ndarray]  # where the first of them begins
+    weights: dict[str, np.ndarray]
+    name: str
+    reference: np.ndarray  # the encoder's output without errors
+
+    def __call__(self, error: np.ndarray) -> float:
+        weights = {**self.weights, self.name: self.weights[self.name] - error}
+        output = _run(self.segments, self.values, weights)
+        return power_of(output - self.reference) / power_of(self.reference)
 
 
 @dataclass(frozen=True)
@@ -209,7 +163,7 @@ class _Segment:
     x: str  # the other factor
     takes: list[str]
     gives: list[str]
-    later: set[str]  # what is still wanted after it
+    later: set[str]  # values that are still used after it
     session: ort.InferenceSession
 
     def __call__(self, values: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -237,15 +191,14 @@ def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], set[str]]:
     for begin, end in pairwise(cuts):
         used = dict.fromkeys(value for node in nodes[begin:end] for value in node.inputs if value is not None)
         made = dict.fromkeys(value for node in nodes[begin:end] for value in node.outputs)
-        takes = [value for value in used if value in known or value.name in products]
-        gives = [value for value in made if last_use.get(value, 0) >= end]
+        takes = [name_of(value) for value in used if value in known or value.name in products]
+        gives = [name_of(value) for value in made if last_use.get(value, 0) >= end]
         known |= made
-        later = {value.name for value in known if last_use.get(value, 0) >= end}
+        later = {name_of(value) for value in known if last_use.get(value, 0) >= end}
         weight = firsts.get(nodes[begin], "")
-        x = nodes[begin].inputs[0].name if weight else ""
-        names = [[value.name for value in values] for values in (takes, gives)]
-        segments.append(_Segment(weight, x, *names, later, _session(model, *names)))
-    weights = {name: graph.initializers[name].const_value.numpy() for name in products}
+        x = name_of(input_of(nodes[begin], 0)) if weight else ""
+        segments.append(_Segment(weight, x, takes, gives, later, _session(model, takes, gives)))
+    weights = {name: tensor_of(graph.initializers[name]).numpy() for name in products}
     return segments, weights, set(chain.from_iterable(normalized_inputs(model, products).values()))
 
 
@@ -254,12 +207,11 @@ def _session(model: ir.Model, takes: list[str], gives: list[str]) -> ort.Inferen
     for name in set(takes) & set(graph.initializers):
         del graph.initializers[name]  # a weight, which is fed
     options = ort.SessionOptions()
-    options.log_severity_level = ERRORS_AND_WORSE
     # There are hundreds, of which one is at work: the others neither wait for it busily nor keep memory.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.enable_cpu_mem_arena = False
     proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version))
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    no_spinning = {"session.intra_op.allow_spinning": "0"}
+    return open_session(proto.SerializeToString(), entries=no_spinning, options=options)
 
 
 def _inputs(batch: np.ndarray) -> dict[str, np.ndarray]:

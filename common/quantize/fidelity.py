@@ -1,4 +1,4 @@
-"""XXX docstring of quantize.fidelity"""
+"""How far an optimized graph is from the exported one: both run on the same noise, and their outputs are compared."""
 
 import math
 from pathlib import Path
@@ -11,8 +11,8 @@ from common.run.ort import OrtGraph
 
 # Noise on which two encoders are compared: mel frames of a ragged batch. 4 s and a shorter one of odd length.
 NOISE_FRAMES = (400, 267)
-# A graph whose output has nothing to do with the wanted one has at most 0 dB (all zeros; -3 dB if it is as loud). At
-# 3 dB half of the output is error: nobody would use that, and no weight quantization that works comes near.
+# A graph whose output has nothing to do with the exported one's has at most 0 dB (all zeros; -3 dB if it is as large).
+# At 3 dB half of the output is error: nobody would use that, and no weight quantization that works comes near.
 MIN_SQNR_DB = 3.0
 # Fusion reorders float32 sums: measured 123 dB on the tiny checkpoint. A wrong epsilon or bias falls far below 80.
 MIN_FLOAT_SQNR_DB = 80.0
@@ -24,21 +24,23 @@ def compare(reference: Path, optimized: Path, floor: float, graph: Graph = ENCOD
 
     One session at a time: at full size each holds gigabytes.
     """
-    wanted, wanted_lengths = _encode_noise(reference, graph, mapped=True)
+    expected, expected_lengths = _encode_noise(reference, graph, mapped=True)
     try:
         # Repacked as in use: unpacked, MatMulNBits takes a float path that rounds no activations.
-        found, found_lengths = _encode_noise(optimized, graph, mapped=False)
+        output, lengths = _encode_noise(optimized, graph, mapped=False)
     except ValueError as error:
         raise CheckError(f"the optimized encoder does not run: {error}") from error
-    if found.shape != wanted.shape or found_lengths.tolist() != wanted_lengths.tolist():
+    if output.shape != expected.shape or lengths.tolist() != expected_lengths.tolist():
         raise CheckError(
-            f"the optimized encoder gives {found.shape} and lengths {found_lengths.tolist()}, "
-            f"the exported one {wanted.shape} and {wanted_lengths.tolist()}"
+            f"expected {expected.shape} and lengths {expected_lengths.tolist()}, as the exported encoder gives, "
+            f"got {output.shape} and {lengths.tolist()} from the optimized one"
         )
-    valid = np.arange(wanted.shape[2]) < wanted_lengths[:, None]  # [B, S]
-    ratio = sqnr_db(wanted.transpose(0, 2, 1)[valid], found.transpose(0, 2, 1)[valid])
+    valid = np.arange(expected.shape[2]) < expected_lengths[:, None]  # [B, S]
+    ratio = sqnr_db(expected.transpose(0, 2, 1)[valid], output.transpose(0, 2, 1)[valid])
     if not ratio >= floor:
-        raise CheckError(f"the optimized encoder has an SQNR of {ratio:.1f} dB, wanted {floor:.0f} dB: it is broken")
+        raise CheckError(
+            f"expected an SQNR of at least {floor:.0f} dB from the optimized encoder, got {ratio:.1f} dB: it is broken"
+        )
     return ratio
 
 
@@ -51,15 +53,15 @@ def _encode_noise(folder: Path, graph: Graph, *, mapped: bool) -> list[np.ndarra
 
 def token_sqnr(source: Path, target: Path, graph: Graph, vocabulary: int) -> float:
     """SQNR in dB of the first output for a batch of 16 random tokens, or frames and decoder outputs."""
-    wanted, found = OrtGraph(source, graph), OrtGraph(target, graph)
-    inputs = wanted.noise(vocabulary, B=16, S=1, U=1)
-    return sqnr_db(wanted(*inputs)[0], found(*inputs)[0])
+    exported, quantized = OrtGraph(source, graph), OrtGraph(target, graph)
+    inputs = exported.noise(vocabulary, B=16, S=1, U=1)
+    return sqnr_db(exported(*inputs)[0], quantized(*inputs)[0])
 
 
-def sqnr_db(wanted: np.ndarray, found: np.ndarray) -> float:
-    """10 log10(Σ wanted² / Σ (wanted - found)²); infinite where they are equal, NaN where a value is not finite."""
-    signal = float(np.sum(np.square(wanted, dtype=np.float64)))
-    noise = float(np.sum(np.square(wanted.astype(np.float64) - found)))
+def sqnr_db(expected: np.ndarray, output: np.ndarray) -> float:
+    """10 log10(Σ expected² / Σ (expected - output)²); infinite where both are equal, NaN for a value not finite."""
+    signal = float(np.sum(np.square(expected, dtype=np.float64)))
+    noise = float(np.sum(np.square(expected.astype(np.float64) - output)))
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if np.isfinite(noise) else math.nan

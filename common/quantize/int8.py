@@ -11,22 +11,24 @@ column scales. All in all the row scales cost 12 % of the products' time (1080 G
 float32 has 310; 1.32, 2 cores with AVX-512 VNNI); dividing by them before DynamicQuantizeMatMul costs the same.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import cpu_count
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
-from common.contract import MICROSOFT
-from common.quantize.blocks import compensate, relative_error
+from common.contract import MICROSOFT, EncoderWeight, Role, encoder_weight
+from common.folder.onnx_files import load
+from common.folder.onnx_graph import input_of, shared_initializer
+from common.quantize.calibration import calibrated_products
+from common.quantize.columns import Columns, fitted_columns, rounded_columns, weight_bits
+from common.quantize.method import Calibrated, QuantMethod, Replace, WeightOptions
+from common.quantize.plan import Format, Plan
+from common.quantize.rewrite import plan_encoder
 
-WEIGHT_BITS, REDUCED_BITS = 8, 7
 CODES = 255  # largest uint8
-BLOCK = 128  # rows whose feedback is one product; nothing else depends on it
 TINY = np.float32(1e-30)  # a row scale that can still be divided by and multiplied with
 # The code of 0, from what is known of a row's range: codes below it are for negative numbers, and a range that is used
 # up is a finer scale. SiLU is never under -0.28: at 32, a row whose maximum is 3 has 4.9 dB less error than at 128, and
@@ -34,113 +36,53 @@ TINY = np.float32(1e-30)  # a row scale that can still be divided by and multipl
 MIDDLE_ZERO, SILU_ZERO, RELU_ZERO = 128, 32, 0
 # A product whose other factor has rows of one size, sinusoids here, needs no row scales: one for all is as exact, and
 # saves a pass over the result.
-EVEN_ROWS_ROLES = (".attention.position.weight",)
+EVEN_ROWS_ROLES = (Role.ATTENTION_POSITION,)
 # What rounding takes from these inputs is multiplied as well, 255 times finer: 65 % of the error of the output comes
 # from this eighth of its products (speech through the tiny checkpoint: 36.2 dB without, 39.2 dB with it; if all
 # products had it, for twice the time, 43.4 dB). Columns that were fitted to speech do without: they are as exact.
-TWO_TERM_ROLES = (".convolution.expand.weight", ".convolution.project.weight")
+TWO_TERM_ROLES = (Role.CONVOLUTION_EXPAND, Role.CONVOLUTION_PROJECT)
 
 
-def quantize_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """W [K, N] → codes [K, N] int8 and scales [N]: W ≈ codes · scales, and a column of zeros is 0 · 0.
+@dataclass(frozen=True, kw_only=True)
+class IntegerMethod(QuantMethod[Columns]):
+    """8 bits for every weight, or 7."""
 
-    With 7 bits no sum of two products uint8 · int8 leaves int16, where AVX2 without VNNI adds them: 2 · 255 · 63 is
-    32130, while 2 · 255 · 127 = 64770 is cut to 32767.
-    """
-    top = np.float32(2 ** (bits - 1) - 1)
-    scales = np.max(np.abs(weight), axis=0) / top
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    return np.rint(weight * inverse).astype(np.int8), scales
+    reduces_range: bool = True
+    calibrates: bool = True
+    fused_on_cpu: bool = False  # SkipLayerNormalization costs more, in parts, of an encoder that takes less time
 
+    def plan(self, weights: Mapping[str, EncoderWeight], options: WeightOptions) -> Plan:
+        return dict.fromkeys(weights, Format(weight_bits(options)))
 
-@dataclass(frozen=True)
-class Columns:
-    """A weight [K, N] in 8 bits, and what it lost."""
+    def pack(self, weight: np.ndarray, form: Format) -> Columns:
+        return rounded_columns(weight, form.bits)
 
-    codes: np.ndarray  # [K, N] int8
-    scales: np.ndarray  # [N]
-    error: float  # Σ (W - Ŵ)² / Σ W²
+    def replace(self, model: ir.Model, options: WeightOptions) -> Replace[Columns]:
+        rewriter = _Rewriter(model)
 
-
-def compensated_columns(weight: np.ndarray, bits: int, feedback: np.ndarray, factors: np.ndarray | float) -> Columns:
-    """The weight times factors of its rows [K, 1], rounded with the feedback of `common.quantize.error_feedback`.
-
-    Feedback may lead to a code of -2^(bits-1), one beyond the plain ones: 2 · 255 · 64 = 32640 is in int16 as well.
-    """
-    scaled = weight * factors
-    _, scales = quantize_columns(scaled, bits)
-    codes, _, _, errors = compensate(scaled, bits, BLOCK, lambda rows, bits: (scales, None), feedback)
-    codes = codes.reshape(-1, weight.shape[1])[: len(weight)].astype(np.int16) - 2 ** (bits - 1)
-    return Columns(codes.astype(np.int8), scales, relative_error(weight, weight - errors / factors))
-
-
-def quantize_products(
-    model: ir.Model,
-    products: dict[str, list[ir.Node]],
-    bits: int,
-    progress: Callable[[Iterator, int], Iterable] = lambda items, total: items,
-    fitted: Mapping[str, Columns] | None = None,
-) -> dict[str, float]:
-    """Put integer products in the place of MatMuls (weight name → nodes, in graph order), in place; the relative error
-    of each weight. `fitted` are weights that are quantized already."""
-    rewriter, errors = _Rewriter(model, () if fitted else TWO_TERM_ROLES), {}
-
-    def pack(name: str) -> Columns:
-        if fitted:
-            return fitted[name]
-        tensor = model.graph.initializers[name].const_value
-        try:
-            return _columns(tensor.numpy(), bits)  # nothing here may hold on to the mapping
-        finally:
-            if isinstance(tensor, ir.ExternalTensor):
-                tensor.release()  # its mapping of the data file
-
-    with ThreadPoolExecutor(cpu_count()) as pool:  # NumPy lets go of Python's lock
-        packed = progress(pool.map(pack, products), len(products))
-        for (name, nodes), columns in zip(products.items(), packed, strict=True):
-            errors[name] = columns.error
+        def put(nodes: Sequence[ir.Node], name: str, columns: Columns, form: Format) -> None:
             for node in nodes:
-                rewriter.replace(node, name, columns.codes, columns.scales)
-            if not model.graph.initializers[name].uses():
-                del model.graph.initializers[name]
-    RemoveUnusedNodesPass()(model)  # factors taken into scales, of which onnxruntime warns one by one
-    return errors
+                rewriter.replace(node, name, columns)
+
+        return put
+
+    def calibrate(self, encoder: Path, batches: Sequence[np.ndarray], options: WeightOptions) -> Calibrated[Columns]:
+        """Columns of each weight, fitted to its inputs; every weight has the same width, so no damage is measured."""
+        plan = plan_encoder(load(encoder), self, options)
+        weights, factors = {}, {}
+        for product in calibrated_products(encoder, batches, measures_damage=False):
+            name, bits = product.name, plan[product.name].bits
+            weights[name] = fitted_columns(product.weight, bits, product.feedback, product.factors)
+            if product.scaled:
+                factors[name] = product.factors
+        return Calibrated(plan, weights, factors)
 
 
-def _columns(weight: np.ndarray, bits: int) -> Columns:
-    codes, scales = quantize_columns(weight, bits)
-    return Columns(codes, scales, relative_error(weight, codes * scales))
-
-
-def quantize_lstms(model: ir.Model, bits: int) -> dict[str, float]:
-    """Put a DynamicQuantizeLSTM in the place of each LSTM, in place: a scale for each gate of each unit; the relative
-    error of each weight.
-
-    Its activations, one token here, have one scale; a layer reads a quarter of the bytes (0.07 ms for 0.42 ms).
-    """
-    rewriter, errors = _Rewriter(model), {}
-    for node in list(model.graph):
-        if (node.op_type, node.domain) != ("LSTM", ""):
-            continue
-        x, w, r, *others = (*node.inputs, *[None] * 8)[:8]  # others: bias, lengths, h, c, peepholes
-        w_codes, *w_scales = _lstm_parameters(rewriter, w, bits, errors)
-        r_codes, *r_scales = _lstm_parameters(rewriter, r, bits, errors)
-        inputs = [x, w_codes, r_codes, *others, *w_scales, *r_scales]
-        new = ir.Node(MICROSOFT, "DynamicQuantizeLSTM", inputs, node.attributes.values(), num_outputs=3, name=node.name)
-        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], node.outputs, new.outputs)
-        for matrix in (w, r):
-            if not matrix.uses():
-                del model.graph.initializers[matrix.name]
-    return errors
-
-
-def _lstm_parameters(rewriter: "_Rewriter", matrix: ir.Value, bits: int, errors: dict[str, float]) -> list[ir.Value]:
-    """[directions, gates, width] → codes [directions, width, gates], scales and zero points [directions, gates]"""
-    weight = matrix.const_value.numpy().transpose(0, 2, 1)
-    codes, scales = (np.stack(part) for part in zip(*(quantize_columns(w, bits) for w in weight), strict=True))
-    errors[matrix.name] = relative_error(weight, codes * scales[:, None])
-    parts = {"codes": codes, "scales": scales, "zero_points": np.zeros(scales.shape, np.int8)}
-    return [rewriter.constant(f"{matrix.name}.{part}", array) for part, array in parts.items()]
+INT8 = IntegerMethod(
+    name="int8",
+    help="8 bits and integer products; the fastest and the most exact, 1.6 times the size of 4 bits; its graph is not "
+    "fused for a CPU, where that would make it slower",
+)
 
 
 @dataclass(frozen=True)
@@ -159,45 +101,38 @@ class _Rows:
 class _Rewriter:
     """Replaces MatMuls one by one; remembers the quantized form of each activation."""
 
-    def __init__(self, model: ir.Model, two_term_roles: tuple[str, ...] = ()):
+    def __init__(self, model: ir.Model) -> None:
         self.graph, self.opset = model.graph, model.graph.opset_imports[""]
-        self.two_term_roles = two_term_roles
         model.graph.opset_imports.setdefault(MICROSOFT, 1)
-        self._constants: dict[str, ir.Value] = {}
         self._rows: dict[ir.Value, _Rows] = {}
         self._tensors: dict[ir.Value, tuple[ir.Value, ...]] = {}
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """The initializer of that name, made on first use."""
-        if name not in self._constants:
-            tensor = ir.tensor(np.asarray(array), name=name)
-            value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-            self.graph.register_initializer(value)
-            self._constants[name] = value
-        return self._constants[name]
+        return shared_initializer(self.graph, name, array)
 
-    def replace(self, node: ir.Node, name: str, codes: np.ndarray, scales: np.ndarray) -> None:
+    def replace(self, node: ir.Node, name: str, columns: Columns) -> None:
         """Put (quantized x) · codes · scales in the place of `node`, x times the weight called `name`, and of the
-        constant factor that follows it."""
-        x, old, factor = node.inputs[0], [node], _constant_factor(node)
-        columns = self.constant(f"{name}.scales", scales)
+        constant factor that follows it. Raises ValueError for a weight without a role."""
+        role = encoder_weight(name).role
+        x, old, factor = input_of(node, 0), [node], _constant_factor(node)
+        scales = self.constant(f"{name}.scales", columns.scales)
         if factor is not None:
-            old.append(factor[0])
-            columns = self.constant(f"{name}.scales.{node.outputs[0].name}", scales * factor[1])
-        weight = self.constant(f"{name}.codes", codes)
+            old.append(factor.node)
+            scales = self.constant(f"{name}.scales.{node.outputs[0].name}", columns.scales * factor.number)
+        weight = self.constant(f"{name}.codes", columns.codes)
         tape = Tape()
 
         def multiply(x_codes: ir.Value, x_scale: ir.Value, zero: ir.Value) -> ir.Value:
-            inputs = [x_codes, weight, x_scale, columns, zero]
+            inputs = [x_codes, weight, x_scale, scales, zero]
             return tape.op("MatMulIntegerToFloat", inputs, domain=MICROSOFT)
 
-        if name.endswith(EVEN_ROWS_ROLES):
+        if role in EVEN_ROWS_ROLES:
             y = multiply(*self._one_scale(x, node))
         else:
-            rows = self._row_scales(x, len(codes), node)
+            rows = self._row_scales(x, len(columns.codes), node)
             shaped = tape.op("Reshape", [rows.codes, rows.shape])
             y = multiply(shaped, self._number("one", 1), self._zero_point(rows.zero))
-            if name.endswith(self.two_term_roles):
+            if role in TWO_TERM_ROLES and not columns.fitted:
                 shaped = tape.op("Reshape", [self._rest(rows, tape), rows.shape])
                 rest = multiply(shaped, self._number("step", 1 / CODES), self._zero_point(MIDDLE_ZERO))
                 y = tape.op("Add", [y, rest])
@@ -215,7 +150,10 @@ class _Rewriter:
     def _row_scales(self, x: ir.Value, width: int, node: ir.Node) -> _Rows:
         if x not in self._rows:
             tape, zero = Tape(), _zero_code(x)
-            bounds = [self.constant("int8.tiny", TINY), self._bound(tape, "ReduceMax", x, 1 / (CODES - zero))]
+            bounds = [
+                self.constant("int8.tiny", np.asarray(TINY)),
+                self._bound(tape, "ReduceMax", x, 1 / (CODES - zero)),
+            ]
             if zero:
                 bounds.append(self._bound(tape, "ReduceMin", x, -1 / zero))
             scales_of_x = tape.op("Max", bounds)
@@ -255,25 +193,33 @@ def _filled(tape: Tape, like: ir.Value, code: int) -> ir.Value:
     return tape.op("ConstantOfShape", [tape.op("Shape", [like])], fill)
 
 
-def _constant_factor(node: ir.Node) -> tuple[ir.Node, np.float32] | None:
-    """The node that alone uses the product and takes it times a number, and the number."""
+@dataclass(frozen=True)
+class _Factor:
+    """A multiplication by a number, which alone uses a product."""
+
+    node: ir.Node
+    number: np.ndarray  # without axes
+
+
+def _constant_factor(node: ir.Node) -> _Factor | None:
     uses = node.outputs[0].uses()
     if len(uses) != 1 or node.outputs[0].is_graph_output():
         return None
     user = next(iter(uses)).node
     if (user.op_type, user.domain) != ("Mul", ""):
         return None
-    tensors = [ir.convenience.get_const_tensor(value) for value in user.inputs if value is not node.outputs[0]]
+    others = [value for value in user.inputs if value is not None and value is not node.outputs[0]]
+    tensors = [ir.convenience.get_const_tensor(value) for value in others]
     if len(tensors) != 1 or tensors[0] is None or len(tensors[0].shape) != 0:
         return None
-    return user, tensors[0].numpy().astype(np.float32)
+    return _Factor(user, tensors[0].numpy().astype(np.float32))
 
 
 def _zero_code(x: ir.Value) -> int:
-    """What the node that makes x says of its range."""
+    """The code of 0 that follows from the node that makes x, which says what its range is."""
     node = x.producer()
     while node is not None and node.op_type in ("Reshape", "Transpose"):
-        node = node.inputs[0].producer()
+        node = input_of(node, 0).producer()
     if node is not None and node.op_type == "Relu":
         return RELU_ZERO
     return SILU_ZERO if node is not None and _is_silu(node) else MIDDLE_ZERO
@@ -283,8 +229,10 @@ def _is_silu(node: ir.Node) -> bool:
     """x · sigmoid(x)"""
     if node.op_type != "Mul":
         return False
-    producers = [value.producer() for value in node.inputs]
-    return any(
-        producer is not None and producer.op_type == "Sigmoid" and producer.inputs[0] is other
-        for producer, other in zip(producers, reversed(node.inputs), strict=True)
-    )
+    one, other = input_of(node, 0), input_of(node, 1)
+    return _is_sigmoid_of(one, other) or _is_sigmoid_of(other, one)
+
+
+def _is_sigmoid_of(y: ir.Value, x: ir.Value) -> bool:
+    node = y.producer()
+    return node is not None and node.op_type == "Sigmoid" and node.inputs[0] is x

@@ -1,160 +1,132 @@
-"""The exported encoder made small and fast: fuse its graph, quantize its weights by a plan, compare it with its source.
+"""The exported encoder made small and fast: its graph fused, then its weights quantized by a plan.
 
 Weights are mapped, never loaded as a whole: a pass holds the one tensor a thread works on and the quantized results.
 """
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import onnx
 import onnx_ir as ir
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from common.cli import CheckError
-from common.contract import MICROSOFT, Graph
-from common.folder.onnx_files import load, model_of, read_proto, save_model
-from common.quantize.blocks import METHODS, Packed, quantize
-from common.quantize.fidelity import token_sqnr
-from common.quantize.int8 import REDUCED_BITS, WEIGHT_BITS, Columns, quantize_lstms, quantize_products
-from common.quantize.plan import INT8, Format, Plan, Stored
+from common.cli import size_text
+from common.contract import encoder_weights
+from common.folder.onnx_files import load
+from common.folder.onnx_graph import input_of, mapped_array, name_of, remove_if_unused, tensor_of
+from common.progress import progress
+from common.quantize.fusion import fuse
+from common.quantize.method import Calibrated, P, QuantMethod, WeightOptions
+from common.quantize.options import OptimizeOptions
+from common.quantize.plan import Plan, Sensitivity, Stored
+from common.quantize.smoothing import fold
 
 MIN_WEIGHTS = 4096  # a matrix smaller than this (16 kB) gains less than its extra tensors cost
-# 8-bit decoder and joint: measured 54 dB and 41 dB at full size, 42 dB and 51 dB on the tiny checkpoint.
-MIN_TOKEN_SQNR_DB = 20.0
-# The joint multiplies one row at a time, which is reading weights: MatMulNBits of 8 bits takes 0.26 ms a token, with
-# block 32 0.38 ms, DynamicQuantizeMatMul 0.39 ms, float32 0.75 ms.
-JOINT_BITS, JOINT_BLOCK, JOINT_METHOD, JOINT_ACCURACY_LEVEL = 8, 128, "rtn", 4
 
 
-def fuse(path: Path) -> tuple[ir.Model, Counter]:
-    """Run ONNX Runtime's `conformer` fusions on the model at `path`; also the number of fused nodes by operator.
+@dataclass(frozen=True)
+class OptimizedEncoder:
+    """An encoder's graph as it will be written, and what was done to it."""
 
-    The fusions read biases, so vectors are loaded, and no matrix. Symbolic shape inference is off: it takes more than
-    a second a layer, for no other result than that the Adds do not broadcast, which `compare` would notice.
+    model: ir.Model
+    fused: Mapping[str, int]  # number of fused nodes by operator
+    stored: Mapping[str, Stored]  # the quantized weights, by name
+    sensitivity: Sensitivity | None  # what each weight does to the output, where calibration measured it
+
+    @property
+    def weights_by_bits(self) -> dict[int, int]:
+        """Number of quantized weights by width, the smallest first."""
+        return dict(sorted(Counter(stored.form.bits for stored in self.stored.values()).items()))
+
+
+def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated: Calibrated[P] | None,
+                   report: Callable[..., None]) -> OptimizedEncoder:  # fmt: skip
+    """Fuse and quantize the float32 encoder at `path`, exported for `device`, with one `report` of fields a stage.
+
+    calibrated: from `QuantMethod.calibrate`, of the same checkpoint; None without speech.
+    Raises ValueError where the encoder has no float32 matrices, or one whose role is not declared.
     """
-    from onnxruntime.transformers.fusion_options import FusionOptions
-    from onnxruntime.transformers.optimizer import optimize_model
+    model, fused = fuse(path) if options.fuses(device) else (load(path), Counter[str]())
+    report("fusion", _fusion_text(fused, options, device), f"{len(model.graph)} nodes")
+    plan: Plan = {}
+    stored: dict[str, Stored] = {}
+    initializers, method = model.graph.initializers, options.method
+    if method:
+        plan = calibrated.plan if calibrated else plan_encoder(model, method, options)
+        fold(model, calibrated.factors if calibrated else {})
+    float32_bytes = sum(tensor_of(value).nbytes for name, value in initializers.items() if name not in plan)
+    if method:
+        stored = quantize_weights(model, plan, method, options, calibrated.weights if calibrated else {})
+    encoder = OptimizedEncoder(model, fused, stored, calibrated.sensitivity if calibrated else None)
+    counts = "  ".join(f"{count} weights at {bits} bits" for bits, count in encoder.weights_by_bits.items())
+    report(options.description or "quantization", counts or "skipped", f"{size_text(float32_bytes)} left float32")
+    return encoder
 
-    proto = read_proto(path)
-    for tensor in proto.graph.initializer:
-        if uses_external_data(tensor) and len(tensor.dims) == 1:
-            load_external_data_for_tensor(tensor, str(path.parent))
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
-    options = FusionOptions("conformer")
-    options.enable_shape_inference = False
-    options.enable_attention = False  # its patterns are of attention with absolute positions
-    model = model_of(optimize_model(proto, "conformer", opt_level=0, optimization_options=options).model, path.parent)
-    return model, Counter(node.op_type for node in model.graph if node.domain == MICROSOFT)
+
+def _fusion_text(fused: Mapping[str, int], options: OptimizeOptions, device: str) -> str:
+    if options.skip_fusion:
+        return "skipped"
+    if not options.fuses(device):
+        return f"none: on a CPU, {options.quant_method} is faster without"
+    return "  ".join(f"{count} {operator}" for operator, count in fused.items()) or "nothing to fuse"
 
 
-def quantizable(model: ir.Model) -> dict[str, list[ir.Node]]:
+def plan_encoder(model: ir.Model, method: QuantMethod[P], options: WeightOptions) -> Plan:
+    """The format of each weight of an encoder, without calibration.
+
+    Raises ValueError where there is none to quantize, and as `contract.encoder_weights` does.
+    """
+    weights = encoder_weights(matrices(model))
+    large = quantizable(model)
+    if not large:
+        raise ValueError("expected an encoder with float32 MatMul weights, got one without; is it optimized already?")
+    return method.plan({name: weights[name] for name in large}, options)
+
+
+def matrices(model: ir.Model) -> dict[str, list[ir.Node]]:
     """Name of each constant float32 matrix → the MatMuls that multiply by it, in graph order.
 
     A product of two activations is left out by itself; Conv weights are not matrices.
     """
-    found: dict[str, list[ir.Node]] = {}
+    products: dict[str, list[ir.Node]] = {}
     for node in model.graph:
         if (node.op_type, node.domain) != ("MatMul", ""):
             continue
-        weight = node.inputs[1]
+        weight = input_of(node, 1)
         tensor = weight.const_value if weight.is_initializer() else None
-        if (
-            tensor is not None
-            and tensor.dtype == ir.DataType.FLOAT
-            and len(tensor.shape) == 2
-            and tensor.size >= MIN_WEIGHTS
-        ):
-            found.setdefault(weight.name, []).append(node)
-    return found
+        if tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2:
+            products.setdefault(name_of(weight), []).append(node)
+    return products
 
 
-def quantize_weights(
-    model: ir.Model,
-    plan: Plan,
-    method: str,
-    accuracy_level: int,
-    progress: Callable[[Iterator[Packed], int], Iterable[Packed]] = lambda items, total: items,
-    fitted: dict[str, Packed] | dict[str, Columns] | None = None,
-) -> dict[str, Stored]:
-    """Put a MatMulNBits, or by the method `int8` what common.int8 says, in the place of each MatMul by a weight of
-    `plan`, in place. `fitted` are weights that are quantized already."""
-    nodes = quantizable(model)
-    if method == INT8:
-        bits = plan[next(iter(plan))].bits
-        return _stored(plan, quantize_products(model, {name: nodes[name] for name in plan}, bits, progress, fitted))
-    weights = {name: model.graph.initializers[name] for name in plan}
+def quantizable(model: ir.Model) -> dict[str, list[ir.Node]]:
+    """Those of the matrices that are large enough to gain by it."""
+    initializers = model.graph.initializers
+    return {name: nodes for name, nodes in matrices(model).items() if tensor_of(initializers[name]).size >= MIN_WEIGHTS}
 
-    def pack(name: str) -> Packed:
-        if fitted:
+
+def quantize_weights(model: ir.Model, plan: Plan, method: QuantMethod[P], options: WeightOptions,
+                     fitted: Mapping[str, P]) -> dict[str, Stored]:  # fmt: skip
+    """Store the weights of `plan` as `method` does, in place. fitted: those that are packed already."""
+    products, initializers = matrices(model), model.graph.initializers
+    weights = {name: initializers[name] for name in plan}
+    replace = method.replace(model, options)
+
+    def pack(name: str) -> P:
+        if name in fitted:
             return fitted[name]
-        tensor = weights[name].const_value
-        try:
-            return quantize(tensor.numpy(), plan[name].bits, plan[name].block, METHODS[method])
-        finally:
-            if isinstance(tensor, ir.ExternalTensor):
-                tensor.release()  # its mapping of the data file
+        with mapped_array(weights[name]) as weight:
+            return method.pack(weight, plan[name])
 
-    errors = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy lets go of Python's lock
-        for name, found in zip(plan, progress(pool.map(pack, plan), len(plan)), strict=True):
-            constants = [_initializer(model, f"{name}.{part}", array) for part, array in found.tensors()]
-            for node in nodes[name]:
-                _replace(node, constants, plan[name], accuracy_level)
-            if not weights[name].uses():
-                del model.graph.initializers[name]
-            errors[name] = found.error
-    return _stored(plan, errors)
-
-
-def _stored(plan: Plan, errors: dict[str, float]) -> dict[str, Stored]:
-    return {name: Stored(form, errors[name]) for name, form in plan.items()}
-
-
-def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
-
-
-def _replace(node: ir.Node, constants: list[ir.Value], form: Format, accuracy_level: int) -> None:
-    K, N = node.inputs[1].const_value.shape.numpy()
-    numbers = {"K": K, "N": N, "bits": form.bits, "block_size": form.block, "accuracy_level": accuracy_level}
-    new = ir.Node(
-        MICROSOFT,
-        "MatMulNBits",
-        [node.inputs[0], *constants],
-        [ir.AttrInt64(name, number) for name, number in numbers.items()],
-        name=node.name,
-    )
-    ir.convenience.replace_nodes_and_values(node.graph, node, [node], [new], node.outputs, new.outputs)
-
-
-def quantize_token_graphs(
-    source: Path, target: Path, graphs: Iterable[Graph], vocabulary: int, reduce_range: bool
-) -> tuple[dict[str, float], dict[str, dict[str, Stored]]]:
-    """Write what `source` runs once a token, with 8-bit weights, into `target`, the embedding as it was; by the name of
-    the graph its SQNR on noise, and how its weights were stored.
-
-    Raises CheckError where that is so low that something is broken.
-    """
-    bits, stored = REDUCED_BITS if reduce_range else WEIGHT_BITS, {}
-    ratios = {}
-    for graph in graphs:
-        model = load(source / graph.file)
-        errors = quantize_lstms(model, bits)
-        plan = dict.fromkeys(quantizable(model), Format(JOINT_BITS, JOINT_BLOCK))
-        stored[graph.name] = _stored(dict.fromkeys(errors, Format(bits, None)), errors)
-        stored[graph.name] |= quantize_weights(model, plan, JOINT_METHOD, JOINT_ACCURACY_LEVEL)
-        save_model(model, target / graph.file)
-        ratios[graph.name] = token_sqnr(source, target, graph, vocabulary)
-        if not ratios[graph.name] >= MIN_TOKEN_SQNR_DB:
-            raise CheckError(
-                f"the 8-bit {graph.name} has an SQNR of {ratios[graph.name]:.1f} dB, wanted {MIN_TOKEN_SQNR_DB:.0f} dB"
-            )
-    return ratios, stored
+    stored = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy releases Python's lock
+        packed_weights = progress(pool.map(pack, plan), total=len(plan), task="quantizing", unit="weight")
+        for name, packed in zip(plan, packed_weights, strict=True):
+            replace(products[name], name, packed, plan[name])
+            remove_if_unused(model.graph, weights[name])
+            stored[name] = Stored(plan[name], packed.error)
+    RemoveUnusedNodesPass()(model)  # factors that went into scales, which onnxruntime would warn of one by one
+    return stored

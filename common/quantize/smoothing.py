@@ -1,13 +1,16 @@
-"""Channels made more alike before they are quantized: a LayerNormalization's output is divided by a factor a channel,
-and the rows of the weights it goes into are multiplied by them (SmoothQuant, Xiao et al. 2022; AWQ, Lin et al. 2023).
+"""SmoothQuant-style channel scaling (Xiao et al. 2022; AWQ, Lin et al. 2023), before weights are quantized.
 
-The function is the same and nothing more is computed: the factors go into the normalization's own scale and bias.
+A LayerNormalization's output is divided by a factor for each channel, and the rows of the weights it goes into are
+multiplied by them, so that channels differ less in magnitude. The function is the same and nothing more is computed:
+the factors go into the normalization's own scale and bias.
 """
 
 from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
+
+from common.folder.onnx_graph import add_initializer, input_of, name_of, remove_if_unused, tensor_of
 
 # Where the scale is among the inputs, by operator; the bias follows it.
 SCALE_INPUT = {"LayerNormalization": 1, "SkipLayerNormalization": 2}
@@ -18,31 +21,34 @@ def row_factors(power: np.ndarray, exponent: float) -> np.ndarray:
     """Σ x² of each input of a product, [K] → what its rows are multiplied by, [K, 1]: root mean squares to `exponent`,
     1 for the largest."""
     factors = (power / max(power.max(), 1e-30)) ** (exponent / 2)
-    return np.maximum(factors, MIN_FACTOR).astype(np.float32)[:, None]
+    return np.asarray(np.maximum(factors, MIN_FACTOR), np.float32)[:, None]
 
 
 def normalized_inputs(model: ir.Model, weights: Collection[str]) -> dict[ir.Node, list[str]]:
     """Normalizations whose output goes into products with some of the weights and nowhere else → those weights."""
     nodes = (node for node in model.graph if node.op_type in SCALE_INPUT)
-    found = {node: _multiplied_by(node.outputs[0], weights) for node in nodes}
-    return {node: names for node, names in found.items() if names}
+    multiplied = {node: _multiplied_by(node.outputs[0], weights) for node in nodes}
+    return {node: names for node, names in multiplied.items() if names}
 
 
 def _multiplied_by(x: ir.Value, weights: Collection[str]) -> list[str]:
     """The weights that x, and nothing else, is multiplied by; none if anything else is done with it."""
-    names = []
+    names: list[str] = []
     for use in x.uses():
-        node = use.node
-        if node.op_type == "Transpose" and _keeps_channels(node):
-            behind = _multiplied_by(node.outputs[0], weights)
-        elif node.op_type == "MatMul" and node.inputs[1].name in weights and len(node.inputs[1].uses()) == 1:
-            behind = [node.inputs[1].name]
-        else:
-            behind = []
+        behind = _weights_of_use(use.node, weights)
         if not behind:
             return []
         names += behind
     return [] if x.is_graph_output() else names
+
+
+def _weights_of_use(node: ir.Node, weights: Collection[str]) -> list[str]:
+    if node.op_type == "Transpose" and _keeps_channels(node):
+        return _multiplied_by(node.outputs[0], weights)
+    if node.op_type != "MatMul":
+        return []
+    weight = input_of(node, 1)
+    return [name_of(weight)] if weight.name in weights and len(weight.uses()) == 1 else []
 
 
 def _keeps_channels(transpose: ir.Node) -> bool:
@@ -53,21 +59,20 @@ def _keeps_channels(transpose: ir.Node) -> bool:
 def fold(model: ir.Model, factors: Mapping[str, np.ndarray]) -> None:
     """Divide what goes into the products with these weights by their row factors, in place.
 
-    Raises ValueError where it cannot be: the graph is another than the one they were found in.
+    factors: weight name → [K, 1]; weights behind one normalization have equal ones.
+    Raises ValueError where a weight has no normalization before it: the graph is another than the one that was
+    calibrated.
     """
-    found = normalized_inputs(model, factors)
-    left = set(factors) - {name for names in found.values() for name in names}
+    normalized = normalized_inputs(model, factors)
+    left = set(factors) - {name for names in normalized.values() for name in names}
     if left:
-        raise ValueError(f"wanted a normalization before {min(left)}, as in the graph that was calibrated, found none")
-    for node, names in found.items():
+        raise ValueError(f"expected a normalization before {min(left)}, as in the graph that was calibrated, got none")
+    for node, names in normalized.items():
         first = SCALE_INPUT[node.op_type]
         for i, value in enumerate(node.inputs[first : first + 2], first):
             if value is None:  # no bias
                 continue
-            array = value.const_value.numpy() / factors[names[0]][:, 0]
-            name = f"{names[0]}.smoothed.{i}"
-            new = ir.Value(name=name, shape=value.shape, type=value.type, const_value=ir.tensor(array, name=name))
-            model.graph.register_initializer(new)
-            node.replace_input_with(i, new)
-            if not value.uses():
-                del model.graph.initializers[value.name]
+            array = tensor_of(value).numpy() / factors[names[0]][:, 0]
+            scaled = add_initializer(model.graph, ir.tensor(array, name=f"{names[0]}.smoothed.{i}"))
+            node.replace_input_with(i, scaled)
+            remove_if_unused(model.graph, value)

@@ -5,14 +5,14 @@ Both are a function of the two folders and of what was measured: no times of day
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
 from common.cli import size_text
-from common.contract import Graph
+from common.contract import Graph, encoder_weight
 from common.evaluate.wer import CONFIDENCE, WordErrorRate
 from common.evaluate.word_limit import Heard, Words, changed, marked, word_table
 from common.folder.manifest import FILES, package_versions, sha256
@@ -29,7 +29,14 @@ PageWriter = Callable[[Path, dict, list[Heard]], None]
 PARTS = ("codes", "scales", "zero_points")
 KINDS = ("float32", *PARTS, "graph", "padding")
 _PART = re.compile(rf"(.+)\.({'|'.join(PARTS)})(\..+)?")
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.weight")
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """The quantized weights of a folder, and what calibration measured of those of its encoder."""
+
+    stored: Mapping[str, Mapping[str, Stored]]  # by graph and name
+    sensitivity: Sensitivity | None
 
 
 def page_writer() -> PageWriter:
@@ -71,19 +78,18 @@ def make_report(
     graphs: tuple[Graph, ...],
     manifest: dict,
     record: dict,
-    stored: dict[str, dict[str, Stored]],
-    sensitivity: Sensitivity | None,
+    weights: QuantizedWeights,
     evaluation: dict | None,
 ) -> dict:
     """Everything that is known of the folder `stage`, made from `exported`.
 
     `graphs`: the encoder and the others, as the folder's runtime has them. `record` is the optimize section of its
-    manifest and `stored` its quantized weights, by graph and name.
+    manifest.
     """
     tensors, components, encoder = [], {}, graphs[0]
     for graph in graphs:
-        rows, before, after = _account(exported, stage, graph, stored.get(graph.name, {}))
-        sensitive = sensitivity or {} if graph is encoder else {}
+        rows, before, after = _account(exported, stage, graph, weights.stored.get(graph.name, {}))
+        sensitive = weights.sensitivity or {} if graph is encoder else {}
         for row in rows:
             by_bits = sensitive.get(row["name"])
             shares = {str(bits): _short(by_bits[bits]) for bits in sorted(by_bits)} if by_bits else None
@@ -93,6 +99,7 @@ def make_report(
     source = manifest.get("export", {}).get("source", {})
     return {
         "flags": record["flags"],
+        "method": record["method"],
         "fused": record["fused"],
         "bytes": {
             side: sum(sum(component[side].values()) for component in components.values())
@@ -139,7 +146,7 @@ def write_report(stage: Path, report: dict, heard: list[Heard], write_page: Page
 
 
 def _account(
-    exported: Path, stage: Path, graph: Graph, stored: dict[str, Stored]
+    exported: Path, stage: Path, graph: Graph, stored: Mapping[str, Stored]
 ) -> tuple[list[dict], dict[str, int], dict[str, int]]:
     """A row for each tensor of either file of a graph, and the bytes of both by kind: they add up to its files."""
     sides, rows = [], {}
@@ -162,7 +169,7 @@ def _account(
     return list(rows.values()), *sides
 
 
-def _owner(name: str, stored: dict[str, Stored]) -> tuple[str, str]:
+def _owner(name: str, stored: Mapping[str, Stored]) -> tuple[str, str]:
     """The weight that a tensor is a part of, and which; float32 (or an index) is its own."""
     part = _PART.fullmatch(name)
     return (part[1], part[2]) if part and part[1] in stored else (name, "float32")
@@ -197,11 +204,11 @@ def _plots(report: dict, plots) -> dict[str, str]:
         ("weights", lambda row: row["weight_error"], "Signal to error of the weight, dB"),
         ("outputs", chosen_sensitivity, "Signal to error of the encoder’s output, dB"),
     ):
-        cells = {
-            (part[2], int(part[1])): (decibels(value(row)), row["bits"])
-            for row in weights
-            if (part := _LAYER.fullmatch(row["name"])) and decibels(value(row)) is not None
-        }
+        cells = {}
+        for row in weights:
+            weight, ratio = encoder_weight(row["name"]), decibels(value(row))
+            if weight.layer is not None and ratio is not None:
+                cells[weight.role.value, weight.layer] = (ratio, row["bits"])
         if cells:
             found[name] = plots.by_layer(name, cells, title)
     evaluation = report["evaluation"] or {"clips": [], "normalised": []}

@@ -1,0 +1,22 @@
+"""Progress bars: one form for everything that takes more than a few seconds. None is drawn where output is a pipe."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], *, total: int, task: str, unit: str) -> Iterator[T]:
+    """The items, with a bar that counts them."""
+    with progress_bar(total=total, task=task, unit=unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def progress_bar(*, total: float, task: str, unit: str) -> Any:
+    """A bar to move by hand: a context manager with `update(steps)`; `write(line)` prints above it."""
+    # smoothing=0: the time left follows from the average of all steps, since their cost varies.
+    return tqdm(total=total, desc=task, unit=unit, smoothing=0, leave=False, disable=None)

@@ -1,0 +1,179 @@
+"""Finishing an optimized model folder: its graphs are compared, words counted, everything else copied and recorded."""
+
+import contextlib
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.cli import size_text
+from common.evaluate import word_limit
+from common.evaluate.word_limit import Heard, Words
+from common.folder.manifest import fingerprint, moved_manifest, relative_path, write_manifest
+from common.folder.onnx_files import of_one_name, save_model
+from common.layouts.layout import Layout
+from common.progress import progress
+from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
+from common.quantize.options import OptimizeOptions
+from common.quantize.rewrite import OptimizedEncoder
+from common.quantize.token_graphs import QuantizedTokenGraphs, quantize_token_graphs
+from common.report.card import write_card
+from common.report.report import REPORT_HTML, PageWriter, QuantizedWeights, make_evaluation, make_report, write_report
+from common.run.clips import Clip
+
+Report = Callable[..., None]  # prints the fields of one stage
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """One model folder that is being optimized."""
+
+    layout: Layout
+    source: Path
+    readable: Path  # the source, or copies of its graphs: see `of_one_name`
+    target: Path  # where the result will be
+    stage: Path  # where it is being written
+    manifest: dict[str, Any]  # of the source, as it reads in the target
+
+    @property
+    def encoder(self) -> Path:
+        return self.readable / self.layout.encoder.file
+
+    @property
+    def device(self) -> str:
+        """What the folder was exported for: cpu or cuda."""
+        return str(self.manifest.get("export", {}).get("flags", {}).get("device", "cpu"))
+
+    @property
+    def encoder_bytes(self) -> int:
+        return self.bytes_in(self.source)
+
+    def bytes_in(self, folder: Path) -> int:
+        """Size of the encoder in the source or in the stage."""
+        return sum((folder / file).stat().st_size for file in self.layout.encoder.files)
+
+
+@contextlib.contextmanager
+def open_folder(layout: Layout, name: str, source: Path, target: Path, stage: Path) -> Iterator[ModelFolder]:
+    """The subfolder `name` of `source`, or `source` itself for "", to be optimized into that of `target` by way of that
+    of `stage`, which is made here if it is missing.
+
+    Raises ValueError at the end of the block where the source was written meanwhile.
+    """
+    (stage / name).mkdir(exist_ok=True)
+    manifest = moved_manifest(source / name, target / name)
+    with tempfile.TemporaryDirectory(dir=stage.parent) as scratch:
+        readable = of_one_name(source / name, layout.graph_files, Path(scratch) / "copies")
+        yield ModelFolder(layout, source / name, readable, target / name, stage / name, manifest)
+    if moved_manifest(source / name, target / name) != manifest:
+        raise ValueError(f"{source / name} was written anew while it was read; run this again")
+
+
+@dataclass(frozen=True)
+class WordCount:
+    """What both models made of the evaluation clips; empty where there are none."""
+
+    clips: list[Heard] = field(default_factory=list)
+    table: list[Words] = field(default_factory=list)
+
+
+def finish_folder(
+    folder: ModelFolder,
+    encoder: OptimizedEncoder,
+    options: OptimizeOptions,
+    clips: list[Clip],
+    write_page: PageWriter,
+    report: Report,
+) -> None:
+    """Write the encoder and everything that belongs beside it into the stage.
+
+    clips: to count words on, empty for none.
+    Raises CheckError where a graph does not agree with the exported one, or words exceed the limit.
+    """
+    layout = folder.layout
+    save_model(encoder.model, folder.stage / layout.encoder.file)
+    before, after = folder.encoder_bytes, folder.bytes_in(folder.stage)
+    report("encoder", f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
+    floor = MIN_SQNR_DB if encoder.stored else MIN_FLOAT_SQNR_DB
+    ratio = compare(folder.source, folder.stage, floor, layout.encoder)
+    report("against the exported encoder, on noise", _ratio_text(ratio, floor))
+    tokens = _quantize_tokens(folder, options, report)
+    for file in layout.files:
+        if not (folder.stage / file).exists():
+            shutil.copyfile(folder.source / file, folder.stage / file)
+    words = _count_words(folder, options, clips, report) if clips else WordCount()
+
+    record = _record(folder, encoder, options, ratio, tokens, words)
+    weights = QuantizedWeights({layout.encoder.name: encoder.stored, **tokens.stored}, encoder.sensitivity)
+    evaluation = (
+        make_evaluation(options.eval_manifest, words.clips, words.table, options.max_wer_increase)
+        if words.table and options.eval_manifest
+        else None
+    )
+    content = make_report(folder.readable, folder.stage, layout.graphs, folder.manifest, record, weights, evaluation)
+    write_report(folder.stage, content, words.clips, write_page)
+    write_manifest(folder.stage, folder.manifest, "optimize", record)
+    write_card(folder.stage, folder.target, layout)
+    report("report", str(folder.target / REPORT_HTML))
+
+
+def _ratio_text(ratio: float, floor: float) -> str:
+    if not math.isfinite(ratio):
+        return "identical"
+    return f"SQNR {ratio:.1f} dB (signal to error; under {floor:.0f} dB something is broken)"
+
+
+def _quantize_tokens(folder: ModelFolder, options: OptimizeOptions, report: Report) -> QuantizedTokenGraphs:
+    """Decoder and joint in 8 bits, where the options say so."""
+    if not options.int8_tokens:
+        return QuantizedTokenGraphs()
+    layout, vocabulary = folder.layout, folder.layout.vocabulary_size(folder.source)
+    tokens = quantize_token_graphs(folder.readable, folder.stage, layout.token_graphs, vocabulary, options)
+    report("decoder and joint, int8", *(f"{name} SQNR {ratio:.1f} dB" for name, ratio in tokens.sqnr_db.items()))
+    return tokens
+
+
+def _count_words(folder: ModelFolder, options: OptimizeOptions, clips: list[Clip], report: Report) -> WordCount:
+    """Transcribe the clips with both models; raises as word_limit.judge."""
+    assert options.eval_manifest is not None, "clips come from --eval_manifest"
+
+    def bar(items: list[Clip]) -> Iterator[Clip]:
+        return progress(items, total=len(items), task="transcribing", unit="clip")
+
+    transcribed = word_limit.listen(folder.source, folder.stage, options.eval_manifest, clips, bar)
+    table = word_limit.word_table(transcribed)
+    report(f"{len(clips)} clips", str(table[0]))
+    word_limit.print_words(table, transcribed)
+    if options.max_wer_increase is not None:
+        word_limit.judge(table, options.max_wer_increase)
+    return WordCount(transcribed, table)
+
+
+def _record(
+    folder: ModelFolder,
+    encoder: OptimizedEncoder,
+    options: OptimizeOptions,
+    ratio: float,
+    tokens: QuantizedTokenGraphs,
+    words: WordCount,
+) -> dict[str, Any]:
+    """The section of the manifest."""
+    manifest = options.calibration_manifest
+    record = {
+        "model_dir": relative_path(folder.source, folder.target),
+        "flags": options.record(),
+        "method": options.description,
+        "calibration": None if manifest is None else fingerprint(manifest),
+        "fused": dict(encoder.fused),
+        "weights_by_bits": {str(bits): count for bits, count in encoder.weights_by_bits.items()},
+        "encoder_bytes": {"exported": folder.encoder_bytes, "optimized": folder.bytes_in(folder.stage)},
+        "sqnr_db_on_noise": round(ratio, 2) if math.isfinite(ratio) else None,
+        "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in tokens.sqnr_db.items()},
+    }
+    if words.table:
+        everything = words.table[0]
+        record["wer"] = {"float32": asdict(everything.float32), "optimized": asdict(everything.optimized)}
+    return record
