@@ -28,7 +28,7 @@ from benchmarks.bench import machine, parse_args
 from benchmarks.recipes import FLOAT32, Recipe, build, encoder_bytes, ours
 from common.evaluate.wer import WordErrorRate, word_error_rate
 from common.folder.outputs import write_json
-from common.quantize.blocks import METHODS
+from common.quantize import METHODS
 from common.quantize.fidelity import sqnr_db
 from common.run.baseline import RawOrt
 from common.run.clips import read_clips
@@ -60,7 +60,7 @@ def recipes(checkpoint: Path, work_dir: Path, calibration: Path) -> list[Recipe]
     mixed, calibrated = "k_quant_mixed", ("--calibration_manifest", str(calibration.resolve()))
     found = [FLOAT32, recipe("int8", "int8", 32), recipe("int8, calibrated", "int8", 32, *calibrated)]
     for block in BLOCKS:
-        methods = [recipe(f"{method} {block}", method, block) for method in METHODS]
+        methods = [recipe(f"{method} {block}", method, block) for method, kind in METHODS.items() if kind.uses_blocks]
         found += [*methods, recipe(f"{mixed} {block}, calibrated", mixed, block, *calibrated)]
     rtn = next(one for one in found if one.name == RTN)
     build(FLOAT32, checkpoint, work_dir)  # which the others are made from

@@ -10,19 +10,21 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
-from tqdm import tqdm
 
 import optimize_encoder
 from common.contract import ENCODER
 from common.folder.manifest import MANIFEST
 from common.folder.onnx_files import load, save_model
+from common.quantize import K_QUANT_MIXED, int8
 from common.quantize import blocks as quantize
-from common.quantize import int8
 from common.quantize import smoothing as smooth
-from common.quantize.calibration import BATCH_SECONDS, Calibration, calibrate, read_speech, speech_batches
+from common.quantize.calibration import BATCH_SECONDS, read_speech, speech_batches
 from common.quantize.fidelity import sqnr_db
-from common.quantize.plan import Format, Plan, file_bytes, make_plan, spend
-from common.quantize.rewrite import fuse, quantizable, quantize_weights
+from common.quantize.fusion import fuse
+from common.quantize.matmul_nbits import FittedWidths, fit_widths, tensor_bytes
+from common.quantize.method import WeightOptions
+from common.quantize.plan import Format, Plan, SizeModel, spend
+from common.quantize.rewrite import plan_encoder, quantizable, quantize_weights
 from common.run.clips import read_clips
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
@@ -40,8 +42,8 @@ def speech(tiny_export):
 
 
 @pytest.fixture(scope="module")
-def calibration(tiny_export, speech):
-    return calibrate(tiny_export / ENCODER.file, speech.batches, BLOCK, tqdm(disable=True))
+def calibration(tiny_export, speech) -> FittedWidths:
+    return fit_widths(tiny_export / ENCODER.file, speech.batches, BLOCK)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +66,13 @@ def smoothed(model: ir.Model, factors: dict[str, np.ndarray], left: Iterable[str
         weight.const_value = ir.tensor(weight.const_value.numpy() * factors[name], name=name)
 
 
-def quantized(tiny_export: Path, folder: Path, plan: Plan, calibration: Calibration | None) -> Path:
+def quantized(tiny_export: Path, folder: Path, plan: Plan, calibration: FittedWidths | None) -> Path:
     """A folder with only the encoder, its weights of `plan` replaced, inputs not rounded."""
     model, fitted = load(tiny_export / ENCODER.file), {}
     if calibration:
         smoothed(model, calibration.factors, set(calibration.factors) - set(plan))
         fitted = {name: calibration.weights[name][form.bits].packed for name, form in plan.items()}
-    quantize_weights(model, plan, "k_quant_mixed", 1, fitted=fitted)
+    quantize_weights(model, plan, K_QUANT_MIXED, WeightOptions(accuracy_level=1), fitted)
     folder.mkdir(exist_ok=True)
     save_model(model, folder / ENCODER.file)
     return folder
@@ -129,7 +131,7 @@ def test_damage_is_what_the_exported_graph_shows(tiny_export, tmp_path, speech, 
     assert list(calibration.weights) == weights
     part = speech.batches[len(speech.batches) // 2]
     checked = weights[::6]
-    found = calibration.damages
+    found = calibration.sensitivity
     everywhere = []
     for name in checked:
         for bits, tolerance in ((4, 1.02), (8, 1.5)):
@@ -149,16 +151,16 @@ def test_damage_is_what_the_exported_graph_shows(tiny_export, tmp_path, speech, 
 def test_a_budget_goes_where_the_damage_per_byte_is(tiny_export, tmp_path, calibration, unseen):
     """In no more bytes, a plan made of the true damages beats the rule of thumb, and one of swapped damages."""
     model = load(tiny_export / ENCODER.file)
-    graph_bytes = (tiny_export / ENCODER.file).stat().st_size
-    true = calibration.damages
-    rule = make_plan(true, "k_quant_mixed", BLOCK)
-    budget = file_bytes(model, graph_bytes, rule)
+    sizes = SizeModel(model, (tiny_export / ENCODER.file).stat().st_size, tensor_bytes)
+    true = calibration.sensitivity
+    rule = plan_encoder(model, K_QUANT_MIXED, WeightOptions(block_size=BLOCK))
+    budget = sizes.total(rule)
     order = sorted(true, key=lambda name: true[name][4])
     swapped = {name: true[other] for name, other in zip(order, order[::-1], strict=True)}
     ratios = []
     for damage in (swapped, true):
-        plan = spend(model, graph_bytes, damage, BLOCK, budget)
-        assert 0.95 * budget < file_bytes(model, graph_bytes, plan) <= budget
+        plan = spend(sizes, damage, Format(4, BLOCK), Format(8, BLOCK), budget)
+        assert 0.95 * budget < sizes.total(plan) <= budget
         folder = quantized(tiny_export, tmp_path / "out", plan, calibration)
         assert sum(path.stat().st_size for path in folder.iterdir()) <= budget
         ratios.append(sqnr_db(encode(tiny_export, unseen), encode(folder, unseen)))
@@ -229,7 +231,7 @@ def test_smoothed_inputs_change_nothing_until_they_are_rounded(fused, tiny_expor
 
 def test_smoothing_is_refused_where_no_normalization_is_before(tiny_export):
     model = load(tiny_export / ENCODER.file)
-    with pytest.raises(ValueError, match=r"wanted a normalization before layers.0.attention.out.weight"):
+    with pytest.raises(ValueError, match=r"expected a normalization before layers.0.attention.out.weight"):
         smooth.fold(model, {"layers.0.attention.out.weight": np.ones((128, 1), np.float32)})
 
 
@@ -241,23 +243,23 @@ def test_row_factors_are_between_a_hundredth_and_one():
 
 MIXED = ("--quant_method", "k_quant_mixed")
 REFUSED = {
-    "another method": (("--calibration_manifest", CLIPS), "wants --quant_method k_quant_mixed or int8, found rtn"),
+    "another method": (("--calibration_manifest", CLIPS), "expects --quant_method k_quant_mixed or int8, got rtn"),
     "no quantization": (
         (*MIXED, "--skip_quantization", "--calibration_manifest", CLIPS),
-        "wants --quant_method k_quant_mixed or int8, found --skip_quantization",
+        "expects --quant_method k_quant_mixed or int8, got --skip_quantization",
     ),
-    "a budget alone": ((*MIXED, "--size_budget_mb", "2"), "--size_budget_mb wants a --calibration_manifest"),
+    "a budget alone": ((*MIXED, "--size_budget_mb", "2"), "--size_budget_mb expects a --calibration_manifest"),
     "a budget for int8": (
         ("--quant_method", "int8", "--calibration_manifest", CLIPS, "--size_budget_mb", "2"),
-        "--size_budget_mb wants --quant_method k_quant_mixed, found int8",
+        "--size_budget_mb expects --quant_method k_quant_mixed, got int8",
     ),
     "too small a budget": (
         (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "1"),
-        "wanted an encoder of at most 1 MB, but 4 bits everywhere take 1.5",
+        "expected a --size_budget_mb of at least 1.5",
     ),
     "no number": (
         (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "nan"),
-        "at most nan MB",
+        "got nan MB",
     ),
     "no manifest there": ((*MIXED, "--calibration_manifest", "none.jsonl"), "wanted a manifest, found nothing"),
 }
@@ -282,4 +284,4 @@ def test_too_little_speech_is_refused(tiny_export, tmp_path, capsys):
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     argv = ["--model_dir", tiny_export, "--output_dir", tmp_path / "out", *MIXED, "--calibration_manifest", manifest]
     assert optimize_encoder.main([str(argument) for argument in argv]) == 2
-    assert "wanted 10 s of speech to calibrate on, found 3.8 s" in capsys.readouterr().err
+    assert "expected at least 10 s of calibration speech, got 3.8 s" in capsys.readouterr().err

@@ -182,7 +182,7 @@ def test_decoder_and_joint_as_a_device_rounds_them(folder, tiny_export):
 def test_it_is_not_quantized_again(folder, tmp_path, capsys):
     assert optimize_encoder.main(["--model_dir", str(folder), "--output_dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "wanted float32 weights to quantize" in error
+    assert "expected float32 weights to quantize" in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

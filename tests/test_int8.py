@@ -15,9 +15,10 @@ import optimize_encoder
 from common.contract import DECODER, ENCODER, JOINT
 from common.folder.manifest import MANIFEST
 from common.folder.onnx_files import save_model
-from common.quantize import int8
+from common.quantize import INT8, columns, int8
 from common.quantize.fidelity import sqnr_db
-from common.quantize.plan import INT8, make_plan
+from common.quantize.method import WeightOptions
+from common.quantize.plan import Format, Stored
 from common.quantize.rewrite import quantizable, quantize_weights
 from common.run.baseline import RawOrt
 from common.run.genai import GenAI
@@ -26,6 +27,7 @@ from tests.conftest import SAMPLES
 
 RNG = np.random.default_rng(0)
 K, N = 96, 64
+NAME, OTHER = "layers.0.attention.query.weight", "layers.0.attention.key.weight"  # which have no special treatment
 
 
 def make_model(nodes: list, constants: dict[str, np.ndarray], opset: int = 17) -> ir.Model:
@@ -40,8 +42,13 @@ def make_model(nodes: list, constants: dict[str, np.ndarray], opset: int = 17) -
     return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8))
 
 
-def int8_model(model: ir.Model, bits: int = 8) -> ir.Model:
-    quantize_weights(model, make_plan(quantizable(model), INT8, 32, bits == 7), INT8, 0)
+def int8_weights(model: ir.Model) -> dict[str, Stored]:
+    """Quantize the weights of `model` in place."""
+    return quantize_weights(model, dict.fromkeys(quantizable(model), Format(8)), INT8, WeightOptions(), {})
+
+
+def int8_model(model: ir.Model) -> ir.Model:
+    int8_weights(model)
     return model
 
 
@@ -60,7 +67,7 @@ def rounded_rows(x: np.ndarray, zero: int) -> np.ndarray:
 
 
 def rounded_columns(weight: np.ndarray) -> np.ndarray:
-    codes, scales = int8.quantize_columns(weight, 8)
+    codes, scales = columns.quantize_columns(weight, 8)
     return codes * scales
 
 
@@ -85,8 +92,8 @@ SOURCES = {
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_row_and_every_column_has_its_scale(source, opset):
     nodes, zero, function = SOURCES[source]
-    product = helper.make_node("MatMul", ["a", "w"], ["y"])
-    found = run(int8_model(make_model([*nodes, product], {"w": WEIGHT}, opset)), LOUD_AND_QUIET)
+    product = helper.make_node("MatMul", ["a", NAME], ["y"])
+    found = run(int8_model(make_model([*nodes, product], {NAME: WEIGHT}, opset)), LOUD_AND_QUIET)
     x = function(LOUD_AND_QUIET.astype(np.float64))
     wanted = rounded_rows(x, zero) @ rounded_columns(WEIGHT)
     # One code in a thousand falls on the other side of a rounding boundary; each row and column is judged by itself.
@@ -102,15 +109,15 @@ def test_every_row_and_every_column_has_its_scale(source, opset):
 
 
 def test_the_error_of_a_weight_is_that_of_its_rounded_columns():
-    model = make_model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": WEIGHT})
-    stored = quantize_weights(model, make_plan(["w"], INT8, 32), INT8, 0)["w"]
+    model = make_model([helper.make_node("MatMul", ["x", NAME], ["y"])], {NAME: WEIGHT})
+    stored = int8_weights(model)[NAME]
     wanted = np.sum((rounded_columns(WEIGHT) - WEIGHT) ** 2) / np.sum(WEIGHT**2)
     assert stored.error == pytest.approx(wanted, rel=1e-3)
     assert 1e-6 < stored.error < 1e-4
 
 
 def test_rows_of_zeros_stay_zeros_and_change_no_other():
-    model = int8_model(make_model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": WEIGHT}))
+    model = int8_model(make_model([helper.make_node("MatMul", ["x", NAME], ["y"])], {NAME: WEIGHT}))
     x = RNG.standard_normal((1, 6, K), dtype=np.float32)
     x[0, 2:4] = 0
     found = run(model, x)
@@ -122,7 +129,7 @@ def test_rows_of_zeros_stay_zeros_and_change_no_other():
 def test_columns_of_zeros_stay_zeros():
     weight = WEIGHT.copy()
     weight[:, 3] = 0
-    codes, scales = int8.quantize_columns(weight, 8)
+    codes, scales = columns.quantize_columns(weight, 8)
     assert codes.dtype == np.int8
     assert scales[3] == 0
     assert (np.abs(codes).max(axis=0) == np.where(np.arange(N) == 3, 0, 127)).all()
@@ -131,13 +138,13 @@ def test_columns_of_zeros_stay_zeros():
 
 def test_what_shares_an_input_shares_its_codes_and_factors_fold():
     nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["p"]),
-        helper.make_node("MatMul", ["x", "v"], ["q"]),
+        helper.make_node("MatMul", ["x", NAME], ["p"]),
+        helper.make_node("MatMul", ["x", OTHER], ["q"]),
         helper.make_node("Mul", ["p", "half"], ["h"]),
         helper.make_node("Add", ["h", "q"], ["y"]),
     ]
     other = RNG.standard_normal((K, N), dtype=np.float32)
-    model = int8_model(make_model(nodes, {"w": WEIGHT, "v": other, "half": np.array(0.5)}))
+    model = int8_model(make_model(nodes, {NAME: WEIGHT, OTHER: other, "half": np.array(0.5)}))
     counts = Counter(node.op_type for node in model.graph)
     assert (counts["QuantizeLinear"], counts["MatMulIntegerToFloat"], counts["MatMul"]) == (1, 2, 0)
     assert counts["Mul"] == 2 + 2  # two bounds of the row scale, and it, twice; not the half
@@ -169,8 +176,8 @@ def test_pairs_saturate_on_avx2_unless_the_range_is_reduced():
     weight = np.abs(RNG.standard_normal((K, N), dtype=np.float32)) + 1
     x = rounded = np.full((1, K), 255)  # a row of one loud value, as ReLU leaves it
     cut = {}
-    for bits in (int8.WEIGHT_BITS, int8.REDUCED_BITS):
-        codes, _ = int8.quantize_columns(weight, bits)
+    for bits in (columns.WEIGHT_BITS, columns.REDUCED_BITS):
+        codes, _ = columns.quantize_columns(weight, bits)
         products = rounded[:, :, None] * codes.astype(np.int64)
         pairs = products[:, 0::2] + products[:, 1::2]
         cut[bits] = (np.clip(pairs, -(2**15), 2**15 - 1) - pairs).any()
@@ -258,7 +265,10 @@ def test_reduced_range_costs_exactness(tiny_export, tmp_path, int8_folder):
 def test_reduced_range_wants_int8(tiny_export, tmp_path, capsys):
     flags = ["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out"), "--reduce_range"]
     assert optimize_encoder.main(flags) == 2
-    assert "--reduce_range wants" in capsys.readouterr().err
+    assert (
+        "--reduce_range expects --quant_method int8 or --decoder_joint_precision int8, got neither"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_decoder_alone(tiny_export, tmp_path):
@@ -272,7 +282,7 @@ def test_the_decoder_alone(tiny_export, tmp_path):
 
 def test_external_data_is_written_whole(tmp_path):
     """A round trip through files, as optimize_encoder.py writes them."""
-    model = int8_model(make_model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": WEIGHT}))
+    model = int8_model(make_model([helper.make_node("MatMul", ["x", NAME], ["y"])], {NAME: WEIGHT}))
     x = RNG.standard_normal((1, 4, K), dtype=np.float32)
     wanted = run(model, x)
     save_model(model, tmp_path / "model.onnx")

@@ -13,17 +13,22 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import optimize_encoder
+from common.contract import MICROSOFT, encoder_weight
 from common.folder.manifest import MANIFEST
 from common.folder.onnx_files import load, save_model
+from common.quantize import HQQ, K_QUANT_MIXED, METHODS, RTN, matmul_nbits
 from common.quantize import blocks as quantize
-from common.quantize import rewrite as optimize
-from common.quantize.blocks import BITS, BLOCK_SIZES, METHODS
+from common.quantize.blocks import BITS, BLOCK_SIZES
 from common.quantize.fidelity import sqnr_db
-from common.quantize.plan import Format, make_plan
-from common.quantize.rewrite import fuse, quantizable, quantize_weights
+from common.quantize.fusion import fuse
+from common.quantize.matmul_nbits import BlockMethod
+from common.quantize.method import WeightOptions
+from common.quantize.plan import Format
+from common.quantize.rewrite import plan_encoder, quantizable, quantize_weights
 from common.report.report import REPORT_HTML, REPORT_JSON
 
 RNG = np.random.default_rng(7)
+FITTERS = {name: method.fit for name, method in METHODS.items() if isinstance(method, BlockMethod)}
 MATRICES = {  # [K, N]; K is no multiple of the larger blocks
     "gaussian": RNG.standard_normal((480, 64)),
     "heavy-tailed": RNG.standard_t(4, (480, 64)),
@@ -52,7 +57,7 @@ def model_of(nodes: list, constants: list, inputs: dict, outputs: dict) -> onnx.
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in side.items()]
         for side in (inputs, outputs)
     ]
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(optimize.MICROSOFT, 1)]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(helper.make_graph(nodes, "test", *ends, constants), opset_imports=opsets, ir_version=9)
 
 
@@ -62,7 +67,7 @@ def multiply(packed: quantize.Packed, x: np.ndarray, bits: int, block: int, accu
     K, N = x.shape[1], len(packed.codes)
     numbers = {"K": K, "N": N, "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
     names = ["x", *(constant.name for constant in constants)]
-    node = helper.make_node("MatMulNBits", names, ["y"], domain=optimize.MICROSOFT, **numbers)
+    node = helper.make_node("MatMulNBits", names, ["y"], domain=MICROSOFT, **numbers)
     model = model_of([node], constants, {"x": ["M", K]}, {"y": ["M", N]})
     return ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
 
@@ -76,10 +81,10 @@ def errors(weight: np.ndarray, found: np.ndarray) -> tuple[float, float]:
 
 @pytest.mark.parametrize("block", BLOCK_SIZES)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FITTERS)
 def test_codes_mean_to_onnxruntime_what_they_mean_here(method, bits, block):
     weight = np.ascontiguousarray(MATRICES["off-centre"][:200, :33])
-    packed = quantize.quantize(weight, bits, block, METHODS[method])
+    packed = quantize.quantize(weight, bits, block, FITTERS[method])
     assert (packed.zero_points is None) == (method == "rtn")
     assert packed.error == pytest.approx(errors(weight, dequantize(packed, len(weight), bits))[0], rel=1e-3)
     x = RNG.standard_normal((5, len(weight)), dtype=np.float32)
@@ -95,7 +100,7 @@ def test_codes_mean_to_onnxruntime_what_they_mean_here(method, bits, block):
 def test_methods_keep_their_order(name, block):
     weight = MATRICES[name]
     plain, weighted = {}, {}
-    for method, fit in METHODS.items():
+    for method, fit in FITTERS.items():
         found = dequantize(quantize.quantize(weight, 4, block, fit), len(weight), 4)
         plain[method], weighted[method] = errors(weight, found)
     assert weighted["k_quant_mixed"] <= weighted["rtn"]
@@ -125,19 +130,19 @@ def test_error_is_at_most_that_of_onnxruntimes_own_quantizers(name, block):
     assert errors(weight, ours)[1] < 1.01 * errors(weight, theirs)[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FITTERS)
 def test_odd_blocks(method):
     weight = np.zeros((64, 4), np.float32)
     weight[:, 1] = 0.5  # constant
     weight[3, 2] = -7  # one outlier
     weight[:, 3] = 1e-30  # next to nothing
-    found = dequantize(quantize.quantize(weight, 4, 32, METHODS[method]), 64, 4)
+    found = dequantize(quantize.quantize(weight, 4, 32, FITTERS[method]), 64, 4)
     np.testing.assert_allclose(found, weight, atol=0.04)
 
 
 @pytest.mark.parametrize(("bits", "block"), [(3, 32), (4, 48)])
 def test_other_formats_are_refused(bits, block):
-    with pytest.raises(ValueError, match=f"found {bits} and {block}"):
+    with pytest.raises(ValueError, match=f"got {bits} and {block}"):
         quantize.quantize(MATRICES["gaussian"], bits, block, quantize.rtn)
 
 
@@ -150,7 +155,8 @@ def test_mixed_plan_gives_8_bits_to_both_ends_and_to_sensitive_roles():
         "feed_forward2.project",
     )
     names = ["subsampling.out.weight", *(f"layers.{i}.{role}.weight" for i in range(3) for role in roles)]
-    plan = make_plan(names, "k_quant_mixed", 64)
+    weights, options = {name: encoder_weight(name) for name in names}, WeightOptions(block_size=64)
+    plan = K_QUANT_MIXED.plan(weights, options)
     assert list(plan) == names
     assert {form.block for form in plan.values()} == {64}
     assert [name for name in names if plan[name].bits == 8] == [
@@ -158,9 +164,10 @@ def test_mixed_plan_gives_8_bits_to_both_ends_and_to_sensitive_roles():
         *(f"layers.{i}.{role}.weight" for i in range(3) for role in ("attention.value", "convolution.expand")),
         "layers.2.feed_forward2.project.weight",
     ]
-    assert {form.bits for form in make_plan(names, "hqq", 64).values()} == {4}
+    assert {form.bits for form in HQQ.plan(weights, options).values()} == {4}
+    empty = ir.Model(ir.Graph([], [], nodes=[]), ir_version=9)
     with pytest.raises(ValueError, match="optimized already"):
-        make_plan([], "rtn", 32)
+        plan_encoder(empty, RTN, options)
 
 
 @pytest.fixture
@@ -209,7 +216,7 @@ def test_only_constant_matrices_of_some_size_are_quantized_and_shared_ones_once(
     model = load(block_model)
     found = quantizable(model)
     assert {name: len(nodes) for name, nodes in found.items()} == {"weight": 2}
-    quantize_weights(model, {"weight": Format(8, 32)}, "hqq", 0)
+    quantize_weights(model, {"weight": Format(8, 32)}, HQQ, WeightOptions(accuracy_level=0), {})
     assert [node.op_type for node in model.graph].count("MatMulNBits") == 2
     assert "weight" not in model.graph.initializers
     save_model(model, tmp_path / "eight.onnx")
@@ -250,7 +257,10 @@ def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
     quantized = 56  # 11 matrices in 5 layers and the subsampling's
     assert record["weights_by_bits"] == {"4": quantized}
     assert after["MatMulNBits"] == quantized
-    assert after + Counter(MatMul=quantized) == before + Counter(MatMulNBits=quantized)
+    replaced, new = Counter(MatMul=quantized), Counter(MatMulNBits=quantized)
+    fused = 20  # 4 residual Adds in each of 5 layers
+    assert record["fused"] == {"SkipLayerNormalization": fused}
+    assert after + replaced + Counter(Add=fused, LayerNormalization=fused) == before + new + Counter(record["fused"])
     places = {
         entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
@@ -258,7 +268,9 @@ def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
     assert str(tmp_path).encode() not in (target / "encoder.onnx").read_bytes()
 
     printed = capsys.readouterr().out.splitlines()
-    wanted_parts = ("about", "left out", "56 weights at 4 bits", "5.7 times", "SQNR", REPORT_HTML, "wrote")
+    advice = "6 to 10 % faster without fusion; add --skip_fusion"
+    stages = ("20 SkipLayerNormalization", "56 weights at 4 bits", "5.7 times", "SQNR", REPORT_HTML)
+    wanted_parts = ("about", *stages, advice, "wrote")
     for line, wanted in zip(printed, wanted_parts, strict=True):
         assert wanted in line
 
@@ -266,7 +278,7 @@ def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
 def test_every_method_agrees_with_the_export(tiny_export, tmp_path):
     sqnr = {
         method: optimized(tiny_export, tmp_path / "out", "--quant_method", method)[1]["sqnr_db_on_noise"]
-        for method in METHODS
+        for method in FITTERS
     }
     assert 15 < sqnr["rtn"] < sqnr["hqq"] < sqnr["k_quant_mixed"]
 
@@ -290,14 +302,43 @@ def test_stages_can_be_skipped(tiny_export, tmp_path, capsys):
     assert "identical" in capsys.readouterr().out
 
 
-def test_fuses_for_cuda(tiny_export, tmp_path):
-    exported = tmp_path / "exported"
-    shutil.copytree(tiny_export, exported)
-    manifest = json.loads((exported / MANIFEST).read_text())
+@pytest.fixture(scope="module")
+def cuda_export(tiny_export, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cuda") / "exported"
+    shutil.copytree(tiny_export, folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
     manifest["export"]["flags"]["device"] = "cuda"
-    (exported / MANIFEST).write_text(json.dumps(manifest))
-    _, record = optimized(exported, tmp_path / "out")
-    assert record["fused"] == {"SkipLayerNormalization": 20}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_method_is_fused_by_default_but_int8_on_a_cpu(method, device, tiny_export, cuda_export, tmp_path, capsys):
+    source = {"cpu": tiny_export, "cuda": cuda_export}[device]
+    proto, record = optimized(source, tmp_path / "out", "--quant_method", method)
+    printed = capsys.readouterr().out
+    fused = {} if (method, device) == ("int8", "cpu") else {"SkipLayerNormalization": 20}
+    assert record["fused"] == fused
+    assert Counter(node.op_type for node in proto.graph.node)["SkipLayerNormalization"] == sum(fused.values())
+    assert ("--skip_fusion" in printed) == (bool(fused) and device == "cpu")
+    assert ("none: on a CPU, int8 is faster without" in printed) == (not fused)
+
+
+def test_nobody_is_advised_to_skip_what_was_skipped(tiny_export, tmp_path, capsys):
+    _, record = optimized(tiny_export, tmp_path / "out", "--skip_fusion")
+    assert record["fused"] == {}
+    assert "--skip_fusion" not in capsys.readouterr().out
+
+
+def test_help_says_which_method_is_not_fused(capsys):
+    with pytest.raises(SystemExit):
+        optimize_encoder.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "its graph is not fused for a CPU" in printed
+    assert "6 to 10 % faster without it, and int8 is not fused" in printed
+    for method in METHODS.values():
+        assert f"{method.name}: {method.help}" in printed
 
 
 def without(*files: str):
@@ -306,9 +347,9 @@ def without(*files: str):
 
 UNUSABLE = {
     "no folder": (shutil.rmtree, "export_parakeet_to_onnx.py --output_dir"),
-    "no encoder": (without("encoder.onnx"), "wanted encoder.onnx in"),
-    "no encoder data": (without("encoder.onnx.data"), "wanted encoder.onnx.data in"),
-    "no config": (without("genai_config.json"), "wanted genai_config.json in"),
+    "no encoder": (without("encoder.onnx"), "expected encoder.onnx in"),
+    "no encoder data": (without("encoder.onnx.data"), "expected encoder.onnx.data in"),
+    "no config": (without("genai_config.json"), "expected genai_config.json in"),
     "no tokenizer": (without("tokenizer.json", "vocab.txt"), "export_tokenizer.py --output_dir"),
     "no onnx": (lambda folder: (folder / "encoder.onnx").write_text("no graph"), "encoder.onnx is truncated"),
     "no onnx, unlisted": (
@@ -334,7 +375,7 @@ def test_unusable_input_is_one_line_and_leaves_nothing(case, tiny_export, tmp_pa
 
 def test_output_must_be_another_folder(tiny_export, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    for target, message in ((tiny_export, "found"), (tmp_path / "file", "found the file")):
+    for target, message in ((tiny_export, "twice"), (tmp_path / "file", "found the file")):
         before = sorted((path.name, path.stat().st_mtime_ns) for path in tiny_export.iterdir())
         assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(target)]) == 2
         assert message in capsys.readouterr().err
@@ -365,7 +406,7 @@ def test_a_broken_encoder_is_never_written(factor, tiny_export, tmp_path, monkey
         packed.scales[:] *= factor
         return packed
 
-    monkeypatch.setattr(optimize, "quantize", corrupted)
+    monkeypatch.setattr(matmul_nbits, "quantize", corrupted)
     assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out")]) == 1
     assert "SQNR" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from common.export import wrappers
 from common.export.trace import export_graph
 from common.folder.onnx_files import save_model
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, compare
-from common.quantize.rewrite import fuse
+from common.quantize.fusion import fuse
 from common.run.decode import GENAI_RULE, NEMO_RULE, Prediction, greedy_tdt_decode
 from common.run.ort import OrtGraph
 from tests.test_tokenizer import Piece, handmade

@@ -21,10 +21,11 @@ from common.evaluate import word_limit as gate
 from common.evaluate.word_limit import Heard, judge, marked, word_table
 from common.folder.manifest import verify_files
 from common.quantize import blocks as quantize
-from common.quantize import rewrite as optimize
+from common.quantize import matmul_nbits
 from common.quantize.plan import Format, Stored
+from common.report import optimized_folder
 from common.report.card import CARD
-from common.report.report import REPORT_HTML, REPORT_JSON, make_evaluation, make_report, page_writer
+from common.report.report import REPORT_HTML, REPORT_JSON, QuantizedWeights, make_evaluation, make_report, page_writer
 from common.run.clips import read_clips
 from tests.conftest import ROOT, SAMPLES
 
@@ -186,8 +187,8 @@ def test_sensitivity_is_shown_where_it_was_measured(folder, report, tiny_export,
     name = "layers.1.attention.key.weight"
     manifest = json.loads((folder / "manifest.json").read_text())
     stored = {"encoder": {name: Stored(Format(4, 32), 0.01)}}
-    argv = (tiny_export, folder, GRAPHS, manifest, manifest["optimize"], stored)
-    found = make_report(*argv, {name: {8: 1.23456e-6, 4: 0.001}}, None)
+    weights = QuantizedWeights(stored, {name: {8: 1.23456e-6, 4: 0.001}})
+    found = make_report(tiny_export, folder, GRAPHS, manifest, manifest["optimize"], weights, None)
     sensitive = {row["name"]: row["output_sensitivity"] for row in found["tensors"] if row["output_sensitivity"]}
     assert sensitive == {name: {"4": 0.001, "8": 1.235e-6}}
     page_writer()(tmp_path / "page.html", found, [])
@@ -232,12 +233,12 @@ def shuffled_scales(real):
 
 @pytest.mark.parametrize("ruin", [two_bits, shuffled_scales])
 def test_a_ruined_encoder_fails_on_words(ruin, tiny_export, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(optimize, "quantize", ruin(quantize.quantize))
+    monkeypatch.setattr(matmul_nbits, "quantize", ruin(quantize.quantize))
     flags = ("--eval_manifest", MANIFEST, "--max_wer_increase", "0.5")
     if ruin is shuffled_scales:  # the noise shows it already; the words must do so by themselves
         assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 1
         assert "SQNR" in capsys.readouterr().err
-        monkeypatch.setattr(optimize_encoder, "MIN_SQNR_DB", -100)
+        monkeypatch.setattr(optimized_folder, "MIN_SQNR_DB", -100)
     assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 1
     output, error = capsys.readouterr()
     assert re.search(r"on noise  SQNR -?\d+\.\d dB", output)
@@ -284,9 +285,9 @@ def test_changes_are_shown_in_context():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--max_wer_increase", "1"), "--max_wer_increase wants --eval_manifest"),
-        (("--eval_manifest", MANIFEST, "--max_wer_increase", "-1"), "found -1"),
-        (("--eval_manifest", MANIFEST, "--max_wer_increase", "nan"), "found nan"),
+        (("--max_wer_increase", "1"), "--max_wer_increase expects --eval_manifest"),
+        (("--eval_manifest", MANIFEST, "--max_wer_increase", "-1"), "got -1"),
+        (("--eval_manifest", MANIFEST, "--max_wer_increase", "nan"), "got nan"),
         (("--eval_manifest", "none.jsonl"), "found nothing at none.jsonl"),
         (("--eval_manifest", "{tmp}/no_text.jsonl"), "no_text.jsonl:2 has no text"),
         (("--eval_manifest", "{tmp}/no_clip.jsonl"), "gone.flac"),

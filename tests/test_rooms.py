@@ -10,7 +10,7 @@ import common
 
 # A room imports from rooms of earlier floors, and a module from others of its own room.
 FLOORS = (
-    ("cli", "contract"),
+    ("cli", "contract", "progress"),
     ("folder",),
     ("run", "checkpoint"),
     ("export", "layouts", "quantize"),

@@ -16,7 +16,7 @@ import export_tokenizer
 import optimize_encoder
 import test_e2e
 import test_real_speech
-from common.quantize.blocks import METHODS
+from common.quantize import METHODS
 from tests.conftest import ROOT, SAMPLES, TINY
 from tests.test_model import ctc_only, plain_rnnt, rewrite_config
 

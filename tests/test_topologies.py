@@ -91,7 +91,7 @@ def test_all_scripts(topology, tmp_path, capsys):
     manifest.write_text(json.dumps({"audio_filepath": str(SAMPLES / "jfk.wav")}))
     flags = ["--quant_method", "int8", "--calibration_manifest", str(manifest), "--output_dir", str(fitted)]
     assert optimize_encoder.main(["--model_dir", str(exported), *flags]) == 0, capsys.readouterr().err
-    assert f"inputs of {6 * SMALL['n_layers']} weights smoothed" in capsys.readouterr().out
+    assert f"input channels of {6 * SMALL['n_layers']} weights scaled" in capsys.readouterr().out
     (wanted,), (found,) = (RawOrt(folder).encode([features]) for folder in (exported, fitted))
     assert sqnr_db(wanted, found) > 30
 

@@ -1,10 +1,12 @@
 """Small operations on onnx_ir graphs that several rooms need, with the types that onnx_ir leaves open made definite."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
+
+T = TypeVar("T")
 
 
 def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
@@ -59,11 +61,10 @@ def release(tensor: ir.TensorProtocol) -> None:
         tensor.release()
 
 
-@contextlib.contextmanager
-def mapped_array(value: ir.Value) -> Iterator[np.ndarray]:
-    """The content of an initializer, whose data file is mapped only inside the block."""
+def computed_from(value: ir.Value, function: Callable[[np.ndarray], T]) -> T:
+    """`function` of an initializer's content, whose data file is mapped only meanwhile; the result must not view it."""
     tensor = tensor_of(value)
     try:
-        yield tensor.numpy()
+        return function(tensor.numpy())  # not kept in a variable: a mapping that is viewed cannot be closed
     finally:
         release(tensor)

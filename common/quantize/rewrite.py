@@ -16,7 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from common.cli import size_text
 from common.contract import encoder_weights
 from common.folder.onnx_files import load
-from common.folder.onnx_graph import input_of, mapped_array, name_of, remove_if_unused, tensor_of
+from common.folder.onnx_graph import computed_from, input_of, name_of, remove_if_unused, tensor_of
 from common.progress import progress
 from common.quantize.fusion import fuse
 from common.quantize.method import Calibrated, P, QuantMethod, WeightOptions
@@ -118,8 +118,7 @@ def quantize_weights(model: ir.Model, plan: Plan, method: QuantMethod[P], option
     def pack(name: str) -> P:
         if name in fitted:
             return fitted[name]
-        with mapped_array(weights[name]) as weight:
-            return method.pack(weight, plan[name])
+        return computed_from(weights[name], lambda weight: method.pack(weight, plan[name]))
 
     stored = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy releases Python's lock

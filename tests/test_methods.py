@@ -1,0 +1,245 @@
+"""The registry of quantization methods, the flags as one value, and the roles of the encoder's weights."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import optimize_encoder
+import test_e2e
+from common.contract import ENCODER, LAYER_ROLES, EncoderWeight, Role, encoder_weight, encoder_weights
+from common.folder.manifest import MANIFEST
+from common.folder.onnx_files import load
+from common.quantize import METHODS, RTN
+from common.quantize.blocks import relative_error
+from common.quantize.method import QuantMethod, WeightOptions, register
+from common.quantize.options import OptimizeOptions
+from common.quantize.plan import Format, Plan
+from common.quantize.rewrite import matrices, plan_encoder
+from common.report.report import REPORT_HTML
+from tests.conftest import SAMPLES
+
+CLIPS = SAMPLES / "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight as float32 numbers that bfloat16 has too."""
+
+    weight: np.ndarray
+    error: float
+
+
+def bfloat16(weight: np.ndarray) -> np.ndarray:
+    """Cut to the 8 bits of a bfloat16's mantissa, as float32."""
+    return (np.ascontiguousarray(weight).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedMethod(QuantMethod[Rounded]):
+    """A kind of its own: no new operator, nothing smaller."""
+
+    def plan(self, weights: Mapping[str, EncoderWeight], options: WeightOptions) -> Plan:
+        return {name: Format(16) for name, weight in weights.items() if weight.role != Role.ATTENTION_POSITION}
+
+    def pack(self, weight: np.ndarray, form: Format) -> Rounded:
+        rounded = bfloat16(weight)
+        return Rounded(rounded, relative_error(weight, rounded))
+
+    def replace(self, model: ir.Model, options: WeightOptions):
+        def put(nodes, name: str, packed: Rounded, form: Format) -> None:
+            model.graph.initializers[name].const_value = ir.tensor(packed.weight, name=name)
+
+        return put
+
+
+@pytest.fixture
+def toy() -> Iterator[QuantMethod]:
+    yield register(RoundedMethod(name="rounded", help="float32 weights that bfloat16 has too"))
+    del METHODS["rounded"]
+
+
+def optimize(source: Path, target: Path, *flags: object) -> int:
+    return optimize_encoder.main(["--model_dir", str(source), "--output_dir", str(target), *map(str, flags)])
+
+
+def test_a_method_of_its_own_kind_needs_nothing_but_its_registration(toy, tiny_export, tmp_path, capsys):
+    assert optimize(tiny_export, tmp_path / "out", "--quant_method", "rounded", "--eval_manifest", CLIPS) == 0
+    printed = capsys.readouterr().out
+    assert "rounded  51 weights at 16 bits" in printed  # 11 matrices in 5 layers and the subsampling's, 5 left out
+    assert "20 SkipLayerNormalization" in printed
+    record = json.loads((tmp_path / "out" / MANIFEST).read_text())["optimize"]
+    assert (record["method"], record["weights_by_bits"]) == ("rounded", {"16": 51})
+    assert 25 < record["sqnr_db_on_noise"] < 60
+    assert "rounded" in (tmp_path / "out" / REPORT_HTML).read_text()
+    weights = load(tmp_path / "out" / ENCODER.file).graph.initializers
+    for name, exported in load(tiny_export / ENCODER.file).graph.initializers.items():
+        if name in matrices(load(tiny_export / ENCODER.file)):
+            before, after = exported.const_value.numpy(), weights[name].const_value.numpy()
+            kept = name.endswith("attention.position.weight")
+            np.testing.assert_array_equal(after, before if kept else bfloat16(before))
+    assert test_e2e.main(["--model_dir", str(tmp_path / "out")]) == 0
+
+
+def test_help_and_checks_know_a_new_method(toy, tiny_export, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        optimize_encoder.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "{rtn,k_quant_mixed,hqq,int8,rounded}" in printed
+    assert "rounded: float32 weights that bfloat16 has too" in printed
+    assert optimize(tiny_export, tmp_path / "out", "--quant_method", "rounded", "--calibration_manifest", CLIPS) == 2
+    assert "expects --quant_method k_quant_mixed or int8, got rounded" in capsys.readouterr().err
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="got rtn, which is taken"):
+        register(RTN)
+
+
+def test_every_flag_but_the_folders_is_an_option():
+    args = vars(optimize_encoder.parse_args([]))
+    options = {field.name: field.default for field in dataclasses.fields(OptimizeOptions)}
+    assert args == {"verbose": False, "model_dir": Path("onnx_models"),
+                    "output_dir": Path("onnx_models_optimized"), **options}  # fmt: skip
+
+
+def test_options_record_the_flags_that_decide_the_files_and_no_path():
+    record = OptimizeOptions(
+        quant_method="hqq", calibration_manifest=Path("/home/me/a"), eval_manifest=Path("b")
+    ).record()
+    assert json.loads(json.dumps(record)) == record
+    assert record == {
+        "quant_method": "hqq", "block_size": 32, "accuracy_level": 4, "decoder_joint_precision": "fp32",
+        "reduce_range": False, "skip_fusion": False, "skip_quantization": False, "size_budget_mb": None,
+    }  # fmt: skip
+
+
+def test_options_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        OptimizeOptions().block_size = 64
+
+
+CLASHES = [
+    ({"reduce_range": True}, "--reduce_range expects --quant_method int8 or"),
+    ({"reduce_range": True, "quant_method": "int8", "skip_quantization": True}, "--reduce_range expects"),
+    ({"calibration_manifest": CLIPS}, "expects --quant_method k_quant_mixed or int8, got rtn"),
+    ({"calibration_manifest": CLIPS, "quant_method": "int8", "skip_quantization": True}, "got --skip_quantization"),
+    ({"size_budget_mb": 2.0, "quant_method": "int8"}, "expects --quant_method k_quant_mixed, got int8"),
+    ({"size_budget_mb": 2.0, "quant_method": "k_quant_mixed"}, "expects a --calibration_manifest"),
+    ({"max_wer_increase": 1.0}, "expects --eval_manifest"),
+    ({"max_wer_increase": float("nan"), "eval_manifest": CLIPS}, "got nan"),
+    ({"max_wer_increase": float("inf"), "eval_manifest": CLIPS}, "got inf"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), CLASHES)
+def test_flags_that_do_not_go_together(flags, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizeOptions(**flags).validate()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_takes_what_it_says(name):
+    kind = METHODS[name]
+    OptimizeOptions(quant_method=name).validate()
+    for ability, flags in (
+        (kind.reduces_range, {"reduce_range": True}),
+        (kind.calibrates, {"calibration_manifest": CLIPS}),
+        (kind.has_size_budget, {"calibration_manifest": CLIPS, "size_budget_mb": 2.0}),
+    ):
+        options = OptimizeOptions(quant_method=name, **flags)
+        if ability:
+            options.validate()
+        else:
+            with pytest.raises(ValueError, match=f"--{list(flags)[-1]} expects|--calibration_manifest expects"):
+                options.validate()
+
+
+def linear_names(encoder) -> list[str]:
+    """Names of the weight matrices of a wrapped encoder: of every module that multiplies by one."""
+    from torch import nn
+
+    from common.export.wrappers import Linear
+
+    return [f"{name}.weight" for name, module in encoder.named_modules() if isinstance(module, Linear | nn.Linear)]
+
+
+@pytest.mark.parametrize("width_out", [-1, 24], ids=["without projection", "with projection"])
+def test_every_matrix_of_the_wrapped_encoder_has_a_role_and_every_role_a_matrix(width_out):
+    from nemo.collections.asr.modules import ConformerEncoder
+
+    from common.export.wrappers import Encoder
+
+    encoder = Encoder(ConformerEncoder(
+        feat_in=80, n_layers=2, d_model=32, n_heads=2, subsampling="dw_striding", subsampling_factor=8,
+        subsampling_conv_channels=8, feat_out=width_out, self_attention_model="rel_pos",
+    ).eval())  # fmt: skip
+    weights = encoder_weights(linear_names(encoder))
+    expected = {EncoderWeight(role, layer) for role in LAYER_ROLES for layer in range(2)}
+    expected |= {EncoderWeight(Role.SUBSAMPLING_OUT)}
+    expected |= {EncoderWeight(Role.PROJECTION)} if width_out > 0 else set()
+    assert set(weights.values()) == expected
+    assert len(weights) == len(expected)
+
+
+def test_the_matrices_of_the_exported_graph_are_those_of_the_wrapped_encoder(tiny_model, tiny_export):
+    from common.export.wrappers import Encoder
+
+    assert set(matrices(load(tiny_export / ENCODER.file))) == set(linear_names(Encoder(tiny_model.encoder)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["layers.0.attention.keys.weight", "attention.key.weight", "layers.0.projection.weight", "onnx::MatMul_7", "w"],
+)
+def test_a_weight_without_a_role_is_named(name):
+    with pytest.raises(ValueError, match=f"got {name};"):
+        encoder_weight(name)
+
+
+def renamed(tiny_export: Path, folder: Path, old: str, new: str) -> Path:
+    """A copy of the exported folder whose encoder calls a module of every layer something else."""
+    folder.mkdir()
+    for path in tiny_export.iterdir():
+        if path.name != MANIFEST:  # which would notice the change
+            (folder / path.name).write_bytes(path.read_bytes())
+    proto = onnx.load(folder / ENCODER.file, load_external_data=False)
+    for node in proto.graph.node:
+        node.input[:] = [value.replace(old, new) for value in node.input]
+    for tensor in proto.graph.initializer:
+        tensor.name = tensor.name.replace(old, new)
+    onnx.save(proto, folder / ENCODER.file)
+    return folder
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_renamed_module_is_an_error_and_not_a_loss_of_quality(name, tiny_export, tmp_path, capsys):
+    source = renamed(tiny_export, tmp_path / "in", ".attention.value.", ".attention.values.")
+    assert optimize(source, tmp_path / "out", "--quant_method", name) == 2
+    assert "got layers.0.attention.values.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_role_that_matches_nothing_in_a_layer_is_an_error(tiny_export):
+    names = list(matrices(load(tiny_export / ENCODER.file)))
+    missing = [name for name in names if name != "layers.3.convolution.expand.weight"]
+    with pytest.raises(ValueError, match=r"got none for convolution.expand in layer 3"):
+        encoder_weights(missing)
+    encoder_weights(name for name in names if name != "subsampling.out.weight")  # stacked frames have none
+
+
+def test_small_matrices_stay_float32_and_have_roles(tiny_export, monkeypatch):
+    """Whether a role matches is decided by all matrices, not by those that are large enough."""
+    model = load(tiny_export / ENCODER.file)
+    monkeypatch.setattr("common.quantize.rewrite.MIN_WEIGHTS", 128 * 129)
+    plan = plan_encoder(model, RTN, WeightOptions())
+    roles = Counter(encoder_weight(name).role for name in plan)
+    assert Role.ATTENTION_QUERY not in roles
+    assert roles[Role.FEED_FORWARD1_EXPAND] == 5
