@@ -19,18 +19,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
-from common.cli import EXPORT_COMMAND, Parser, Stages, run, size_text
-from common.folder.manifest import is_float16, read_manifest, verify_files
+from common.cli import Parser, Stages, run, size_text
 from common.folder.onnx_files import share_equal_data
-from common.folder.staging import check_output_dir, staged_folder, state_needs
-from common.layouts.layout import LAYOUTS, Layout, check_same_layouts, layouts_in
+from common.folder.staging import staged_folder, state_needs
+from common.layouts.layout import LAYOUTS, Layout, layouts_in
 from common.quantize import METHODS
 from common.quantize.blocks import BLOCK_SIZES
 from common.quantize.calibration import read_speech
 from common.quantize.method import Calibrated, P, QuantMethod
 from common.quantize.options import TOKEN_PRECISIONS, OptimizeOptions
 from common.quantize.rewrite import optimize_graph
-from common.report.optimized_folder import ModelFolder, Report, finish_folder, open_folder
+from common.report.optimized_folder import ModelFolder, Report, check_folders, finish_folder, open_folder
 from common.report.report import page_writer
 from common.run.clips import Clip, read_clips
 
@@ -130,32 +129,6 @@ def calibrate(
     calibrated = method.calibrate(folder.encoder, speech.batches, options)
     report("calibration", f"{speech.clips} clips", f"{speech.seconds:.0f} s of speech", *calibrated.summary())
     return calibrated
-
-
-def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> None:
-    """Raise FileNotFoundError naming the command that makes what `source` lacks, or ValueError if `target` is it,
-    a file of `source` is not the one that its manifest lists, or its weights are float16."""
-    check_output_dir(target)
-    if target.resolve() == source.resolve():
-        raise ValueError(
-            f"expected --output_dir and --model_dir to differ, got {target} twice; give another --output_dir"
-        )
-    check_same_layouts(target, layouts)
-    for name, layout in layouts.items():
-        folder = source / name
-        exported = (*layout.graph_files, *layout.config_files)
-        for files, command in ((exported, EXPORT_COMMAND), (layout.vocabulary, layout.vocabulary_command)):
-            missing = [file for file in files if not (folder / file).is_file()]
-            if missing:
-                files_text = ", ".join(missing)
-                raise FileNotFoundError(
-                    f"expected {files_text} in {folder}, got none; first run: {command.format(folder)}"
-                )
-        if is_float16(read_manifest(folder)):
-            raise ValueError(
-                f"expected float32 weights to quantize, got {folder}, exported with --precision fp16; export it without"
-            )
-        verify_files(folder, (*layout.graph_files, *layout.vocabulary))
 
 
 def read_speech_manifests(

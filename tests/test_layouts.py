@@ -163,7 +163,8 @@ def test_an_optimized_folder_for_several_runtimes_shares_its_weights(exported, o
         (SHERPA_ONNX, ("--quant_method", "rtn")),
         (SHERPA_ONNX, ("--quant_method", "k_quant_mixed")),
         (SHERPA_ONNX, ("--quant_method", "hqq")),
-        (SHERPA_ONNX, ("--skip_quantization",)),  # fused
+        (SHERPA_ONNX, ("--quant_method", "rtn", "--skip_fusion")),
+        (SHERPA_ONNX, ("--skip_quantization",)),
     ],
     ids=lambda value: value.runtime if isinstance(value, Layout) else value[-1],
 )
@@ -172,6 +173,8 @@ def test_one_optimized_folder_says_what_genai_says_of_it(layout, flags, exported
     for name in (GENAI.runtime, layout.runtime):
         argv = ("--model_dir", str(exported / name), "--output_dir", str(tmp_path / name), *flags)
         assert optimize_encoder.main(argv) == 0
+        fused = {} if "--skip_fusion" in flags else {"SkipLayerNormalization": 20}
+        assert read_manifest(tmp_path / name)["optimize"]["fused"] == fused
     genai = GenAI(tmp_path / GENAI.runtime)
     wanted = [genai.text(genai.transcribe(genai.config.read_audio(clip))) for clip in CLIPS]
     assert TEXTS[layout](tmp_path / layout.runtime) == wanted

@@ -1,20 +1,29 @@
-"""Finishing an optimized model folder: its graphs are compared, words counted, everything else copied and recorded."""
+"""The folders of optimize_encoder.py: what it reads is checked; what it writes is compared, completed and recorded."""
 
 import contextlib
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.cli import size_text
+from common.cli import EXPORT_COMMAND, size_text
 from common.evaluate import word_limit
 from common.evaluate.word_limit import Heard, Words
-from common.folder.manifest import fingerprint, moved_manifest, relative_path, write_manifest
+from common.folder.manifest import (
+    fingerprint,
+    is_float16,
+    moved_manifest,
+    read_manifest,
+    relative_path,
+    verify_files,
+    write_manifest,
+)
 from common.folder.onnx_files import of_one_name, save_model
-from common.layouts.layout import Layout
+from common.folder.staging import check_output_dir
+from common.layouts.layout import Layout, check_same_layouts
 from common.progress import progress
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
 from common.quantize.options import OptimizeOptions
@@ -25,6 +34,32 @@ from common.report.report import REPORT_HTML, PageWriter, QuantizedWeights, make
 from common.run.clips import Clip
 
 Report = Callable[..., None]  # prints the fields of one stage
+
+
+def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> None:
+    """Raise FileNotFoundError naming the command that makes what `source` lacks, or ValueError if `target` is it,
+    a file of `source` is not the one that its manifest lists, or its weights are float16."""
+    check_output_dir(target)
+    if target.resolve() == source.resolve():
+        raise ValueError(
+            f"expected --output_dir and --model_dir to differ, got {target} twice; give another --output_dir"
+        )
+    check_same_layouts(target, layouts)
+    for name, layout in layouts.items():
+        folder = source / name
+        exported = (*layout.graph_files, *layout.config_files)
+        for files, command in ((exported, EXPORT_COMMAND), (layout.vocabulary, layout.vocabulary_command)):
+            missing = [file for file in files if not (folder / file).is_file()]
+            if missing:
+                files_text = ", ".join(missing)
+                raise FileNotFoundError(
+                    f"expected {files_text} in {folder}, got none; first run: {command.format(folder)}"
+                )
+        if is_float16(read_manifest(folder)):
+            raise ValueError(
+                f"expected float32 weights to quantize, got {folder}, exported with --precision fp16; export it without"
+            )
+        verify_files(folder, (*layout.graph_files, *layout.vocabulary))
 
 
 @dataclass(frozen=True)
