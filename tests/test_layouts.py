@@ -203,7 +203,7 @@ def test_a_swap_is_noticed(view, one, other, exported, tmp_path):
         folder.mkdir()
         views.write_view(each, source, folder, {})
     views.check_view(view, source, right, 257)
-    with pytest.raises(CheckError, match=f"of {view.file} is not what"):
+    with pytest.raises(CheckError, match=f"of {view.file} to equal the output of"):
         views.check_view(view, source, wrong, 257)
 
 
