@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.run.decode import GENAI_RULE, NEMO_RULE, Prediction, greedy_tdt_decode
+from common.run.decode import GENAI_RULE, NEMO_RULE, DecodingConfig, Prediction, greedy_tdt_decode
 
 A, B, BLANK = 0, 1, 2
 DURATIONS = (0, 1, 2)
@@ -20,7 +20,7 @@ def scripted_batch(scripts, rule=NEMO_RULE, max_symbols=3, durations=DURATIONS, 
     The state of the prediction network is all tokens it was fed; join asks whether it has that of the right script.
     """
     visits = [[0] * len(frames) for frames in scripts]
-    spoken = [(BLANK,) for _ in scripts]
+    emitted = [(BLANK,) for _ in scripts]
 
     def predict(tokens, states):
         fed = [(*(state or ()), token) for token, state in zip(tokens, states, strict=True)]
@@ -29,18 +29,18 @@ def scripted_batch(scripts, rule=NEMO_RULE, max_symbols=3, durations=DURATIONS, 
     def join(frames, outputs):
         found = []
         for (script, frame), output in zip(frames.astype(int), outputs, strict=True):
-            assert output == spoken[script]
+            assert output == emitted[script]
             entries = scripts[script][frame]
             found.append(entries[min(visits[script][frame], len(entries) - 1)])
             visits[script][frame] += 1
             if (token := int(found[-1][:3].argmax())) != BLANK:
-                spoken[script] += (token,)
+                emitted[script] += (token,)
         return np.stack(found)
 
     return greedy_tdt_decode(
         [np.array([(script, frame) for frame in range(len(frames))]) for script, frames in enumerate(scripts)],
         ends or [[len(frames)] for frames in scripts], predict, join,
-        blank_id=BLANK, durations=durations, max_symbols=max_symbols, blank_zero=rule,
+        DecodingConfig(blank_id=BLANK, durations=durations, max_symbols=max_symbols, blank_zero=rule),
     )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def test_equals_nemo_on_random_networks(durations, max_symbols):
 
             found = greedy_tdt_decode(
                 encoded.transpose(1, 2).numpy(), lengths[:, None].tolist(), predict, join,
-                blank_id=vocabulary, durations=durations, max_symbols=max_symbols,
+                DecodingConfig(blank_id=vocabulary, durations=durations, max_symbols=max_symbols),
             )  # fmt: skip
         for one, other in zip(found, wanted, strict=True):
             assert one.tokens == other.y_sequence.tolist()

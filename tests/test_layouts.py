@@ -31,9 +31,8 @@ from common.report.card import CARD
 from common.run.audio import load_audio
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.conftest import ROOT, SAMPLES, TINY
+from tests.helpers import CLIPS, ROOT, SAMPLES, TINY
 
-CLIPS = [SAMPLES / json.loads(line)["audio_filepath"] for line in (SAMPLES / "manifest.jsonl").open()]
 OTHERS = (ONNX_ASR, SHERPA_ONNX)
 
 # A process of its own: sherpa-onnx brings another libonnxruntime, and ends the process where a model is not right.

@@ -26,7 +26,7 @@ from common.quantize.plan import Format, Stored
 from common.report.card import CARD
 from common.report.report import REPORT_HTML, REPORT_JSON, make_evaluation, make_report, page_writer
 from common.run.clips import read_clips
-from tests.conftest import ROOT, SAMPLES
+from tests.helpers import ROOT, SAMPLES
 
 MANIFEST = SAMPLES / "manifest.jsonl"
 HOSTILE_TEXT = "<script>alert(1)</script> & \"quoted\" </p><img src=x onerror='alert(2)'>"
