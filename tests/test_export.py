@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -11,11 +13,11 @@ import torch
 import export_parakeet_to_onnx
 from common.contract import DECODER, ENCODER, GRAPHS, JOINT
 from common.export import layers, wrappers
-from common.export.options import MAX_OPSET, MIN_OPSET
+from common.export.options import MAX_OPSET, MIN_OPSET, ExportOptions
 from common.export.trace import export_graph
 from common.export.wrappers import WRAPPERS
 from common.run.ort import OrtGraph
-from tests.helpers import TINY
+from tests.helpers import ROOT, TINY
 
 
 def export(folder, *flags):
@@ -51,6 +53,21 @@ def test_other_opsets_are_rejected(opset, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_float16_is_for_genai_alone(tmp_path, capsys):
+    assert export(tmp_path / "out", "--precision", "fp16", "--runtime", "onnx-asr") == 2
+    assert "expected --runtime genai with --precision fp16, got onnx-asr" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_need_neither_torch_nor_nemo_and_reject_what_is_not_supported():
+    program = "import sys, common.export.options; assert not {'torch', 'nemo'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    ExportOptions(runtime="genai").validate()
+    for options in (ExportOptions(runtime="genai", precision="fp8"), ExportOptions(runtime="genai", opset_version=16)):
+        with pytest.raises(ValueError, match=r"expected --(precision|opset_version)"):
+            options.validate()
+
+
 def test_the_folder_holds_these_files_and_the_manifest_its_source(tiny_export):
     assert {path.name for path in tiny_export.iterdir()} == {
         "encoder.onnx", "encoder.onnx.data", "decoder.onnx", "decoder.onnx.data", "joint.onnx", "joint.onnx.data",
@@ -58,6 +75,7 @@ def test_the_folder_holds_these_files_and_the_manifest_its_source(tiny_export):
         "manifest.json", "README.md",
     }  # fmt: skip
     manifest = json.loads((tiny_export / "manifest.json").read_text())
+    assert manifest["export"]["flags"] == ExportOptions(runtime="genai").record()
     assert manifest["export"]["flags"]["opset_version"] == 17
     assert (tiny_export / manifest["export"]["source"]["path"]).resolve() == TINY
     assert manifest["tokenizer"]["source"] == manifest["export"]["source"]

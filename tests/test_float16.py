@@ -57,14 +57,14 @@ def features(tiny_export):
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.name)
-def test_weights_are_float16_and_the_contract_is_the_same(graph, folder, tiny_export):
+def test_weights_are_float16_and_inputs_and_outputs_are_unchanged(graph, folder, tiny_export):
     onnx.checker.check_model(folder / graph.file, full_check=True)
-    found, wanted = (onnx.load(path / graph.file, load_external_data=False) for path in (folder, tiny_export))
-    assert found.graph.input == wanted.graph.input
-    assert found.graph.output == wanted.graph.output
-    assert found.opset_import == wanted.opset_import
-    weights = {tensor.name: tensor.data_type for tensor in found.graph.initializer}
-    products = [node for node in found.graph.node if node.op_type in ("MatMul", "LSTM") and node.input[1] in weights]
+    actual, expected = (onnx.load(path / graph.file, load_external_data=False) for path in (folder, tiny_export))
+    assert actual.graph.input == expected.graph.input
+    assert actual.graph.output == expected.graph.output
+    assert actual.opset_import == expected.opset_import
+    weights = {tensor.name: tensor.data_type for tensor in actual.graph.initializer}
+    products = [node for node in actual.graph.node if node.op_type in ("MatMul", "LSTM") and node.input[1] in weights]
     single = [node.name for node in products if weights[node.input[1]] == onnx.TensorProto.FLOAT]
     loud = [f"/layers.{LOUD_LAYER}/attention/{name}/MatMul" for name in ("value", "out")]
     assert single == (loud if graph is ENCODER else [])
@@ -109,8 +109,8 @@ def test_an_overflow_is_prevented_by_the_guard_alone(folder, tiny_export, featur
         data.flush()
     ranges = measure_ranges(loud, features[:1])[ENCODER.name]
     clip = features[0][None], np.array([features[0].shape[1]])
-    wanted = OrtGraph(tiny_export, ENCODER)(*clip)[0]
-    assert sqnr_db(wanted, EmulatedGraph(folder, ENCODER)(*clip)[0]) > 50
+    expected = OrtGraph(tiny_export, ENCODER)(*clip)[0]
+    assert sqnr_db(expected, EmulatedGraph(folder, ENCODER)(*clip)[0]) > 50
     with monkeypatch.context() as patch:
         patch.setattr(float16, "LIMIT", np.inf)
         assert not convert(loud, tmp_path, ENCODER, ranges).overflowing
@@ -137,16 +137,16 @@ def test_positions_beyond_2048_stay_exact(tiny_export, features, tmp_path, monke
     ranges = measure_ranges(tiny_export, features[:1])[ENCODER.name]
     frames = 2200 * 8
     clip = np.tile(features[0], (1, frames // features[0].shape[1] + 1))[None, :, :frames], np.array([frames])
-    wanted = OrtGraph(tiny_export, ENCODER)(*clip)[0]
+    expected = OrtGraph(tiny_export, ENCODER)(*clip)[0]
     convert(tiny_export, tmp_path, ENCODER, ranges)
-    ratio = sqnr_db(wanted, EmulatedGraph(tmp_path, ENCODER)(*clip)[0])
+    ratio = sqnr_db(expected, EmulatedGraph(tmp_path, ENCODER)(*clip)[0])
     assert ratio > 55
     exact = _exact_operators
     monkeypatch.setattr(
         float16, "_exact_operators", lambda model: {node for node in exact(model) if node.op_type in ("Cast", "Range")}
     )
     convert(tiny_export, tmp_path, ENCODER, ranges)
-    assert sqnr_db(wanted, EmulatedGraph(tmp_path, ENCODER)(*clip)[0]) < ratio - 10
+    assert sqnr_db(expected, EmulatedGraph(tmp_path, ENCODER)(*clip)[0]) < ratio - 10
 
 
 def test_genai_transcribes_what_nemo_transcribes(folder, tiny_model, capsys):
@@ -158,14 +158,14 @@ def test_genai_transcribes_what_nemo_transcribes(folder, tiny_model, capsys):
     assert "We have thirteen black fans." in capsys.readouterr().out
 
 
-def test_decoder_and_joint_as_a_device_rounds_them(folder, tiny_export):
+def test_decoder_and_joint_are_emulated_with_float16_rounding(folder, tiny_export):
     zeros = np.zeros((2, 1, 128), np.float32)
     decoder = np.array([[7]]), np.ones(1, np.int64), zeros, zeros
     joint = [np.tanh(np.random.default_rng(0).standard_normal((1, 1, 128), dtype=np.float32)) for _ in range(2)]
     for graph, inputs in ((DECODER, decoder), (JOINT, joint)):
-        wanted, found = OrtGraph(tiny_export, graph)(*inputs)[0], EmulatedGraph(folder, graph)(*inputs)[0]
-        assert found.dtype == np.float32
-        assert 45 < sqnr_db(wanted, found) < 100  # rounded, and no more than that
+        expected, actual = OrtGraph(tiny_export, graph)(*inputs)[0], EmulatedGraph(folder, graph)(*inputs)[0]
+        assert actual.dtype == np.float32
+        assert 45 < sqnr_db(expected, actual) < 100  # rounded, and no more than that
 
 
 def test_a_float16_folder_is_not_quantized(folder, tmp_path, capsys):

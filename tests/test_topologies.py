@@ -22,7 +22,7 @@ from tests.helpers import SAMPLES, SMALL, TOPOLOGIES
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES)
-def test_all_scripts(topology, tmp_path, capsys):
+def test_every_script_runs_on_every_topology(topology, tmp_path, capsys):
     checkpoint, exported, optimized = tmp_path / "model.nemo", tmp_path / "exported", tmp_path / "optimized"
     write_checkpoint(checkpoint, topology)
     source = ["--model_name", str(checkpoint), "--output_dir", str(exported)]
@@ -57,12 +57,12 @@ def test_all_scripts(topology, tmp_path, capsys):
     flags = ["--quant_method", "int8", "--calibration_manifest", str(manifest), "--output_dir", str(fitted)]
     assert optimize_encoder.main(["--model_dir", str(exported), *flags]) == 0, capsys.readouterr().err
     assert f"inputs of {6 * SMALL['n_layers']} weights smoothed" in capsys.readouterr().out
-    (wanted,), (found,) = (RawOrt(folder).encode([features]) for folder in (exported, fitted))
-    assert sqnr_db(wanted, found) > 30
+    (expected,), (actual,) = (RawOrt(folder).encode([features]) for folder in (exported, fitted))
+    assert sqnr_db(expected, actual) > 30
 
     ranges = measure_ranges(exported, [features])
     shutil.copyfile(exported / "genai_config.json", tmp_path / "genai_config.json")
     for graph in GRAPHS:
         assert convert(exported, tmp_path, graph, ranges[graph.name]).converted
-    (wanted,), (found,) = (RawOrt(*args).encode([features]) for args in ((exported,), (tmp_path, EmulatedGraph)))
-    assert sqnr_db(wanted, found) > 40
+    (expected,), (actual,) = (RawOrt(*args).encode([features]) for args in ((exported,), (tmp_path, EmulatedGraph)))
+    assert sqnr_db(expected, actual) > 40
