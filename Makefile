@@ -6,7 +6,7 @@ TINY := samples/parakeet-tdt-tiny.nemo
 DEMO := build/demo
 RANDOM := build/parakeet-0.6b-random.nemo
 
-.PHONY: demo test faults bench lint clean
+.PHONY: demo test check faults bench lint types clean
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -24,7 +24,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-# Kills, full disks, hostile and odd input, with a table of what came out: about ten minutes. A part of it is in `test`.
+# Before every commit: lint, types, and the tests that take less than about five seconds each; about a minute.
+check: lint types
+	$(BIN)/python -m pytest -m "not slow"
+
+# Kills, full disks, hostile and odd input, with a table of the results: about ten minutes. A part of it is in `test`.
 faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults.drill
 
@@ -40,6 +44,9 @@ $(RANDOM): | $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
 
 clean:
 	rm -rf build

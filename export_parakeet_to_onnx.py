@@ -1,11 +1,12 @@
-"""Export a Parakeet-TDT checkpoint from NeMo to ONNX for ONNX Runtime GenAI and others, and prove that it is right.
+"""Export a Parakeet-TDT checkpoint from NeMo to ONNX for ONNX Runtime GenAI and others, verified against NeMo.
 
 In: a Hugging Face name or a `.nemo` file of a FastConformer-TDT model.
 Out: a folder with encoder.onnx, decoder.onnx and joint.onnx (each with one .data file), genai_config.json,
-audio_processor_config.json, manifest.json and README.md, the model card. Each graph is run in ONNX Runtime against
-NeMo's own module before the folder appears, with --precision fp16 twice: before the weights become float16, and after.
-The tokenizer is a step of its own: export_tokenizer.py.
-With --runtime: the same weights as onnx-asr or sherpa-onnx expect them, vocabulary included, in a subfolder for each.
+audio_processor_config.json, manifest.json and README.md, the model card. Before the folder appears, each graph is run
+in ONNX Runtime and compared with NeMo's own module; with --precision fp16 twice: in float32, and again in float16.
+The tokenizer is exported separately: export_tokenizer.py.
+With --runtime: the same weights in the form that onnx-asr or sherpa-onnx expect, with the vocabulary, in a subfolder
+for each.
 
     python export_parakeet_to_onnx.py --output_dir ./onnx_models
     python export_parakeet_to_onnx.py --output_dir ./onnx_models --runtime all
@@ -13,64 +14,55 @@ With --runtime: the same weights as onnx-asr or sherpa-onnx expect them, vocabul
 """
 
 import argparse
-import gc
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from common.checkpoint.download import DEFAULT_MODEL, find_checkpoint
-from common.checkpoint.nemo import load_model, read_tokenizer
+from common.checkpoint.nemo import read_tokenizer
 from common.checkpoint.source import source_record
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import parse_model, tokens_text
 from common.cli import Parser, Stages, run, size_text
-from common.contract import DECODER, ENCODER, JOINT, Graph
-from common.folder.manifest import read_manifest, write_manifest
+from common.export.options import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
+from common.export.pipeline import export_checkpoint, find_clips
+from common.folder.manifest import MANIFEST, read_manifest, write_manifest
 from common.folder.staging import check_output_dir, staged_folder, state_needs
 from common.layouts import LAYOUTS, Layout, Window
 from common.layouts.genai import GENAI
 from common.layouts.layout import check_same_layouts, write_configs, write_views
 from common.report.card import CARD, write_card
-from common.run.config import RuntimeConfig
-from common.run.nemo import Nemo
-from common.run.ort import MAPPED
 
-FP32, FP16 = "fp32", "fp16"
+ALL = "all"
+SPEECH = Path(__file__).resolve().parent / "samples"  # 40 s, on which --precision fp16 measures the values
 
-# Chunks of 60 s encode each second of a long clip 1.2 times, and clips up to 60 s get NeMo's own full context.
-CHUNK_SECONDS, LEFT_CONTEXT_SECONDS, RIGHT_CONTEXT_SECONDS = 60, 10, 2
-# Peak memory and disk as multiples of the checkpoint's size, measured at 0.6B: the weights, NeMo's or those of the
-# ONNX Runtime session, activations, and NeMo's own code; the unpacked checkpoint and the exported weights.
-MEMORY_FACTOR, DISK_FACTOR = 1.3, 2.0
-MEMORY_OF_NEMO = 1e9  # bytes
-FLOAT16_DISK_FACTOR = 0.5  # more, the float16 weights beside the float32 ones
-SPEECH = Path(__file__).resolve().parent / "samples"  # 40 s of it, on which --precision fp16 is measured
-PRECISION_HELP = """fp16: float16 weights and compute for GPU and WebGPU, inputs and outputs float32; operators whose
-values on speech come near what float16 holds stay float32 (%(default)s)"""
-
-RUNTIME_HELP = """whose names, axes and files to write: genai into the folder itself, any other choice into a subfolder
-for each runtime, weights shared by hard link (%(default)s)"""
+RUNTIME_HELP = """the runtime whose names, axes and files to write: genai into the folder itself, any other choice into
+a subfolder for each runtime, which share their weights by hard links (%(default)s)"""
+OPSET_HELP = f"ONNX opset, {MIN_OPSET} to {MAX_OPSET} (%(default)s)"
+CHUNK_HELP = "audio decoded by each run of the encoder, in whole encoder frames (%(default)s)"
+LEFT_HELP = "audio before the chunk that the encoder is given as context (%(default)s)"
+RIGHT_HELP = "audio after the chunk that the encoder is given as context (%(default)s)"
+DEVICE_HELP = "where to export and verify, and the provider that GenAI is configured for (%(default)s)"
+PRECISION_HELP = """fp16: float16 weights and arithmetic for GPU and WebGPU, inputs and outputs float32; operators whose
+values on speech come near the largest float16 stay float32 (%(default)s)"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model_name", default=DEFAULT_MODEL, help="Hugging Face name or .nemo path (%(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("onnx_models"), help="folder to write (./%(default)s)")
-    runtimes = (*LAYOUTS, "all")
-    parser.add_argument("--runtime", choices=runtimes, default=GENAI.runtime, help=RUNTIME_HELP)
-    parser.add_argument("--opset_version", type=int, default=17, help="ONNX opset, 17 to 21 (%(default)s)")
-    for name, help_text, default in (
-        ("chunk", "audio decoded per encoder run, in whole encoder frames", CHUNK_SECONDS),
-        ("left_context", "audio before the chunk that the encoder sees again", LEFT_CONTEXT_SECONDS),
-        ("right_context", "audio after the chunk that the encoder sees already", RIGHT_CONTEXT_SECONDS),
-    ):
-        parser.add_argument(f"--{name}_seconds", type=float, default=default, help=f"{help_text} (%(default)s)")
-    device_help = "where to export and verify, and the provider that GenAI is told to use (%(default)s)"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=device_help)
-    parser.add_argument("--precision", choices=(FP32, FP16), default=FP32, help=PRECISION_HELP)
-    parser.add_argument("--skip_verify", action="store_true", help="do not run the graphs against NeMo")
+    parser.add_argument("--runtime", choices=(*LAYOUTS, ALL), default=GENAI.runtime, help=RUNTIME_HELP)
+    parser.add_argument("--opset_version", type=int, default=MIN_OPSET, help=OPSET_HELP)
+    parser.add_argument("--chunk_seconds", type=float, default=ExportOptions.chunk_seconds, help=CHUNK_HELP)
+    parser.add_argument(
+        "--left_context_seconds", type=float, default=ExportOptions.left_context_seconds, help=LEFT_HELP
+    )
+    parser.add_argument(
+        "--right_context_seconds", type=float, default=ExportOptions.right_context_seconds, help=RIGHT_HELP
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=DEVICE_HELP)
+    parser.add_argument("--precision", choices=PRECISIONS, default=FP32, help=PRECISION_HELP)
+    parser.add_argument("--skip_verify", action="store_true", help="do not compare the graphs with NeMo")
     return parser.parse_args(argv)
 
 
@@ -79,154 +71,93 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from common.export.trace import check_opset  # torch takes seconds to import; --help should not
-
-    check_opset(args.opset_version)
+    options = ExportOptions(
+        runtime=args.runtime,
+        opset_version=args.opset_version,
+        precision=args.precision,
+        device=args.device,
+        chunk_seconds=args.chunk_seconds,
+        left_context_seconds=args.left_context_seconds,
+        right_context_seconds=args.right_context_seconds,
+        skip_verify=args.skip_verify,
+    )
+    options.validate()
     check_output_dir(args.output_dir)
-    if args.precision == FP16 and args.runtime != GENAI.runtime:
-        raise ValueError(f"--precision fp16 is for --runtime {GENAI.runtime}, found {args.runtime}; export it apart")
-    layouts = tuple(LAYOUTS.values()) if args.runtime == "all" else (LAYOUTS[args.runtime],)
-    folders = {layout: "" if args.runtime == GENAI.runtime else layout.runtime for layout in layouts}
-    check_same_layouts(args.output_dir, {name: layout for layout, name in folders.items()})
+    subfolders = _subfolders(options)
+    check_same_layouts(args.output_dir, {name: layout for layout, name in subfolders.items()})
+    clips = find_clips(SPEECH) if options.is_float16 else []
     checkpoint = find_checkpoint(args.model_name)
     size = checkpoint.stat().st_size
-    disk_factor = DISK_FACTOR + (FLOAT16_DISK_FACTOR if args.precision == FP16 else 0)
-    needs = MEMORY_FACTOR * size + MEMORY_OF_NEMO, disk_factor * size
-    state_needs(f"{checkpoint.name} ({size_text(size)})", *needs, args.output_dir)
+    title = f"{checkpoint.name} ({size_text(size)})"
+    state_needs(title, options.memory_bytes(size), options.disk_bytes(size), args.output_dir)
+    vocabulary = _vocabulary(checkpoint, subfolders)
+    stages = Stages(options.stages + len(subfolders))
     with staged_folder(args.output_dir) as stage:
-        _export_to(stage, folders, checkpoint, args)
-    if GENAI in folders:
-        tokenizer_flags = f"--model_name {args.model_name} --output_dir {args.output_dir / folders[GENAI]}"
-        following = f"python export_tokenizer.py {tokenizer_flags}"
-    else:
-        following = f"python optimize_encoder.py --model_dir {args.output_dir}"
-    print(f"wrote {args.output_dir}; next: {following}")
+        # The graphs that every layout shares; where GenAI is among the layouts, its folder is the place for them.
+        base = stage / subfolders[GENAI] if GENAI in subfolders else stage.parent / GENAI.runtime
+        base.mkdir(exist_ok=True)
+        configure = partial(_configure, layouts=subfolders, options=options)
+        spec, results = export_checkpoint(checkpoint, base, options, stage.parent, clips, configure, stages.report)
+        for layout, name in subfolders.items():
+            _write_layout(layout, base, stage / name, spec, options, vocabulary)
+            record = {
+                "source": source_record(checkpoint, args.model_name, args.output_dir / name),
+                "flags": options.record(),
+                **results,
+            }
+            write_manifest(stage / name, read_manifest(args.output_dir / name), "export", record)
+            write_card(stage / name, args.output_dir / name, layout)
+            stages.report(*([name] if name else []), *layout.config_files, MANIFEST, CARD)
+    print(f"wrote {args.output_dir}; next: {_next_command(args, subfolders)}")
 
 
-def _export_to(stage: Path, folders: dict[Layout, str], checkpoint: Path, args: argparse.Namespace) -> None:
-    """Export into the folder `stage`, verified, each layout in its subfolder; the checkpoint is unpacked beside it."""
-    others, float16 = [layout for layout in folders if layout is not GENAI], args.precision == FP16
-    tokens = tokens_text(parse_model(read_tokenizer(checkpoint))) if others else ""
-    base = stage / folders[GENAI] if GENAI in folders else stage.parent / "base"  # the graphs that others are views of
-    exported = stage.parent / FP32 if float16 else base
-    for folder in (base, exported):
-        folder.mkdir(exist_ok=True)
-    stages = Stages((9 if float16 else 5) + len(folders))
-    spec, window, cases, speech = _export_graphs(exported, stage.parent, folders, checkpoint, args, stages)
-    gc.collect()  # the model, half of the memory: its modules refer to each other
-    content = {"parity": {}}
-    for graph, check in _checks().items():
-        parity = None if args.skip_verify else check(exported, cases[graph.name])
-        content["parity"] |= {graph.file: parity.record()} if parity else {}
-        stages.report(graph.file, str(parity or "not verified"))
-    if float16:
-        content = _to_float16(exported, base, cases, speech, stages) | {"float32_parity": content["parity"]}
-        for file in GENAI.config_files:
-            shutil.copyfile(exported / file, base / file)
-    flags = {
-        "runtime": args.runtime,
-        "opset_version": args.opset_version,
-        "precision": args.precision,
-        "device": args.device,
-        "chunk_seconds": args.chunk_seconds,
-        "left_context_seconds": args.left_context_seconds,
-        "right_context_seconds": args.right_context_seconds,
-        "skip_verify": args.skip_verify,
-    }
-    for layout, name in folders.items():
-        if layout is not GENAI:
-            (stage / name).mkdir()
-            write_views(layout, base, stage / name, spec)
-            write_configs(layout, stage / name, spec, window, args.device)
-            (stage / name / layout.vocabulary[0]).write_text(tokens, encoding="utf-8", newline="\n")
-        source = source_record(checkpoint, args.model_name, args.output_dir / name)
-        record = {"source": source, "flags": flags, **content}
-        write_manifest(stage / name, read_manifest(args.output_dir / name), "export", record)
-        write_card(stage / name, args.output_dir / name, layout)
-        stages.report(*([name] if name else []), *layout.config_files, "manifest.json", CARD)
+def _subfolders(options: ExportOptions) -> dict[Layout, str]:
+    """Each layout to write and its subfolder, which is empty for a folder of GenAI alone. Raises ValueError."""
+    if options.is_float16 and options.runtime != GENAI.runtime:
+        raise ValueError(
+            f"expected --runtime {GENAI.runtime} with --precision fp16, got {options.runtime}; export them separately"
+        )
+    if options.runtime == GENAI.runtime:
+        return {GENAI: ""}
+    layouts = LAYOUTS.values() if options.runtime == ALL else (LAYOUTS[options.runtime],)
+    return {layout: layout.runtime for layout in layouts}
 
 
-def _checks() -> dict[Graph, Callable]:
-    from common.export.parity import check_decoder, check_encoder, check_joint
+def _vocabulary(checkpoint: Path, layouts: Iterable[Layout]) -> str:
+    """The vocabulary as the export writes it, read before the long work; empty where no layout needs it."""
+    needed = any(layout.exports_vocabulary for layout in layouts)
+    return tokens_text(parse_model(read_tokenizer(checkpoint))) if needed else ""
 
-    return {ENCODER: check_encoder, DECODER: check_decoder, JOINT: check_joint}
 
-
-def _export_graphs(
-    folder: Path, scratch: Path, layouts: Iterable[Layout], checkpoint: Path, args: argparse.Namespace, stages: Stages
-) -> tuple[ModelSpec, Window, dict[str, list], list[np.ndarray]]:
-    """Write the three graphs, which all `layouts` can run, and genai_config.json into `folder`. Also what they are
-    verified with, graph name → cases of common/parity, and for float16 features of speech, [M, T] each."""
-    from common.export.trace import export_graph
-
-    model = load_model(checkpoint, args.device, scratch=scratch)
-    spec = ModelSpec.of(model)
+def _configure(spec: ModelSpec, folder: Path, layouts: Iterable[Layout], options: ExportOptions) -> None:
+    """Check that every runtime can run the checkpoint, and write into `folder` what the measurements read."""
     for layout in layouts:
         layout.check(spec)
-    window = Window.of_seconds(spec, args.chunk_seconds, args.left_context_seconds, args.right_context_seconds)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    stages.report(
-        checkpoint.name,
-        f"{parameters / 1e6:.1f} M parameters",
-        f"{spec.encoder_layers} layers × {spec.encoder_dim}, {spec.num_mels} mels, {spec.vocab_size} tokens, "
-        f"durations {list(spec.durations)}",
-    )
-
-    from common.export.parity import decoder_cases, encoder_cases, joint_cases
-    from common.export.wrappers import Encoder, StatefulDecoder, TdtJoint
-
-    cases, sizes = {}, []
-    for graph, wrapper, module, cases_of in (
-        (ENCODER, Encoder, model.encoder, encoder_cases),
-        (DECODER, StatefulDecoder, model.decoder, decoder_cases),
-        (JOINT, TdtJoint, model.joint, joint_cases),
-    ):
-        wrapped = wrapper(module)
-        export_graph(wrapped, graph, folder, args.opset_version)
-        sizes.append(f"{graph.file} {_size_text(folder, graph)}")
-        if not args.skip_verify:
-            cases[graph.name] = cases_of(module, wrapped.example_inputs)
-    write_configs(GENAI, folder, spec, window, args.device)
-    speech = _speech(Nemo(model), folder) if args.precision == FP16 else []
-    stages.report("exported", *sizes)
-    return spec, window, cases, speech
+    write_configs(GENAI, folder, spec, _window(spec, options), options.device)
 
 
-def _speech(nemo: Nemo, folder: Path) -> list[np.ndarray]:
-    """The features of the bundled clips, [M, T] each."""
-    clips = sorted(path for path in SPEECH.rglob("*") if path.suffix in (".flac", ".wav"))
-    if not clips:
-        raise FileNotFoundError(f"wanted speech in {SPEECH} to measure what may be float16, found none; get it again")
-    config = RuntimeConfig.read(folder)
-    return [nemo.features(config.read_audio(path)) for path in clips]
+def _write_layout(
+    layout: Layout, base: Path, folder: Path, spec: ModelSpec, options: ExportOptions, vocabulary: str
+) -> None:
+    """Write what the runtime of `layout` reads, tokenizer excepted, into `folder`: views of the graphs in `base`."""
+    folder.mkdir(exist_ok=True)
+    write_views(layout, base, folder, spec)
+    write_configs(layout, folder, spec, _window(spec, options), options.device)
+    if layout.exports_vocabulary:
+        (folder / layout.vocabulary[0]).write_text(vocabulary, encoding="utf-8", newline="\n")
 
 
-def _to_float16(source: Path, stage: Path, cases: dict, speech: list[np.ndarray], stages: Stages) -> dict:
-    """Convert the float32 folder `source` into `stage` and verify that, as ONNX Runtime's CPU runs it and as a device
-    that rounds each result would; what the manifest says of it."""
-    from common.export.float16 import LIMIT, Emulated, convert
-    from common.export.ranges import record
-
-    largest = record(source, speech)
-    peak = max(max(values.values()) for values in largest.values())
-    stages.report(f"{len(speech)} clips heard", f"largest value {peak:.0f}", f"float16 below {LIMIT:.0f}")
-    content = {"parity": {}, "float16": {}}
-    for graph, check in _checks().items():
-        converted = convert(source, stage, graph, largest[graph.name])
-        content["float16"][graph.file] = converted.record()
-        found = f"{len(converted.overflowing) + len(converted.exact)} operators float32", _size_text(stage, graph)
-        if graph.name not in cases:
-            stages.report(graph.file, *found, "not verified")
-            continue
-        content["parity"][graph.file] = check(stage, cases[graph.name], MAPPED, float16=True).record()
-        rounded = check(stage, cases[graph.name], Emulated, float16=True)
-        content["float16"][graph.file]["rounded_parity"] = rounded.record()
-        stages.report(graph.file, *found, str(rounded))
-    return content
+def _window(spec: ModelSpec, options: ExportOptions) -> Window:
+    """Raises ValueError where a length is not a whole number of encoder frames."""
+    return Window.of_seconds(spec, options.chunk_seconds, options.left_context_seconds, options.right_context_seconds)
 
 
-def _size_text(folder: Path, graph: Graph) -> str:
-    return size_text(sum((folder / name).stat().st_size for name in graph.files))
+def _next_command(args: argparse.Namespace, subfolders: Mapping[Layout, str]) -> str:
+    for layout, name in subfolders.items():
+        if not layout.exports_vocabulary:
+            folder = args.output_dir / name
+            return f"python export_tokenizer.py --model_name {args.model_name} --output_dir {folder}"
+    return f"python optimize_encoder.py --model_dir {args.output_dir}"
 
 
 if __name__ == "__main__":

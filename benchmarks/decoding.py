@@ -33,7 +33,7 @@ from common.folder.staging import staged_folder
 from common.layouts.genai import ENCODER_SESSION, TOKEN_SESSION
 from common.run.baseline import RawOrt
 from common.run.config import RuntimeConfig
-from common.run.decode import GENAI_RULE, greedy_tdt_decode
+from common.run.decode import GENAI_RULE, DecodingConfig, greedy_tdt_decode
 from common.run.genai import GenAI
 
 # Chunk, left and right context in seconds; the first is the baseline.
@@ -144,10 +144,12 @@ def find_blank_bias(raw: RawOrt, encoded: np.ndarray) -> tuple[float, float]:
             [[len(encoded)]],
             raw.predict,
             join,
-            blank_id=config.blank_id,
-            durations=config.durations,
-            max_symbols=config.max_symbols,
-            blank_zero=GENAI_RULE,
+            DecodingConfig(
+                blank_id=config.blank_id,
+                durations=config.durations,
+                max_symbols=config.max_symbols,
+                blank_zero=GENAI_RULE,
+            ),
         )
         return len(found.tokens) / RATE_CLIP_SECONDS
 

@@ -6,10 +6,7 @@ import pytest
 
 import export_parakeet_to_onnx
 import export_tokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
-SAMPLES = ROOT / "samples"
-TINY = SAMPLES / "parakeet-tdt-tiny.nemo"
+from tests.helpers import TINY
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,7 @@ from common.quantize.rewrite import plan_encoder, quantizable, quantize_weights
 from common.run.clips import read_clips
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
-from tests.conftest import SAMPLES
-from tests.test_optimize import MATRICES, dequantize
+from tests.helpers import MATRICES, SAMPLES, dequantize
 
 BLOCK = 32
 CLIPS = SAMPLES / "manifest.jsonl"

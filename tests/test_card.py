@@ -17,7 +17,7 @@ import optimize_encoder
 from common.folder.manifest import sha256
 from common.layouts.genai import GENAI
 from common.report.card import CARD, PUBLISHED, front_matter, model_card, wer_table
-from tests.conftest import SAMPLES, TINY
+from tests.helpers import SAMPLES, TINY
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.run.decode import GENAI_RULE, NEMO_RULE, Prediction, greedy_tdt_decode
+from common.run.decode import GENAI_RULE, NEMO_RULE, DecodingConfig, Prediction, greedy_tdt_decode
 
 A, B, BLANK = 0, 1, 2
 DURATIONS = (0, 1, 2)
@@ -15,32 +15,32 @@ def logits(token: int, *durations: float) -> np.ndarray:
 
 
 def scripted_batch(scripts, rule=NEMO_RULE, max_symbols=3, durations=DURATIONS, ends=None):
-    """Decode scripts side by side: the n-th visit to frame f of script s gives scripts[s][f][n]; the last one repeats.
+    """Decode scripts together: the n-th visit to frame f of script s gives scripts[s][f][n]; the last one repeats.
 
-    The state of the prediction network is all tokens it was fed; join asks whether it has that of the right script.
+    The state of the prediction network is all tokens that it was fed; join checks that it is given the right script's.
     """
     visits = [[0] * len(frames) for frames in scripts]
-    spoken = [(BLANK,) for _ in scripts]
+    emitted = [(BLANK,) for _ in scripts]
 
     def predict(tokens, states):
         fed = [(*(state or ()), token) for token, state in zip(tokens, states, strict=True)]
         return [Prediction(state, state) for state in fed]
 
     def join(frames, outputs):
-        found = []
+        rows = []
         for (script, frame), output in zip(frames.astype(int), outputs, strict=True):
-            assert output == spoken[script]
+            assert output == emitted[script]
             entries = scripts[script][frame]
-            found.append(entries[min(visits[script][frame], len(entries) - 1)])
+            rows.append(entries[min(visits[script][frame], len(entries) - 1)])
             visits[script][frame] += 1
-            if (token := int(found[-1][:3].argmax())) != BLANK:
-                spoken[script] += (token,)
-        return np.stack(found)
+            if (token := int(rows[-1][:3].argmax())) != BLANK:
+                emitted[script] += (token,)
+        return np.stack(rows)
 
     return greedy_tdt_decode(
         [np.array([(script, frame) for frame in range(len(frames))]) for script, frames in enumerate(scripts)],
         ends or [[len(frames)] for frames in scripts], predict, join,
-        blank_id=BLANK, durations=durations, max_symbols=max_symbols, blank_zero=rule,
+        DecodingConfig(blank_id=BLANK, durations=durations, max_symbols=max_symbols, blank_zero=rule),
     )  # fmt: skip
 
 
@@ -77,13 +77,13 @@ CASES = [
 
 @pytest.mark.parametrize(("frames", "max_symbols", "nemo", "genai"), [case[1:] for case in CASES],
                          ids=[case[0] for case in CASES])  # fmt: skip
-def test_rules(frames, max_symbols, nemo, genai):
+def test_both_rules_case_by_case(frames, max_symbols, nemo, genai):
     assert decisions(scripted(frames, NEMO_RULE, max_symbols)) == nemo
     assert decisions(scripted(frames, GENAI_RULE, max_symbols)) == (genai or nemo)
 
 
 def test_state_advances_on_tokens_only():
-    """The scripted join compares the state it is given with the tokens so far."""
+    """The join of `scripted` compares the state that it is given with the tokens so far."""
     assert scripted(
         [[BLANK_1], [logits(A, 0, 1, 0)], [BLANK_1], [logits(B, 0, 1, 0)], [BLANK_1]], NEMO_RULE
     ).tokens == [
@@ -94,15 +94,15 @@ def test_state_advances_on_tokens_only():
 
 @pytest.mark.parametrize("rule", [NEMO_RULE, GENAI_RULE])
 @pytest.mark.parametrize("max_symbols", [2, 3, None])
-def test_side_by_side_as_alone(rule, max_symbols):
-    """Utterances of other lengths and paces, each at its own frame: the decisions of each are those it makes alone."""
+def test_utterances_are_decoded_together_as_alone(rule, max_symbols):
+    """Utterances of different lengths, each at its own frame: the decisions are the same as when each is decoded alone."""
     scripts = [case[1] for case in CASES if max_symbols or case[2] == 3]
     together = scripted_batch(scripts, rule, max_symbols)
     assert [decisions(one) for one in together] == [decisions(scripted(one, rule, max_symbols)) for one in scripts]
     assert len({len(one.steps) for one in together}) > 1
 
 
-def test_margin_is_the_smaller_lead():
+def test_the_margin_is_the_smaller_lead():
     step = scripted([[logits(A, 0.25, 1, 0.5)]], NEMO_RULE).steps[0]
     assert step.margin == pytest.approx(0.5)
     assert not step.blank_zero
@@ -121,12 +121,12 @@ def test_a_duration_is_dropped_at_the_end_of_a_window():
 @pytest.mark.parametrize(
     ("durations", "rule"), [((), NEMO_RULE), ((0,), NEMO_RULE), ((-1, 1), NEMO_RULE), ((1, 0), GENAI_RULE)]
 )
-def test_durations_that_cannot_move_on_are_refused(durations, rule):
+def test_durations_that_cannot_advance_are_rejected(durations, rule):
     with pytest.raises(ValueError, match="durations"):
         scripted([[BLANK_1]], rule, durations=durations)
 
 
-def test_index_and_duration_are_told_apart():
+def test_durations_are_not_their_indices():
     """With durations [1, 0, 2] a blank's best index 0 is one frame: legal for NeMo's rule, which looks at the value."""
     assert decisions(scripted([[logits(BLANK, 1, 0, 0)], [BLANK_1]], NEMO_RULE, durations=(1, 0, 2))) == [
         (0, BLANK, 1),
@@ -137,7 +137,7 @@ def test_index_and_duration_are_told_apart():
 @pytest.mark.parametrize("durations", [(0, 1, 2, 3, 4), (0, 1, 2, 4, 8), (0, 2), (1, 3), (2, 0, 1)])
 @pytest.mark.parametrize("max_symbols", [1, 3, 10, None])
 def test_equals_nemo_on_random_networks(durations, max_symbols):
-    """NeMo's batched greedy decoding of random networks, some of which love blanks or duration 0."""
+    """NeMo's batched greedy decoding of random networks, some of which favour blanks or duration 0."""
     import torch
     from nemo.collections.asr.modules import RNNTDecoder, RNNTJoint
     from nemo.collections.asr.parts.submodules.rnnt_greedy_decoding import GreedyBatchedTDTInfer
@@ -153,7 +153,7 @@ def test_equals_nemo_on_random_networks(durations, max_symbols):
         with torch.no_grad():
             joint.joint_net[-1].weight.mul_(3)
             joint.joint_net[-1].bias[vocabulary] += seed - 1  # blank: rare to frequent
-            if max_symbols is not None and 0 in durations:  # without a limit a love of staying would never end
+            if max_symbols is not None and 0 in durations:  # without a limit such a network would never end
                 joint.joint_net[-1].bias[vocabulary + 1 + durations.index(0)] += 0.5 * seed
             elif 0 in durations:
                 joint.joint_net[-1].bias[vocabulary + 1 + durations.index(0)] -= 20
@@ -162,7 +162,7 @@ def test_equals_nemo_on_random_networks(durations, max_symbols):
             decoder, joint, blank_index=vocabulary, durations=list(durations), max_symbols_per_step=max_symbols
         )
         with torch.inference_mode():
-            wanted = infer(encoder_output=encoded, encoded_lengths=lengths)[0]
+            expected = infer(encoder_output=encoded, encoded_lengths=lengths)[0]
 
             def predict(tokens, states, decoder=decoder):
                 start = decoder.initialize_state(torch.zeros(1))
@@ -175,10 +175,10 @@ def test_equals_nemo_on_random_networks(durations, max_symbols):
                     :, 0, 0
                 ].numpy()
 
-            found = greedy_tdt_decode(
+            actual = greedy_tdt_decode(
                 encoded.transpose(1, 2).numpy(), lengths[:, None].tolist(), predict, join,
-                blank_id=vocabulary, durations=durations, max_symbols=max_symbols,
+                DecodingConfig(blank_id=vocabulary, durations=durations, max_symbols=max_symbols),
             )  # fmt: skip
-        for one, other in zip(found, wanted, strict=True):
+        for one, other in zip(actual, expected, strict=True):
             assert one.tokens == other.y_sequence.tolist()
             assert [step.frame for step in one.emitted] == [int(frame) for frame in other.timestamp]

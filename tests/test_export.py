@@ -1,7 +1,9 @@
-"""The exported graphs: contract, opsets, and that the verification catches what it must."""
+"""The exported graphs: their contract, their opsets, and errors that the verification must find."""
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -10,12 +12,12 @@ import torch
 
 import export_parakeet_to_onnx
 from common.contract import DECODER, ENCODER, GRAPHS, JOINT
-from common.export import wrappers
-from common.export.trace import MAX_OPSET, MIN_OPSET, export_graph
+from common.export import layers, wrappers
+from common.export.options import MAX_OPSET, MIN_OPSET, ExportOptions
+from common.export.trace import export_graph
+from common.export.wrappers import WRAPPERS
 from common.run.ort import OrtGraph
-from tests.conftest import TINY
-
-WRAPPERS = {"encoder": wrappers.Encoder, "decoder": wrappers.StatefulDecoder, "joint": wrappers.TdtJoint}
+from tests.helpers import ROOT, TINY
 
 
 def export(folder, *flags):
@@ -29,42 +31,58 @@ def load(folder, graph):
 @pytest.mark.parametrize("opset", range(MIN_OPSET, MAX_OPSET + 1))
 def test_opset_is_what_was_asked_for(opset, tiny_model, tmp_path):
     for graph in GRAPHS:
-        module = WRAPPERS[graph.name](getattr(tiny_model, graph.name))
+        module = WRAPPERS[graph](getattr(tiny_model, graph.name))
         export_graph(module, graph, tmp_path, opset)
         proto = load(tmp_path, graph)
         onnx.checker.check_model(tmp_path / graph.file)
         assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", opset)]
         with torch.inference_mode():
             inputs = module.example_inputs()
-            wanted = module(*inputs)
-        found = OrtGraph(tmp_path, graph)(*(tensor.numpy() for tensor in inputs))
-        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-        for one, other in zip(found[: len(wanted)], wanted, strict=True):
-            if graph is not ENCODER:  # its padded frames are free
+            expected = module(*inputs)
+        actual = OrtGraph(tmp_path, graph)(*(tensor.numpy() for tensor in inputs))
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for one, other in zip(actual[: len(expected)], expected, strict=True):
+            if graph is not ENCODER:  # its padded frames may differ
                 np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("opset", [16, 22])
-def test_other_opsets_are_refused(opset, tmp_path, capsys):
+def test_other_opsets_are_rejected(opset, tmp_path, capsys):
     assert export(tmp_path / "out", "--opset_version", str(opset)) == 2
-    assert f"wanted --opset_version 17 to 21, found {opset}" in capsys.readouterr().err
+    assert f"expected --opset_version 17 to 21, got {opset}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_files(tiny_export):
+def test_float16_is_for_genai_alone(tmp_path, capsys):
+    assert export(tmp_path / "out", "--precision", "fp16", "--runtime", "onnx-asr") == 2
+    assert "expected --runtime genai with --precision fp16, got onnx-asr" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_need_neither_torch_nor_nemo_and_reject_what_is_not_supported():
+    program = "import sys, common.export.options; assert not {'torch', 'nemo'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    ExportOptions(runtime="genai").validate()
+    for options in (ExportOptions(runtime="genai", precision="fp8"), ExportOptions(runtime="genai", opset_version=16)):
+        with pytest.raises(ValueError, match=r"expected --(precision|opset_version)"):
+            options.validate()
+
+
+def test_the_folder_holds_these_files_and_the_manifest_its_source(tiny_export):
     assert {path.name for path in tiny_export.iterdir()} == {
         "encoder.onnx", "encoder.onnx.data", "decoder.onnx", "decoder.onnx.data", "joint.onnx", "joint.onnx.data",
         "genai_config.json", "audio_processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
         "manifest.json", "README.md",
     }  # fmt: skip
     manifest = json.loads((tiny_export / "manifest.json").read_text())
+    assert manifest["export"]["flags"] == ExportOptions(runtime="genai").record()
     assert manifest["export"]["flags"]["opset_version"] == 17
     assert (tiny_export / manifest["export"]["source"]["path"]).resolve() == TINY
     assert manifest["tokenizer"]["source"] == manifest["export"]["source"]
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.name)
-def test_contract(graph, tiny_export):
+def test_graphs_have_the_declared_names_axes_and_types(graph, tiny_export):
     proto = load(tiny_export, graph)
     sizes = {"M": 128, "D": 128, "H": 128, "L": 2, "V+K": 262, "B": "batch", "T": "time", "S": "frames", "U": "targets"}
     for tensors, values in ((graph.inputs, proto.graph.input), (graph.outputs, proto.graph.output)):
@@ -76,7 +94,7 @@ def test_contract(graph, tiny_export):
             assert dtype == np.dtype(tensor.dtype), tensor.name
 
 
-def test_no_trace_of_this_machine(tiny_export):
+def test_graphs_hold_no_path_of_this_machine(tiny_export):
     for graph in GRAPHS:
         content = (tiny_export / graph.file).read_bytes()
         assert b".py" not in content
@@ -127,7 +145,7 @@ def perturb_one_weight(folder, graph):
 
 
 class TestVerificationFails:
-    """Something broken on purpose ends in exit status 1, one line, and no folder."""
+    """An export with an error ends in exit status 1, one line, and no folder."""
 
     @pytest.fixture(autouse=True)
     def _without_the_long_clip(self, monkeypatch):
@@ -163,8 +181,8 @@ class TestVerificationFails:
         self.assert_caught(tmp_path, capsys, ENCODER)
 
     def test_on_a_lost_convolution_mask(self, tmp_path, capsys, monkeypatch):
-        forward = wrappers.Convolution.forward
-        monkeypatch.setattr(wrappers.Convolution, "forward", lambda self, x, keep: forward(self, x, keep * 0 + 1))
+        forward = layers.Convolution.forward
+        monkeypatch.setattr(layers.Convolution, "forward", lambda self, x, keep: forward(self, x, keep * 0 + 1))
         self.assert_caught(tmp_path, capsys, ENCODER)
 
     def test_on_a_lost_lstm_state(self, tmp_path, capsys, monkeypatch):

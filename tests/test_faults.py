@@ -28,8 +28,8 @@ from common.report.card import CARD
 from common.run.audio import load_audio
 from common.run.baseline import RawOrt
 from common.run.genai import GenAI
-from tests.conftest import ROOT, TINY
 from tests.faults import audio, checkpoints
+from tests.helpers import ROOT, TINY, tiny_members, write_tar
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked child")
 
@@ -330,8 +330,8 @@ class TestCheckpoints:
 
     def test_names_with_a_leading_dot_are_found(self, tmp_path):
         """NeMo's own save_to writes ./model_config.yaml."""
-        members = {f"./{name}": content for name, content in checkpoints.tiny_members().items()}
-        checkpoints.write_tar(tmp_path / "dot.nemo", members)
+        members = {f"./{name}": content for name, content in tiny_members().items()}
+        write_tar(tmp_path / "dot.nemo", members)
         assert read_config(tmp_path / "dot.nemo") == read_config(TINY)
         with open_archive(tmp_path / "dot.nemo") as archive:
             assert "model_weights.ckpt" in archive.members

@@ -1,15 +1,12 @@
-"""Float16 graphs: what they hold, that nothing overflows in them, and that the guard against it is what prevents it."""
+"""Float16 graphs: what they hold, that nothing overflows in them, and that it would without the guard."""
 
 import dataclasses
-import io
 import json
 import shutil
-import tarfile
 
 import numpy as np
 import onnx
 import pytest
-import torch
 
 import export_parakeet_to_onnx
 import export_tokenizer
@@ -18,35 +15,27 @@ import test_e2e
 import test_real_speech
 from common.contract import DECODER, ENCODER, GRAPHS, JOINT, Tensor
 from common.export import float16
-from common.export.float16 import Emulated, _exact, convert
-from common.export.ranges import Recorder, record
+from common.export.float16 import EmulatedGraph, _exact_operators, convert
+from common.export.ranges import RangeRecorder, measure_ranges
 from common.quantize.fidelity import sqnr_db
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
 from common.run.ort import OrtGraph
-from tests.conftest import SAMPLES, TINY
+from tests.helpers import CLIPS, TINY, rewrite_weights
 
-CLIPS = sorted(SAMPLES.glob("clips/*.flac"))
 LOUD = 2**17  # 131072, twice what float16 holds; a power of two changes no mantissa
 LOUD_LAYER = 2
 
 
 def loud_checkpoint(path):
-    """The bundled checkpoint with the values of one layer's attention as much louder as its output is quieter."""
-    with tarfile.open(TINY) as source, tarfile.open(path, "w") as target:
-        for member in source:
-            content = source.extractfile(member).read()
-            if member.name == "model_weights.ckpt":
-                weights = torch.load(io.BytesIO(content))
-                attention = f"encoder.layers.{LOUD_LAYER}.self_attn"
-                for name, factor in (("linear_v", LOUD), ("linear_out", 1 / LOUD)):
-                    weights[f"{attention}.{name}.weight"] = weights[f"{attention}.{name}.weight"].float() * factor
-                buffer = io.BytesIO()
-                torch.save(weights, buffer)
-                content = buffer.getvalue()
-                member.size = len(content)
-            target.addfile(member, io.BytesIO(content))
-    return path
+    """The bundled checkpoint with the values of one layer's attention scaled up and its output scaled down as much."""
+
+    def scale(weights):
+        for name, factor in (("linear_v", LOUD), ("linear_out", 1 / LOUD)):
+            weight = f"encoder.layers.{LOUD_LAYER}.self_attn.{name}.weight"
+            weights[weight] = weights[weight].float() * factor
+
+    return rewrite_weights(path, scale)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +57,14 @@ def features(tiny_export):
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.name)
-def test_weights_are_float16_and_the_contract_is_the_same(graph, folder, tiny_export):
+def test_weights_are_float16_and_inputs_and_outputs_are_unchanged(graph, folder, tiny_export):
     onnx.checker.check_model(folder / graph.file, full_check=True)
-    found, wanted = (onnx.load(path / graph.file, load_external_data=False) for path in (folder, tiny_export))
-    assert found.graph.input == wanted.graph.input
-    assert found.graph.output == wanted.graph.output
-    assert found.opset_import == wanted.opset_import
-    weights = {tensor.name: tensor.data_type for tensor in found.graph.initializer}
-    products = [node for node in found.graph.node if node.op_type in ("MatMul", "LSTM") and node.input[1] in weights]
+    actual, expected = (onnx.load(path / graph.file, load_external_data=False) for path in (folder, tiny_export))
+    assert actual.graph.input == expected.graph.input
+    assert actual.graph.output == expected.graph.output
+    assert actual.opset_import == expected.opset_import
+    weights = {tensor.name: tensor.data_type for tensor in actual.graph.initializer}
+    products = [node for node in actual.graph.node if node.op_type in ("MatMul", "LSTM") and node.input[1] in weights]
     single = [node.name for node in products if weights[node.input[1]] == onnx.TensorProto.FLOAT]
     loud = [f"/layers.{LOUD_LAYER}/attention/{name}/MatMul" for name in ("value", "out")]
     assert single == (loud if graph is ENCODER else [])
@@ -118,18 +107,18 @@ def test_an_overflow_is_prevented_by_the_guard_alone(folder, tiny_export, featur
         data = np.memmap(loud / ENCODER.data_file, np.float32, "r+", place.offset or 0, (place.length // 4,))
         data *= factor
         data.flush()
-    largest = record(loud, features[:1])[ENCODER.name]
+    ranges = measure_ranges(loud, features[:1])[ENCODER.name]
     clip = features[0][None], np.array([features[0].shape[1]])
-    wanted = OrtGraph(tiny_export, ENCODER)(*clip)[0]
-    assert sqnr_db(wanted, Emulated(folder, ENCODER)(*clip)[0]) > 50
+    expected = OrtGraph(tiny_export, ENCODER)(*clip)[0]
+    assert sqnr_db(expected, EmulatedGraph(folder, ENCODER)(*clip)[0]) > 50
     with monkeypatch.context() as patch:
         patch.setattr(float16, "LIMIT", np.inf)
-        assert not convert(loud, tmp_path, ENCODER, largest).overflowing
-    for engine in (Emulated, OrtGraph):
+        assert not convert(loud, tmp_path, ENCODER, ranges).overflowing
+    for engine in (EmulatedGraph, OrtGraph):
         assert not np.isfinite(engine(tmp_path, ENCODER)(*clip)[0]).any()
 
 
-def test_sums_inside_a_product_count(tmp_path, tiny_export):
+def test_sums_inside_a_product_are_measured(tmp_path, tiny_export):
     """1e5 - 1e5 + 1 is 1, but not in float16."""
     weight = onnx.numpy_helper.from_array(np.array([[1e5], [-1e5], [1]], np.float32) / 10, "weight")
     node = onnx.helper.make_node("MatMul", ["x", "weight"], ["y"], name="product")
@@ -138,29 +127,29 @@ def test_sums_inside_a_product_count(tmp_path, tiny_export):
     proto.ir_version, proto.opset_import[0].version = 8, 17
     onnx.save(proto, tmp_path / JOINT.file)
     graph = dataclasses.replace(JOINT, inputs=(Tensor("x", (1, 3), ""),), outputs=(Tensor("y", (1, 1), ""),))
-    recorder = Recorder(tmp_path, graph)
+    recorder = RangeRecorder(tmp_path, graph)
     assert recorder(np.full((1, 3), 10, np.float32))[0] == 1
-    assert recorder.largest()["product"] == pytest.approx(2e5 + 1)
+    assert recorder.ranges()["product"] == pytest.approx(2e5 + 1)
 
 
-def test_positions(tiny_export, features, tmp_path, monkeypatch):
+def test_positions_beyond_2048_stay_exact(tiny_export, features, tmp_path, monkeypatch):
     """Positions beyond float16's 2048 are exact, which they are not when they are counted in float16."""
-    largest = record(tiny_export, features[:1])[ENCODER.name]
+    ranges = measure_ranges(tiny_export, features[:1])[ENCODER.name]
     frames = 2200 * 8
     clip = np.tile(features[0], (1, frames // features[0].shape[1] + 1))[None, :, :frames], np.array([frames])
-    wanted = OrtGraph(tiny_export, ENCODER)(*clip)[0]
-    convert(tiny_export, tmp_path, ENCODER, largest)
-    ratio = sqnr_db(wanted, Emulated(tmp_path, ENCODER)(*clip)[0])
+    expected = OrtGraph(tiny_export, ENCODER)(*clip)[0]
+    convert(tiny_export, tmp_path, ENCODER, ranges)
+    ratio = sqnr_db(expected, EmulatedGraph(tmp_path, ENCODER)(*clip)[0])
     assert ratio > 55
-    exact = _exact
+    exact = _exact_operators
     monkeypatch.setattr(
-        float16, "_exact", lambda model: {node for node in exact(model) if node.op_type in ("Cast", "Range")}
+        float16, "_exact_operators", lambda model: {node for node in exact(model) if node.op_type in ("Cast", "Range")}
     )
-    convert(tiny_export, tmp_path, ENCODER, largest)
-    assert sqnr_db(wanted, Emulated(tmp_path, ENCODER)(*clip)[0]) < ratio - 10
+    convert(tiny_export, tmp_path, ENCODER, ranges)
+    assert sqnr_db(expected, EmulatedGraph(tmp_path, ENCODER)(*clip)[0]) < ratio - 10
 
 
-def test_genai_says_what_nemo_says(folder, tiny_model, capsys):
+def test_genai_transcribes_what_nemo_transcribes(folder, tiny_model, capsys):
     genai, nemo = GenAI(folder), Nemo(tiny_model)
     for path in CLIPS:
         samples = genai.config.read_audio(path)
@@ -169,17 +158,17 @@ def test_genai_says_what_nemo_says(folder, tiny_model, capsys):
     assert "We have thirteen black fans." in capsys.readouterr().out
 
 
-def test_decoder_and_joint_as_a_device_rounds_them(folder, tiny_export):
+def test_decoder_and_joint_are_emulated_with_float16_rounding(folder, tiny_export):
     zeros = np.zeros((2, 1, 128), np.float32)
     decoder = np.array([[7]]), np.ones(1, np.int64), zeros, zeros
     joint = [np.tanh(np.random.default_rng(0).standard_normal((1, 1, 128), dtype=np.float32)) for _ in range(2)]
     for graph, inputs in ((DECODER, decoder), (JOINT, joint)):
-        wanted, found = OrtGraph(tiny_export, graph)(*inputs)[0], Emulated(folder, graph)(*inputs)[0]
-        assert found.dtype == np.float32
-        assert 45 < sqnr_db(wanted, found) < 100  # rounded, and no more than that
+        expected, actual = OrtGraph(tiny_export, graph)(*inputs)[0], EmulatedGraph(folder, graph)(*inputs)[0]
+        assert actual.dtype == np.float32
+        assert 45 < sqnr_db(expected, actual) < 100  # rounded, and no more than that
 
 
-def test_it_is_not_quantized_again(folder, tmp_path, capsys):
+def test_a_float16_folder_is_not_quantized(folder, tmp_path, capsys):
     assert optimize_encoder.main(["--model_dir", str(folder), "--output_dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "expected float32 weights to quantize" in error
@@ -187,13 +176,13 @@ def test_it_is_not_quantized_again(folder, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_it_is_not_held_to_float32(folder):
+def test_a_float16_folder_need_not_equal_float32(folder):
     assert not test_real_speech.Folder(folder).is_float32
 
 
-def test_speech_is_wanted(tmp_path, capsys, monkeypatch):
+def test_the_conversion_needs_speech(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export_parakeet_to_onnx, "SPEECH", tmp_path)
     argv = ["--model_name", str(TINY), "--output_dir", str(tmp_path / "out"), "--precision", "fp16", "--skip_verify"]
     assert export_parakeet_to_onnx.main(argv) == 2
-    assert "wanted speech in" in capsys.readouterr().err
+    assert "expected audio in" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

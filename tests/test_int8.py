@@ -23,7 +23,7 @@ from common.quantize.rewrite import quantizable, quantize_weights
 from common.run.baseline import RawOrt
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
-from tests.conftest import SAMPLES
+from tests.helpers import SAMPLES
 
 RNG = np.random.default_rng(0)
 K, N = 96, 64

@@ -31,9 +31,8 @@ from common.report.card import CARD
 from common.run.audio import load_audio
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.conftest import ROOT, SAMPLES, TINY
+from tests.helpers import CLIPS, ROOT, SAMPLES, TINY
 
-CLIPS = [SAMPLES / json.loads(line)["audio_filepath"] for line in (SAMPLES / "manifest.jsonl").open()]
 OTHERS = (ONNX_ASR, SHERPA_ONNX)
 
 # A process of its own: sherpa-onnx brings another libonnxruntime, and ends the process where a model is not right.
@@ -206,7 +205,7 @@ def test_a_swap_is_noticed(view, one, other, exported, tmp_path):
         folder.mkdir()
         views.write_view(each, source, folder, {})
     views.check_view(view, source, right, 257)
-    with pytest.raises(CheckError, match=f"of {view.file} is not what"):
+    with pytest.raises(CheckError, match=f"of {view.file} to equal the output of"):
         views.check_view(view, source, wrong, 257)
 
 

@@ -1,39 +1,22 @@
 """Reading checkpoints and configs: every number from the checkpoint, refusals by name."""
 
 import contextlib
-import io
 import json
 import shutil
-import tarfile
 
 import pytest
-import yaml
 
 from common.checkpoint.nemo import read_config, require_tdt
 from common.checkpoint.spec import ModelSpec, _feature_differences
 from common.layouts.features import NO_SYMBOL_LIMIT
 from common.layouts.genai import Window, audio_processor_config, check_genai_supports, genai_config
 from common.run.genai import GenAI
-from tests.conftest import TINY
+from tests.helpers import TINY, ctc_only, plain_rnnt, rewrite_config
 
 
 @pytest.fixture(scope="module")
 def spec(tiny_model):
     return ModelSpec.of(tiny_model)
-
-
-def rewrite_config(path, change):
-    """Copy the bundled checkpoint to `path` with its config changed by `change(config)`."""
-    with tarfile.open(TINY) as source, tarfile.open(path, "w") as target:
-        for member in source:
-            content = source.extractfile(member).read()
-            if member.name == "model_config.yaml":
-                config = yaml.safe_load(content)
-                change(config)
-                content = yaml.safe_dump(config).encode()
-                member.size = len(content)
-            target.addfile(member, io.BytesIO(content))
-    return path
 
 
 def test_spec_of_the_bundled_checkpoint(spec):
@@ -135,14 +118,6 @@ def test_durations_that_genai_cannot_decode(durations, spec):
 
     with pytest.raises(ValueError, match="durations"):
         check_genai_supports(dataclasses.replace(spec, durations=durations))
-
-
-def plain_rnnt(config):
-    config["joint"]["num_extra_outputs"] = 0
-
-
-def ctc_only(config):
-    del config["joint"], config["decoder"]
 
 
 def multi_blank(config):

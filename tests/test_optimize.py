@@ -26,30 +26,10 @@ from common.quantize.method import WeightOptions
 from common.quantize.plan import Format
 from common.quantize.rewrite import plan_encoder, quantizable, quantize_weights
 from common.report.report import REPORT_HTML, REPORT_JSON
+from tests.helpers import MATRICES, dequantize
 
 RNG = np.random.default_rng(7)
 FITTERS = {name: method.fit for name, method in METHODS.items() if isinstance(method, BlockMethod)}
-MATRICES = {  # [K, N]; K is no multiple of the larger blocks
-    "gaussian": RNG.standard_normal((480, 64)),
-    "heavy-tailed": RNG.standard_t(4, (480, 64)),
-    "off-centre": RNG.standard_normal((480, 64)) + 1.5,
-}
-MATRICES = {name: (0.02 * matrix).astype(np.float32) for name, matrix in MATRICES.items()}
-
-
-def code_at(packed: np.ndarray, index: int, bits: int) -> int:
-    return int(packed[index * bits // 8]) >> (index * bits % 8) & (2**bits - 1)
-
-
-def dequantize(packed: quantize.Packed, K: int, bits: int) -> np.ndarray:
-    """The layout as the operator's documentation words it, one code at a time."""
-    N, _, size = packed.codes.shape
-    weight = np.zeros((K, N), np.float32)
-    for n, k in np.ndindex(N, K):
-        block, place = divmod(k, size * 8 // bits)
-        zero = 2 ** (bits - 1) if packed.zero_points is None else code_at(packed.zero_points[n], block, bits)
-        weight[k, n] = packed.scales[n, block] * (code_at(packed.codes[n, block], place, bits) - zero)
-    return weight
 
 
 def model_of(nodes: list, constants: list, inputs: dict, outputs: dict) -> onnx.ModelProto:

@@ -12,16 +12,16 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from common.checkpoint.archive import parse_config
-from common.checkpoint.tokenizer import parse_model, special_ids, tokenizer_json, vocab_text
+from common.checkpoint.tokenizer import Piece, parse_model, special_ids, tokenizer_json, vocab_text
 from common.contract import DECODER, ENCODER, JOINT
 from common.export import wrappers
 from common.export.trace import export_graph
 from common.folder.onnx_files import save_model
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, compare
 from common.quantize.fusion import fuse
-from common.run.decode import GENAI_RULE, NEMO_RULE, Prediction, greedy_tdt_decode
+from common.run.decode import GENAI_RULE, NEMO_RULE, DecodingConfig, Prediction, greedy_tdt_decode
 from common.run.ort import OrtGraph
-from tests.test_tokenizer import Piece, handmade
+from tests.helpers import handmade
 
 QUICK = settings(deadline=None, max_examples=200)
 # An example exports graphs, or runs NeMo: a tenth of a second to two.
@@ -40,7 +40,7 @@ def table_decode(seed: int, ends: list[list[int]], vocabulary: int, durations, m
         [np.arange(end[-1])[:, None] for end in ends], ends,
         lambda tokens, states: [Prediction(np.array(token), None) for token in tokens],
         lambda rows, outputs: table[rows[:, 0], np.array(outputs)],
-        blank_id=vocabulary, durations=durations, max_symbols=max_symbols, blank_zero=rule,
+        DecodingConfig(blank_id=vocabulary, durations=durations, max_symbols=max_symbols, blank_zero=rule),
     )  # fmt: skip
 
 
@@ -53,8 +53,8 @@ def table_decode(seed: int, ends: list[list[int]], vocabulary: int, durations, m
     max_symbols=st.integers(1, 12),
     bias=st.floats(-5, 5),
 )
-def test_decoding_ends_moves_on_and_tells_only_of_its_frames(seed, frames, vocabulary, durations, max_symbols, bias):
-    found = {}
+def test_decoding_ends_and_advances_and_stays_within_its_frames(seed, frames, vocabulary, durations, max_symbols, bias):
+    hypotheses = {}
     for rule in (NEMO_RULE, GENAI_RULE):
         (hypothesis,) = table_decode(seed, [[frames]], vocabulary, durations, max_symbols, rule, bias)
         steps = hypothesis.steps
@@ -64,9 +64,9 @@ def test_decoding_ends_moves_on_and_tells_only_of_its_frames(seed, frames, vocab
         assert [step.frame for step in steps] == sorted(step.frame for step in steps)
         for frame in {step.frame for step in steps}:
             assert sum(step.frame == frame and step.token != vocabulary for step in steps) <= max_symbols
-        found[rule] = hypothesis
-    if not any(step.blank_zero for step in found[NEMO_RULE].steps):  # else the rules differ by design
-        assert found[NEMO_RULE].steps == found[GENAI_RULE].steps
+        hypotheses[rule] = hypothesis
+    if not any(step.blank_zero for step in hypotheses[NEMO_RULE].steps):  # else the rules differ by design
+        assert hypotheses[NEMO_RULE].steps == hypotheses[GENAI_RULE].steps
 
 
 @QUICK
@@ -84,7 +84,7 @@ def test_a_seam_where_a_step_begins_changes_nothing(seed, durations, frames, cut
     durations=any_durations,
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any),
 )
-def test_side_by_side_as_alone(seed, durations, lengths):
+def test_utterances_are_decoded_together_as_alone(seed, durations, lengths):
     ends = [[length // 2, length] for length in lengths]
     longest = [[max(lengths)]]  # for one table
     together = table_decode(seed, ends + longest, 5, durations, 4, NEMO_RULE)
@@ -92,11 +92,11 @@ def test_side_by_side_as_alone(seed, durations, lengths):
     assert together[:-1] == alone
 
 
-def test_logits_that_are_not_numbers_end_at_once():
-    with pytest.raises(ValueError, match="not numbers"):
+def test_nan_logits_raise_an_error():
+    with pytest.raises(ValueError, match="NaN"):
         greedy_tdt_decode(
             np.zeros((1, 5, 1)), [[5]], lambda *_: [Prediction(np.zeros(1), None)], lambda *_: np.full((1, 6), np.nan),
-            blank_id=3, durations=(0, 1), max_symbols=None,
+            DecodingConfig(blank_id=3, durations=(0, 1), max_symbols=None),
         )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_logits_that_are_not_numbers_end_at_once():
     durations=any_durations.filter(lambda durations: 0 in durations),
     max_symbols=st.integers(1, 10),
 )
-def test_ort_torch_wrappers_and_nemo_decode_alike(
+def test_onnx_runtime_the_torch_wrappers_and_nemo_decode_the_same(
     seed, vocabulary, width, layers, durations, max_symbols, tmp_path_factory
 ):
     """Random prediction and joint networks: the graphs in ONNX Runtime, the wrappers in torch, NeMo's own greedy."""
@@ -129,7 +129,7 @@ def test_ort_torch_wrappers_and_nemo_decode_alike(
         decoder, joint, blank_index=vocabulary, durations=list(durations), max_symbols_per_step=max_symbols
     )
     with torch.inference_mode():
-        wanted = infer(encoder_output=encoded, encoded_lengths=torch.tensor([20]))[0][0]
+        expected = infer(encoder_output=encoded, encoded_lengths=torch.tensor([20]))[0][0]
 
     folder = tmp_path_factory.mktemp("random")
     modules = {DECODER: wrappers.StatefulDecoder(decoder), JOINT: wrappers.TdtJoint(joint)}
@@ -157,16 +157,16 @@ def test_ort_torch_wrappers_and_nemo_decode_alike(
         def join(frames, outputs, joiner=joiner):
             return joiner(frames[None], np.ascontiguousarray(outputs[0]))[0].reshape(1, -1)
 
-        (found,) = greedy_tdt_decode(
+        (actual,) = greedy_tdt_decode(
             encoded.transpose(1, 2).numpy(), [[20]], predict, join,
-            blank_id=vocabulary, durations=durations, max_symbols=max_symbols,
+            DecodingConfig(blank_id=vocabulary, durations=durations, max_symbols=max_symbols),
         )  # fmt: skip
-        near_tie = next((n for n, step in enumerate(found.steps) if step.margin < 1e-4), len(found.steps))
-        sure = [step for step in found.steps[:near_tie] if step.token != vocabulary]
-        assert [step.token for step in sure] == wanted.y_sequence.tolist()[: len(sure)]
-        assert [step.frame for step in sure] == [int(frame) for frame in wanted.timestamp][: len(sure)]
-        if near_tie == len(found.steps):
-            assert len(sure) == len(wanted.y_sequence)
+        near_tie = next((n for n, step in enumerate(actual.steps) if step.margin < 1e-4), len(actual.steps))
+        sure = [step for step in actual.steps[:near_tie] if step.token != vocabulary]
+        assert [step.token for step in sure] == expected.y_sequence.tolist()[: len(sure)]
+        assert [step.frame for step in sure] == [int(frame) for frame in expected.timestamp][: len(sure)]
+        if near_tie == len(actual.steps):
+            assert len(sure) == len(expected.y_sequence)
 
 
 # Letters of one to four bytes, the mark of a space, digits and upper case, which ORT Extensions could take for bytes.
@@ -175,7 +175,7 @@ pieces = st.text(alphabet="abzAF019▁.'éж語😀", min_size=1, max_size=8)
 
 @settings(QUICK, max_examples=60)
 @given(names=st.lists(pieces, min_size=1, max_size=30, unique=True), draw=st.data())
-def test_any_vocabulary_reads_the_same_in_sentencepiece_and_hugging_face(names, draw):
+def test_any_vocabulary_is_read_the_same_by_sentencepiece_and_hugging_face(names, draw):
     model = handmade(*((name, -float(index), Piece.NORMAL) for index, name in enumerate(names)))
     proto = parse_model(model)
     try:
@@ -192,7 +192,7 @@ def test_any_vocabulary_reads_the_same_in_sentencepiece_and_hugging_face(names, 
 
 @settings(QUICK, max_examples=300)
 @given(flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=20))
-def test_a_damaged_tokenizer_is_read_or_refused(flips):
+def test_a_damaged_tokenizer_is_read_or_rejected(flips):
     content = bytearray(handmade(*((f"▁{letter}", -1.0, Piece.NORMAL) for letter in "abcdefgh")))
     for place, value in flips:
         content[place % len(content)] = value
@@ -209,7 +209,7 @@ yaml_values = st.recursive(
 
 @settings(QUICK, max_examples=100)
 @given(content=yaml_values | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")) | st.binary())
-def test_any_config_is_read_or_refused(content):
+def test_any_config_is_read_or_rejected(content):
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
     with contextlib.suppress(ValueError):
         assert isinstance(parse_config(text, set()), dict)
@@ -227,7 +227,7 @@ def test_any_config_is_read_or_refused(content):
     kernel=st.sampled_from([5, 9, 15]),
     norm=st.sampled_from(["batch_norm", "layer_norm"]),
 )
-def test_fusion_keeps_what_the_encoder_says(
+def test_fusion_keeps_the_output_of_the_encoder(
     seed, heads, width, layers, mels, bias, scaling, kernel, norm, tmp_path_factory
 ):
     """NeMo's encoder, the exported graph and the fused graph on a ragged batch of noise."""
@@ -249,9 +249,9 @@ def test_fusion_keeps_what_the_encoder_says(
     onnx.checker.check_model(folder / ENCODER.file)
     assert compare(folder, folder / "fused", MIN_FLOAT_SQNR_DB) >= MIN_FLOAT_SQNR_DB
     features, lengths = np.random.default_rng(seed).standard_normal((2, mels, 90), np.float32), np.array([90, 57])
-    found, found_lengths = OrtGraph(folder, ENCODER)(features, lengths)
+    actual, actual_lengths = OrtGraph(folder, ENCODER)(features, lengths)
     with torch.inference_mode():
-        wanted, wanted_lengths = encoder(audio_signal=torch.from_numpy(features), length=torch.from_numpy(lengths))
-    assert found_lengths.tolist() == wanted_lengths.tolist()
-    for row, length in enumerate(found_lengths):
-        np.testing.assert_allclose(found[row, :, :length], wanted[row, :, :length], atol=1e-3)
+        expected, expected_lengths = encoder(audio_signal=torch.from_numpy(features), length=torch.from_numpy(lengths))
+    assert actual_lengths.tolist() == expected_lengths.tolist()
+    for row, length in enumerate(actual_lengths):
+        np.testing.assert_allclose(actual[row, :, :length], expected[row, :, :length], atol=1e-3)

@@ -27,7 +27,7 @@ from common.report import optimized_folder
 from common.report.card import CARD
 from common.report.report import REPORT_HTML, REPORT_JSON, QuantizedWeights, make_evaluation, make_report, page_writer
 from common.run.clips import read_clips
-from tests.conftest import ROOT, SAMPLES
+from tests.helpers import ROOT, SAMPLES
 
 MANIFEST = SAMPLES / "manifest.jsonl"
 HOSTILE_TEXT = "<script>alert(1)</script> & \"quoted\" </p><img src=x onerror='alert(2)'>"

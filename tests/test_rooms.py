@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
-from tests.helpers import ROOT
 
 import common
+from tests.helpers import ROOT
 
 # A room imports from rooms of earlier floors, and a module from others of its own room.
 FLOORS = (

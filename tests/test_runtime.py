@@ -13,10 +13,7 @@ from common.run.config import windows
 from common.run.decode import NEMO_RULE
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.conftest import SAMPLES
-
-ROWS = [json.loads(line) for line in (SAMPLES / "manifest.jsonl").read_text().splitlines()]
-CLIPS = [SAMPLES / row["audio_filepath"] for row in ROWS]
+from tests.helpers import CLIPS, ROWS
 
 
 @pytest.fixture(scope="module")

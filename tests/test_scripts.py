@@ -17,27 +17,13 @@ import optimize_encoder
 import test_e2e
 import test_real_speech
 from common.quantize import METHODS
-from tests.conftest import ROOT, SAMPLES, TINY
-from tests.test_model import ctc_only, plain_rnnt, rewrite_config
+from tests.helpers import ROOT, SAMPLES, TINY, ctc_only, plain_rnnt, rejected, rewrite_config
 
 SCRIPTS = {
     module.__name__: module
     for module in (export_parakeet_to_onnx, export_tokenizer, optimize_encoder, test_e2e, test_real_speech)
 }
 CLIP = str(SAMPLES / "clips" / "029_hibari.flac")
-
-
-def refused(capsys, script, *argv) -> str:
-    """Run a script that must refuse its input; return its one line on stderr."""
-    try:
-        status = script.main([str(argument) for argument in argv])
-    except SystemExit as exit_:  # argparse
-        status = exit_.code
-    error = capsys.readouterr().err
-    assert status == 2, error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
 
 
 def truncated(path, share=0.5):
@@ -49,7 +35,7 @@ def truncated(path, share=0.5):
 @pytest.mark.parametrize("script", [export_parakeet_to_onnx, export_tokenizer], ids=lambda module: module.__name__)
 class TestBadCheckpoints:
     def refuse(self, script, capsys, tmp_path, checkpoint) -> str:
-        error = refused(capsys, script, "--model_name", checkpoint, "--output_dir", tmp_path / "out")
+        error = rejected(capsys, script, "--model_name", checkpoint, "--output_dir", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob(".*"))
         return error
@@ -88,7 +74,7 @@ class TestBadCheckpoints:
 def test_another_family(change, capsys, tmp_path):
     path = rewrite_config(tmp_path / "other.nemo", change)
     argv = ("--model_name", path, "--output_dir", tmp_path / "out")
-    assert "not a TDT model: other.nemo" in refused(capsys, export_parakeet_to_onnx, *argv)
+    assert "not a TDT model: other.nemo" in rejected(capsys, export_parakeet_to_onnx, *argv)
     assert not (tmp_path / "out").exists()
 
 
@@ -103,7 +89,7 @@ def test_another_family(change, capsys, tmp_path):
 def test_features_that_genai_cannot_compute(option, named, capsys, tmp_path):
     key, value = option
     path = rewrite_config(tmp_path / "odd.nemo", lambda config: config["preprocessor"].update({key: value}))
-    error = refused(capsys, export_parakeet_to_onnx, "--model_name", path, "--output_dir", tmp_path / "out")
+    error = rejected(capsys, export_parakeet_to_onnx, "--model_name", path, "--output_dir", tmp_path / "out")
     assert named in error
     assert not (tmp_path / "out").exists()
 
@@ -111,7 +97,7 @@ def test_features_that_genai_cannot_compute(option, named, capsys, tmp_path):
 @pytest.mark.parametrize("name", ["chunk_seconds", "left_context_seconds", "right_context_seconds"])
 def test_windows_that_are_not_whole_frames(name, capsys, tmp_path):
     argv = ("--model_name", TINY, "--output_dir", tmp_path / "out", f"--{name}", "1.23")
-    assert f"wanted --{name} as a whole number of encoder frames of 0.08 s" in refused(
+    assert f"wanted --{name} as a whole number of encoder frames of 0.08 s" in rejected(
         capsys, export_parakeet_to_onnx, *argv
     )
     assert not (tmp_path / "out").exists()
@@ -124,19 +110,19 @@ def test_output_path_is_a_file(script, capsys, tmp_path, tiny_export):
     (tmp_path / "taken").write_text("mine")
     source = ("--model_dir", tiny_export) if script is optimize_encoder else ("--model_name", TINY)
     for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        assert "found the file" in refused(capsys, script, *source, "--output_dir", path)
+        assert "found the file" in rejected(capsys, script, *source, "--output_dir", path)
     assert (tmp_path / "taken").read_text() == "mine"
 
 
 @pytest.mark.parametrize("argv", [("--block_size", "48"), ("--accuracy_level", "7"), ("--quant_method", "magic")])
 def test_unknown_choices(argv, capsys, tmp_path, tiny_export):
-    error = refused(capsys, optimize_encoder, "--model_dir", tiny_export, "--output_dir", tmp_path / "out", *argv)
+    error = rejected(capsys, optimize_encoder, "--model_dir", tiny_export, "--output_dir", tmp_path / "out", *argv)
     assert argv[0] in error
     assert argv[1] in error
 
 
 def test_optimize_without_an_encoder(capsys, tmp_path):
-    error = refused(capsys, optimize_encoder, "--model_dir", tmp_path, "--output_dir", tmp_path / "out")
+    error = rejected(capsys, optimize_encoder, "--model_dir", tmp_path, "--output_dir", tmp_path / "out")
     assert "encoder.onnx" in error
     assert "export_parakeet_to_onnx.py" in error
 
@@ -150,7 +136,7 @@ def test_before_the_tokenizer_was_exported(script, capsys, tmp_path, tiny_export
         test_e2e: (),
         test_real_speech: ("--skip_nemo",),
     }[script]
-    error = refused(capsys, script, "--model_dir", folder, *argv)
+    error = rejected(capsys, script, "--model_dir", folder, *argv)
     assert f"first run: python export_tokenizer.py --output_dir {folder}" in error
     assert not (tmp_path / "out").exists()
 
@@ -173,7 +159,7 @@ def bad_audio(tmp_path):
 def test_bad_audio(script, capsys, tmp_path, tiny_export):
     flags = ("--skip_nemo",) if script is test_real_speech else ()
     for name, message in bad_audio(tmp_path).items():
-        error = refused(capsys, script, "--model_dir", tiny_export, "--audio", tmp_path / name, *flags)
+        error = rejected(capsys, script, "--model_dir", tiny_export, "--audio", tmp_path / name, *flags)
         assert name in error
         assert message in error
 
@@ -192,19 +178,19 @@ def test_bad_audio(script, capsys, tmp_path, tiny_export):
 def test_bad_manifests(lines, message, capsys, tmp_path, tiny_export):
     (tmp_path / "manifest.jsonl").write_text(lines)
     argv = ("--model_dir", tiny_export, "--skip_nemo", "--manifest", tmp_path / "manifest.jsonl")
-    assert message in refused(capsys, test_real_speech, *argv)
+    assert message in rejected(capsys, test_real_speech, *argv)
 
 
 def test_model_folder_that_is_not_there(capsys, tmp_path):
     for script in (test_e2e, test_real_speech):
-        assert "export_parakeet_to_onnx.py" in refused(capsys, script, "--model_dir", tmp_path / "none")
+        assert "export_parakeet_to_onnx.py" in rejected(capsys, script, "--model_dir", tmp_path / "none")
 
 
 def test_a_graph_that_does_not_load(capsys, tmp_path, tiny_export):
     folder = tmp_path / "models"
     shutil.copytree(tiny_export, folder)
     (folder / "joint.onnx").write_bytes(b"not a graph")
-    assert "joint.onnx" in refused(capsys, test_e2e, "--model_dir", folder)
+    assert "joint.onnx" in rejected(capsys, test_e2e, "--model_dir", folder)
 
 
 def test_end_to_end(tiny_export, capsys):
@@ -264,14 +250,14 @@ def test_real_speech_notices_another_checkpoint(tiny_export, tmp_path, capsys):
 def test_the_recorded_checkpoint_has_changed(tiny_export, tmp_path, capsys):
     folder = tmp_path / "moved" / "models"
     shutil.copytree(tiny_export, folder)
-    assert "is gone; pass --model_name or --skip_nemo" in refused(
+    assert "is gone; pass --model_name or --skip_nemo" in rejected(
         capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP
     )
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["export"]["source"]["path"] = "changed.nemo"
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "changed.nemo").write_bytes(b"other")
-    assert "is not the file" in refused(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
+    assert "is not the file" in rejected(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
 
 
 # Runs a script as on a machine where these packages are not installed.
@@ -344,7 +330,7 @@ def test_batches_say_the_same_in_the_order_of_the_manifest(tiny_export, tmp_path
     ],
 )
 def test_batches_and_subtitles_that_cannot_be(argv, message, capsys, tiny_export):
-    assert message in refused(capsys, test_real_speech, "--model_dir", tiny_export, "--skip_nemo", *argv)
+    assert message in rejected(capsys, test_real_speech, "--model_dir", tiny_export, "--skip_nemo", *argv)
 
 
 def test_optimized_folder_is_complete_and_brings_the_exported_one(tiny_export, tmp_path, capsys):
@@ -375,7 +361,7 @@ def test_every_quantization_loads_in_genai_and_is_understood(method, block, tiny
 
 def test_a_missing_package_is_named(tiny_export, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
-    assert "pip install -r requirements.txt" in refused(capsys, test_e2e, "--model_dir", tiny_export)
+    assert "pip install -r requirements.txt" in rejected(capsys, test_e2e, "--model_dir", tiny_export)
 
 
 README_COMMANDS = [

@@ -14,10 +14,8 @@ from common.run.baseline import RawOrt
 from common.run.decode import NEMO_RULE, Step
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.conftest import SAMPLES, TINY
+from tests.helpers import CLIPS, ROWS, TINY
 
-ROWS = [json.loads(line) for line in (SAMPLES / "manifest.jsonl").read_text().splitlines()]
-CLIPS = [SAMPLES / row["audio_filepath"] for row in ROWS]
 FRAME = 0.08
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tarfile
 import unicodedata
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import onnx
 import onnxruntime_genai as og
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 import export_tokenizer
@@ -34,55 +33,7 @@ from common.checkpoint.tokenizer import (
     vocabulary,
 )
 from common.folder.outputs import write_json
-
-REPOSITORY = Path(__file__).parent.parent
-TINY = REPOSITORY / "samples" / "parakeet-tdt-tiny.nemo"
-
-SENTENCES = [
-    "The quick brown fox jumps over the lazy dog, doesn't it?",
-    "FBI and CEO met in 1999, 2000 and 2001; BBC paid 100% of $20.50!",
-    "Žluťoučký kůň úpěl ďábelské ódy, señor Müller.",
-    "Съешь же ещё этих мягких французских булок.",
-    "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία.",
-    "नमस्ते दुनिया, आप कैसे हैं?",
-    "你好,世界。 今日は良い天気",
-]
-MARKS = {"control_symbols": ["<|nospeech|>", "<pad>"], "user_defined_symbols": ["<|en|>", "<|pnc|>", "%", "▁[no▁ise]"]}
-NEMO = {"remove_extra_whitespaces": False}  # how NeMo trains its tokenizers unless told otherwise
-RECIPES = {
-    "unigram": {"model_type": "unigram", **MARKS},
-    "unigram bytes": {"model_type": "unigram", "byte_fallback": True, **MARKS},
-    "unigram nemo": {"model_type": "unigram", "byte_fallback": True, **MARKS, **NEMO},
-    "bpe": {"model_type": "bpe"},
-    "bpe bytes": {"model_type": "bpe", "byte_fallback": True, **MARKS},
-    "bpe nemo": {"model_type": "bpe", **MARKS, **NEMO},
-    "bpe phrases": {"model_type": "bpe", "split_by_whitespace": False, "normalization_rule_name": "identity"},
-}
-
-
-@cache
-def trained(recipe: str) -> bytes:
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 20),
-        model_writer=model,
-        vocab_size=620,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        num_threads=1,
-        minloglevel=2,
-        **RECIPES[recipe],
-    )
-    return model.getvalue()
-
-
-def handmade(*pieces: tuple[str, float, int]) -> bytes:
-    """A SentencePiece model with `<unk>` and these (piece, score, type), of the kind NeMo trains."""
-    proto = ModelProto.FromString(trained("bpe nemo"))
-    proto.trainer_spec.byte_fallback = any(kind == Piece.BYTE for _, _, kind in pieces)
-    del proto.pieces[1:]
-    proto.pieces.extend(Piece(piece=piece, score=score, type=kind) for piece, score, kind in pieces)
-    return proto.SerializeToString()
+from tests.helpers import MARKS, RECIPES, ROOT, SENTENCES, TINY, handmade, trained
 
 
 class Readers:
@@ -396,7 +347,7 @@ def test_script_catches_a_wrong_tokenizer(tmp_path, monkeypatch, capsys, damage)
 def test_tiny_checkpoint(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-X", "importtime", "export_tokenizer.py", "--model_name", TINY, "--output_dir", out]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-2000:]
     imported = {line.rsplit("|", 1)[-1].strip() for line in finished.stderr.splitlines()}
     assert not imported & {"torch", "nemo"}

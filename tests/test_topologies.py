@@ -1,4 +1,4 @@
-"""Nothing about one published model is assumed: random models of other topologies go through all the scripts.
+"""Random models of other topologies go through all the scripts: nothing about one published model is assumed.
 
 Verification compares logits; tokens are compared on trained weights elsewhere, since those of random ones nearly tie.
 """
@@ -13,51 +13,16 @@ import export_tokenizer
 import optimize_encoder
 from benchmarks.random_checkpoint import write_checkpoint
 from common.contract import GRAPHS
-from common.export.float16 import Emulated, convert
-from common.export.ranges import record
+from common.export.float16 import EmulatedGraph, convert
+from common.export.ranges import measure_ranges
 from common.quantize.fidelity import sqnr_db
 from common.run.baseline import RawOrt
 from common.run.genai import GenAI
-from tests.conftest import SAMPLES
-
-SMALL = {"n_layers": 2, "n_heads": 2, "subsampling_conv_channels": 16}
-TOPOLOGIES = {
-    "80 mels, durations 0-1-2-4-8, one LSTM layer, biases, xscaling, layer norm": {
-        "mels": 80,
-        "durations": [0, 1, 2, 4, 8],
-        "predictor": 48,
-        "predictor_layers": 1,
-        "pieces": 64,
-        "encoder": {**SMALL, "d_model": 96, "use_bias": True, "xscaling": True, "conv_norm_type": "layer_norm"},
-    },
-    "hybrid TDT-CTC, tied position biases, group norm, wide kernel": {
-        "hybrid": True,
-        "predictor": 64,
-        "pieces": 100,
-        "encoder": {**SMALL, "d_model": 64, "untie_biases": False, "conv_norm_type": "group_norm4",
-                    "conv_kernel_size": 15},
-    },
-    "4× striding subsampling, limited context, instance norm, three LSTM layers": {
-        "durations": [0, 1, 2],
-        "predictor": 32,
-        "predictor_layers": 3,
-        "pieces": 40,
-        "encoder": {**SMALL, "d_model": 64, "subsampling": "striding", "subsampling_factor": 4,
-                    "att_context_size": [40, 20], "conv_norm_type": "instance_norm"},
-        "preprocessor": {"window_stride": 0.02, "window_size": 0.032},
-    },
-    "causal convolutions and chunked attention, 64 mels": {
-        "mels": 64,
-        "predictor": 40,
-        "pieces": 50,
-        "encoder": {**SMALL, "d_model": 64, "causal_downsampling": True, "conv_context_size": "causal",
-                    "att_context_style": "chunked_limited", "att_context_size": [14, 6]},
-    },
-}  # fmt: skip
+from tests.helpers import SAMPLES, SMALL, TOPOLOGIES
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES)
-def test_all_scripts(topology, tmp_path, capsys):
+def test_every_script_runs_on_every_topology(topology, tmp_path, capsys):
     checkpoint, exported, optimized = tmp_path / "model.nemo", tmp_path / "exported", tmp_path / "optimized"
     write_checkpoint(checkpoint, topology)
     source = ["--model_name", str(checkpoint), "--output_dir", str(exported)]
@@ -92,12 +57,12 @@ def test_all_scripts(topology, tmp_path, capsys):
     flags = ["--quant_method", "int8", "--calibration_manifest", str(manifest), "--output_dir", str(fitted)]
     assert optimize_encoder.main(["--model_dir", str(exported), *flags]) == 0, capsys.readouterr().err
     assert f"input channels of {6 * SMALL['n_layers']} weights scaled" in capsys.readouterr().out
-    (wanted,), (found,) = (RawOrt(folder).encode([features]) for folder in (exported, fitted))
-    assert sqnr_db(wanted, found) > 30
+    (expected,), (actual,) = (RawOrt(folder).encode([features]) for folder in (exported, fitted))
+    assert sqnr_db(expected, actual) > 30
 
-    largest = record(exported, [features])
+    ranges = measure_ranges(exported, [features])
     shutil.copyfile(exported / "genai_config.json", tmp_path / "genai_config.json")
     for graph in GRAPHS:
-        assert convert(exported, tmp_path, graph, largest[graph.name]).converted
-    (wanted,), (found,) = (RawOrt(*args).encode([features]) for args in ((exported,), (tmp_path, Emulated)))
-    assert sqnr_db(wanted, found) > 40
+        assert convert(exported, tmp_path, graph, ranges[graph.name]).converted
+    (expected,), (actual,) = (RawOrt(*args).encode([features]) for args in ((exported,), (tmp_path, EmulatedGraph)))
+    assert sqnr_db(expected, actual) > 40

@@ -1,209 +1,225 @@
-"""Graphs with float16 weights and compute, float32 inputs and outputs, and float32 where float16 could overflow.
+"""Graphs with float16 weights and arithmetic, float32 inputs and outputs, and float32 where float16 could overflow.
 
-What overflows on a GPU may not on a CPU, where ONNX Runtime multiplies in float32 and drops roundings in between. So
-the largest values are measured on speech, in the float32 graph, and operators that come near the limit stay as they
-are. What a device makes of the rest is computed as well: `Emulated` rounds the result of each operator to float16.
+What overflows on a GPU need not overflow on a CPU, where ONNX Runtime multiplies in float32 and leaves out roundings
+in between. So the largest values are measured on speech, in the float32 graph (common/export/ranges.py), and operators
+that come near the limit stay float32. What a GPU computes is emulated on the CPU: `EmulatedGraph` rounds the result of
+each operator to float16.
 
-onnxruntime.transformers.float16 is not used: between two operators that it leaves in float32 it passes the value
-through float16, it cuts off weights, and it wants all of them in memory. Here they are read and written one by one.
+onnxruntime.transformers.float16 is not used: between two operators that it leaves in float32 it converts the value to
+float16 and back, it clips weights, and it needs all of them in memory. Here weights are read and written one by one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from common.contract import Graph
-from common.export.ranges import Largest
-from common.folder.onnx_files import load, save_model
-from common.run.ort import ERRORS_AND_WORSE, OrtGraph
+from common.export.typed_graph import FLOATS, exact_session, float_values, load_typed, name_of, release, weight_of
+from common.folder.onnx_files import save_model
+from common.run.ort import OrtGraph
 
-# An operator stays float32 if a value that goes in, comes out or is summed up inside it was larger. A quarter of
-# float16's 65504: speech that was not measured may be louder inside. Masked attention scores, -10000, remain below.
+LARGEST_FLOAT16 = 65504.0
+# An operator stays float32 if one of its inputs, outputs or inner sums was as large or larger. A quarter of the largest
+# float16, since other speech may have larger values. Masked attention scores, -10000, are below it.
 LIMIT = 2.0**14
-# Their inner sums have no declared precision, as LayerNormalization's have (stash_type, float32), and may be squares.
+# The precision of their inner sums, which may be sums of squares, is not declared; that of LayerNormalization's is
+# (stash_type, float32).
 SUMS = ("InstanceNormalization", "GroupNormalization", "ReduceMean", "ReduceSum", "ReduceL2")
 PERIODIC = ("Sin", "Cos")  # large angles in, small numbers out
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
+Ranges = Mapping[str, float]  # operator's name → its largest magnitude
 
 
 @dataclass
 class Conversion:
-    """What became of one graph: operators left in float32 with their largest value, and those of the rest by type."""
+    """What became of one graph's operators, each with the largest value measured in it."""
 
-    overflowing: dict[str, float] = field(default_factory=dict)
-    exact: list[str] = field(default_factory=list)  # integer arithmetic, and sums of unknown precision
-    converted: dict[str, float] = field(default_factory=dict)
+    overflowing: dict[str, float] = field(default_factory=dict)  # left in float32: name → largest value
+    exact: list[str] = field(default_factory=list)  # left in float32: integer arithmetic, sums of unknown precision
+    converted: dict[str, float] = field(default_factory=dict)  # now in float16: operator's type → largest value
+    operators: int = 0  # that compute with floats
 
-    def record(self) -> dict:
+    @property
+    def kept_float32(self) -> int:
+        return len(self.overflowing) + len(self.exact)
+
+    def record(self) -> dict[str, Any]:
         """For the manifest."""
-        overflowing, converted = (
-            {name: float(f"{value:.4g}") for name, value in values.items()}
-            for values in (self.overflowing, self.converted)
-        )
-        return {"limit": LIMIT, "kept_float32": overflowing, "kept_exact": self.exact, "max_abs": converted}
+        return {
+            "limit": LIMIT,
+            "kept_float32": _four_digits(self.overflowing),
+            "kept_exact": self.exact,
+            "max_abs": _four_digits(self.converted),
+        }
 
 
-class Emulated(OrtGraph):
+def _four_digits(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.4g}") for name, value in values.items()}
+
+
+class EmulatedGraph(OrtGraph):
     """A float16 graph as a GPU computes it: sums in float32, the result of each operator rounded to float16."""
 
-    def __init__(self, folder: Path, graph: Graph):
-        model = typed(folder / graph.file)
-        casts = _Casts(model, weights=False)
+    def __init__(self, folder: Path, graph: Graph) -> None:
+        model = load_typed(folder / graph.file)
+        casts = _Casts(model, convert_weights=False)
         for node in list(model.graph):
-            if node.op_type != "Cast" and any(value.dtype == ir.DataType.FLOAT16 for value in _floats(node)):
-                for index, value in enumerate(node.inputs):
-                    if value is not None and value.dtype == ir.DataType.FLOAT16:
-                        node.replace_input_with(index, casts.of(value, ir.DataType.FLOAT))
-                for value in node.outputs:
-                    if value.dtype == ir.DataType.FLOAT16:
-                        users = list(value.uses())
-                        value.dtype = ir.DataType.FLOAT
-                        rounded = casts.of(value, ir.DataType.FLOAT16)
-                        for user, index in users:
-                            user.replace_input_with(index, rounded)
+            if node.op_type != "Cast" and any(value.dtype == ir.DataType.FLOAT16 for value in float_values(node)):
+                _compute_in_float32(node, casts)
         model.graph.sort()
-        self.graph, self.session = graph, session_of(model, folder)
+        self.graph = graph
+        self.session = exact_session(model, folder)
 
 
-def convert(source: Path, target: Path, graph: Graph, largest: Largest) -> Conversion:
-    """Write `graph` of the float32 folder `source` into `target`, in float16 where its `largest` values allow that."""
-    model = typed(source / graph.file)
-    exact = _exact(model)
-    done, casts = Conversion(), _Casts(model, weights=True)
-    for node in list(model.graph):
-        floats = [value for value in _floats(node) if value.dtype == ir.DataType.FLOAT]
-        if not floats:
-            continue
-        dtype = ir.DataType.FLOAT
-        if node in exact:
-            done.exact.append(node.name)
-        elif not largest[node.name] < LIMIT:  # NaN is not, either
-            done.overflowing[node.name] = largest[node.name]
-        else:
-            dtype = ir.DataType.FLOAT16
-            done.converted[node.op_type] = max(done.converted.get(node.op_type, 0.0), largest[node.name])
-        for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype in FLOATS and value.dtype != dtype:
-                node.replace_input_with(index, casts.of(value, dtype))
-        for value in node.outputs:
-            value.dtype = dtype if value.dtype == ir.DataType.FLOAT else value.dtype
-        if node.op_type == "Cast" and node.outputs[0].dtype in FLOATS:
-            node.attributes["to"] = ir.AttrInt64("to", dtype)
-    for index, value in enumerate(model.graph.outputs):
+def _compute_in_float32(node: ir.Node, casts: "_Casts") -> None:
+    """Convert the float16 inputs of `node` to float32, and round its results to float16 for those that use them."""
+    for index, value in enumerate(node.inputs):
+        if value is not None and value.dtype == ir.DataType.FLOAT16:
+            node.replace_input_with(index, casts.cast(value, ir.DataType.FLOAT))
+    for value in node.outputs:
         if value.dtype == ir.DataType.FLOAT16:
-            name, value.name = value.name, f"{value.name}.float16"
-            output = casts.of(value, ir.DataType.FLOAT)
-            output.name, output.shape = name, value.shape
-            model.graph.outputs[index] = output
+            users = list(value.uses())
+            value.dtype = ir.DataType.FLOAT
+            rounded = casts.cast(value, ir.DataType.FLOAT16)
+            for user, index in users:
+                user.replace_input_with(index, rounded)
+
+
+def convert(source: Path, target: Path, graph: Graph, ranges: Ranges) -> Conversion:
+    """Write `graph` of the float32 folder `source` into `target`, in float16 where its `ranges` allow that."""
+    model = load_typed(source / graph.file)
+    exact = _exact_operators(model)
+    conversion = Conversion()
+    casts = _Casts(model, convert_weights=True)
+    for node in list(model.graph):
+        if any(value.dtype == ir.DataType.FLOAT for value in float_values(node)):
+            _set_dtype(node, _chosen_dtype(node, exact, ranges, conversion), casts)
+    _restore_outputs(model, casts)
     model.graph.sort()
     _forget_types(model)
     for graph_pass in (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass()):
         model = graph_pass(model).model
     save_model(model, target / graph.file)
-    return done
+    return conversion
+
+
+def _chosen_dtype(node: ir.Node, exact: set[ir.Node], ranges: Ranges, conversion: Conversion) -> ir.DataType:
+    """The type in which `node` is to compute, noted in `conversion`."""
+    name = name_of(node)
+    conversion.operators += 1
+    if node in exact:
+        conversion.exact.append(name)
+        return ir.DataType.FLOAT
+    if not ranges[name] < LIMIT:  # written so that NaN is not below it either
+        conversion.overflowing[name] = ranges[name]
+        return ir.DataType.FLOAT
+    conversion.converted[node.op_type] = max(conversion.converted.get(node.op_type, 0.0), ranges[name])
+    return ir.DataType.FLOAT16
+
+
+def _set_dtype(node: ir.Node, dtype: ir.DataType, casts: "_Casts") -> None:
+    """Let `node` compute in the float type `dtype`, with casts in front of its inputs where they are of the other."""
+    for index, value in enumerate(node.inputs):
+        if value is not None and value.dtype in FLOATS and value.dtype != dtype:
+            node.replace_input_with(index, casts.cast(value, dtype))
+    for output in node.outputs:
+        if output.dtype == ir.DataType.FLOAT:
+            output.dtype = dtype
+    if node.op_type == "Cast" and node.outputs[0].dtype in FLOATS:
+        node.attributes["to"] = ir.AttrInt64("to", dtype)
+
+
+def _restore_outputs(model: ir.Model, casts: "_Casts") -> None:
+    """Make the outputs of the graph that have become float16 float32 again, under their names."""
+    for index, value in enumerate(model.graph.outputs):
+        if value.dtype == ir.DataType.FLOAT16:
+            name = value.name
+            value.name = f"{name}.float16"
+            output = casts.cast(value, ir.DataType.FLOAT)
+            output.name = name
+            output.shape = value.shape
+            model.graph.outputs[index] = output
 
 
 class _Casts:
-    """A value of a graph in another float type: one Cast node however often it is asked for, appended; sort afterwards.
+    """Values of a graph in another float type: one Cast node for each, appended, so that the graph needs sorting.
 
-    With `weights` an initializer becomes one more initializer, which is converted when it is written.
+    With `convert_weights` an initializer becomes one more initializer, which is converted when it is written.
     """
 
-    def __init__(self, model: ir.Model, *, weights: bool):
-        self.graph, self.weights, self.made = model.graph, weights, {}
+    def __init__(self, model: ir.Model, *, convert_weights: bool) -> None:
+        self.graph = model.graph
+        self.convert_weights = convert_weights
+        self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
-    def of(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """`value` in the type `dtype`; the same one each time."""
         key = value, dtype
         if key not in self.made:
             name = f"{value.name}.{dtype.name.lower()}"
-            make = self._weight if self.weights and value.is_initializer() else self._node
+            make = self._weight if self.convert_weights and value.is_initializer() else self._node
             self.made[key] = make(value, dtype, name)
         return self.made[key]
 
     def _node(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
         node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)], name=f"{name}.Cast")
         output = node.outputs[0]
-        output.name, output.type = name, ir.TensorType(dtype)
+        output.name = name
+        output.type = ir.TensorType(dtype)
         self.graph.append(node)
         return output
 
     def _weight(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
-        tensor = value.const_value
+        tensor = weight_of(value)
+        shape = cast(ir.Shape, tensor.shape)
 
-        def converted() -> ir.Tensor:
+        def converted() -> ir.TensorProtocol:
             try:
                 return ir.tensor(tensor.numpy().astype(dtype.numpy()), name=name)
             finally:
                 release(tensor)
 
-        lazy = ir.LazyTensor(converted, dtype, tensor.shape, name=name)
-        made = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=lazy)
+        lazy = ir.LazyTensor(converted, dtype, shape, name=name)
+        made = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=lazy)
         self.graph.register_initializer(made)
         return made
 
 
-def typed(path: Path) -> ir.Model:
-    """The model at `path`, constants as initializers and the type of every value known."""
-    model = passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(load(path)).model
-    model = passes.ShapeInferencePass()(model).model
-    unknown = next((node for node in model.graph if any(value.dtype is None for value in node.outputs)), None)
-    if unknown is not None:
-        raise ValueError(f"{path}: ONNX does not know the type that {unknown.op_type} {unknown.name} gives")
-    return model
-
-
 def _forget_types(model: ir.Model) -> None:
-    """Of the values inside the graph, as export.py leaves them; a runtime infers them."""
+    """Remove the types of the values inside the graph, as in the exported graph: a runtime infers them."""
     for node in model.graph:
         for value in node.outputs:
             if not value.is_graph_output():
-                value.type = value.shape = None
+                value.type = None
+                value.shape = None
 
 
-def _floats(node: ir.Node) -> list[ir.Value]:
-    return [value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype in FLOATS]
-
-
-def _exact(model: ir.Model) -> set[ir.Node]:
+def _exact_operators(model: ir.Model) -> set[ir.Node]:
     """Operators that stay float32 whatever their values are: SUMS, and those that count in floats.
 
     Float16 has no odd integer beyond 2048, and the positions of a clip of three minutes go further. So a Cast of
-    integers stays, and what is computed from its result and constants alone, up to the sine or cosine.
+    integers stays, and so does what is computed from its result and constants alone, up to the sine or cosine.
     """
-    found = {node for node in model.graph if node.op_type in SUMS}
-    for node in filter(_floats, model.graph):
+    exact = {node for node in model.graph if node.op_type in SUMS}
+    for node in filter(float_values, model.graph):
         values = [value for value in node.inputs if value is not None and value.dtype in FLOATS]
         sources = [value.producer() for value in values if not value.is_initializer()]
         if sources:
-            counts = all(source in found and source.op_type not in PERIODIC for source in sources)
+            counts = all(
+                source is not None and source in exact and source.op_type not in PERIODIC for source in sources
+            )
         elif node.op_type == "Cast":
-            counts = node.inputs[0].dtype.is_integer()
+            counts = _is_integer(node.inputs[0])
         else:
             counts = not values  # a source of floats, whose type is in an attribute
         if counts:
-            found.add(node)
-    return found
+            exact.add(node)
+    return exact
 
 
-def release(tensor: ir.TensorProtocol) -> None:
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()  # its mapping of the data file
-
-
-def session_of(model: ir.Model, folder: Path, *, fold: bool = False):
-    """`model`, whose weights lie in `folder`, as it is: no cast is dropped, no weight repacked. With `fold`, for small
-    graphs of float32, what depends on weights alone is computed once."""
-    import onnxruntime as ort
-
-    levels = ort.GraphOptimizationLevel
-    options = ort.SessionOptions()
-    options.log_severity_level = ERRORS_AND_WORSE
-    options.graph_optimization_level = levels.ORT_ENABLE_BASIC if fold else levels.ORT_DISABLE_ALL
-    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # that of the file
-    options.enable_cpu_mem_arena = fold
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    content = ir.to_proto(model).SerializeToString()
-    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+def _is_integer(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype is not None and value.dtype.is_integer()

@@ -9,32 +9,22 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 from onnx_ir.tensor_adapters import TorchTensor
-from torch import nn
 
 from common.contract import Graph
-from common.export.wrappers import named_weights
+from common.export.options import check_opset
+from common.export.wrappers import Wrapper, named_weights
 from common.folder.onnx_files import save_model
 
-MIN_OPSET, MAX_OPSET = (
-    17,
-    21,
-)  # 17 has LayerNormalization; 21 is the newest that onnxruntime-genai's wheels were built for
-# torch.onnx.export(dynamo=False) of torch 2.13 ends at 20; the exporter that goes on takes four times as long.
+# torch.onnx.export(dynamo=False) of torch 2.13 ends at 20; the newer exporter, which goes on, takes four times as long.
 EXPORTER_MAX_OPSET = 20
 
 
-def check_opset(opset: int) -> None:
-    """Raise ValueError for an opset outside the range that is exported and tested."""
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise ValueError(f"wanted --opset_version {MIN_OPSET} to {MAX_OPSET}, found {opset}")
+def export_graph(module: Wrapper, graph: Graph, folder: Path, opset: int) -> None:
+    """Write `graph.file` and `graph.data_file` into `folder`. Raises ValueError as check_opset does.
 
-
-def export_graph(module: nn.Module, graph: Graph, folder: Path, opset: int) -> None:
-    """Write `graph.file` and `graph.data_file` into `folder`.
-
-    A module with `weights_as_inputs` is traced with its weights as graph inputs, which then become initializers read
-    straight from the module: nothing is copied, and the 2 GB limit of a protobuf is not met. The others are small, and
-    their weights need the exporter's constant folding (an LSTM's gates change order).
+    A module with `weights_as_inputs` is traced with its weights as graph inputs, which then become initializers that
+    are read straight from the module: nothing is copied, and the 2 GB limit of a protobuf is not reached. The other
+    modules are small, and their weights need the exporter's constant folding (the gates of an LSTM change order).
     """
     check_opset(opset)
     proto = onnx.load_from_string(_trace(module, graph, min(opset, EXPORTER_MAX_OPSET)))
@@ -47,13 +37,14 @@ def export_graph(module: nn.Module, graph: Graph, folder: Path, opset: int) -> N
         passes.IdentityEliminationPass(),
         passes.CommonSubexpressionEliminationPass(),
         passes.RemoveUnusedNodesPass(),
-        passes.ClearMetadataAndDocStringPass(),  # stack traces of this machine
+        passes.ClearMetadataAndDocStringPass(),  # stack traces with paths of this machine
     ):
         model = graph_pass(model).model
     save_model(model, folder / graph.file)
 
 
-def _trace(module: nn.Module, graph: Graph, opset: int) -> bytes:
+def _trace(module: Wrapper, graph: Graph, opset: int) -> bytes:
+    """The serialized ONNX model that torch makes of `module`."""
     buffer = io.BytesIO()
     device = next(module.parameters()).device
     inputs = tuple(tensor.to(device) for tensor in module.example_inputs())
@@ -62,7 +53,7 @@ def _trace(module: nn.Module, graph: Graph, opset: int) -> bytes:
         torch.onnx.export(
             module,
             inputs,
-            buffer,
+            buffer,  # type: ignore[arg-type]  # a file object is what dynamo=False accepts as well
             input_names=graph.input_names,
             output_names=graph.output_names,
             dynamic_axes=graph.dynamic_axes(),
@@ -74,7 +65,7 @@ def _trace(module: nn.Module, graph: Graph, opset: int) -> bytes:
     return buffer.getvalue()
 
 
-def _bind_weights(model: ir.Model, module: nn.Module) -> None:
+def _bind_weights(model: ir.Model, module: Wrapper) -> None:
     """Turn the graph inputs that are weights into initializers that hold the module's tensors."""
     weights = dict(named_weights(module))
     for value in list(model.graph.inputs):

@@ -1,12 +1,12 @@
-"""A folder replaced by one rename: at every moment there is the whole old one or the whole new one.
+"""Atomic output folders: a folder is replaced by one rename, so that the old or the new one is complete at any moment.
 
-Beside a folder NAME lie, while a run writes it:
-    .NAME.lock      held by the run (the kernel lets go of it when the run dies, however it dies)
+While a run writes the folder NAME, these are beside it:
+    .NAME.lock      held by the run (the kernel releases it when the run ends, however it ends)
     .NAME.partial   its scratch space; the new folder grows in it
-    .NAME.old       for a moment, where the system has no exchanging rename: the old folder, about to be removed
+    .NAME.old       the old folder, about to be removed: for a moment, where the system cannot exchange two folders
 
-Whoever has the lock may therefore take every leftover for a dead run's, and does: `lock` removes it, or, where the old
-folder had been moved aside and the new one had not come yet, moves the old one back.
+So whatever the holder of the lock finds there was left by a run that was killed. `lock` removes it; where the old
+folder had been moved away and the new one was not yet in its place, it moves the old one back.
 """
 
 import contextlib
@@ -15,21 +15,24 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
-# What renameat2 says where the kernel, or the file system (NFS, some overlays), cannot exchange two folders.
+AT_FDCWD = -100  # <fcntl.h>
+RENAME_EXCHANGE = 2  # <linux/fs.h>
+# The errors of renameat2 where the kernel, or the file system (NFS, some overlays), cannot exchange two folders.
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
 def lock(target: Path) -> Iterator[Path]:
-    """Keep other runs from writing to `target`, tidy up after a dead one, and yield empty scratch space beside it.
+    """Keep other runs from writing to `target`, clean up after a killed one, and yield an empty folder beside it.
 
-    Raises BlockingIOError while another run has the lock.
+    That folder is scratch space, which is removed at the end. Raises BlockingIOError while another run has the lock.
     """
-    path, scratch, aside = (target.with_name(f".{target.name}.{kind}") for kind in ("lock", "partial", "old"))
+    path = _beside(target, "lock")
+    scratch = _beside(target, "partial")
+    aside = _beside(target, "old")
     file = _acquire(path, target)
     try:
         _recover(target, scratch, aside)
@@ -37,10 +40,10 @@ def lock(target: Path) -> Iterator[Path]:
         try:
             yield scratch
         finally:
-            with contextlib.suppress(OSError):  # what cannot be removed now is the next run's leftover
+            with contextlib.suppress(OSError):  # what cannot be removed now, the next run removes
                 _remove(scratch)
     finally:
-        if os.name == "posix":  # unlinked while it is held: whoever waits for it notices, in _acquire
+        if os.name == "posix":  # unlinked while it is held: a run that waits for it notices, in _acquire
             path.unlink(missing_ok=True)
             os.close(file)
         else:  # Windows does not delete an open file, nor one that the next run has opened meanwhile
@@ -49,8 +52,12 @@ def lock(target: Path) -> Iterator[Path]:
                 path.unlink(missing_ok=True)
 
 
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}")
+
+
 def _acquire(path: Path, target: Path) -> int:
-    """A descriptor of the lock file `path`, locked."""
+    """A descriptor of the lock file `path`, locked. Raises BlockingIOError while another run has it."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -81,7 +88,7 @@ def _lock_file(file: int) -> None:
 
 
 def _recover(target: Path, scratch: Path, aside: Path) -> None:
-    """Bring the place to what it was before, or after, a run that was killed."""
+    """Restore the state before, or after, a run that was killed."""
     if aside.is_dir():
         if target.exists():
             _remove(aside)
@@ -92,10 +99,10 @@ def _recover(target: Path, scratch: Path, aside: Path) -> None:
 
 
 def replace_folder(target: Path, new: Path) -> None:
-    """Put the folder `new` in the place of `target`, with every entry of `target` that it lacks.
+    """Put the folder `new` in the place of `target`, with every entry of `target` that `new` does not have.
 
-    Entries are hard links where the file system has them, so nothing is copied and nothing can be lost with the old
-    folder. All of `new` is on the disk before the rename, and the rename before this returns.
+    Those entries are hard links where the file system has them, so that nothing is copied and nothing is lost with the
+    old folder. All of `new` is on the disk before the rename, and the rename is on the disk before this returns.
     """
     written = list(new.rglob("*"))
     if target.exists():
@@ -107,7 +114,7 @@ def replace_folder(target: Path, new: Path) -> None:
     if not target.exists():
         new.rename(target)
     elif not _exchange(new, target):
-        aside = target.with_name(f".{target.name}.old")
+        aside = _beside(target, "old")
         target.rename(aside)
         new.rename(target)
         fsync(target.parent)
@@ -118,13 +125,14 @@ def replace_folder(target: Path, new: Path) -> None:
 
 
 def _keep_entries(old: Path, new: Path) -> None:
-    """Give `new` the mode of `old` and the entries that only `old` has, in the folders that both have as well."""
+    """Give `new` the mode of `old` and the entries that only `old` has, and so for the folders that both have."""
     for entry in old.iterdir():
-        kept, folder = new / entry.name, entry.is_dir() and not entry.is_symlink()
+        kept = new / entry.name
+        is_folder = entry.is_dir() and not entry.is_symlink()
         if os.path.lexists(kept):
-            if folder and kept.is_dir():
+            if is_folder and kept.is_dir():
                 _keep_entries(entry, kept)
-        elif folder:
+        elif is_folder:
             shutil.copytree(entry, kept, symlinks=True, copy_function=link)
         else:
             link(entry, kept)
@@ -133,19 +141,19 @@ def _keep_entries(old: Path, new: Path) -> None:
         os.chown(new, old.stat().st_uid, old.stat().st_gid)
 
 
-def link(source: str | Path, kept: str | Path) -> str | Path:
-    """One file under a second name; a copy of it where the file system has no hard links."""
+def link(source: str | Path, target: str | Path) -> str | Path:
+    """Give the file `source` the second name `target`, which is returned; copy it where there are no hard links."""
     try:
-        os.link(source, kept, follow_symlinks=False)
+        os.link(source, target, follow_symlinks=False)
     except (OSError, NotImplementedError):
-        shutil.copy2(source, kept, follow_symlinks=False)
-        if not Path(kept).is_symlink():
-            fsync(Path(kept))
-    return kept
+        shutil.copy2(source, target, follow_symlinks=False)
+        if not Path(target).is_symlink():
+            fsync(Path(target))
+    return target
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False where the system cannot."""
+    """Exchange two folders in one step. Returns False where the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:
         return False
@@ -160,7 +168,7 @@ def _exchange(one: Path, other: Path) -> bool:
 def fsync(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     if os.name != "posix" and path.is_dir():
-        return  # Windows opens no folders, and writes their names through
+        return  # Windows cannot open folders, and writes changes of names at once
     file = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(file)
@@ -172,9 +180,11 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, onerror=_open_folder_and_retry)
 
 
-def _open_folder_and_retry(function, path: str, _) -> None:
-    """Entries of a read-only folder can be removed once it is writable. Never the mode of a file: it may be shared
-    with its second name in the folder that stays."""
+def _open_folder_and_retry(function: Callable[[str], object], path: str, _: object) -> None:
+    """Make the folder of `path` writable, so that its entries can be removed.
+
+    The mode of a file is never changed: the file may have a second name in the folder that stays.
+    """
     Path(path).parent.chmod(0o700)
     function(path)
 

@@ -1,7 +1,8 @@
-"""A graph as another runtime wants it: renamed, its axes in another order, several in one, checked against its source.
+"""Graphs in the form that another runtime expects: renamed, axes in another order, or several graphs in one file.
 
-The nodes and weights are the source's own. The weights of a view of one graph are the source's file under a second
-name, so a folder for another runtime costs next to nothing; a copy where the file system has no hard links.
+The nodes and weights are those of the source graphs. The weights of a view of a single graph are the source's data
+file under a second name (a hard link; a copy where the file system has none), so that a folder for another runtime
+takes next to no space. Every view is compared with its source.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from common.folder.atomic import link
 from common.folder.onnx_files import load, save_model
 from common.run.ort import OrtGraph
 
-# On which a view is compared with its source: batch, mel frames, encoder frames, target positions.
+# The sizes at which a view is compared with its source: batch, mel frames, encoder frames, target positions.
 CHECK_SIZES = {"B": 2, "T": 160, "S": 1, "U": 1}
 
 
@@ -34,52 +35,71 @@ def write_view(view: View, source: Path, target: Path, metadata: Mapping[str, st
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            place = (view.data_file, tensor.offset, tensor.length, tensor.dtype)
-            value.const_value = ir.ExternalTensor(*place, shape=tensor.shape, name=tensor.name, base_dir=target)
+            value.const_value = ir.ExternalTensor(
+                view.data_file,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name,
+                base_dir=target,
+            )
     ir.save(model, target / view.file)
 
 
 def check_view(view: View, source: Path, target: Path, vocabulary: int) -> None:
-    """Run `view` in folder `target` and its parts in `source` on the same noise. Raises CheckError unless every output
-    is equal, bit for bit. One session at a time."""
-    known = _run_parts(view, source, vocabulary)
-    wanted = {t.name: _arranged(known[t.source], view.part(t.source), t) for t in (*view.inputs, *view.outputs)}
-    found = OrtGraph(target, view, mapped=True)(*(wanted[name] for name in view.input_names))
-    for name, array in zip(view.output_names, found, strict=True):
-        if array.dtype != wanted[name].dtype or not np.array_equal(array, wanted[name]):
+    """Run `view` in folder `target` and its parts in `source` on the same noise, one session at a time.
+
+    vocabulary: V. Raises CheckError unless every output is equal, bit for bit.
+    """
+    values = _run_parts(view, source, vocabulary)
+    expected = {
+        tensor.name: _rearranged(values[tensor.source], view.part(tensor.source), tensor)
+        for tensor in (*view.inputs, *view.outputs)
+    }
+    actual = OrtGraph(target, view, mapped=True)(*(expected[name] for name in view.input_names))
+    for name, array in zip(view.output_names, actual, strict=True):
+        if array.dtype != expected[name].dtype or not np.array_equal(array, expected[name]):
             parts = " and ".join(part.file for part in view.parts)
-            raise CheckError(f"{name} of {view.file} is not what {parts} compute: the layout is wrong")
+            raise CheckError(
+                f"expected {name} of {view.file} to equal the output of {parts}, got other values: the layout is wrong"
+            )
 
 
 def _run_parts(view: View, source: Path, vocabulary: int) -> dict[str, np.ndarray]:
     """Every input and output of the parts, one of which may feed the next, by name."""
-    known: dict[str, np.ndarray] = {}
+    values: dict[str, np.ndarray] = {}
     for part in view.parts:
         graph = OrtGraph(source, part, mapped=True)
         inputs = dict(zip(part.input_names, graph.noise(vocabulary, **CHECK_SIZES), strict=True))
         for tensor in part.inputs:
-            if tensor.name in known:
-                inputs[tensor.name] = _arranged(known[tensor.name], view.part(tensor.name), tensor)
-        known |= inputs | dict(zip(part.output_names, graph(*inputs.values()), strict=True))
-    return known
+            if tensor.name in values:
+                inputs[tensor.name] = _rearranged(values[tensor.name], view.part(tensor.name), tensor)
+        values |= inputs | dict(zip(part.output_names, graph(*inputs.values()), strict=True))
+    return values
 
 
-def _arranged(array: np.ndarray, have: Tensor, want: Tensor) -> np.ndarray:
-    return array.transpose(_order(have, want)).astype(want.dtype)
+def _rearranged(array: np.ndarray, old: Tensor, new: Tensor) -> np.ndarray:
+    """`array`, declared as `old`, with the axes and type of `new`."""
+    return array.transpose(_order(old, new)).astype(new.dtype)
 
 
-def _order(have: Tensor, want: Tensor) -> list[int]:
-    """The permutation that brings the axes of `have` into the order of `want`."""
-    return [have.axes.index(axis) for axis in want.axes]
+def _order(old: Tensor, new: Tensor) -> list[int]:
+    """The permutation that brings the axes of `old` into the order of `new`."""
+    return [old.axes.index(axis) for axis in new.axes]
 
 
 def _join(graph: ir.Graph, other: ir.Graph, view: View) -> None:
-    """Move the nodes, weights, inputs and outputs of `other` into `graph`, its inputs that `graph` puts out bound to
-    those."""
+    """Move the nodes, weights, inputs and outputs of `other` into `graph`.
+
+    An input of `other` that is an output of `graph` is connected to it.
+    """
     _prefix(graph, view.parts[0].name)
     _prefix(other, view.parts[1].name)
-    made = {value.name: value for value in graph.outputs}
-    inputs, outputs, nodes = list(other.inputs), list(other.outputs), list(other)
+    first_outputs = {value.name: value for value in graph.outputs}
+    inputs = list(other.inputs)
+    outputs = list(other.outputs)
+    nodes = list(other)
     weights = list(other.initializers.values())
     other.inputs.clear()
     other.outputs.clear()
@@ -89,19 +109,20 @@ def _join(graph: ir.Graph, other: ir.Graph, view: View) -> None:
         graph.register_initializer(value)
     graph.extend(nodes)
     for value in inputs:
-        if value.name not in made:
+        if value.name is None or value.name not in first_outputs:
             graph.inputs.append(value)
             continue
-        wanted = next(tensor for tensor in view.parts[1].inputs if tensor.name == value.name)
-        given, added = _converted(made[value.name], view.part(value.name), wanted)
+        output = first_outputs[value.name]
+        needed = next(tensor for tensor in view.parts[1].inputs if tensor.name == value.name)
+        converted, added = _converted(output, view.part(value.name), needed)
         graph.insert_before(nodes[0], added)
-        value.replace_all_uses_with(given)
-        graph.outputs.remove(made[value.name])
+        value.replace_all_uses_with(converted)
+        graph.outputs.remove(output)
     graph.outputs.extend(outputs)
 
 
 def _prefix(graph: ir.Graph, prefix: str) -> None:
-    """Give everything inside `graph` a name that no other part has."""
+    """Prefix the names of all values inside `graph`, so that no other part has the same."""
     ends = {*graph.inputs, *graph.outputs}
     inner = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
     for value in inner:
@@ -110,43 +131,51 @@ def _prefix(graph: ir.Graph, prefix: str) -> None:
 
 
 def _rename(graph: ir.Graph, view: View) -> None:
-    """Bring the inputs and outputs of `graph` to the names, axes, types and order of `view`."""
+    """Give the inputs and outputs of `graph` the names, axes, types and order of `view`."""
     sources = {value.name: value for value in (*graph.inputs, *graph.outputs)}
     for value in sources.values():
-        value.name = f"{value.name}.source"  # a name may be wanted for another tensor
-    inputs, outputs = [], []
+        value.name = f"{value.name}.source"  # the view may use the name for another tensor
+    inputs = []
+    outputs = []
     for tensor in view.inputs:
-        have, old = view.part(tensor.source), sources[tensor.source]
-        new = ir.Value(name=tensor.name, type=ir.TensorType(_dtype(tensor)), shape=_shape(old, have, tensor))
-        given, added = _converted(new, tensor, have)
-        old.replace_all_uses_with(given)
+        part = view.part(tensor.source)
+        source = sources[tensor.source]
+        new = ir.Value(name=tensor.name, type=ir.TensorType(_dtype(tensor)), shape=_shape(source, part, tensor))
+        converted, added = _converted(new, tensor, part)
+        source.replace_all_uses_with(converted)
         graph.insert_before(graph[0], added)
         inputs.append(new)
     for tensor in view.outputs:
-        have, old = view.part(tensor.source), sources[tensor.source]
-        shape = _shape(old, have, tensor)
-        given, added = _converted(old, have, tensor)
+        part = view.part(tensor.source)
+        source = sources[tensor.source]
+        shape = _shape(source, part, tensor)
+        converted, added = _converted(source, part, tensor)
         graph.extend(added)
-        given.name, given.type, given.shape = tensor.name, ir.TensorType(_dtype(tensor)), shape
-        outputs.append(given)
-    graph.inputs[:], graph.outputs[:] = inputs, outputs
+        converted.name = tensor.name
+        converted.type = ir.TensorType(_dtype(tensor))
+        converted.shape = shape
+        outputs.append(converted)
+    graph.inputs[:] = inputs
+    graph.outputs[:] = outputs
 
 
-def _converted(value: ir.Value, have: Tensor, want: Tensor) -> tuple[ir.Value, list[ir.Node]]:
-    """`value`, declared as `have`, in the type and order of axes of `want`; also the nodes that this takes, if any."""
-    nodes = []
-    if have.dtype != want.dtype:
-        nodes.append(ir.node("Cast", [value], {"to": _dtype(want)}))
-    if have.axes != want.axes:
+def _converted(value: ir.Value, old: Tensor, new: Tensor) -> tuple[ir.Value, list[ir.Node]]:
+    """`value`, declared as `old`, with the type and order of axes of `new`; and the nodes that this takes, if any."""
+    nodes: list[ir.Node] = []
+    if old.dtype != new.dtype:
+        nodes.append(ir.node("Cast", [value], {"to": _dtype(new)}))
+    if old.axes != new.axes:
         inputs = [nodes[-1].outputs[0] if nodes else value]
-        nodes.append(ir.node("Transpose", inputs, {"perm": _order(have, want)}))
+        nodes.append(ir.node("Transpose", inputs, {"perm": _order(old, new)}))
     for node in nodes:
         node.outputs[0].name = f"{value.name}.{node.op_type.lower()}"
     return nodes[-1].outputs[0] if nodes else value, nodes
 
 
-def _shape(value: ir.Value, have: Tensor, want: Tensor) -> ir.Shape:
-    return ir.Shape([value.shape[axis] for axis in _order(have, want)])
+def _shape(value: ir.Value, old: Tensor, new: Tensor) -> ir.Shape:
+    """The shape of `value`, an input or output of an exported graph, in the order of axes of `new`."""
+    assert value.shape is not None
+    return ir.Shape([value.shape[axis] for axis in _order(old, new)])
 
 
 def _dtype(tensor: Tensor) -> ir.DataType:

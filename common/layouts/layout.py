@@ -64,6 +64,7 @@ class Layout:
     config_files: tuple[str, ...]
     vocabulary: tuple[str, ...]  # the first file has a line for each token
     vocabulary_command: str  # what writes them; {} stands for the folder
+    exports_vocabulary: bool = True  # whether the export writes them, not a script of its own
     usage: str  # Python that transcribes a file; {folder} and {audio} stand for the paths
     check: Callable[[ModelSpec], None]  # raises ValueError naming what the runtime cannot compute of a checkpoint
     configs: Callable[[ModelSpec, Window, str], dict[str, dict[str, Any]]]  # spec, window, device → file name → content

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.contract import DECODER, ENCODER, JOINT
 from common.run.config import Piece, RuntimeConfig, windows
-from common.run.decode import GENAI_RULE, BlankZero, Hypothesis, Prediction, greedy_tdt_decode
+from common.run.decode import GENAI_RULE, BlankZero, DecodingConfig, Hypothesis, Prediction, greedy_tdt_decode
 from common.run.ort import OpenGraph, OrtGraph
 
 
@@ -67,10 +67,12 @@ class RawOrt:
             [np.cumsum([len(part) for part in own]).tolist() for own in parts],
             self.predict,
             self.join,
-            blank_id=config.blank_id,
-            durations=config.durations,
-            max_symbols=config.max_symbols,
-            blank_zero=rule,
+            DecodingConfig(
+                blank_id=config.blank_id,
+                durations=config.durations,
+                max_symbols=config.max_symbols,
+                blank_zero=rule,
+            ),
         )
 
     def predict(

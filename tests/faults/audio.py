@@ -8,8 +8,9 @@ import numpy as np
 import soundfile
 import soxr
 
-ROOT = Path(__file__).resolve().parents[2]
-SPEECH = ROOT / "samples" / "clips" / "029_hibari.flac"
+from tests.helpers import SAMPLES, TINY
+
+SPEECH = SAMPLES / "clips" / "029_hibari.flac"
 
 Writer = Callable[[Path], Path]
 CLIPS: dict[str, Writer] = {}
@@ -99,7 +100,7 @@ CLIPS["half an hour, 192 kHz, 8 channels"] = half_an_hour
 
 raw("empty file", b"")
 raw("text", b"this is not audio" * 100)
-raw("a tar", (ROOT / "samples" / "parakeet-tdt-tiny.nemo").read_bytes()[:100_000], "flac")
+raw("a tar", TINY.read_bytes()[:100_000], "flac")
 damaged("WAV that claims 4 GB", "wav", lambda content: struct.pack_into("<I", content, 40, 2**32 - 16))
 damaged("WAV that claims no samples", "wav", lambda content: struct.pack_into("<I", content, 40, 0))
 damaged("WAV that claims 65535 channels", "wav", lambda content: struct.pack_into("<H", content, 22, 65535))

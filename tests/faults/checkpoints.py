@@ -13,12 +13,9 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
+from tests.helpers import CONFIG, TINY, WEIGHTS, rewrite_config, rewrite_text, rewrite_weights, tiny_members, write_tar
 
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "samples" / "parakeet-tdt-tiny.nemo"
 CANARY = "canary"  # beside the checkpoint
-CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 
 Writer = Callable[[Path], None]
 CHECKPOINTS: dict[str, Writer] = {}
@@ -32,21 +29,6 @@ def case(name: str) -> Callable[[Writer], Writer]:
     return register
 
 
-def tiny_members() -> dict[str, bytes]:
-    with tarfile.open(TINY) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar}
-
-
-def write_tar(path: Path, members: dict[str, bytes], *extra: tuple[tarfile.TarInfo, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-        for info, content in extra:
-            tar.addfile(info, io.BytesIO(content))
-
-
 def with_member(path: Path, name: str, content: bytes = b"", **fields) -> None:
     """The bundled checkpoint and one member more, of these tar fields."""
     info = tarfile.TarInfo(name)
@@ -56,33 +38,8 @@ def with_member(path: Path, name: str, content: bytes = b"", **fields) -> None:
     write_tar(path, tiny_members(), (info, content))
 
 
-def with_text(path: Path, change: Callable[[str], str]) -> None:
-    members = tiny_members()
-    members[CONFIG] = change(members[CONFIG].decode()).encode()
-    write_tar(path, members)
-
-
-def with_config(path: Path, change: Callable[[dict], None]) -> None:
-    def rewritten(text: str) -> str:
-        config = yaml.safe_load(text)
-        change(config)
-        return yaml.safe_dump(config, allow_unicode=True)
-
-    with_text(path, rewritten)
-
-
 def with_weights(path: Path, content: bytes) -> None:
     write_tar(path, {**tiny_members(), WEIGHTS: content})
-
-
-def changed_weights(path: Path, change: Callable[[dict], None]) -> None:
-    import torch
-
-    state = torch.load(io.BytesIO(tiny_members()[WEIGHTS]), weights_only=True)
-    change(state)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    with_weights(path, buffer.getvalue())
 
 
 class Code:
@@ -239,54 +196,54 @@ def _(path):
 @case("YAML that asks for Python objects")
 def _(path):
     canary = path.parent / CANARY
-    with_text(path, lambda text: f"x: !!python/object/apply:os.system [\"touch '{canary}'\"]\n{text}")
+    rewrite_text(path, lambda text: f"x: !!python/object/apply:os.system [\"touch '{canary}'\"]\n{text}")
 
 
 @case("a reference to the environment")
 def _(path):
-    with_text(path, lambda text: "x: ${oc.env:HOME}\n" + text)
+    rewrite_text(path, lambda text: "x: ${oc.env:HOME}\n" + text)
 
 
 @case("a reference whose resolver is a reference")
 def _(path):
-    with_text(path, lambda text: "name: oc.env\nx: ${${name}:HOME}\n" + text)
+    rewrite_text(path, lambda text: "name: oc.env\nx: ${${name}:HOME}\n" + text)
 
 
 @case("references that double 60 times")
 def _(path):
     lines = "".join(f"x{n + 1}: ${{x{n}}}${{x{n}}}\n" for n in range(60))
-    with_text(path, lambda text: f"x0: bomb\n{lines}{text}")
+    rewrite_text(path, lambda text: f"x0: bomb\n{lines}{text}")
 
 
 @case("aliases that multiply (billion laughs)")
 def _(path):
     lines = "".join(f"x{n + 1}: &x{n + 1} [{', '.join([f'*x{n}'] * 9)}]\n" for n in range(9))
-    with_text(path, lambda text: f"x0: &x0 [bomb]\n{lines}{text}")
+    rewrite_text(path, lambda text: f"x0: &x0 [bomb]\n{lines}{text}")
 
 
 @case("an alias inside itself")
 def _(path):
-    with_text(path, lambda text: "x: &x [*x]\n" + text)
+    rewrite_text(path, lambda text: "x: &x [*x]\n" + text)
 
 
 @case("5000 levels")
 def _(path):
-    with_text(path, lambda text: f"x: {'[' * 5000}{']' * 5000}\n{text}")
+    rewrite_text(path, lambda text: f"x: {'[' * 5000}{']' * 5000}\n{text}")
 
 
 @case("a million values")
 def _(path):
-    with_text(path, lambda text: "x:\n" + "- 1\n" * 1_000_000 + text)
+    rewrite_text(path, lambda text: "x:\n" + "- 1\n" * 1_000_000 + text)
 
 
 @case("20 MB of config")
 def _(path):
-    with_text(path, lambda text: "x: " + "y" * 20_000_000 + "\n" + text)
+    rewrite_text(path, lambda text: "x: " + "y" * 20_000_000 + "\n" + text)
 
 
 @case("not YAML")
 def _(path):
-    with_text(path, lambda text: "\t{]:" + text)
+    rewrite_text(path, lambda text: "\t{]:" + text)
 
 
 @case("not UTF-8")
@@ -296,70 +253,70 @@ def _(path):
 
 @case("a number for a config")
 def _(path):
-    with_text(path, lambda text: "5")
+    rewrite_text(path, lambda text: "5")
 
 
 @case("a list for an encoder")
 def _(path):
-    with_config(path, lambda config: config.update(encoder=[1, 2]))
+    rewrite_config(path, lambda config: config.update(encoder=[1, 2]))
 
 
 @case("_target_: os.system")
 def _(path):
     canary = path.parent / CANARY
-    with_config(path, lambda config: config["encoder"].update(_target_="os.system", command=f"touch '{canary}'"))
+    rewrite_config(path, lambda config: config["encoder"].update(_target_="os.system", command=f"touch '{canary}'"))
 
 
 @case("_target_: a NeMo function that writes files")
 def _(path):
     call = {"_target_": "nemo.collections.asr.parts.utils.manifest_utils.write_text", "output_path": CANARY}
-    with_config(path, lambda config: config.update(preprocessor=call))
+    rewrite_config(path, lambda config: config.update(preprocessor=call))
 
 
 @case("_target_: deep in a list")
 def _(path):
-    with_config(path, lambda config: config.update(extra=[[{"_target_": "subprocess.Popen", "args": "id"}]]))
+    rewrite_config(path, lambda config: config.update(extra=[[{"_target_": "subprocess.Popen", "args": "id"}]]))
 
 
 @case("target: not a model")
 def _(path):
-    with_config(path, lambda config: config.update(target="subprocess.Popen"))
+    rewrite_config(path, lambda config: config.update(target="subprocess.Popen"))
 
 
 @case("_target_: a NeMo class that is no encoder")
 def _(path):
     target = "nemo.collections.asr.modules.SpectrogramAugmentation"
-    with_config(path, lambda config: config["encoder"].update(_target_=target))
+    rewrite_config(path, lambda config: config["encoder"].update(_target_=target))
 
 
 @case("an artifact nemo:../../etc/passwd")
 def _(path):
-    with_config(path, lambda config: config["tokenizer"].update(model_path="nemo:../../../../../../etc/passwd"))
+    rewrite_config(path, lambda config: config["tokenizer"].update(model_path="nemo:../../../../../../etc/passwd"))
 
 
 @case("a tokenizer at /etc/passwd")
 def _(path):
-    with_config(path, lambda config: config["tokenizer"].update(model_path="/etc/passwd"))
+    rewrite_config(path, lambda config: config["tokenizer"].update(model_path="/etc/passwd"))
 
 
 @case("a billion layers")
 def _(path):
-    with_config(path, lambda config: config["encoder"].update(n_layers=10**9))
+    rewrite_config(path, lambda config: config["encoder"].update(n_layers=10**9))
 
 
 @case("a table of 10^12 positions")
 def _(path):
-    with_config(path, lambda config: config["encoder"].update(pos_emb_max_len=10**12))
+    rewrite_config(path, lambda config: config["encoder"].update(pos_emb_max_len=10**12))
 
 
 @case("a width of -1")
 def _(path):
-    with_config(path, lambda config: config["encoder"].update(d_model=-1))
+    rewrite_config(path, lambda config: config["encoder"].update(d_model=-1))
 
 
 @case("a width of 'wide'")
 def _(path):
-    with_config(path, lambda config: config["encoder"].update(d_model="wide"))
+    rewrite_config(path, lambda config: config["encoder"].update(d_model="wide"))
 
 
 @case("negative durations")
@@ -368,7 +325,7 @@ def _(path):
         for section in (config["decoding"], config["loss"]["tdt_kwargs"]):  # NeMo decodes by those of the loss
             section["durations"] = [0, -1, 2, 3, 4]
 
-    with_config(path, change)
+    rewrite_config(path, change)
 
 
 # ---- the weights
@@ -404,29 +361,29 @@ def _(path):
     def change(state):
         state[next(iter(state))] = torch.zeros(1, dtype=torch.float16).expand(2 * 10**12)
 
-    changed_weights(path, change)
+    rewrite_weights(path, change)
 
 
 @case("a tensor that is a string")
 def _(path):
-    changed_weights(path, lambda state: state.update({next(iter(state)): "weight"}))
+    rewrite_weights(path, lambda state: state.update({next(iter(state)): "weight"}))
 
 
 @case("a tensor missing")
 def _(path):
-    changed_weights(path, lambda state: state.pop(next(iter(state))))
+    rewrite_weights(path, lambda state: state.pop(next(iter(state))))
 
 
 @case("a tensor of another shape")
 def _(path):
     import torch
 
-    changed_weights(path, lambda state: state.update({"joint.enc.weight": torch.zeros(3, 5)}))
+    rewrite_weights(path, lambda state: state.update({"joint.enc.weight": torch.zeros(3, 5)}))
 
 
 @case("a weight that is not a number (NaN)")
 def _(path):
-    changed_weights(path, lambda state: state["joint.enc.weight"][3, 4].fill_(float("nan")))
+    rewrite_weights(path, lambda state: state["joint.enc.weight"][3, 4].fill_(float("nan")))
 
 
 @case("weights from random bytes")

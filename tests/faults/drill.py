@@ -32,8 +32,8 @@ from common.cli import quiet_libraries
 from common.folder.manifest import MANIFEST, sha256
 from common.folder.outputs import read_json, write_json
 from tests.faults import audio, checkpoints
+from tests.helpers import ROOT, TINY
 
-TINY = checkpoints.TINY
 CLIP = audio.SPEECH
 KILLS, SHORT_KILLS = 60, 3
 FUZZED, SHORT_FUZZED = 40, 2  # files of each format
@@ -403,7 +403,7 @@ def two_at_once(report: Report, work: Path, cases: list[Rewrite]) -> None:
     rewrite = cases[0]
     target = rewrite.start(work / "twice")
     first = subprocess.Popen(
-        [sys.executable, checkpoints.ROOT / f"{rewrite.script.__name__}.py", *rewrite.argv],
+        [sys.executable, ROOT / f"{rewrite.script.__name__}.py", *rewrite.argv],
         cwd=target.parent, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     while not (target.parent / f".{target.name}.lock").exists():

@@ -1,0 +1,317 @@
+"""The layers of the exported encoder. Each shares the parameters of NeMo's layer and computes the same function.
+
+NeMo's own layers, traced as they are, give graphs that fail or waste time (nemo_toolkit 3.0.0): positions come from a
+table that ends at 5000 frames, pointwise convolutions are skipped by MatMul quantizers, masks are filled twice per
+layer, and every reshape brings its shape arithmetic along. Where one computation can be written in two ways, the one
+that ONNX Runtime turns into faster operators was chosen (ONNX Runtime 1.32, times on 2 cores).
+"""
+
+import copy
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+# NeMo puts this in the place of a masked score (INF_VAL in parts/submodules/multi_head_attention.py).
+MASKED_SCORE = -10000.0
+# Subtracted from a masked frame before a ReLU, between one and three times: more than a convolution of normalised
+# features reaches, and still a number in float16 (largest 65504).
+MASKED_ACTIVATION = 20000.0
+
+
+def share_parameters(module: Any) -> Any:
+    """A copy whose submodules can be replaced without changing the original; its tensors are the original's own."""
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, memo={id(tensor): tensor for tensor in tensors})
+
+
+class _Reshape(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *shape: int) -> Tensor:
+        return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape)])
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, *shape: int) -> Any:
+        return g.op("Reshape", x, g.op("Constant", value_t=torch.tensor(shape)))
+
+
+def reshape(x: Tensor, *shape: int) -> Tensor:
+    """Reshape by the ONNX rule, where 0 keeps a dimension: one node in the graph, and no shape arithmetic."""
+    return cast(Tensor, _Reshape.apply(x, *shape))  # type: ignore[no-untyped-call]
+
+
+class _RelativeShift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, like: Tensor) -> Tensor:
+        frames = like.size(-1)
+        flat = x.flatten(2)[:, :, frames - 1 : frames - 1 + frames * (2 * frames - 1)]
+        return flat.reshape(*flat.shape[:2], frames, 2 * frames - 1)[..., :frames]
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, like: Any) -> Any:
+        def constant(*values: int) -> Any:
+            return g.op("Constant", value_t=torch.tensor(values))
+
+        # Every layer writes the same shape arithmetic; common/export/trace.py merges it into one.
+        frames = g.op("Gather", g.op("Shape", like), constant(-1), axis_i=0)
+        first = g.op("Sub", frames, constant(1))
+        row = g.op("Add", frames, first)
+        stop = g.op("Add", first, g.op("Mul", frames, row))
+        flat = g.op("Slice", g.op("Reshape", x, constant(0, 0, -1)), first, stop, constant(2))
+        rows = g.op("Reshape", flat, g.op("Concat", constant(0, 0), frames, constant(-1), axis_i=0))
+        return g.op("Slice", rows, constant(0), frames, constant(3))
+
+
+def relative_shift(x: Tensor, like: Tensor) -> Tensor:
+    """Column j of row i becomes the score of the distance i-j: [B, heads, S, 2S] → [B, heads, S, S].
+
+    Row i of the input needs the columns S-1-i …; read as one vector, every next row starts 2S-1 later. So: flatten,
+    drop the first S-1, take rows of 2S-1, keep S columns. `like` is any tensor whose last dimension is S.
+    """
+    return cast(Tensor, _RelativeShift.apply(x, like))  # type: ignore[no-untyped-call]
+
+
+class Linear(nn.Module):
+    """y = x W + b with W stored as [in, out], the layout of ONNX MatMul; it is a view of NeMo's [out, in] weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.t(), requires_grad=False)
+        self.bias = bias
+
+    @classmethod
+    def from_module(cls, module: Any) -> "Linear":
+        """From an nn.Linear, or from an nn.Conv1d of kernel size 1, which computes the same."""
+        return cls(module.weight.detach().flatten(1), module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class Subsampling(nn.Module):
+    """NeMo's ConvSubsampling by 2-d convolutions, masked only where a masked frame would reach a valid one.
+
+    That is before a kernel longer than one frame; NeMo masks before and after each of its layers. The mask behind the
+    first convolution, where activations are largest (65 MB for 20 s), is an input channel: 1 where a frame is masked,
+    times so negative a weight that ReLU gives 0 whatever the other channels hold; valid frames do not change.
+    For 20 s of audio this takes 48 ms; with the mask as a product, which also leaves ONNX Runtime's blocked layout,
+    74 ms.
+    """
+
+    def __init__(self, subsampling: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(share_parameters(subsampling.conv))
+        self.out = Linear.from_module(subsampling.out)
+        first = cast(nn.Conv2d, self.layers[0])
+        self.first_masks = first.in_channels == 1 and isinstance(self.layers[1], nn.ReLU)
+        if self.first_masks:
+            mask = torch.zeros_like(first.weight)
+            # Frame t of the output is valid if and only if the last tap that is not on the right padding is on a valid
+            # frame. The mask is set at every tap along frequency, since any one of them may lie on the padding there.
+            _, right = _padding(first, 0)
+            mask[:, :, first.kernel_size[0] - 1 - right] = -MASKED_ACTIVATION
+            weight = torch.cat((first.weight.detach(), mask), dim=1)
+            first.weight = nn.Parameter(weight, requires_grad=False)  # [channels, 2, kernel, kernel]
+
+    @staticmethod
+    def supports(subsampling: Any) -> bool:
+        """Whether `subsampling` consists of layers that this class can compute."""
+        layers = list(getattr(subsampling, "conv", ()))
+        known = (nn.Conv2d, nn.ReLU, nn.SiLU, nn.GELU)
+        return isinstance(getattr(subsampling, "out", None), nn.Linear) and all(isinstance(x, known) for x in layers)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, M], lengths [B] → [B, S, D], [B]"""
+        x = x.unsqueeze(1)  # [B, 1, T, M]
+        masked = False
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, nn.Conv2d):
+                x = layer(x)
+                continue
+            if layer.kernel_size[0] > 1 and not masked:
+                keep = self._keep(x, lengths)
+                x = x * keep
+            masked = i == 0 and self.first_masks
+            if masked:
+                x = torch.cat((x, (1 - keep).expand_as(x)), dim=1)
+            x = self._convolve(layer, x)
+            if layer.stride[0] > 1:
+                # (length + padding - kernel) // stride + 1, written so that the quotient is never negative: ONNX's Div
+                # rounds towards zero
+                rest = sum(_padding(layer, 0)) - layer.kernel_size[0] + layer.stride[0]
+                lengths = (lengths + rest) // layer.stride[0]
+        return self.out(x.transpose(1, 2).flatten(2)), lengths
+
+    @staticmethod
+    def _keep(x: Tensor, lengths: Tensor) -> Tensor:
+        """1 for a valid frame of x, 0 for a masked one: [B, 1, T, 1]"""
+        frames = torch.arange(x.size(2), device=x.device)
+        return (frames[None, None, :, None] < lengths[:, None, None, None]).to(x.dtype)
+
+    @staticmethod
+    def _convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
+        padding = cast(tuple[int, int], layer.padding)
+        above, below = _padding(layer, 0)
+        left, right = _padding(layer, 1)
+        if (above, left) != tuple(padding):  # NeMo's CausalConv2D pads by itself
+            x = nn.functional.pad(x, (left, right, above, below))
+        return nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+def _padding(layer: Any, axis: int) -> tuple[int, int]:
+    """The padding before and after the input of an nn.Conv2d, along time (axis 0) or frequency (axis 1)."""
+    if hasattr(layer, "_left_padding"):  # NeMo's CausalConv2D, the same along both
+        return layer._left_padding, layer._right_padding
+    return layer.padding[axis], layer.padding[axis]
+
+
+class RelativePositions(nn.Module):
+    """Sinusoids of the relative distances S-1 … -S, computed in the graph (Transformer-XL, arXiv:1901.02860, B).
+
+    NeMo's table has the distances S-1 … -(S-1); the additional one makes the relative shift a slice without padding.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, scale: float | None) -> None:
+        super().__init__()
+        self.scale = scale
+        frequencies = torch.exp(torch.arange(0, dim, 2, dtype=torch.float32) * -(math.log(10000.0) / dim))
+        self.register_buffer("frequencies", frequencies)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, D] → x, scaled where the model does that, [B, S, D]; positions [2S, 1, D]"""
+        frames = x.size(1)
+        distance = torch.arange(frames - 1, -frames - 1, -1, dtype=torch.float32, device=x.device)
+        angle = distance[:, None, None] * self.frequencies
+        positions = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(2)
+        return (x if self.scale is None else x * self.scale), positions
+
+
+class RelativeAttention(nn.Module):
+    """NeMo's RelPositionMultiHeadAttention with an additive mask.
+
+    Inside, time comes before batch: a runtime then reads a head's rows in place, where it would otherwise write
+    queries, keys, values and positions a second time (24 layers, 60 s: 0.15 s). Each product is scaled, which a runtime
+    fuses into the product, instead of their sum.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.heads: int = attention.h
+        self.scale: float = 1.0 / attention.s_d_k
+        self.query = Linear.from_module(attention.linear_q)
+        self.key = Linear.from_module(attention.linear_k)
+        self.value = Linear.from_module(attention.linear_v)
+        self.out = Linear.from_module(attention.linear_out)
+        self.position = Linear.from_module(attention.linear_pos)
+        self.content_bias: Tensor = attention.pos_bias_u  # [heads, dk]
+        self.position_bias: Tensor = attention.pos_bias_v  # [heads, dk]
+
+    def forward(self, x: Tensor, positions: Tensor, bias: Tensor) -> Tensor:
+        """x [B, S, D], positions [2S, 1, D], bias [B, 1, 1 or S, S] → [B, S, D]"""
+        x = x.transpose(0, 1)
+        query, key, value, position = (
+            reshape(y, 0, 0, self.heads, -1)  # [S or 2S, B or 1, heads, dk]
+            for y in (self.query(x), self.key(x), self.value(x), self.position(positions))
+        )
+        by_content = self._product(query + self.content_bias, key)
+        by_position = relative_shift(self._product(query + self.position_bias, position), bias)
+        scores = by_content + by_position + bias
+        context = torch.matmul(scores.softmax(dim=-1), value.permute(1, 2, 0, 3))  # [B, heads, S, dk]
+        out: Tensor = self.out(reshape(context.transpose(1, 2), 0, 0, -1))
+        return out
+
+    def _product(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """[S, B, heads, dk], [S', B, heads, dk] → [B, heads, S, S']"""
+        product: Tensor = torch.matmul(queries.permute(1, 2, 0, 3), keys.permute(1, 2, 3, 0)) * self.scale
+        return product
+
+
+class Convolution(nn.Module):
+    """NeMo's ConformerConvolution with its pointwise convolutions as linear layers and batch normalisation folded in.
+
+    The depthwise convolution has two dimensions, the first of size 1: for those ONNX Runtime has a blocked layout,
+    and copies into it straight from channels last (0.6 ms a layer at 20 s; in one dimension 1.1 ms).
+    """
+
+    def __init__(self, convolution: Any) -> None:
+        super().__init__()
+        activation = convolution.pointwise_activation
+        if activation != "glu_":
+            raise ValueError(f"expected a GLU in the convolution module, got {activation}: it is not supported")
+        self.expand = Linear.from_module(convolution.pointwise_conv1)
+        self.project = Linear.from_module(convolution.pointwise_conv2)
+        depthwise = convolution.depthwise_conv
+        self.norm = convolution.batch_norm
+        self.padding: tuple[int, int] = (depthwise._left_padding, depthwise._right_padding)
+        self.activation = convolution.activation
+        if isinstance(self.norm, nn.BatchNorm1d):
+            depthwise = fuse_conv_bn_eval(depthwise, self.norm)
+            self.norm = None
+        self.width: int = depthwise.out_channels
+        self.groups: int = depthwise.groups
+        self.bias: Tensor | None = depthwise.bias
+        self.depthwise = nn.Parameter(depthwise.weight.detach().unsqueeze(2), requires_grad=False)  # [D, 1, 1, kernel]
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        """x [B, S, D], keep [B, S, 1], 1 for a valid frame and 0 for a masked one → [B, S, D]"""
+        x = nn.functional.glu(self.expand(x), dim=-1) * keep
+        x = x.unsqueeze(1).permute(0, 3, 1, 2)  # [B, D, 1, S]
+        left, right = self.padding
+        inner = 0
+        if left == right:  # inside the Conv node, where a runtime pads without a copy
+            inner = left
+        else:
+            x = nn.functional.pad(x, self.padding)
+        x = nn.functional.conv2d(x, self.depthwise, self.bias, padding=(0, inner), groups=self.groups)
+        if not (self.norm is None or isinstance(self.norm, nn.LayerNorm)):  # a normalisation along time
+            x = self.norm(x.squeeze(2)).unsqueeze(2)
+        x = reshape(x.permute(0, 2, 3, 1), 0, -1, self.width)  # [B, S, D]
+        if isinstance(self.norm, nn.LayerNorm):
+            x = self.norm(x)
+        out: Tensor = self.project(self.activation(x))
+        return out
+
+
+class FeedForward(nn.Module):
+    """NeMo's ConformerFeedForward."""
+
+    def __init__(self, feed_forward: Any) -> None:
+        super().__init__()
+        self.expand = Linear.from_module(feed_forward.linear1)
+        self.project = Linear.from_module(feed_forward.linear2)
+        self.activation = feed_forward.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.project(self.activation(self.expand(x)))
+        return out
+
+
+class Layer(nn.Module):
+    """One Conformer block (arXiv:2005.08100): half a feed-forward, attention, convolution, half a feed-forward."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.norm_feed_forward1 = layer.norm_feed_forward1
+        self.feed_forward1 = FeedForward(layer.feed_forward1)
+        self.norm_attention = layer.norm_self_att
+        self.attention = RelativeAttention(layer.self_attn)
+        self.norm_convolution = layer.norm_conv
+        self.convolution = Convolution(layer.conv)
+        self.norm_feed_forward2 = layer.norm_feed_forward2
+        self.feed_forward2 = FeedForward(layer.feed_forward2)
+        self.norm_out = layer.norm_out
+        self.fc_factor: float = layer.fc_factor
+
+    def forward(self, x: Tensor, positions: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
+        """x [B, S, D], positions [2S, 1, D], bias [B, 1, 1 or S, S], keep [B, S, 1] → [B, S, D]"""
+        x = x + self.feed_forward1(self.norm_feed_forward1(x)) * self.fc_factor
+        x = x + self.attention(self.norm_attention(x), positions, bias)
+        x = x + self.convolution(self.norm_convolution(x), keep)
+        x = x + self.feed_forward2(self.norm_feed_forward2(x)) * self.fc_factor
+        out: Tensor = self.norm_out(x)
+        return out

@@ -1,0 +1,70 @@
+"""What an export is asked for. Needs neither torch nor NeMo, so that usage errors are reported at once."""
+
+import dataclasses
+from typing import Any
+
+from common.contract import GRAPHS
+
+FP32 = "fp32"
+FP16 = "fp16"
+PRECISIONS = (FP32, FP16)
+
+MIN_OPSET = 17  # the first with LayerNormalization
+MAX_OPSET = 21  # the newest that the wheels of onnxruntime-genai were built for
+
+# Peak memory and disk as multiples of the checkpoint's size, measured at 0.6B. Memory: the weights, in NeMo or in the
+# ONNX Runtime session, activations, and the code of NeMo. Disk: the unpacked checkpoint and the exported weights.
+MEMORY_FACTOR = 1.3
+MEMORY_OF_NEMO = 1e9  # bytes
+DISK_FACTOR = 2.0
+FLOAT16_DISK_FACTOR = 0.5  # in addition: the float16 weights beside the float32 ones
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The flags of export_parakeet_to_onnx.py that decide what is exported."""
+
+    runtime: str  # as the manifest records it; which layouts it stands for is the script's concern
+    opset_version: int = MIN_OPSET
+    precision: str = FP32
+    device: str = "cpu"
+    # Chunks of 60 s with this context encode each second of a long clip 1.2 times, and clips up to 60 s have the full
+    # context that they have in NeMo.
+    chunk_seconds: float = 60
+    left_context_seconds: float = 10
+    right_context_seconds: float = 2
+    skip_verify: bool = False
+
+    def validate(self) -> None:
+        """Raise ValueError naming the flag that cannot be fulfilled."""
+        check_opset(self.opset_version)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"expected --precision {' or '.join(PRECISIONS)}, got {self.precision}")
+
+    def record(self) -> dict[str, Any]:
+        """The flags as the manifest records them."""
+        return dataclasses.asdict(self)
+
+    @property
+    def is_float16(self) -> bool:
+        return self.precision == FP16
+
+    @property
+    def stages(self) -> int:
+        """The number of reports of common/export/pipeline.py and of the checkpoint and the sizes before them."""
+        conversion = 1 + len(GRAPHS) if self.is_float16 else 0
+        return 2 + len(GRAPHS) + conversion
+
+    def memory_bytes(self, checkpoint_bytes: int) -> float:
+        """Peak memory of exporting a checkpoint of that size."""
+        return MEMORY_FACTOR * checkpoint_bytes + MEMORY_OF_NEMO
+
+    def disk_bytes(self, checkpoint_bytes: int) -> float:
+        """Disk needed, scratch space included, to export a checkpoint of that size."""
+        return (DISK_FACTOR + (FLOAT16_DISK_FACTOR if self.is_float16 else 0)) * checkpoint_bytes
+
+
+def check_opset(opset: int) -> None:
+    """Raise ValueError for an opset outside the range that is exported and tested."""
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise ValueError(f"expected --opset_version {MIN_OPSET} to {MAX_OPSET}, got {opset}")

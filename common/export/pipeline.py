@@ -1,0 +1,167 @@
+"""The export of a checkpoint: NeMo's model → float32 graphs → verified → float16 graphs → verified.
+
+torch and NeMo are imported inside the functions, so that importing this module takes no time.
+"""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.checkpoint.nemo import load_model
+from common.checkpoint.spec import ModelSpec
+from common.cli import size_text
+from common.contract import GRAPHS, Graph
+from common.export.options import ExportOptions
+from common.run.config import RuntimeConfig
+from common.run.nemo import Nemo
+from common.run.ort import MAPPED
+
+if TYPE_CHECKING:
+    from common.export.parity import Case
+
+AUDIO_SUFFIXES = (".flac", ".wav")
+
+References = Mapping[Graph, Sequence["Case"]]  # empty where nothing is to be verified
+Configure = Callable[[ModelSpec, Path], None]
+Report = Callable[..., None]  # is given what one stage has measured, as strings; see ExportOptions.stages
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    target: Path,
+    options: ExportOptions,
+    scratch: Path,
+    clips: Sequence[Path],
+    configure: Configure,
+    report: Report,
+) -> tuple[ModelSpec, dict[str, Any]]:
+    """Write the verified graphs into the folder `target`; return the checkpoint's numbers and the manifest's results.
+
+    scratch: a folder for temporary files. clips: audio on which the float16 conversion measures. configure: is called
+    before the export; it raises ValueError for a checkpoint that is not to be exported, and for float16 writes
+    genai_config.json into the folder that it is given. Raises ParityError for a graph that differs from NeMo.
+    """
+    float32 = scratch / "float32" if options.is_float16 else target
+    float32.mkdir(exist_ok=True)
+    model = load_model(checkpoint, options.device, scratch=scratch)
+    spec = ModelSpec.of(model)
+    configure(spec, float32)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    report(
+        checkpoint.name,
+        f"{parameters / 1e6:.1f} M parameters",
+        f"encoder of {spec.encoder_layers} layers, {spec.encoder_dim} wide",
+        f"{spec.num_mels} mel bins, {spec.vocab_size} tokens, durations of {list(spec.durations)} frames",
+    )
+    references = export_graphs(model, float32, options)
+    speech = speech_features(model, float32, clips) if options.is_float16 else []
+    report("exported", *(f"{graph.file} {graph_size(float32, graph)}" for graph in GRAPHS))
+    del model
+    gc.collect()  # NeMo's modules refer to each other; the model is half of the memory in use
+    parity = verify_graphs(float32, references, report)
+    if not options.is_float16:
+        return spec, {"parity": parity}
+    return spec, {**convert_to_float16(float32, target, references, speech, report), "float32_parity": parity}
+
+
+def export_graphs(model: Any, folder: Path, options: ExportOptions) -> References:
+    """Write the three graphs of NeMo's `model` into `folder`, in float32, and compute what they are verified with.
+
+    Raises ValueError where the model has a part that cannot be exported.
+    """
+    from common.export.parity import VERIFICATIONS
+    from common.export.trace import export_graph
+    from common.export.wrappers import WRAPPERS
+
+    references = {}
+    for graph in GRAPHS:
+        module = getattr(model, graph.name)
+        wrapper = WRAPPERS[graph](module)
+        export_graph(wrapper, graph, folder, options.opset_version)
+        if not options.skip_verify:
+            references[graph] = VERIFICATIONS[graph].cases(module, wrapper.example_inputs)
+    return references
+
+
+def verify_graphs(folder: Path, references: References, report: Report) -> dict[str, Any]:
+    """Run the float32 graphs in ONNX Runtime and compare them with NeMo: graph's file → record for the manifest.
+
+    Raises ParityError for a graph that differs by more than the tolerance.
+    """
+    from common.export.parity import VERIFICATIONS
+
+    records = {}
+    for graph in GRAPHS:
+        if graph not in references:
+            report(graph.file, "not verified")
+            continue
+        parity = VERIFICATIONS[graph].check(folder, references[graph])
+        records[graph.file] = parity.record()
+        report(graph.file, str(parity))
+    return records
+
+
+def find_clips(folder: Path) -> list[Path]:
+    """The audio files in `folder` and below. Raises FileNotFoundError if there are none."""
+    clips = sorted(path for path in folder.rglob("*") if path.suffix in AUDIO_SUFFIXES)
+    if not clips:
+        raise FileNotFoundError(
+            f"expected audio in {folder}, on which the float16 conversion measures, got none; restore that folder"
+        )
+    return clips
+
+
+def speech_features(model: Any, folder: Path, clips: Sequence[Path]) -> list[np.ndarray]:
+    """NeMo's features of `clips`, [M, T] each, read as the configuration in `folder` says."""
+    nemo = Nemo(model)
+    config = RuntimeConfig.read(folder)
+    return [nemo.features(config.read_audio(path)) for path in clips]
+
+
+def convert_to_float16(
+    source: Path, target: Path, references: References, speech: Sequence[np.ndarray], report: Report
+) -> dict[str, Any]:
+    """Convert the graphs of the float32 folder `source` into `target` and verify them; return the manifest's record.
+
+    speech: features [M, T] on which the values inside the graphs are measured. Each graph is verified as the CPU of
+    ONNX Runtime runs it, and as a GPU that rounds each result to float16 would. Raises ParityError as verify_graphs.
+    """
+    from common.export.float16 import LARGEST_FLOAT16, LIMIT, EmulatedGraph, convert
+    from common.export.parity import VERIFICATIONS
+    from common.export.ranges import measure_ranges
+
+    ranges = measure_ranges(source, speech)
+    largest = max(max(values.values()) for values in ranges.values())
+    report(
+        f"measured {len(speech)} clips of speech",
+        f"the largest value inside the model is {largest:.0f}",
+        f"float16 holds up to {LARGEST_FLOAT16:.0f}; operators with values from {LIMIT:.0f} on stay float32",
+    )
+    parity: dict[str, Any] = {}
+    float16: dict[str, Any] = {}
+    for graph in GRAPHS:
+        conversion = convert(source, target, graph, ranges[graph.name])
+        float16[graph.file] = conversion.record()
+        fields = [
+            f"{graph.file} in float16",
+            f"{conversion.kept_float32} of {conversion.operators} operators stay float32",
+            graph_size(target, graph),
+        ]
+        if graph in references:
+            check = VERIFICATIONS[graph].check
+            parity[graph.file] = check(target, references[graph], MAPPED, float16=True).record()
+            rounded = check(target, references[graph], EmulatedGraph, float16=True)
+            float16[graph.file]["rounded_parity"] = rounded.record()
+            fields.append(f"rounded as on a GPU: {rounded}")
+        else:
+            fields.append("not verified")
+        report(*fields)
+    return {"parity": parity, "float16": float16}
+
+
+def graph_size(folder: Path, graph: Graph) -> str:
+    """The size of a graph with its weights, for printing."""
+    return size_text(sum((folder / name).stat().st_size for name in graph.files))

@@ -1,0 +1,222 @@
+"""What several test files use. Tests import from here and from conftest.py, never from each other."""
+
+import io
+import json
+import posixpath
+import tarfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import yaml
+from sentencepiece import SentencePieceTrainer
+
+from common.checkpoint.tokenizer import ModelProto, Piece
+
+# ---- files of the project
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES = ROOT / "samples"
+TINY = SAMPLES / "parakeet-tdt-tiny.nemo"
+MANIFEST = SAMPLES / "manifest.jsonl"
+ROWS = [json.loads(line) for line in MANIFEST.read_text(encoding="utf-8").splitlines()]
+CLIPS = [SAMPLES / row["audio_filepath"] for row in ROWS]
+
+
+# ---- scripts
+
+
+def rejected(capsys, script, *argv) -> str:
+    """Run a script that must reject its input; return its one line on stderr."""
+    try:
+        status = script.main([str(argument) for argument in argv])
+    except SystemExit as exit_:  # argparse
+        status = exit_.code
+    error = capsys.readouterr().err
+    assert status == 2, error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+# ---- variants of the bundled checkpoint
+
+CONFIG = "model_config.yaml"
+WEIGHTS = "model_weights.ckpt"
+
+
+def tiny_members() -> dict[str, bytes]:
+    """The files of the bundled checkpoint by name, without the `./` that NeMo puts before them."""
+    with tarfile.open(TINY) as tar:
+        return {posixpath.normpath(member.name): tar.extractfile(member).read() for member in tar if member.isreg()}
+
+
+def write_tar(path: Path, members: dict[str, bytes], *extra: tuple[tarfile.TarInfo, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for info, content in extra:
+            tar.addfile(info, io.BytesIO(content))
+
+
+def rewrite_text(path: Path, change: Callable[[str], str]) -> Path:
+    """Copy the bundled checkpoint to `path` with the text of its config changed by `change(text)`."""
+    members = tiny_members()
+    members[CONFIG] = change(members[CONFIG].decode()).encode()
+    write_tar(path, members)
+    return path
+
+
+def rewrite_config(path: Path, change: Callable[[dict], None]) -> Path:
+    """Copy the bundled checkpoint to `path` with its config changed by `change(config)`."""
+
+    def rewritten(text: str) -> str:
+        config = yaml.safe_load(text)
+        change(config)
+        return yaml.safe_dump(config, allow_unicode=True)
+
+    return rewrite_text(path, rewritten)
+
+
+def rewrite_weights(path: Path, change: Callable[[dict], None]) -> Path:
+    """Copy the bundled checkpoint to `path` with its weights changed by `change(weights)`."""
+    import torch
+
+    members = tiny_members()
+    weights = torch.load(io.BytesIO(members[WEIGHTS]), weights_only=True)
+    change(weights)
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    write_tar(path, {**members, WEIGHTS: buffer.getvalue()})
+    return path
+
+
+def plain_rnnt(config: dict) -> None:
+    config["joint"]["num_extra_outputs"] = 0
+
+
+def ctc_only(config: dict) -> None:
+    del config["joint"], config["decoder"]
+
+
+# ---- random checkpoints of other topologies, for benchmarks.random_checkpoint.write_checkpoint
+
+SMALL = {"n_layers": 2, "n_heads": 2, "subsampling_conv_channels": 16}
+TOPOLOGIES = {
+    "80 mels, durations 0-1-2-4-8, one LSTM layer, biases, xscaling, layer norm": {
+        "mels": 80,
+        "durations": [0, 1, 2, 4, 8],
+        "predictor": 48,
+        "predictor_layers": 1,
+        "pieces": 64,
+        "encoder": {**SMALL, "d_model": 96, "use_bias": True, "xscaling": True, "conv_norm_type": "layer_norm"},
+    },
+    "hybrid TDT-CTC, tied position biases, group norm, wide kernel": {
+        "hybrid": True,
+        "predictor": 64,
+        "pieces": 100,
+        "encoder": {**SMALL, "d_model": 64, "untie_biases": False, "conv_norm_type": "group_norm4",
+                    "conv_kernel_size": 15},
+    },
+    "4× striding subsampling, limited context, instance norm, three LSTM layers": {
+        "durations": [0, 1, 2],
+        "predictor": 32,
+        "predictor_layers": 3,
+        "pieces": 40,
+        "encoder": {**SMALL, "d_model": 64, "subsampling": "striding", "subsampling_factor": 4,
+                    "att_context_size": [40, 20], "conv_norm_type": "instance_norm"},
+        "preprocessor": {"window_stride": 0.02, "window_size": 0.032},
+    },
+    "causal convolutions and chunked attention, 64 mels": {
+        "mels": 64,
+        "predictor": 40,
+        "pieces": 50,
+        "encoder": {**SMALL, "d_model": 64, "causal_downsampling": True, "conv_context_size": "causal",
+                    "att_context_style": "chunked_limited", "att_context_size": [14, 6]},
+    },
+}  # fmt: skip
+
+
+# ---- SentencePiece models
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, doesn't it?",
+    "FBI and CEO met in 1999, 2000 and 2001; BBC paid 100% of $20.50!",
+    "Žluťoučký kůň úpěl ďábelské ódy, señor Müller.",
+    "Съешь же ещё этих мягких французских булок.",
+    "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία.",
+    "नमस्ते दुनिया, आप कैसे हैं?",
+    "你好,世界。 今日は良い天気",
+]
+MARKS = {"control_symbols": ["<|nospeech|>", "<pad>"], "user_defined_symbols": ["<|en|>", "<|pnc|>", "%", "▁[no▁ise]"]}
+NEMO = {"remove_extra_whitespaces": False}  # how NeMo trains its tokenizers unless told otherwise
+RECIPES = {
+    "unigram": {"model_type": "unigram", **MARKS},
+    "unigram bytes": {"model_type": "unigram", "byte_fallback": True, **MARKS},
+    "unigram nemo": {"model_type": "unigram", "byte_fallback": True, **MARKS, **NEMO},
+    "bpe": {"model_type": "bpe"},
+    "bpe bytes": {"model_type": "bpe", "byte_fallback": True, **MARKS},
+    "bpe nemo": {"model_type": "bpe", **MARKS, **NEMO},
+    "bpe phrases": {"model_type": "bpe", "split_by_whitespace": False, "normalization_rule_name": "identity"},
+}
+
+
+@cache
+def trained(recipe: str) -> bytes:
+    """A SentencePiece model of these RECIPES, trained on SENTENCES."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 20),
+        model_writer=model,
+        vocab_size=620,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+        **RECIPES[recipe],
+    )
+    return model.getvalue()
+
+
+def handmade(*pieces: tuple[str, float, int]) -> bytes:
+    """A SentencePiece model with `<unk>` and these (piece, score, type), of the kind NeMo trains."""
+    proto = ModelProto.FromString(trained("bpe nemo"))
+    proto.trainer_spec.byte_fallback = any(kind == Piece.BYTE for _, _, kind in pieces)
+    del proto.pieces[1:]
+    proto.pieces.extend(Piece(piece=piece, score=score, type=kind) for piece, score, kind in pieces)
+    return proto.SerializeToString()
+
+
+# ---- matrices to quantize
+
+
+def _matrices() -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(7)
+    matrices = {
+        "gaussian": draw.standard_normal((480, 64)),
+        "heavy-tailed": draw.standard_t(4, (480, 64)),
+        "off-centre": draw.standard_normal((480, 64)) + 1.5,
+    }
+    return {name: (0.02 * matrix).astype(np.float32) for name, matrix in matrices.items()}
+
+
+MATRICES = _matrices()  # [K, N]; K is no multiple of the larger blocks
+
+
+def code_at(packed: np.ndarray, index: int, bits: int) -> int:
+    """Code number `index` of those that are packed into bytes, `bits` each."""
+    return int(packed[index * bits // 8]) >> (index * bits % 8) & (2**bits - 1)
+
+
+def dequantize(packed, K: int, bits: int) -> np.ndarray:
+    """[K, N] of a common.quantize.blocks.Packed, one code at a time, as the operator's documentation describes it."""
+    N, _, size = packed.codes.shape
+    weight = np.zeros((K, N), np.float32)
+    for n, k in np.ndindex(N, K):
+        block, place = divmod(k, size * 8 // bits)
+        zero = 2 ** (bits - 1) if packed.zero_points is None else code_at(packed.zero_points[n], block, bits)
+        weight[k, n] = packed.scales[n, block] * (code_at(packed.codes[n, block], place, bits) - zero)
+    return weight
