@@ -378,11 +378,20 @@ def test_a_missing_package_is_named(tiny_export, capsys, monkeypatch):
     assert "pip install -r requirements.txt" in refused(capsys, test_e2e, "--model_dir", tiny_export)
 
 
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+
+
+def documented_commands(page: str) -> list[str]:
+    """The commands of a page: each line of its bash blocks, and each `python script.py …` in a line of text."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`(python \w+\.py[^`]*)`", text)
+    return [line for line in (*lines, *inline) if line and not line.startswith("#")]
+
+
 README_COMMANDS = [
-    line.strip()
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.strip() and not line.strip().startswith("#")
+    pytest.param(command, id=f"{page}: {command}") for page in PAGES for command in documented_commands(page)
 ]
 
 
@@ -397,7 +406,7 @@ def test_readme_command(command):
     elif words[:2] == ["python", "-m"]:
         assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file() or words[2] == "venv"
     else:
-        assert words[0] in {"conda", "pip", "git", "cd", "source"}
+        assert words[0] in {"conda", "pip", "pre-commit", "git", "cd", "source"} or words[1:3] == ["-m", "venv"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
