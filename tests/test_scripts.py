@@ -364,32 +364,50 @@ def test_a_missing_package_is_named(tiny_export, capsys, monkeypatch):
     assert "pip install -r requirements.txt" in rejected(capsys, test_e2e, "--model_dir", tiny_export)
 
 
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+
+
+def documented_commands(page: str) -> list[str]:
+    """The commands of a page: each line of its bash blocks, and each `python script.py …` in a line of text."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`(python \w+\.py[^`]*)`", text)
+    return [line for line in (*lines, *inline) if line and not line.startswith("#")]
+
+
 README_COMMANDS = [
-    line.strip()
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.strip() and not line.strip().startswith("#")
+    pytest.param(command, id=f"{page}: {command}") for page in PAGES for command in documented_commands(page)
 ]
 
 
+def flags_of(script: str, capsys) -> set[str]:
+    """Every flag that the help of a script names."""
+    with pytest.raises(SystemExit):
+        SCRIPTS[script].parse_args(["--help"])
+    return set(re.findall(r"--\w+", capsys.readouterr().out))
+
+
 @pytest.mark.parametrize("command", README_COMMANDS)
-def test_readme_command(command):
+def test_readme_command(command, capsys):
     words = shlex.split(command, comments=True)
     if words[0] == "python" and words[1].endswith(".py"):
-        SCRIPTS[words[1].removesuffix(".py")].parse_args(words[2:])
+        script = words[1].removesuffix(".py")
+        SCRIPTS[script].parse_args(words[2:])
+        given = {word for word in words if word.startswith("--")}
+        assert given <= flags_of(script, capsys)  # argparse takes a beginning of a flag as well
     elif words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(words[1:]) <= set(targets)
     elif words[:2] == ["python", "-m"]:
         assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file() or words[2] == "venv"
     else:
-        assert words[0] in {"conda", "pip", "git", "cd", "source"}
+        assert words[0] in {"conda", "pip", "pre-commit", "git", "cd", "source"} or words[1:3] == ["-m", "venv"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_flag_is_in_the_readme(name):
-    readme = (ROOT / "README.md").read_text()
-    source = (ROOT / f"{name}.py").read_text()
+def test_every_flag_is_in_the_readme(name, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"python {name}.py" in readme
-    for flag in re.findall(r'"(--[a-z_]+)"', source):
+    for flag in flags_of(name, capsys):
         assert f"`{flag}`" in readme, flag
