@@ -14,23 +14,31 @@ With --runtime: the same weights as onnx-asr or sherpa-onnx expect them, vocabul
 
 import argparse
 import gc
+import math
+import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+# First of all, since a package that is missing below is then reported in one line (common/__init__.py).
+from common.cli import Parser, Stages, run, size_text
+
+# isort: split
+
 import numpy as np
 
-from common.checkpoint.download import DEFAULT_MODEL, find_checkpoint
-from common.checkpoint.nemo import load_model, read_tokenizer
+from common.checkpoint.download import DEFAULT_MODEL, REVISION_HELP, find_checkpoint
+from common.checkpoint.nemo import load_model, read_tokenizer, require_device
 from common.checkpoint.source import source_record
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import parse_model, tokens_text
-from common.cli import Parser, Stages, run, size_text
 from common.contract import DECODER, ENCODER, JOINT, Graph
-from common.folder.manifest import read_manifest, write_manifest
+from common.folder.locations import write_locations
+from common.folder.manifest import write_manifest
 from common.folder.staging import check_output_dir, staged_folder, state_needs
 from common.layouts import LAYOUTS, Layout, Window
 from common.layouts.genai import GENAI
+from common.layouts.identity import kept_by_export
 from common.layouts.layout import check_same_layouts, write_configs, write_views
 from common.report.card import CARD, write_card
 from common.run.config import RuntimeConfig
@@ -45,6 +53,7 @@ CHUNK_SECONDS, LEFT_CONTEXT_SECONDS, RIGHT_CONTEXT_SECONDS = 60, 10, 2
 # ONNX Runtime session, activations, and NeMo's own code; the unpacked checkpoint and the exported weights.
 MEMORY_FACTOR, DISK_FACTOR = 1.3, 2.0
 MEMORY_OF_NEMO = 1e9  # bytes
+MEMORY_OF_LONG_CASE = 2.8e9  # bytes; a clip past 400 s, on which small encoders are verified; measured with 4 heads
 FLOAT16_DISK_FACTOR = 0.5  # more, the float16 weights beside the float32 ones
 SPEECH = Path(__file__).resolve().parent / "samples"  # 40 s of it, on which --precision fp16 is measured
 PRECISION_HELP = """fp16: float16 weights and compute for GPU and WebGPU, inputs and outputs float32; operators whose
@@ -57,6 +66,7 @@ for each runtime, weights shared by hard link (%(default)s)"""
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model_name", default=DEFAULT_MODEL, help="Hugging Face name or .nemo path (%(default)s)")
+    parser.add_argument("--revision", help=REVISION_HELP)
     parser.add_argument("--output_dir", type=Path, default=Path("onnx_models"), help="folder to write (./%(default)s)")
     runtimes = (*LAYOUTS, "all")
     parser.add_argument("--runtime", choices=runtimes, default=GENAI.runtime, help=RUNTIME_HELP)
@@ -66,12 +76,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("left_context", "audio before the chunk that the encoder sees again", LEFT_CONTEXT_SECONDS),
         ("right_context", "audio after the chunk that the encoder sees already", RIGHT_CONTEXT_SECONDS),
     ):
-        parser.add_argument(f"--{name}_seconds", type=float, default=default, help=f"{help_text} (%(default)s)")
+        parser.add_argument(f"--{name}_seconds", type=_seconds, default=default, help=f"{help_text} (%(default)s)")
     device_help = "where to export and verify, and the provider that GenAI is told to use (%(default)s)"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=device_help)
     parser.add_argument("--precision", choices=(FP32, FP16), default=FP32, help=PRECISION_HELP)
     parser.add_argument("--skip_verify", action="store_true", help="do not run the graphs against NeMo")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.chunk_seconds == 0:
+        parser.error("argument --chunk_seconds: expected more than 0, got 0")
+    return args
+
+
+def _seconds(text: str) -> float:
+    """What can be a length before the checkpoint says how long a frame is."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, got {text}")
+    return float(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from common.export.parity import LONG_CASE_MAX_PARAMETERS
     from common.export.trace import check_opset  # torch takes seconds to import; --help should not
 
     check_opset(args.opset_version)
@@ -88,23 +109,44 @@ def _export(args: argparse.Namespace) -> None:
     layouts = tuple(LAYOUTS.values()) if args.runtime == "all" else (LAYOUTS[args.runtime],)
     folders = {layout: "" if args.runtime == GENAI.runtime else layout.runtime for layout in layouts}
     check_same_layouts(args.output_dir, {name: layout for layout, name in folders.items()})
-    checkpoint = find_checkpoint(args.model_name)
+    require_device(args.device)
+    checkpoint = find_checkpoint(args.model_name, args.revision)
     size = checkpoint.stat().st_size
     disk_factor = DISK_FACTOR + (FLOAT16_DISK_FACTOR if args.precision == FP16 else 0)
-    needs = MEMORY_FACTOR * size + MEMORY_OF_NEMO, disk_factor * size
-    state_needs(f"{checkpoint.name} ({size_text(size)})", *needs, args.output_dir)
-    with staged_folder(args.output_dir) as stage:
-        _export_to(stage, folders, checkpoint, args)
+    memory = MEMORY_FACTOR * size + MEMORY_OF_NEMO
+    if not args.skip_verify and size <= LONG_CASE_MAX_PARAMETERS * np.float32().nbytes:
+        memory += MEMORY_OF_LONG_CASE
+    state_needs(f"{checkpoint.name} ({size_text(size)})", memory, disk_factor * size, args.output_dir)
+    source = source_record(checkpoint, args.model_name, revision=args.revision)
+    kept = {name: kept_by_export(args.output_dir / name, source, layout) for layout, name in folders.items()}
+    removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
+    with staged_folder(args.output_dir, removed) as stage:
+        manifests = {name: manifest for name, (manifest, _) in kept.items()}
+        _export_to(stage, folders, checkpoint, source, manifests, args)
+    if removed:
+        print(f"removed from {args.output_dir}, since they belonged to the former graphs: {', '.join(removed)}")
     if GENAI in folders:
-        tokenizer_flags = f"--model_name {args.model_name} --output_dir {args.output_dir / folders[GENAI]}"
-        following = f"python export_tokenizer.py {tokenizer_flags}"
+        folder = args.output_dir / folders[GENAI]
+        following = ["export_tokenizer.py", "--model_name", args.model_name]
+        following += ["--revision", args.revision] if args.revision else []
+        following += ["--output_dir", str(folder)]
     else:
-        following = f"python optimize_encoder.py --model_dir {args.output_dir}"
-    print(f"wrote {args.output_dir}; next: {following}")
+        following = ["optimize_encoder.py", "--model_dir", str(args.output_dir)]
+    print(f"wrote {args.output_dir}; next: python {shlex.join(following)}")
 
 
-def _export_to(stage: Path, folders: dict[Layout, str], checkpoint: Path, args: argparse.Namespace) -> None:
-    """Export into the folder `stage`, verified, each layout in its subfolder; the checkpoint is unpacked beside it."""
+def _export_to(
+    stage: Path,
+    folders: dict[Layout, str],
+    checkpoint: Path,
+    source: dict,
+    manifests: dict[str, dict],
+    args: argparse.Namespace,
+) -> None:
+    """Export into the folder `stage`, verified, each layout in its subfolder; the checkpoint is unpacked beside it.
+
+    source: of the checkpoint, for the manifests. manifests: by subfolder, what its manifest says already.
+    """
     others, float16 = [layout for layout in folders if layout is not GENAI], args.precision == FP16
     tokens = tokens_text(parse_model(read_tokenizer(checkpoint))) if others else ""
     base = stage / folders[GENAI] if GENAI in folders else stage.parent / "base"  # the graphs that others are views of
@@ -139,9 +181,9 @@ def _export_to(stage: Path, folders: dict[Layout, str], checkpoint: Path, args: 
             write_views(layout, base, stage / name, spec)
             write_configs(layout, stage / name, spec, window, args.device)
             (stage / name / layout.vocabulary[0]).write_text(tokens, encoding="utf-8", newline="\n")
-        source = source_record(checkpoint, args.model_name, args.output_dir / name)
-        record = {"source": source, "flags": flags, **content}
-        write_manifest(stage / name, read_manifest(args.output_dir / name), "export", record)
+        location = checkpoint if "file" in source else None  # the other is found by its name and commit
+        write_locations(stage / name, args.output_dir / name, checkpoint=location)
+        write_manifest(stage / name, manifests[name], "export", {"source": source, "flags": flags, **content})
         write_card(stage / name, args.output_dir / name, layout)
         stages.report(*([name] if name else []), *layout.config_files, "manifest.json", CARD)
 
