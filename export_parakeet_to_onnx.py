@@ -14,22 +14,30 @@ for each.
 """
 
 import argparse
+import math
+import shlex
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from common.checkpoint.download import DEFAULT_MODEL, find_checkpoint
-from common.checkpoint.nemo import read_tokenizer
+# First of all, since a package that is missing below is then reported in one line (common/__init__.py).
+from common.cli import Parser, Stages, run, size_text
+
+# isort: split
+
+from common.checkpoint.download import DEFAULT_MODEL, REVISION_HELP, find_checkpoint
+from common.checkpoint.nemo import read_tokenizer, require_device
 from common.checkpoint.source import source_record
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import parse_model, tokens_text
-from common.cli import Parser, Stages, run, size_text
 from common.export.options import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
 from common.export.pipeline import export_checkpoint, find_clips
-from common.folder.manifest import MANIFEST, read_manifest, write_manifest
+from common.folder.locations import write_locations
+from common.folder.manifest import MANIFEST, write_manifest
 from common.folder.staging import check_output_dir, staged_folder, state_needs
 from common.layouts import LAYOUTS, Layout, Window
 from common.layouts.genai import GENAI
+from common.layouts.identity import kept_by_export
 from common.layouts.layout import check_same_layouts, write_configs, write_views
 from common.report.card import CARD, write_card
 
@@ -50,20 +58,28 @@ values on speech come near the largest float16 stay float32 (%(default)s)"""
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model_name", default=DEFAULT_MODEL, help="Hugging Face name or .nemo path (%(default)s)")
+    parser.add_argument("--revision", help=REVISION_HELP)
     parser.add_argument("--output_dir", type=Path, default=Path("onnx_models"), help="folder to write (./%(default)s)")
     parser.add_argument("--runtime", choices=(*LAYOUTS, ALL), default=GENAI.runtime, help=RUNTIME_HELP)
     parser.add_argument("--opset_version", type=int, default=MIN_OPSET, help=OPSET_HELP)
-    parser.add_argument("--chunk_seconds", type=float, default=ExportOptions.chunk_seconds, help=CHUNK_HELP)
+    parser.add_argument("--chunk_seconds", type=_seconds, default=ExportOptions.chunk_seconds, help=CHUNK_HELP)
     parser.add_argument(
-        "--left_context_seconds", type=float, default=ExportOptions.left_context_seconds, help=LEFT_HELP
+        "--left_context_seconds", type=_seconds, default=ExportOptions.left_context_seconds, help=LEFT_HELP
     )
     parser.add_argument(
-        "--right_context_seconds", type=float, default=ExportOptions.right_context_seconds, help=RIGHT_HELP
+        "--right_context_seconds", type=_seconds, default=ExportOptions.right_context_seconds, help=RIGHT_HELP
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=DEVICE_HELP)
     parser.add_argument("--precision", choices=PRECISIONS, default=FP32, help=PRECISION_HELP)
     parser.add_argument("--skip_verify", action="store_true", help="do not compare the graphs with NeMo")
     return parser.parse_args(argv)
+
+
+def _seconds(text: str) -> float:
+    """A length whose unit, the encoder frame, only the checkpoint tells."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, got {text}")
+    return float(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,13 +102,17 @@ def _export(args: argparse.Namespace) -> None:
     subfolders = _subfolders(options)
     check_same_layouts(args.output_dir, {name: layout for layout, name in subfolders.items()})
     clips = find_clips(SPEECH) if options.is_float16 else []
-    checkpoint = find_checkpoint(args.model_name)
+    require_device(options.device)
+    checkpoint = find_checkpoint(args.model_name, args.revision)
     size = checkpoint.stat().st_size
     title = f"{checkpoint.name} ({size_text(size)})"
     state_needs(title, options.memory_bytes(size), options.disk_bytes(size), args.output_dir)
     vocabulary = _vocabulary(checkpoint, subfolders)
+    source = source_record(checkpoint, args.model_name, revision=args.revision)
+    kept = {name: kept_by_export(args.output_dir / name, source, layout) for layout, name in subfolders.items()}
+    removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
     stages = Stages(options.stages + len(subfolders))
-    with staged_folder(args.output_dir) as stage:
+    with staged_folder(args.output_dir, removed) as stage:
         # The graphs that every layout shares; where GenAI is among the layouts, its folder is the place for them.
         base = stage / subfolders[GENAI] if GENAI in subfolders else stage.parent / GENAI.runtime
         base.mkdir(exist_ok=True)
@@ -100,14 +120,15 @@ def _export(args: argparse.Namespace) -> None:
         spec, results = export_checkpoint(checkpoint, base, options, stage.parent, clips, configure, stages.report)
         for layout, name in subfolders.items():
             _write_layout(layout, base, stage / name, spec, options, vocabulary)
-            record = {
-                "source": source_record(checkpoint, args.model_name, args.output_dir / name),
-                "flags": options.record(),
-                **results,
-            }
-            write_manifest(stage / name, read_manifest(args.output_dir / name), "export", record)
+            # A checkpoint of the Hub is found again by its name and commit.
+            write_locations(stage / name, args.output_dir / name, checkpoint=checkpoint if "file" in source else None)
+            manifest, _ = kept[name]
+            record = {"source": source, "flags": options.record(), **results}
+            write_manifest(stage / name, manifest, "export", record)
             write_card(stage / name, args.output_dir / name, layout)
             stages.report(*([name] if name else []), *layout.config_files, MANIFEST, CARD)
+    if removed:
+        print(f"removed from {args.output_dir}, since they belonged to the former graphs: {', '.join(removed)}")
     print(f"wrote {args.output_dir}; next: {_next_command(args, subfolders)}")
 
 
@@ -155,9 +176,10 @@ def _window(spec: ModelSpec, options: ExportOptions) -> Window:
 def _next_command(args: argparse.Namespace, subfolders: Mapping[Layout, str]) -> str:
     for layout, name in subfolders.items():
         if not layout.exports_vocabulary:
-            folder = args.output_dir / name
-            return f"python export_tokenizer.py --model_name {args.model_name} --output_dir {folder}"
-    return f"python optimize_encoder.py --model_dir {args.output_dir}"
+            command = ["python", "export_tokenizer.py", "--model_name", args.model_name]
+            command += ["--revision", args.revision] if args.revision else []
+            return shlex.join([*command, "--output_dir", str(args.output_dir / name)])
+    return shlex.join(["python", "optimize_encoder.py", "--model_dir", str(args.output_dir)])
 
 
 if __name__ == "__main__":

@@ -9,27 +9,42 @@ Out:  in --output_dir
 
     python export_tokenizer.py --model_name nvidia/parakeet-tdt-0.6b-v3 --output_dir ./onnx_models
 
-Unknown, control and user-defined pieces (`<|en|>`) and the blank are marked special: a transcript never shows them.
-Before anything is written, id sequences that hold every piece are decoded with SentencePiece and with the new
-tokenizer.json; a difference is an error (exit status 1).
+Unknown and control pieces, user-defined marks (`<|en|>`, `[noise]`) and the blank are marked special: a transcript
+never shows them. All other pieces are text, user-defined ones too, such as the digits of v3. Before anything is
+written, every piece is decoded with SentencePiece and with the new tokenizer.json, alone and among others; a difference
+is an error (exit status 1).
 """
 
 import argparse
 import json
 from pathlib import Path
 
+# First of all, since a package that is missing below is then reported in one line (common/__init__.py).
+from common import cli as console
+
+# isort: split
+
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from common import cli as console
-from common.checkpoint.download import DEFAULT_MODEL, find_checkpoint
+from common.checkpoint import tokenizer
+from common.checkpoint.download import DEFAULT_MODEL, REVISION_HELP, find_checkpoint
 from common.checkpoint.nemo import read_tokenizer
 from common.checkpoint.source import source_record
-from common.checkpoint.tokenizer import parse_model, probe_sequences, tokenizer_config, tokenizer_json, vocab_text
+from common.checkpoint.tokenizer import (
+    SPACE,
+    Piece,
+    parse_model,
+    probe_sequences,
+    tokenizer_config,
+    tokenizer_json,
+    vocab_text,
+)
 from common.folder.manifest import read_manifest, write_manifest
 from common.folder.outputs import write_json
 from common.folder.staging import check_output_dir, require_free, staged_folder
 from common.layouts.genai import GENAI, genai_folder
+from common.layouts.identity import check_name_for_graphs, check_tokenizer_for_graphs
 from common.report.card import CARD, write_card
 
 # The files beside tokenizer.json, as a multiple of its compact text: its own indentation, vocab.txt, the manifest.
@@ -41,6 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model_name", default=DEFAULT_MODEL, help=f"Hugging Face name or .nemo file (default: {DEFAULT_MODEL})"
     )
+    parser.add_argument("--revision", help=REVISION_HELP)
     parser.add_argument(
         "--output_dir", type=Path, default=Path("onnx_models"), help="model folder to write to (default: ./onnx_models)"
     )
@@ -55,11 +71,14 @@ def _export(args: argparse.Namespace) -> None:
     check_output_dir(args.output_dir)
     args.output_dir = genai_folder(args.output_dir)
     stages = console.Stages(2)
-    checkpoint = find_checkpoint(args.model_name)
+    check_name_for_graphs(args.output_dir, args.model_name)
+    checkpoint = find_checkpoint(args.model_name, args.revision)
     model = read_tokenizer(checkpoint)
     proto = parse_model(model)
+    source = source_record(checkpoint, args.model_name, revision=args.revision)
+    check_tokenizer_for_graphs(args.output_dir, source, len(proto.pieces) + 1)
     content = tokenizer_json(proto)
-    sequences = probe_sequences(proto)
+    sequences = [ids for length in (1, 32) for ids in probe_sequences(proto, length)]
     check_decoding(model, content, sequences)
     stages.report("tokenizer", *_measured(content), f"{len(sequences)} sequences decode like SentencePiece")
 
@@ -68,26 +87,35 @@ def _export(args: argparse.Namespace) -> None:
         write_json(stage / "tokenizer.json", content)
         write_json(stage / "tokenizer_config.json", tokenizer_config(proto))
         (stage / "vocab.txt").write_text(vocab_text(proto), encoding="utf-8", newline="\n")
-        source = source_record(checkpoint, args.model_name, args.output_dir)
         write_manifest(stage, read_manifest(args.output_dir), "tokenizer", {"source": source})
         write_card(stage, args.output_dir, GENAI)
     stages.report("tokenizer.json", "tokenizer_config.json", "vocab.txt", "manifest.json", CARD)
-    print(f"wrote {args.output_dir}; next: python optimize_encoder.py --model_dir {args.output_dir}")
+    following = console.Command("python optimize_encoder.py --model_dir {}").format(args.output_dir)
+    print(f"wrote {args.output_dir}; next: {following}")
 
 
 def check_decoding(model: bytes, content: dict, sequences: list[list[int]]) -> None:
-    """Decode `sequences` with SentencePiece, special ids dropped, and with `content`, a tokenizer.json.
+    """Decode `sequences` with SentencePiece and with `content`, a tokenizer.json, which has no say in the first.
 
-    Raises CheckError at the first sequence whose texts differ.
+    SentencePiece is given every id but three kinds: it would show a mark as it is spelt, and the unknown piece as
+    ` ⁇ `, a sign for text that the vocabulary lacks, and neither is text; the blank is none of its ids. It is given
+    control pieces, for which it shows nothing itself. Raises CheckError at the first sequence whose texts differ.
     """
     processor = SentencePieceProcessor(model_proto=model)
+    pieces = tokenizer.ModelProto.FromString(model).pieces
+    left_out = {len(pieces), processor.unk_id(), *(index for index, piece in enumerate(pieces) if _is_mark(piece))}
     exported = Tokenizer.from_str(json.dumps(content))
-    special = {token["id"] for token in content["added_tokens"]}
     for ids in sequences:
-        wanted = processor.decode([index for index in ids if index not in special])
-        found = exported.decode(ids)
-        if found != wanted:
-            raise console.CheckError(f"tokenizer.json decodes {ids} to {found!r}, SentencePiece to {wanted!r}")
+        expected = processor.decode([index for index in ids if index not in left_out])
+        got = exported.decode(ids)
+        if got != expected:
+            raise console.CheckError(f"tokenizer.json decodes {ids} to {got!r}, SentencePiece to {expected!r}")
+
+
+def _is_mark(piece: Piece) -> bool:
+    """Whether a user-defined piece is spelt `<…>` or `[…]`; apart from `special_ids`, which is checked with it."""
+    text = piece.piece.removeprefix(SPACE)
+    return piece.type == piece.USER_DEFINED and len(text) > 2 and text[0] + text[-1] in ("<>", "[]")
 
 
 def _measured(content: dict) -> tuple[str, ...]:

@@ -19,7 +19,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
-from common.cli import Parser, Stages, run, size_text
+# First of all, since a package that is missing below is then reported in one line (common/__init__.py).
+from common.cli import Command, Parser, Stages, run, size_text, warn
+
+# isort: split
+
+from common.evaluate.wer import normalize
 from common.folder.onnx_files import share_equal_data
 from common.folder.staging import staged_folder, state_needs
 from common.layouts.layout import LAYOUTS, Layout, layouts_in
@@ -31,11 +36,15 @@ from common.quantize.options import TOKEN_PRECISIONS, OptimizeOptions
 from common.quantize.rewrite import optimize_graph
 from common.report.optimized_folder import ModelFolder, Report, check_folders, finish_folder, open_folder
 from common.report.report import page_writer
-from common.run.clips import Clip, read_clips
+from common.run.clips import Clip, read_clips, shared_clips
+from common.run.config import RuntimeConfig
 
 # Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, when they are compared.
 MEMORY_FACTOR = 1.3
-CALIBRATION_MEMORY_FACTOR = 2.6
+CALIBRATION_MEMORY_FACTOR = 2.25
+# What the libraries take, measured on the tiny checkpoint, and those that read and transcribe speech in addition.
+MEMORY_OF_IMPORTS = 160e6  # bytes
+MEMORY_OF_SPEECH = 80e6  # bytes
 STAGES = 5  # of each folder: fusion, quantization, size, comparison, report
 
 
@@ -98,7 +107,8 @@ def _optimize(args: argparse.Namespace) -> None:
     speech_folder = next((name for name, layout in layouts.items() if layout.measures_speech), None)
     calibration, evaluation = read_speech_manifests(options, source, speech_folder)
     write_page = page_writer()
-    print_needs(source, target, layouts, CALIBRATION_MEMORY_FACTOR if calibration else MEMORY_FACTOR)
+    memory = memory_needs(source, layouts, calibrates=bool(calibration), evaluates=bool(evaluation))
+    print_needs(source, target, layouts, memory)
 
     per_folder = STAGES + options.int8_tokens
     report = Stages(bool(calibration) + len(layouts) * per_folder + bool(evaluation)).report
@@ -117,7 +127,8 @@ def _optimize(args: argparse.Namespace) -> None:
         share_equal_data([stage / name for name in layouts])
     if advice := options.fusion_advice(folder.device):
         print(advice)
-    following = "" if speech_folder is None else f"; next: python test_e2e.py --model_dir {target / speech_folder}"
+    command = Command("python test_e2e.py --model_dir {}")
+    following = "" if speech_folder is None else f"; next: {command.format(target / speech_folder)}"
     print(f"wrote {target}{following}")
 
 
@@ -136,8 +147,8 @@ def read_speech_manifests(
 ) -> tuple[list[Clip], list[Clip]]:
     """The clips of --calibration_manifest and of --eval_manifest, none where there is no manifest.
 
-    Raises ValueError where no folder's runtime computes their features, and as read_clips does; FileNotFoundError where
-    a clip is missing, before the work and not after it.
+    Raises ValueError where no folder's runtime computes their features, or no text has a word, and as read_clips and
+    check_clips do, before the work. Warns of clips in both: a model does better on what it was fitted to.
     """
     if speech_folder is None and (options.calibration_manifest or options.eval_manifest):
         able = " or ".join(layout.runtime for layout in LAYOUTS.values() if layout.measures_speech)
@@ -147,18 +158,35 @@ def read_speech_manifests(
         )
     calibration = read_clips(options.calibration_manifest) if options.calibration_manifest else []
     evaluation = read_clips(options.eval_manifest, with_text=True) if options.eval_manifest else []
-    for clip in evaluation:
-        if not clip.path.is_file():
-            raise FileNotFoundError(f"expected the clips of {options.eval_manifest}, got nothing at {clip.path}")
+    if evaluation and not any(normalize(clip.text or "") for clip in evaluation):
+        raise ValueError(f"expected words in the texts of {options.eval_manifest}, got none; add texts")
+    if speech_folder is not None:
+        RuntimeConfig.read(source / speech_folder).check_clips((*calibration, *evaluation))
+    if shared := shared_clips(evaluation, calibration):
+        warn(
+            f"{len(shared)} of {len(evaluation)} clips of --eval_manifest are in --calibration_manifest too, such as "
+            f"{shared[0].path}{shared[0].segment}; the word error rate on them is better than on other speech"
+        )
     return calibration, evaluation
 
 
-def print_needs(source: Path, target: Path, layouts: Mapping[str, Layout], memory_factor: float) -> None:
+def memory_needs(source: Path, layouts: Mapping[str, Layout], *, calibrates: bool, evaluates: bool) -> float:
+    """Peak memory of the run, in bytes."""
+    factor = CALIBRATION_MEMORY_FACTOR if calibrates else MEMORY_FACTOR
+    speech = MEMORY_OF_SPEECH if calibrates or evaluates else 0
+    return MEMORY_OF_IMPORTS + speech + factor * largest_encoder(source, layouts)
+
+
+def print_needs(source: Path, target: Path, layouts: Mapping[str, Layout], memory: float) -> None:
     """Say what the run takes; raises as state_needs does."""
-    encoder = max(bytes_of(source / name, layout.encoder.files) for name, layout in layouts.items())
     # As much as the sources, though the result is smaller: one whose weights are shared is copied, and then removed.
     disk = sum(bytes_of(source / name, layout.files) for name, layout in layouts.items())
-    state_needs(f"encoder.onnx ({size_text(encoder)})", memory_factor * encoder, disk, target)
+    state_needs(f"encoder.onnx ({size_text(largest_encoder(source, layouts))})", memory, disk, target)
+
+
+def largest_encoder(source: Path, layouts: Mapping[str, Layout]) -> int:
+    """Bytes of the largest encoder of the folders."""
+    return max(bytes_of(source / name, layout.encoder.files) for name, layout in layouts.items())
 
 
 def bytes_of(folder: Path, files: Iterable[str]) -> int:

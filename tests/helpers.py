@@ -220,3 +220,24 @@ def dequantize(packed, K: int, bits: int) -> np.ndarray:
         zero = 2 ** (bits - 1) if packed.zero_points is None else code_at(packed.zero_points[n], block, bits)
         weight[k, n] = packed.scales[n, block] * (code_at(packed.codes[n, block], place, bits) - zero)
     return weight
+
+
+# A process of its own: sherpa-onnx brings another libonnxruntime, and ends the process where a model is not right.
+SHERPA_PROGRAM = """
+import json, sys
+import sherpa_onnx, soundfile
+
+folder, *clips = sys.argv[1:]
+files = {name: f"{folder}/{name}.onnx" for name in ("encoder", "decoder", "joiner")}
+recognizer = sherpa_onnx.OfflineRecognizer.from_transducer(
+    **files, tokens=f"{folder}/tokens.txt", model_type="nemo_transducer"
+)
+texts = []
+for clip in clips:
+    stream = recognizer.create_stream()
+    samples, sample_rate = soundfile.read(clip, dtype="float32")
+    stream.accept_waveform(sample_rate, samples)
+    recognizer.decode_stream(stream)
+    texts.append(stream.result.text)
+print(json.dumps(texts))
+"""

@@ -16,6 +16,7 @@ from common.export import layers, wrappers
 from common.export.options import MAX_OPSET, MIN_OPSET, ExportOptions
 from common.export.trace import export_graph
 from common.export.wrappers import WRAPPERS
+from common.folder.locations import CHECKPOINT, read_location
 from common.run.ort import OrtGraph
 from tests.helpers import ROOT, TINY
 
@@ -72,12 +73,13 @@ def test_the_folder_holds_these_files_and_the_manifest_its_source(tiny_export):
     assert {path.name for path in tiny_export.iterdir()} == {
         "encoder.onnx", "encoder.onnx.data", "decoder.onnx", "decoder.onnx.data", "joint.onnx", "joint.onnx.data",
         "genai_config.json", "audio_processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
-        "manifest.json", "README.md",
+        "manifest.json", "README.md", ".cache",
     }  # fmt: skip
     manifest = json.loads((tiny_export / "manifest.json").read_text())
     assert manifest["export"]["flags"] == ExportOptions(runtime="genai").record()
     assert manifest["export"]["flags"]["opset_version"] == 17
-    assert (tiny_export / manifest["export"]["source"]["path"]).resolve() == TINY
+    assert manifest["export"]["source"]["file"] == TINY.name
+    assert read_location(tiny_export, CHECKPOINT).samefile(TINY)
     assert manifest["tokenizer"]["source"] == manifest["export"]["source"]
 
 

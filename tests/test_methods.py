@@ -24,7 +24,7 @@ from common.quantize.options import OptimizeOptions
 from common.quantize.plan import Format, Plan
 from common.quantize.rewrite import matrices, plan_encoder
 from common.report.report import REPORT_HTML
-from tests.conftest import SAMPLES
+from tests.helpers import SAMPLES
 
 CLIPS = SAMPLES / "manifest.jsonl"
 

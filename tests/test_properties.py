@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from common.checkpoint.archive import parse_config
-from common.checkpoint.tokenizer import Piece, parse_model, special_ids, tokenizer_json, vocab_text
+from common.checkpoint.tokenizer import Piece, parse_model, tokenizer_json, vocab_text
 from common.contract import DECODER, ENCODER, JOINT
 from common.export import wrappers
 from common.export.trace import export_graph
@@ -174,9 +174,13 @@ pieces = st.text(alphabet="abzAF019▁.'éж語😀", min_size=1, max_size=8)
 
 
 @settings(QUICK, max_examples=60)
-@given(names=st.lists(pieces, min_size=1, max_size=30, unique=True), draw=st.data())
-def test_any_vocabulary_is_read_the_same_by_sentencepiece_and_hugging_face(names, draw):
-    model = handmade(*((name, -float(index), Piece.NORMAL) for index, name in enumerate(names)))
+@given(
+    names=st.lists(pieces, min_size=1, max_size=30, unique=True),
+    kind=st.sampled_from([Piece.NORMAL, Piece.USER_DEFINED]),
+    draw=st.data(),
+)
+def test_any_vocabulary_is_read_the_same_by_sentencepiece_and_hugging_face(names, kind, draw):
+    model = handmade(*((name, -float(index), kind) for index, name in enumerate(names)))
     proto = parse_model(model)
     try:
         content = tokenizer_json(proto)
@@ -184,9 +188,8 @@ def test_any_vocabulary_is_read_the_same_by_sentencepiece_and_hugging_face(names
         reject() if "would misread" in str(error) else pytest.fail(str(error))
     assert len(content["model"]["vocab"]) == len(proto.pieces) + 1
     processor, exported = SentencePieceProcessor(model_proto=model), Tokenizer.from_str(json.dumps(content))
-    special = set(special_ids(proto))
-    ids = draw.draw(st.lists(st.integers(0, len(proto.pieces)), max_size=20))
-    assert exported.decode(ids) == processor.decode([index for index in ids if index not in special])
+    ids = draw.draw(st.lists(st.integers(1, len(proto.pieces) - 1), max_size=20))
+    assert exported.decode([0, *ids, len(proto.pieces)]) == processor.decode(ids)  # around them `<unk>` and the blank
     assert vocab_text(proto).count("\n") == len(proto.pieces) + 1
 
 

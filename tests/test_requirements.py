@@ -8,7 +8,7 @@ from importlib.metadata import packages_distributions, requires
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.conftest import ROOT, SAMPLES
+from tests.helpers import ROOT, SAMPLES
 
 CLIP = SAMPLES / "clips" / "029_hibari.flac"
 # Prints the packages that a run has imported, in a process that has not imported any before.

@@ -1,4 +1,4 @@
-"""A checkpoint: where it is, what it says of itself, and the NeMo model it holds.
+"""A checkpoint: what it says of itself, the NeMo model it holds, and what a manifest says of it.
 
 NeMo is imported inside the functions that build a model; its import alone takes ten seconds.
 """
@@ -6,6 +6,7 @@ NeMo is imported inside the functions that build a model; its import alone takes
 import contextlib
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,14 @@ from common.checkpoint.archive import (
     open_archive,
     parse_config,
     read_member,
+    unpacked_bytes,
 )
+from common.cli import size_text
 
 # Bytes. The configs of checkpoints with 8192 pieces are under 1 MB, SentencePiece models of 256,000 pieces under 8 MB.
 MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES = 10_000_000, 100_000_000
+# What a preprocessor computes with, and a checkpoint stores though its config says it all.
+FEATURE_BUFFERS = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb")
 # Tensors may share storage (tied weights); all of them twice is already more than any model does.
 MAX_SHARING = 2
 
@@ -65,21 +70,31 @@ def require_tdt(checkpoint: Path) -> None:
     raise ValueError(f"not a TDT model: {checkpoint.name}: {reason}; pass a Parakeet-TDT checkpoint")
 
 
+def require_device(device: str) -> None:
+    """Raise ValueError for a device that is not there."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "expected a CUDA device for --device cuda, found none that this torch can use; use --device cpu"
+        )
+
+
 def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = None):
     """Build the NeMo model in evaluation mode. Weights are mapped from disk, not copied over random ones.
 
-    NeMo unpacks the checkpoint into a temporary folder, in `scratch` if that is given. Raises ValueError for a
-    checkpoint that is not TDT, does not fit its config or would do harm, or a device that is not there.
+    NeMo unpacks the checkpoint into a temporary folder, in `scratch` if that is given, else where there is room. Raises
+    ValueError for a checkpoint that is not TDT, does not fit its config or would do harm, or a device that is not
+    there; OSError where there is no room.
     """
+    require_device(device)
     require_tdt(checkpoint)
     with open_archive(checkpoint) as archive:
         check_weights(archive)
+        scratch = scratch or _folder_with_room(unpacked_bytes(archive))
     import torch
     from nemo.collections.asr.models import ASRModel
     from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("wanted --device cuda, found no CUDA device that this torch can use; use --device cpu")
 
     class AssigningConnector(SaveRestoreConnector):
         """Puts the checkpoint's tensors in place of the model's own instead of copying them: half the memory."""
@@ -97,6 +112,7 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
         def load_instance_with_state_dict(self, instance, state_dict, strict):
             state_dict = {name: tensor.float() if tensor.is_floating_point() else tensor
                           for name, tensor in state_dict.items()}  # fmt: skip
+            state_dict |= _exact_features(checkpoint, instance, state_dict)
             wrong = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
             if wrong:
                 raise ValueError(f"{wrong[0]} and {len(wrong) - 1} more of its tensors hold values that are not finite")
@@ -119,6 +135,41 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
         reason = "NeMo cannot build it from its config" if "abstract class" in str(error) else error
         raise ValueError(f"{checkpoint} does not load: {reason}") from error
     return model.eval().requires_grad_(False)
+
+
+def _exact_features(checkpoint: Path, instance, state_dict: dict) -> dict:
+    """The window and filter bank that NeMo has made from the config, where those stored are these, rounded to half
+    precision (`model.half()` rounds them like weights): runtimes compute theirs from the config as well. What rounding
+    does not explain stays, and ModelSpec says how it differs."""
+    import torch
+
+    exact = {}
+    for name in FEATURE_BUFFERS:
+        own, stored = instance.state_dict().get(name), state_dict.get(name)
+        if own is None or stored is None or own.shape != stored.shape or torch.equal(own.cpu(), stored.cpu()):
+            continue
+        own, stored = own.float().cpu(), stored.cpu()
+        for dtype in (torch.float16, torch.bfloat16):
+            # Half a unit in the last place, and what versions of librosa and torch differ by before the rounding.
+            bound = (torch.finfo(dtype).eps / 2 + 1e-5) * own.abs() + torch.finfo(dtype).smallest_normal * 2**-10
+            if torch.equal(stored, stored.to(dtype).float()) and bool(((stored - own).abs() <= bound).all()):
+                print(f"{checkpoint.name}: {name} is rounded to {str(dtype).removeprefix('torch.')}; the exact one of "
+                      "its config is used instead", flush=True)  # fmt: skip
+                exact[name] = own.to(state_dict[name].device)
+                break
+    return exact
+
+
+def _folder_with_room(size: int) -> Path:
+    """The folder for temporary files, or the working directory where that one's disk has no `size` bytes free."""
+    folders = [Path(tempfile.gettempdir()), Path.cwd()]
+    free = {folder: shutil.disk_usage(folder).free for folder in folders if os.access(folder, os.W_OK)}
+    roomy = [folder for folder in free if free[folder] >= size]
+    if not roomy:
+        found = " and ".join(f"{size_text(count)} in {folder}" for folder, count in free.items())
+        raise OSError(f"expected {size_text(size)} of disk to unpack the checkpoint, found {found}; make room, or set "
+                      "TMPDIR to a folder that has it")  # fmt: skip
+    return roomy[0]
 
 
 @contextlib.contextmanager

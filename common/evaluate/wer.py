@@ -1,4 +1,5 @@
-"""Comparing what engines heard: token by token with the reason for a difference, and word by word as an error rate."""
+"""Comparing transcripts: token by token with the reason for a difference, text by text with the rule that explains one,
+and word by word as an error rate."""
 
 from dataclasses import dataclass
 
@@ -6,30 +7,45 @@ import numpy as np
 
 BOOTSTRAP_SAMPLES = 2000
 CONFIDENCE = 95  # per cent
+PARENTHESES = str.maketrans("()", "  ")
+# Of a float32 model's words, per cent, normalised; the published checkpoints stay far below on languages they know.
+SUSPICIOUS_WER = 60
 
 
 @dataclass(frozen=True)
 class WordErrorRate:
-    """Corpus word error rate in per cent, with the interval that resampling the clips gives."""
+    """Corpus word error rate in per cent, with the interval that resampling the clips gives; none of no words."""
 
     errors: int
     words: int
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     @property
     def percent(self) -> float:
         return 100 * self.errors / max(self.words, 1)
 
     def __str__(self) -> str:
+        if not self.words:
+            return no_rate(self.errors)
         return f"{self.percent:.2f} % [{self.low:.2f}, {self.high:.2f}]"
 
 
+def no_rate(errors: int) -> str:
+    """What stands for an error rate where the reference has no words: every error is a word inserted."""
+    return f"– ({errors} inserted)" if errors else "–"
+
+
 def normalize(text: str) -> str:
-    """Case and punctuation aside, language-neutral (Whisper's basic normaliser, whisper_normalizer)."""
+    """Case and punctuation aside, language-neutral (Whisper's basic normaliser, whisper_normalizer).
+
+    Every digit stays: `90%` becomes `90`, `$19.99` `19 99`, `3:30` `3 30`, `½` `1 2`, and `1st` stays. Whisper's
+    normaliser drops what stands between parentheses, which may be the `(555)` of a phone number, so here those go
+    before it. What stands between `<` and `>` or `[` and `]` is dropped: marks such as `[noise]`.
+    """
     from whisper_normalizer.basic import BasicTextNormalizer
 
-    return " ".join(BasicTextNormalizer()(text).split())
+    return " ".join(BasicTextNormalizer()(text.translate(PARENTHESES)).split())
 
 
 def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
@@ -53,10 +69,24 @@ def word_error_rate(references: list[str], hypotheses: list[str], baseline: list
         counts[:, 0] -= _counts(references, baseline)[:, 0]
     rng, n = np.random.default_rng(0), len(counts)
     draws = (counts[rng.integers(n, size=n)].sum(axis=0) for _ in range(BOOTSTRAP_SAMPLES))
-    errors, words = np.array(list(draws)).T
+    total_errors, total_words = map(int, counts.sum(axis=0))
+    if not total_words:
+        return WordErrorRate(total_errors, total_words, None, None)
+    errors, words = np.array([draw for draw in draws if draw[1]]).T  # of silent clips alone there is no rate
     tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(100 * errors / np.maximum(words, 1), [tail, 100 - tail])
-    return WordErrorRate(int(counts[:, 0].sum()), int(counts[:, 1].sum()), float(low), float(high))
+    low, high = np.percentile(100 * errors / words, [tail, 100 - tail])
+    return WordErrorRate(total_errors, total_words, float(low), float(high))
+
+
+def high_error_warning(float32: WordErrorRate) -> str | None:
+    """A line for a float32 model whose error rate, normalised, is too high for a model that works; None below."""
+    if float32.percent <= SUSPICIOUS_WER:
+        return None
+    return (
+        f"warning: the float32 model has {float32.percent:.0f} % of the words wrong, more than {SUSPICIOUS_WER} %: the "
+        "clips may be in a language that it does not know, their texts may be wrong, or its folder may hold parts of "
+        "different checkpoints"
+    )
 
 
 def _counts(references: list[str], hypotheses: list[str]) -> np.ndarray:

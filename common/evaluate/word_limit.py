@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import CheckError
-from common.evaluate.wer import WordErrorRate, normalize, word_changes, word_error_rate, word_errors
+from common.evaluate.wer import WordErrorRate, high_error_warning, normalize, word_changes, word_error_rate, word_errors
 from common.quantize.fidelity import sqnr_db
 from common.run.baseline import RawOrt
 from common.run.clips import Clip
@@ -53,6 +53,8 @@ class Words:
 
     def __str__(self) -> str:
         rise = self.increase
+        if not rise.words:
+            return f"WER {self.float32} → {self.optimized}  of no words"
         points = f"{rise.percent:+.2f} points [{rise.low:+.2f}, {rise.high:+.2f}]"
         return f"WER {self.float32} → {self.optimized}  {points} of {rise.words} words"
 
@@ -67,12 +69,16 @@ def listen(
     """Transcribe the clips of `manifest` with both folders. Raises CheckError where the optimized one fails, and as
     RawOrt, GenAI and read_audio do.
 
+    Each folder's tokens are shown by its own tokenizer, so that one that loses words is counted.
     Float32 weights stay in the data file: both models are in memory at once, and one of them is small.
     """
+    from tokenizers import Tokenizer
+
     genai, float32, small = GenAI(optimized), _Tapped(exported, MAPPED), _Tapped(optimized)
+    exported_tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
     heard = []
     for clip in progress(clips):
-        samples = genai.config.read_audio(clip.path)
+        samples = genai.config.read_clip(clip)
         features = genai.features(samples)
         wanted, wanted_encoded = float32.hear(features)
         try:
@@ -81,11 +87,11 @@ def listen(
             raise CheckError(f"the optimized model fails on {clip.path}: {error}") from error
         heard.append(
             Heard(
-                _name(clip.path, manifest),
+                _name(clip.path, manifest) + clip.segment,
                 clip.lang,
                 len(samples) / genai.config.sample_rate,
                 clip.text,
-                genai.text(wanted),
+                exported_tokenizer.decode(wanted).strip(),
                 genai.text(found),
                 sqnr_db(wanted_encoded, found_encoded),
             )
@@ -153,6 +159,12 @@ def print_words(table: list[Words], heard: list[Heard]) -> None:
     """A line a language, and the clips that changed: [old → new], with their errors before and after."""
     for words in table[1:]:
         print(f"  {words.lang}: {words.clips} clips  {words}")
+    warning = high_error_warning(table[0].float32)
+    if warning:
+        print(warning)
+    for side in ("float32", "optimized"):
+        if not any(getattr(clip, side).strip() for clip in heard):
+            print(f"warning: every transcript of the {side} model is empty, so nothing can be said of its words")
     unlike = changed(heard)
     for clip in unlike[:MAX_PRINTED_CLIPS]:
         text = " ".join(one if one == other else f"[{one or '–'} → {other or '–'}]" for one, other in marked(clip))
@@ -165,12 +177,15 @@ def judge(table: list[Words], limit: float) -> None:
     """Raise CheckError if the error rate over all clips, or that of one language, rises by more than `limit` points.
 
     A language that got worse may hide in the whole, so each is held to the limit; where it has few words, one decides.
+    Where its clips are silent it has no rate, and words that were inserted count in the whole.
     """
+    if not table[0].increase.words:
+        raise CheckError("expected texts with words to judge by, got none, so nothing was compared; nothing is written")
     beyond = [
         f"{words.increase.percent:+.2f} points{f' in {words.lang}' if words.lang else ''} "
         f"({words.increase.errors} of {words.increase.words} words)"
         for words in table
-        if words.increase.percent > limit
+        if words.increase.words and words.increase.percent > limit
     ]
     if beyond:
         raise CheckError(

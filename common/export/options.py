@@ -16,6 +16,10 @@ MAX_OPSET = 21  # the newest that the wheels of onnxruntime-genai were built for
 # ONNX Runtime session, activations, and the code of NeMo. Disk: the unpacked checkpoint and the exported weights.
 MEMORY_FACTOR = 1.3
 MEMORY_OF_NEMO = 1e9  # bytes
+MEMORY_OF_LONG_CASE = 2.8e9  # bytes; a clip past 400 s, on which small encoders are verified; measured with 4 heads
+# Encoders of up to so many parameters are verified on a clip past 400 s as well; attention's memory is quadratic in it.
+LONG_CASE_MAX_PARAMETERS = 20e6
+FLOAT32_BYTES = 4
 DISK_FACTOR = 2.0
 FLOAT16_DISK_FACTOR = 0.5  # in addition: the float16 weights beside the float32 ones
 
@@ -38,6 +42,8 @@ class ExportOptions:
     def validate(self) -> None:
         """Raise ValueError naming the flag that cannot be fulfilled."""
         check_opset(self.opset_version)
+        if self.chunk_seconds == 0:
+            raise ValueError("expected --chunk_seconds of more than 0, got 0")
         if self.precision not in PRECISIONS:
             raise ValueError(f"expected --precision {' or '.join(PRECISIONS)}, got {self.precision}")
 
@@ -57,7 +63,9 @@ class ExportOptions:
 
     def memory_bytes(self, checkpoint_bytes: int) -> float:
         """Peak memory of exporting a checkpoint of that size."""
-        return MEMORY_FACTOR * checkpoint_bytes + MEMORY_OF_NEMO
+        verifies_long_case = not self.skip_verify and checkpoint_bytes <= LONG_CASE_MAX_PARAMETERS * FLOAT32_BYTES
+        long_case = MEMORY_OF_LONG_CASE if verifies_long_case else 0
+        return MEMORY_FACTOR * checkpoint_bytes + MEMORY_OF_NEMO + long_case
 
     def disk_bytes(self, checkpoint_bytes: int) -> float:
         """Disk needed, scratch space included, to export a checkpoint of that size."""

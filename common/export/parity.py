@@ -13,13 +13,13 @@ import torch
 
 from common.cli import CheckError
 from common.contract import DECODER, ENCODER, FLOAT16_TOLERANCE, JOINT, PARITY_TOLERANCE, Graph
+from common.export.options import LONG_CASE_MAX_PARAMETERS
 from common.run.ort import MAPPED, OpenGraph
 
 # (B, T) of the encoder's cases: one encoder frame, batches of odd and different lengths, twenty seconds.
 ENCODER_CASES = ((1, 8), (1, 200), (2, 333), (3, 517), (1, 2000))
 # Past the 5000 encoder frames (400 s) where NeMo's position table ends; quadratic in memory, so for small models only.
 LONG_CASE_FRAMES = 5100
-LONG_CASE_MAX_PARAMETERS = 20e6
 DECODER_STEPS = 12
 JOINT_CASES = ((1, 1, 1), (2, 3, 2), (1, 7, 5))  # B, S, U
 

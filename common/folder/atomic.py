@@ -15,7 +15,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 AT_FDCWD = -100  # <fcntl.h>
@@ -98,15 +98,15 @@ def _recover(target: Path, scratch: Path, aside: Path) -> None:
         _remove(scratch)
 
 
-def replace_folder(target: Path, new: Path) -> None:
-    """Put the folder `new` in the place of `target`, with every entry of `target` that `new` does not have.
+def replace_folder(target: Path, new: Path, removed: Collection[Path] = ()) -> None:
+    """Put the folder `new` in the place of `target`, with every other entry of `target` except those in `removed`.
 
     Those entries are hard links where the file system has them, so that nothing is copied and nothing is lost with the
     old folder. All of `new` is on the disk before the rename, and the rename is on the disk before this returns.
     """
     written = list(new.rglob("*"))
     if target.exists():
-        _keep_entries(target, new)
+        _keep_entries(target, new, removed)
     else:
         new.chmod(0o777 & ~_umask())
     for path in (*written, new):
@@ -124,14 +124,17 @@ def replace_folder(target: Path, new: Path) -> None:
     fsync(new.parent)
 
 
-def _keep_entries(old: Path, new: Path) -> None:
-    """Give `new` the mode of `old` and the entries that only `old` has, and so for the folders that both have."""
+def _keep_entries(old: Path, new: Path, removed: Collection[Path]) -> None:
+    """Give `new` the mode of `old` and the entries that only `old` has, except those in `removed`; and so for the
+    folders that both have."""
     for entry in old.iterdir():
+        if entry in removed:
+            continue
         kept = new / entry.name
         is_folder = entry.is_dir() and not entry.is_symlink()
         if os.path.lexists(kept):
             if is_folder and kept.is_dir():
-                _keep_entries(entry, kept)
+                _keep_entries(entry, kept, removed)
         elif is_folder:
             shutil.copytree(entry, kept, symlinks=True, copy_function=link)
         else:

@@ -2,11 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from common.folder.outputs import read_json, write_json
+from common.folder.outputs import _kind, read_json, write_json
 
 MANIFEST = "manifest.json"
 FILES = "files"  # section of the manifest: name → bytes and sha256
@@ -14,10 +14,72 @@ FILES = "files"  # section of the manifest: name → bytes and sha256
 RECORDED_PACKAGES = ("nemo_toolkit", "torch", "onnx", "onnxruntime", "onnxruntime-genai", "sentencepiece", "tokenizers")
 
 
+def check_output_file(path: Path) -> None:
+    """Raise IsADirectoryError, FileNotFoundError, PermissionError or ValueError if `path` cannot be written as a file;
+    a device of characters and a named pipe can."""
+    folder = Path(os.path.realpath(path)).parent
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file to write, got the folder {path}")
+    if path.is_block_device() or path.is_socket():
+        raise ValueError(f"expected a file to write, got {_kind(path.stat().st_mode)}, {path}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder for {path}, found no {folder}; make it first")
+    if not os.access(folder if path.is_file() or not path.exists() else path, os.W_OK):
+        raise PermissionError(f"expected a file to write, got {path}, where writing is not permitted")
+
+
+# The types of what is read of a manifest, where it is there at all; "*": of every entry, each of which has all keys.
+NUMBER = int | float | None
+_SOURCE = {"name": str, "revision": str, "commit": str | None, "file": str, "sha256": str}
+_PARITY = {"*": {"max_abs": NUMBER, "max_rel": NUMBER, "cases": int}}
+_SECTION = {
+    "source": _SOURCE,
+    "flags": {"precision": str, "device": str, "decoder_joint_precision": str},
+    "versions": {"*": str},
+    "wer": {"*": {"errors": int, "words": int, "low": NUMBER, "high": NUMBER}},
+}
+MANIFEST_TYPES = {
+    "export": {
+        **_SECTION,
+        "parity": _PARITY,
+        "float16": {"*": {"limit": NUMBER, "kept_float32": list | dict, "kept_exact": list | dict}},
+    },
+    "tokenizer": _SECTION,
+    "optimize": {
+        **_SECTION,
+        "encoder_bytes": {"exported": int, "optimized": int},
+        "weights_by_bits": {"*": int},
+        "sqnr_db_on_noise": NUMBER,
+        "token_sqnr_db_on_noise": {"*": NUMBER},
+    },
+    FILES: {"*": {"bytes": int, "sha256": str}},
+}
+
+
 def read_manifest(folder: Path) -> dict:
-    """The folder's manifest, or an empty one where there is none yet."""
+    """The folder's manifest, or an empty one where there is none yet. Raises ValueError where it is another's."""
     path = Path(folder) / MANIFEST
-    return read_json(path, "python export_parakeet_to_onnx.py") if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    content = read_json(path, "python export_parakeet_to_onnx.py, after you have deleted it")
+    if wrong := next(_wrong_types({"*": dict, **MANIFEST_TYPES}, content, ""), None):
+        raise ValueError(f"{path} is not a manifest of this project: {wrong}; delete it, or make the folder again")
+    return content
+
+
+def _wrong_types(types: dict, content: object, name: str) -> Iterator[str]:
+    """What of `content` has other types than these."""
+    if not isinstance(content, dict):
+        yield f"expected an object as {name}, got {content!r}"
+        return
+    for key, value in content.items():
+        wanted, place = types.get(key, types.get("*", object)), f"{name}.{key}".lstrip(".")
+        if isinstance(wanted, dict):
+            yield from _wrong_types(wanted, value, place)
+            if key not in types and isinstance(value, dict):
+                yield from (f"{place} has no {missing}" for missing in wanted if missing not in value)
+        elif not isinstance(value, wanted):
+            yield f"expected another kind of value as {place}, got {value!r}"
 
 
 def is_float16(manifest: dict) -> bool:
@@ -28,7 +90,9 @@ def is_float16(manifest: dict) -> bool:
 def write_manifest(stage: Path, manifest: dict, section: str, content: dict) -> None:
     """Write `manifest` into `stage`, `section` of it replaced by `content` and the versions of today, and the size and
     SHA-256 of each file of `stage` beside those that it lists already. Call it last."""
-    written = {path.name: fingerprint(path) for path in sorted(stage.iterdir()) if path.name != MANIFEST}
+    written = {
+        path.name: fingerprint(path) for path in sorted(stage.iterdir()) if path.is_file() and path.name != MANIFEST
+    }
     found = {**manifest, section: {**content, "versions": package_versions()}}
     found[FILES] = dict(sorted({**manifest.get(FILES, {}), **written}.items()))
     write_json(stage / MANIFEST, found)
@@ -71,24 +135,6 @@ def _problem(path: Path, listed: dict) -> str | None:
     if size < wanted["bytes"]:
         return f"{path.name} is truncated: {size} bytes of {wanted['bytes']}"
     return f"{path.name} is another file than the one {MANIFEST} lists: it was changed, or comes from another folder"
-
-
-def moved_manifest(source: Path, target: Path) -> dict:
-    """The manifest of folder `source` as it reads in folder `target`: relative paths lead to the same files."""
-    manifest = read_manifest(source)
-    for name, section in manifest.items():
-        origin = {} if name == FILES else section.get("source", {})
-        if "path" in origin:
-            origin["path"] = relative_path(source / origin["path"], target)
-    return manifest
-
-
-def relative_path(path: Path, folder: Path) -> str:
-    """How to find `path` from inside `folder`, so that both may move together and no home directory is published."""
-    try:
-        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
-    except ValueError:  # another drive on Windows: no relative path
-        return path.resolve().as_posix()
 
 
 def package_versions() -> dict[str, str]:

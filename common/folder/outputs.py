@@ -1,22 +1,89 @@
 """XXX docstring of folder.outputs"""
 
 import json
+import os
+import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from common.folder.atomic import fsync
+from common.folder.manifest import check_output_file
+
+STANDARD_OUTPUT = Path("-")
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 
-def check_output_file(path: Path) -> None:
-    """Raise IsADirectoryError or FileNotFoundError if `path` cannot become a file."""
-    if path.is_dir():
-        raise IsADirectoryError(f"wanted a file to write, found the folder {path}")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"wanted a folder for {path}, found no {path.absolute().parent}; make it first")
+def _kind(mode: int) -> str:
+    return KINDS.get(stat.S_IFMT(mode), "a device")
+
+
+def require_file(path: Path, wanted: str) -> None:
+    """Raise FileNotFoundError where there is nothing at `path`, ValueError where it is not a regular file."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name that holds a null byte
+        raise FileNotFoundError(f"expected {wanted}, found nothing at {path}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"expected {wanted}, got {_kind(mode)}, {path}; name a regular file")
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
+    """Raise before the work where a file of a user's cannot be written, is one of `inputs`, or another output."""
+    read = [os.path.realpath(path) for path in inputs]
+    for number, path in enumerate(outputs):
+        if any(is_standard_output(path) and is_standard_output(other) for other in outputs[:number]):
+            raise ValueError(f"expected one result on the standard output, got {outputs[0]} and {path}")
+        if is_standard_output(path):
+            continue
+        check_output_file(path)
+        for other in read:
+            if _same_file(path, other):
+                raise ValueError(f"expected a file to write, got {path}, which is read ({other}); give another name")
+        for other in outputs[:number]:
+            if _same_file(path, other):
+                raise ValueError(f"expected a file for each result, got {other} and {path}, which are one")
+
+
+def is_standard_output(path: Path) -> bool:
+    """Whether `path` is `-`, or another name of what this process prints to: /dev/stdout, or the file of `> FILE`."""
+    try:
+        return path == STANDARD_OUTPUT or os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:  # nothing there as yet, or no standard output
+        return False
+
+
+def _same_file(path: Path, other: str | Path) -> bool:
+    """Whether two names are one regular file, or will be."""
+    if path.exists() and not path.is_file():
+        return False
+    try:
+        return os.path.realpath(path) == os.path.realpath(other) or path.samefile(other)
+    except OSError:
+        return False
+
+
+def json_text(content: dict) -> str:
+    """Readable JSON that ends in a newline."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write readable UTF-8 JSON that ends in a newline, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write readable UTF-8 JSON, whole or not at all."""
+    write_text(path, json_text(content))
+
+
+def write_output(path: Path, content: str, stdout: TextIO) -> None:
+    """Write UTF-8 where a user asked for it: to `stdout`, into a device or a pipe as it is, and a file whole or not at
+    all; a link stays a link, and the file that it leads to is replaced."""
+    if is_standard_output(path):
+        stdout.flush()
+        stdout.buffer.write(content.encode())
+        stdout.buffer.flush()
+    elif path.exists() and not path.is_file():
+        path.write_text(content, encoding="utf-8")
+    else:
+        write_text(Path(os.path.realpath(path)), content)
 
 
 def write_text(path: Path, content: str) -> None:

@@ -4,11 +4,12 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from common.cli import size_text
 from common.folder.atomic import lock, replace_folder
+from common.folder.manifest import read_manifest
 
 # A disk, or a quota, that is full; NumPy says only how much it wrote.
 DISK_ERRORS, SHORT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "requested and"
@@ -16,7 +17,7 @@ DISK_ERRORS, SHORT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "requested
 
 def check_output_dir(target: Path) -> None:
     """Raise NotADirectoryError if `target`, or what it would lie in, is a file; PermissionError if it is read-only,
-    ValueError if it cannot be replaced."""
+    ValueError if it cannot be replaced, or has a manifest that is none."""
     for path in (target, *target.parents):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"wanted a folder to write to, found the file {path}; give another --output_dir")
@@ -30,6 +31,7 @@ def check_output_dir(target: Path) -> None:
         raise ValueError(
             f"wanted a folder that can be replaced as a whole, found {target}, {kind}; give a folder below it"
         )
+    read_manifest(target)
 
 
 def require_free(disk: float, target: Path) -> int:
@@ -51,12 +53,13 @@ def state_needs(what: str, memory: float, disk: float, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, removed: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty folder beside `target`; when the block ends well `target` has its files too, else it is as it was.
 
     The new folder is complete, and on the disk, before one rename puts it in the place of the old one (common/swap.py);
-    files of `target` that the block did not write are in both. `stage.parent` is scratch space that vanishes with the
-    stage; what a killed run left of both is removed by the next one. Raises as check_output_dir and swap.lock do.
+    files of `target` that the block did not write are in both, but for the relative paths `removed`, which belong to
+    what is replaced. `stage.parent` is scratch space that vanishes with the stage; what a killed run left of both is
+    removed by the next one. Raises as check_output_dir and swap.lock do.
     """
     check_output_dir(target)
     target = target.resolve()  # a link to the folder stays one
@@ -66,7 +69,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         try:
             stage.mkdir()
             yield stage
-            replace_folder(target, stage)
+            replace_folder(target, stage, {target / path for path in removed})
         except OSError as error:
             if error.errno in DISK_ERRORS or SHORT_WRITE in str(error):
                 raise OSError(f"cannot write to {target} ({error}); nothing was changed; make room") from error

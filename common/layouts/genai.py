@@ -114,7 +114,7 @@ def _configs(spec: ModelSpec, window: Window, device: str) -> dict[str, dict[str
 GENAI = register(
     Layout(
         runtime="genai",
-        package="onnxruntime-genai",
+        packages=("onnxruntime-genai",),
         cuda_package="onnxruntime-genai-cuda",
         graphs=GRAPHS,
         config_files=(GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG),
@@ -127,6 +127,8 @@ GENAI = register(
         usage="""\
 import onnxruntime_genai as og
 
+# GenAI reads WAV, FLAC and MP3 of 16 kHz and more, mono or stereo, of which it takes the average. It does not resample
+# upwards, such as telephone audio of 8 kHz, and misreads more than two channels: convert those to 16 kHz mono first.
 model = og.Model("{folder}")
 processor, tokenizer = model.create_multimodal_processor(), og.Tokenizer(model)
 generator = og.Generator(model, og.GeneratorParams(model))

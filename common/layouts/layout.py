@@ -17,7 +17,7 @@ from typing import Any
 
 from common.checkpoint.spec import ModelSpec
 from common.contract import Graph, View
-from common.folder.manifest import MANIFEST
+from common.folder.manifest import MANIFEST, read_manifest
 from common.folder.outputs import write_json
 
 
@@ -58,7 +58,7 @@ class Layout:
     """One runtime's model folder."""
 
     runtime: str  # the value of --runtime, and the name of the subfolder where a folder holds several
-    package: str  # on PyPI
+    packages: tuple[str, ...]  # on PyPI: what `usage` imports and they do not bring along; the runtime first
     cuda_package: str = ""  # on PyPI, where running on CUDA takes another package
     graphs: tuple[Graph, ...]  # the encoder, then those that run once a token
     config_files: tuple[str, ...]
@@ -70,6 +70,11 @@ class Layout:
     configs: Callable[[ModelSpec, Window, str], dict[str, dict[str, Any]]]  # spec, window, device → file name → content
     encoder_metadata: Callable[[ModelSpec], dict[str, str]] = _no_metadata  # what the encoder's ONNX metadata must hold
     measures_speech: bool = False  # whether common/run loads it: calibration and evaluation need one that it does
+
+    @property
+    def package(self) -> str:
+        """The runtime's own package."""
+        return self.packages[0]
 
     @property
     def encoder(self) -> Graph:
@@ -97,7 +102,7 @@ class Layout:
         return (folder / self.vocabulary[0]).read_bytes().count(b"\n")
 
     def usage_of(self, folder: str, audio: str = "audio.wav") -> str:
-        """Python that transcribes the file `audio` with the model in `folder`."""
+        """Python that transcribes the file `audio`, its channels averaged, with the model in `folder`."""
         return self.usage.format(folder=folder, audio=audio)
 
 
@@ -128,7 +133,7 @@ def layouts_in(folder: Path) -> dict[str, Layout]:
 
 def check_same_layouts(folder: Path, planned: Mapping[str, Layout]) -> None:
     """Raise ValueError where `folder` is for one runtime and is to become that of another, or of several, or the other
-    way round: a reader would take one for the other."""
+    way round: a reader would take one for the other. Also where a manifest that is to be kept is another's."""
     existing = layouts_in(folder)
     is_model_folder = "" not in existing or (folder / MANIFEST).is_file()
     if is_model_folder and existing.get("") is not planned.get(""):
@@ -136,6 +141,8 @@ def check_same_layouts(folder: Path, planned: Mapping[str, Layout]) -> None:
         raise ValueError(
             f"expected a folder for {new}, got {folder}, which is one for {old}; give another --output_dir"
         )
+    for name in planned:
+        read_manifest(folder / name)  # raises where it is another project's, which later would be after the work
 
 
 def write_views(layout: Layout, source: Path, target: Path, spec: ModelSpec) -> None:

@@ -56,7 +56,7 @@ def _configs(spec: ModelSpec, window: Window, device: str) -> dict[str, dict[str
 ONNX_ASR = register(
     Layout(
         runtime="onnx-asr",
-        package="onnx-asr",
+        packages=("onnx-asr", "onnxruntime", "soundfile"),
         graphs=ONNX_ASR_GRAPHS,
         config_files=(ONNX_ASR_CONFIG,),
         vocabulary=("vocab.txt",),
@@ -68,8 +68,9 @@ import onnx_asr
 import soundfile
 
 model = onnx_asr.load_model("nemo-conformer-tdt", "{folder}")
-samples, sample_rate = soundfile.read("{audio}", dtype="float32")
-print(model.recognize(samples, sample_rate=sample_rate))
+samples, sample_rate = soundfile.read("{audio}", dtype="float32", always_2d=True)
+# The average of the channels. onnx-asr resamples from 8, 11.025, 16, 22.05, 24, 32, 44.1 and 48 kHz.
+print(model.recognize(samples.mean(axis=1), sample_rate=sample_rate))
 """,
     )
 )

@@ -67,7 +67,7 @@ def _configs(spec: ModelSpec, window: Window, device: str) -> dict[str, dict[str
 SHERPA_ONNX = register(
     Layout(
         runtime="sherpa-onnx",
-        package="sherpa-onnx",
+        packages=("sherpa-onnx", "soundfile"),
         graphs=SHERPA_ONNX_GRAPHS,
         config_files=(),
         vocabulary=("tokens.txt",),
@@ -84,8 +84,8 @@ recognizer = sherpa_onnx.OfflineRecognizer.from_transducer(
     **files, tokens="{folder}/tokens.txt", model_type="nemo_transducer", num_threads=4
 )
 stream = recognizer.create_stream()
-samples, sample_rate = soundfile.read("{audio}", dtype="float32")
-stream.accept_waveform(sample_rate, samples)
+samples, sample_rate = soundfile.read("{audio}", dtype="float32", always_2d=True)
+stream.accept_waveform(sample_rate, samples.mean(axis=1))  # the average of the channels, at any sample rate
 recognizer.decode_stream(stream)
 print(stream.result.text)
 """,

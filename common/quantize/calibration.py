@@ -65,7 +65,7 @@ def read_speech(folder: Path, clips: list[Clip]) -> CalibrationSpeech:
         room = int(MAX_SECONDS * frame_rate) - frames
         if room <= 0:
             break
-        features.append(genai.features(genai.config.read_audio(clips[i].path))[:, :room])
+        features.append(genai.features(genai.config.read_clip(clips[i]))[:, :room])
         frames += features[-1].shape[1]
     seconds = frames / frame_rate
     if seconds < MIN_SECONDS:

@@ -12,17 +12,11 @@ from typing import Any
 from common.cli import EXPORT_COMMAND, size_text
 from common.evaluate import word_limit
 from common.evaluate.word_limit import Heard, Words
-from common.folder.manifest import (
-    fingerprint,
-    is_float16,
-    moved_manifest,
-    read_manifest,
-    relative_path,
-    verify_files,
-    write_manifest,
-)
+from common.folder.locations import CHECKPOINT, read_location, write_locations
+from common.folder.manifest import fingerprint, is_float16, read_manifest, verify_files, write_manifest
 from common.folder.onnx_files import of_one_name, save_model
 from common.folder.staging import check_output_dir
+from common.layouts.identity import check_one_checkpoint
 from common.layouts.layout import Layout, check_same_layouts
 from common.progress import progress
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
@@ -38,7 +32,8 @@ Report = Callable[..., None]  # prints the fields of one stage
 
 def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> None:
     """Raise FileNotFoundError naming the command that makes what `source` lacks, or ValueError if `target` is it,
-    a file of `source` is not the one that its manifest lists, or its weights are float16."""
+    a file of `source` is not the one that its manifest lists, its weights are float16, or its parts are of different
+    checkpoints."""
     check_output_dir(target)
     if target.resolve() == source.resolve():
         raise ValueError(
@@ -60,6 +55,7 @@ def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> 
                 f"expected float32 weights to quantize, got {folder}, exported with --precision fp16; export it without"
             )
         verify_files(folder, (*layout.graph_files, *layout.vocabulary))
+        check_one_checkpoint(folder, layout)
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class ModelFolder:
     readable: Path  # the source, or copies of its graphs: see `of_one_name`
     target: Path  # where the result will be
     stage: Path  # where it is being written
-    manifest: dict[str, Any]  # of the source, as it reads in the target
+    manifest: dict[str, Any]  # of the source
 
     @property
     def encoder(self) -> Path:
@@ -99,11 +95,11 @@ def open_folder(layout: Layout, name: str, source: Path, target: Path, stage: Pa
     Raises ValueError at the end of the block where the source was written meanwhile.
     """
     (stage / name).mkdir(exist_ok=True)
-    manifest = moved_manifest(source / name, target / name)
+    manifest = read_manifest(source / name)
     with tempfile.TemporaryDirectory(dir=stage.parent) as scratch:
         readable = of_one_name(source / name, layout.graph_files, Path(scratch) / "copies")
         yield ModelFolder(layout, source / name, readable, target / name, stage / name, manifest)
-    if moved_manifest(source / name, target / name) != manifest:
+    if read_manifest(source / name) != manifest:
         raise ValueError(f"{source / name} was written anew while it was read; run this again")
 
 
@@ -152,6 +148,8 @@ def finish_folder(
     write_report(folder.stage, content, words.clips, write_page)
     write_manifest(folder.stage, folder.manifest, "optimize", record)
     write_card(folder.stage, folder.target, layout)
+    checkpoint = read_location(folder.source, CHECKPOINT)
+    write_locations(folder.stage, folder.target, checkpoint=checkpoint, exported=folder.source)
     report("report", str(folder.target / REPORT_HTML))
 
 
@@ -200,7 +198,6 @@ def _record(
     """The section of the manifest."""
     manifest = options.calibration_manifest
     record = {
-        "model_dir": relative_path(folder.source, folder.target),
         "flags": options.record(),
         "method": options.description,
         "calibration": None if manifest is None else fingerprint(manifest),

@@ -14,7 +14,7 @@ from common.run.ort import OpenGraph, OrtGraph
 class RawOrt:
     """The baseline: three ONNX Runtime sessions and the greedy loop of `common.decode`, windows as GenAI cuts them."""
 
-    def __init__(self, folder: Path, open_graph: OpenGraph = OrtGraph):
+    def __init__(self, folder: Path, open_graph: OpenGraph = OrtGraph) -> None:
         self.config = RuntimeConfig.read(folder)
         zeros = np.zeros((self.config.decoder_layers, 1, self.config.decoder_dim), dtype=np.float32)
         self._start = (zeros, zeros)

@@ -1,6 +1,6 @@
 """XXX docstring of run.config"""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,8 @@ import numpy as np
 from common.cli import EXPORT_COMMAND
 from common.contract import GENAI_CONFIG
 from common.folder.outputs import read_json
-from common.run.audio import load_audio
+from common.run.audio import check_audio, load_clip
+from common.run.clips import Clip
 
 # NeMo's features need two frames for a standard deviation; a shorter clip holds no speech anyway.
 MIN_FRAMES = 2
@@ -33,28 +34,36 @@ class RuntimeConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "RuntimeConfig":
-        """Raises FileNotFoundError, or ValueError where the file is no such config."""
+        """Raises FileNotFoundError, or ValueError where the file is no such config, or has a number that cannot be:
+        with chunk_samples of 0 GenAI never ends."""
         path = Path(folder) / GENAI_CONFIG
         config = read_json(path, EXPORT_COMMAND.format(folder))
+        again = f"make it again: {EXPORT_COMMAND.format(folder)}"
+
+        def whole(value: object, key: str, least: int = 1) -> int:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{path}: expected {key} as a whole number of {least} or more, got {value!r}; {again}")
+            return value
+
         try:
-            model = config["model"]
+            model, decoder = config["model"], config["model"]["decoder"]
+            hop = whole(model["hop_length"], "hop_length")
+            subsampling = whole(model["subsampling_factor"], "subsampling_factor")
             return cls(
-                model["sample_rate"],
-                model["hop_length"],
-                model["subsampling_factor"],
-                model["chunk_samples"],
-                model["left_context_samples"],
-                model["right_context_samples"],
-                model["blank_id"],
-                tuple(model["tdt_durations"]),
-                model["max_symbols_per_step"],
-                model["decoder"]["num_hidden_layers"],
-                model["decoder"]["hidden_size"],
+                whole(model["sample_rate"], "sample_rate"),
+                hop,
+                subsampling,
+                whole(model["chunk_samples"], "chunk_samples", hop * subsampling),  # an encoder frame
+                whole(model["left_context_samples"], "left_context_samples", 0),
+                whole(model["right_context_samples"], "right_context_samples", 0),
+                whole(model["blank_id"], "blank_id", 0),
+                tuple(whole(duration, "each of tdt_durations", 0) for duration in model["tdt_durations"]),
+                whole(model["max_symbols_per_step"], "max_symbols_per_step"),
+                whole(decoder["num_hidden_layers"], "num_hidden_layers of the decoder"),
+                whole(decoder["hidden_size"], "hidden_size of the decoder"),
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} lacks a setting ({error}); make it again: {EXPORT_COMMAND.format(folder)}"
-            ) from None
+            raise ValueError(f"{path} lacks a setting ({error}); {again}") from None
 
     @property
     def frame_seconds(self) -> float:
@@ -69,13 +78,27 @@ class RuntimeConfig:
         """Whether the encoder sees a clip of that length whole, as NeMo's does."""
         return seconds * self.sample_rate <= self.chunk
 
+    def check_clips(self, clips: Iterable[Clip]) -> float:
+        """Seconds of all clips by the headers of their files. Raises as check_audio does, before the work, for one that
+        is missing, too short or a segment outside of its file, naming its line."""
+        seconds = 0.0
+        for clip in clips:
+            with clip.located():
+                seconds += check_audio(clip, self.sample_rate, self.min_samples)
+        return seconds
+
     def read_audio(self, path: Path) -> np.ndarray:
+        """The samples of a whole file, as read_clip gives them."""
+        return self.read_clip(Clip(Path(path)))
+
+    def read_clip(self, clip: Clip) -> np.ndarray:
         """Mono samples at the model's rate, a whole number of hops of them.
 
         Up to 10 ms are cut off the end: there GenAI may compute one frame more than NeMo, the window's last 9 ms being
         enough for it (NemoStreamingMelExtractor in nemo_mel_spectrogram.cc), and both normalise over their frames.
         """
-        samples = load_audio(path, self.sample_rate, self.min_samples)
+        with clip.located():
+            samples = load_clip(clip, self.sample_rate, self.min_samples)
         return samples[: len(samples) // self.hop_length * self.hop_length]
 
 

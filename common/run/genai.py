@@ -12,7 +12,7 @@ from common.run.config import RuntimeConfig
 class GenAI:
     """A model folder in ONNX Runtime GenAI."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         import onnxruntime_genai as og
 
         og.disable_telemetry_events()  # a local tool calls nobody

@@ -1,6 +1,6 @@
 """Running a model: audio in, then NeMo, ONNX Runtime sessions or ONNX Runtime GenAI, tokens out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +8,8 @@ import numpy as np
 
 from common.cli import EXPORT_COMMAND
 from common.contract import Graph
+from common.run.audio import MAX_AMPLITUDE, MIN_MONO_ENERGY
+from common.run.clips import Clip
 
 ERRORS_AND_WORSE = 3  # a severity of OrtLoggingLevel
 
@@ -20,7 +22,7 @@ class OrtGraph:
     weight becomes the CPU's float32 in each of them.
     """
 
-    def __init__(self, folder: Path, graph: Graph, *, mapped: bool = False):
+    def __init__(self, folder: Path, graph: Graph, *, mapped: bool = False) -> None:
         import onnxruntime as ort
 
         path = Path(folder) / graph.file
@@ -45,6 +47,11 @@ class OrtGraph:
         names = self.graph.input_names
         return self.session.run(self.graph.output_names, dict(zip(names, inputs, strict=True)))
 
+    @property
+    def output_width(self) -> int:
+        """The size of the first output's last axis."""
+        return self.session.get_outputs()[0].shape[-1]
+
     def noise(self, vocabulary: int, **sizes: int) -> list[np.ndarray]:
         """Inputs to compare two graphs on: noise, tokens below `vocabulary`, whole lengths. sizes: of the axes that are
         a caller's choice, B, T, S and U."""
@@ -64,3 +71,20 @@ class OrtGraph:
 
 OpenGraph = Callable[[Path, Graph], OrtGraph]
 MAPPED: OpenGraph = partial(OrtGraph, mapped=True)
+
+
+def _mono_blocks(clip: Clip, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The average of the channels of each block."""
+    energy = mono_energy = 0.0
+    for block in blocks:
+        mono = block.mean(axis=1)
+        if not np.abs(mono).max() <= MAX_AMPLITUDE:  # NaN is not, either
+            raise ValueError(f"{clip.path} holds samples that are not finite numbers, or beyond any scale of audio")
+        energy += float(np.square(block, dtype=np.float64).sum()) / block.shape[1]
+        mono_energy += float(np.square(mono, dtype=np.float64).sum())
+        yield mono
+    if mono_energy < MIN_MONO_ENERGY * energy:
+        raise ValueError(
+            f"the channels of {clip.path}{clip.segment} cancel each other out when they are averaged, so its speech "
+            "would be lost; one is the other upside down: save one of them as mono"
+        )

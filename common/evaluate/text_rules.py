@@ -1,0 +1,98 @@
+"""XXX docstring of evaluate.text_rules"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from common.evaluate.differences import _unchanged
+
+# How a user-defined piece that is no text is spelt. Written here anew, apart from the tokenizer's export: what that
+# hides is checked against it.
+_MARK = re.compile(r"▁?(<.+>|\[.+\])", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class TextRule:
+    """A difference between NeMo's text and an exported folder's that is no error, and both texts without it."""
+
+    name: str
+    nemo: Callable[[str], str]
+    exported: Callable[[str], str] = _unchanged
+
+
+def text_rules(sentencepiece_model: bytes) -> tuple[TextRule, ...]:
+    """How NeMo's text differs from GenAI's for the same tokens, in the order in which the rules are applied.
+
+    `sentencepiece_model` is the checkpoint's own. Read from decode_tokens_to_str_with_strip_punctuation in
+    nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0. README.md lists them for readers.
+    """
+    proto = _parsed(sentencepiece_model)
+    spellings = [_spelling(piece.piece) for piece in proto.pieces if _is_mark(piece)]
+    # NeMo may have deleted the space after it, which then stood before a punctuation mark.
+    unknown = " ?" + re.escape(proto.trainer_spec.unk_surface.strip()) + " ?"
+    return (
+        TextRule("NeMo shows marks such as <|en|>", _remover("|".join(spellings) or "(?!)")),
+        TextRule(f"NeMo shows{proto.trainer_spec.unk_surface}for <unk>", _remover(unknown)),
+        TextRule("NeMo keeps spaces at both ends", str.strip, str.strip),
+        TextRule("NeMo deletes the space before punctuation", _close_up, _close_up),
+    )
+
+
+def ids_of_other_words(sentencepiece_model: bytes) -> frozenset[int]:
+    """Tokens of which NeMo's timestamps make words of their own: the unknown piece, marks, and each byte."""
+    proto = _parsed(sentencepiece_model)
+    return frozenset(
+        index
+        for index, piece in enumerate(proto.pieces)
+        if piece.type in (piece.UNKNOWN, piece.CONTROL, piece.BYTE) or _is_mark(piece)
+    )
+
+
+def _parsed(sentencepiece_model: bytes):
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    return ModelProto.FromString(sentencepiece_model)
+
+
+def _is_mark(piece) -> bool:
+    return piece.type == piece.USER_DEFINED and _MARK.fullmatch(piece.piece) is not None
+
+
+def _spelling(piece: str) -> str:
+    """A pattern of how a mark is shown: its space is gone where it is the first piece."""
+    text = re.escape(piece.removeprefix("▁"))
+    return f" ?{text}" if piece.startswith("▁") else text
+
+
+def _remover(pattern: str) -> Callable[[str], str]:
+    compiled = re.compile(pattern)
+    return lambda text: compiled.sub("", text)
+
+
+def _close_up(text: str) -> str:
+    """`text` without spaces before punctuation marks. NeMo deletes one space, before the marks of its vocabulary; of
+    several, and before any mark, both texts are left without."""
+    marks = {character for character in text if unicodedata.category(character).startswith("P")}
+    return re.sub(rf"\s+(?=[{re.escape(''.join(sorted(marks)))}])", "", text) if marks else text
+
+
+def explaining_rules(nemo: str, exported: str, rules: Sequence[TextRule]) -> list[str] | None:
+    """The rules by which two texts of the same tokens differ, none where they are equal; None where no rule explains
+    the difference."""
+    names = []
+    for rule in rules:
+        if nemo == exported:
+            break
+        without = rule.nemo(nemo), rule.exported(exported)
+        if without != (nemo, exported):
+            names.append(rule.name)
+        nemo, exported = without
+    return names if nemo == exported else None
+
+
+def comparable(nemo: str, exported: str, rules: Sequence[TextRule]) -> tuple[str, str]:
+    """Both texts without what differs by rule, to count words in."""
+    for rule in rules:
+        nemo, exported = rule.nemo(nemo), rule.exported(exported)
+    return nemo, exported
