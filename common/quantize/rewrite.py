@@ -17,13 +17,14 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 from common.cli import CheckError
 from common.contract import MICROSOFT, Graph
 from common.folder.onnx_files import load, model_of, read_proto, save_model
-from common.quantize.blocks import METHODS, Packed, quantize
+from common.quantize.blocks import BLOCK_SIZES, METHODS, Packed, quantize
 from common.quantize.fidelity import token_sqnr
 from common.quantize.int8 import REDUCED_BITS, WEIGHT_BITS, Columns, quantize_lstms, quantize_products
 from common.quantize.plan import INT8, Format, Plan, Stored
 
 MIN_WEIGHTS = 4096  # a matrix smaller than this (16 kB) gains less than its extra tensors cost
-# 8-bit decoder and joint: measured 54 dB and 41 dB at full size, 42 dB and 51 dB on the tiny checkpoint.
+# 8-bit decoder and joint: measured 54 dB and 41 dB at full size; on the tiny checkpoint 41 dB in the joint, and in the
+# decoder 38 dB with 7 bits on a CPU without VNNI, which cuts off sums of 8 bits (22 dB; see int8.quantize_columns).
 MIN_TOKEN_SQNR_DB = 20.0
 # The joint multiplies one row at a time, which is reading weights: MatMulNBits of 8 bits takes 0.26 ms a token, with
 # block 32 0.38 ms, DynamicQuantizeMatMul 0.39 ms, float32 0.75 ms.
@@ -148,7 +149,7 @@ def quantize_token_graphs(
     for graph in graphs:
         model = load(source / graph.file)
         errors = quantize_lstms(model, bits)
-        plan = dict.fromkeys(quantizable(model), Format(JOINT_BITS, JOINT_BLOCK))
+        plan = {name: Format(JOINT_BITS, _joint_block(model, name)) for name in quantizable(model)}
         stored[graph.name] = _stored(dict.fromkeys(errors, Format(bits, None)), errors)
         stored[graph.name] |= quantize_weights(model, plan, JOINT_METHOD, JOINT_ACCURACY_LEVEL)
         save_model(model, target / graph.file)
@@ -158,3 +159,9 @@ def quantize_token_graphs(
                 f"the 8-bit {graph.name} has an SQNR of {ratios[graph.name]:.1f} dB, wanted {MIN_TOKEN_SQNR_DB:.0f} dB"
             )
     return ratios, stored
+
+
+def _joint_block(model: ir.Model, name: str) -> int:
+    """JOINT_BLOCK, or less where a column is shorter and would be padded with zeros."""
+    K, _ = model.graph.initializers[name].const_value.shape.numpy()
+    return next(size for size in BLOCK_SIZES if size >= min(K, JOINT_BLOCK))
