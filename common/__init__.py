@@ -1,8 +1,19 @@
-"""What the five scripts share, in pipeline order.
+"""What the five scripts share, in rooms by pipeline step. A room imports from earlier ones only (tests/test_rooms.py).
 
-graphs, download, model, wrappers, export, parity, tokenizer, configs, optimize, runtime, decode; console and files
-serve all. Importing the package checks that this Python is new enough, and has a missing package reported in one line:
-the scripts import it before any other.
+    contract     tensors, graphs, views, the legend of axes, roles of weights, tolerances: declared once
+    cli          parser, stages, exit statuses and command lines of all scripts
+    progress     progress bars
+    folder       output folders: atomic replacement, manifest, ONNX files
+    checkpoint   `.nemo` files, treated as untrusted input: download, archive, numbers, tokenizer, NeMo's model
+    run          audio and clips in, tokens out: NumPy's greedy loop, ONNX Runtime, ONNX Runtime GenAI, NeMo
+    export       NeMo's modules → ONNX graphs, verified against NeMo; float16
+    layouts      model folders of each runtime
+    quantize     4-bit and 8-bit weights of the encoder, calibration, fidelity
+    evaluate     word error rates, differences with their reasons, timestamps, subtitles
+    report       the report of an optimization, the model card
+
+Importing the package checks that this Python is new enough, and has a missing package reported in one line: the scripts
+import it before any other.
 """
 
 import sys
@@ -13,6 +24,6 @@ if sys.version_info < OLDEST_PYTHON:
     print(f"error: expected Python 3.11 or newer, got {found}; run this with a newer one", file=sys.stderr)
     raise SystemExit(2)
 
-from common.console import report_missing_package  # noqa: E402  not for an older Python to read
+from common.cli import report_missing_package  # noqa: E402  not for an older Python to read
 
 sys.excepthook = report_missing_package

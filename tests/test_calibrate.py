@@ -28,7 +28,7 @@ from common.quantize.rewrite import plan_encoder, quantizable, quantize_weights
 from common.run.clips import read_clips
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
-from tests.helpers import MATRICES, SAMPLES, dequantize
+from tests.helpers import BITS, MATRICES, REDUCED, SAMPLES, dequantize
 
 BLOCK = 32
 CLIPS = SAMPLES / "manifest.jsonl"
@@ -187,9 +187,9 @@ def test_calibrated_is_more_exact_than_rtn_and_no_larger(tiny_export, tmp_path, 
 
 
 def test_calibrated_int8_has_no_second_term_and_is_more_exact_without(tiny_export, tmp_path, unseen, monkeypatch):
-    flags = ("--quant_method", "int8")
+    flags = ("--quant_method", "int8", *REDUCED)
     fit = (*flags, "--calibration_manifest", str(CLIPS))
-    assert optimized(tiny_export, tmp_path / "fitted", *fit)["weights_by_bits"] == {"8": 56}
+    assert optimized(tiny_export, tmp_path / "fitted", *fit)["weights_by_bits"] == {str(BITS): 56}
     optimized(tiny_export, tmp_path / "two_terms", *flags)
     monkeypatch.setattr(int8, "TWO_TERM_ROLES", ())
     optimized(tiny_export, tmp_path / "one_term", *flags)

@@ -155,13 +155,14 @@ def test_genai_transcribes_what_nemo_transcribes(folder, tiny_model, capsys):
         samples = genai.config.read_audio(path)
         assert genai.transcribe(samples) == nemo.transcribe(nemo.features(samples))[0], path
     assert test_e2e.main(["--model_dir", str(folder)]) == 0
-    assert "We have thirteen black fans." in capsys.readouterr().out
+    assert "We have 13 black fans." in capsys.readouterr().out
 
 
 def test_decoder_and_joint_are_emulated_with_float16_rounding(folder, tiny_export):
-    zeros = np.zeros((2, 1, 128), np.float32)
+    zeros = np.zeros((2, 1, 64), np.float32)
     decoder = np.array([[7]]), np.ones(1, np.int64), zeros, zeros
-    joint = [np.tanh(np.random.default_rng(0).standard_normal((1, 1, 128), dtype=np.float32)) for _ in range(2)]
+    random = np.random.default_rng(0)
+    joint = [np.tanh(random.standard_normal((1, 1, width), dtype=np.float32)) for width in (128, 64)]
     for graph, inputs in ((DECODER, decoder), (JOINT, joint)):
         expected, actual = OrtGraph(tiny_export, graph)(*inputs)[0], EmulatedGraph(folder, graph)(*inputs)[0]
         assert actual.dtype == np.float32

@@ -23,7 +23,7 @@ from common.quantize.rewrite import quantizable, quantize_weights
 from common.run.baseline import RawOrt
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
-from tests.helpers import SAMPLES
+from tests.helpers import BIT_DB, BITS, REDUCED, SAMPLES
 
 RNG = np.random.default_rng(0)
 K, N = 96, 64
@@ -42,13 +42,13 @@ def make_model(nodes: list, constants: dict[str, np.ndarray], opset: int = 17) -
     return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8))
 
 
-def int8_weights(model: ir.Model) -> dict[str, Stored]:
+def int8_weights(model: ir.Model, bits: int = BITS) -> dict[str, Stored]:
     """Quantize the weights of `model` in place."""
-    return quantize_weights(model, dict.fromkeys(quantizable(model), Format(8)), INT8, WeightOptions(), {})
+    return quantize_weights(model, dict.fromkeys(quantizable(model), Format(bits)), INT8, WeightOptions(), {})
 
 
-def int8_model(model: ir.Model) -> ir.Model:
-    int8_weights(model)
+def int8_model(model: ir.Model, bits: int = BITS) -> ir.Model:
+    int8_weights(model, bits)
     return model
 
 
@@ -66,8 +66,8 @@ def rounded_rows(x: np.ndarray, zero: int) -> np.ndarray:
     return (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
 
 
-def rounded_columns(weight: np.ndarray) -> np.ndarray:
-    codes, scales = columns.quantize_columns(weight, 8)
+def rounded_columns(weight: np.ndarray, bits: int = BITS) -> np.ndarray:
+    codes, scales = columns.quantize_columns(weight, bits)
     return codes * scales
 
 
@@ -100,7 +100,7 @@ def test_every_row_and_every_column_has_its_scale(source, opset):
     assert all(sqnr_db(*pair) > 45 for pair in zip(wanted.reshape(10, N), found.reshape(10, N), strict=True))
     exact = x @ WEIGHT
     # Where SiLU is nearly linear, in quiet rows, it is as negative as it is positive and its codes are few.
-    floor = 22 if source == "SiLU" else 33
+    floor = 22 if source == "SiLU" else 33 - BIT_DB
     assert all(sqnr_db(*pair) > floor for pair in zip(exact.reshape(10, N), found.reshape(10, N), strict=True))
     rows = np.abs(exact).max(axis=-1, keepdims=True)
     assert all(
@@ -110,8 +110,8 @@ def test_every_row_and_every_column_has_its_scale(source, opset):
 
 def test_the_error_of_a_weight_is_that_of_its_rounded_columns():
     model = make_model([helper.make_node("MatMul", ["x", NAME], ["y"])], {NAME: WEIGHT})
-    stored = int8_weights(model)[NAME]
-    wanted = np.sum((rounded_columns(WEIGHT) - WEIGHT) ** 2) / np.sum(WEIGHT**2)
+    stored = int8_weights(model, 8)[NAME]
+    wanted = np.sum((rounded_columns(WEIGHT, 8) - WEIGHT) ** 2) / np.sum(WEIGHT**2)
     assert stored.error == pytest.approx(wanted, rel=1e-3)
     assert 1e-6 < stored.error < 1e-4
 
@@ -149,7 +149,7 @@ def test_what_shares_an_input_shares_its_codes_and_factors_fold():
     assert (counts["QuantizeLinear"], counts["MatMulIntegerToFloat"], counts["MatMul"]) == (1, 2, 0)
     assert counts["Mul"] == 2 + 2  # two bounds of the row scale, and it, twice; not the half
     x = RNG.standard_normal((2, 5, K), dtype=np.float32)
-    assert sqnr_db(x @ (WEIGHT / 2 + other), run(model, x)) > 35
+    assert sqnr_db(x @ (WEIGHT / 2 + other), run(model, x)) > 35 - BIT_DB
 
 
 @pytest.mark.parametrize(("role", "floor"), [("attention.out", 35), ("convolution.expand", 39)])
@@ -159,7 +159,7 @@ def test_two_terms_leave_the_error_of_weights_alone(role, floor):
     x = RNG.standard_normal((2, 50, K), dtype=np.float32)
     exact_rows = sqnr_db(x @ rounded_columns(WEIGHT), run(model, x))
     assert (exact_rows > 70) == (role == "convolution.expand")
-    assert sqnr_db(x @ WEIGHT, run(model, x)) > floor
+    assert sqnr_db(x @ WEIGHT, run(model, x)) > floor - BIT_DB
 
 
 def test_even_rows_have_one_scale():
@@ -168,7 +168,7 @@ def test_even_rows_have_one_scale():
     assert [node.op_type for node in model.graph] == ["DynamicQuantizeLinear", "MatMulIntegerToFloat"]
     angles = RNG.standard_normal((1, 40, K // 2)) * 3
     x = np.concatenate((np.sin(angles), np.cos(angles)), axis=-1).astype(np.float32)
-    assert sqnr_db(x @ WEIGHT, run(model, x)) > 38
+    assert sqnr_db(x @ WEIGHT, run(model, x)) > 38 - BIT_DB
 
 
 def test_pairs_saturate_on_avx2_unless_the_range_is_reduced():
@@ -195,8 +195,8 @@ def optimized(source: Path, target: Path, *flags: str) -> dict:
 @pytest.fixture(scope="module")
 def int8_folder(tiny_export, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("int8") / "out"
-    record = optimized(tiny_export, folder, "--decoder_joint_precision", "int8")
-    assert record["weights_by_bits"] == {"8": 56}
+    record = optimized(tiny_export, folder, "--decoder_joint_precision", "int8", *REDUCED)
+    assert record["weights_by_bits"] == {str(BITS): 56}
     assert min(record["token_sqnr_db_on_noise"].values()) > 35
     return folder
 
@@ -232,7 +232,7 @@ def test_error_does_not_grow_with_length_or_batch(tiny_export, int8_folder):
         features = genai.features(np.resize(samples, seconds * genai.config.sample_rate))[None]
         length = np.array([features.shape[2]])
         ratios.append(sqnr_db(reference(features, length)[0], found(features, length)[0]))
-    assert min(ratios) > 36
+    assert min(ratios) > 36 - BIT_DB
     assert ratios[-1] > ratios[0] - 1
 
     short = features[:, :, :500]
@@ -252,6 +252,7 @@ def test_transcripts_and_genai(tiny_export, int8_folder):
         assert tokens == genai.transcribe(samples)
 
 
+@pytest.mark.skipif(BITS == 7, reason="without VNNI the reduced range is the more exact one")
 def test_reduced_range_costs_exactness(tiny_export, tmp_path, int8_folder):
     record = optimized(tiny_export, tmp_path / "out", "--reduce_range", "--decoder_joint_precision", "int8")
     full = json.loads((int8_folder / MANIFEST).read_text())["optimize"]

@@ -67,5 +67,5 @@ def first_token_difference(wanted: Hypothesis, found: list[int]) -> Difference |
     )
 
 
-def _unchanged(text: str) -> str:
+def unchanged(text: str) -> str:
     return text

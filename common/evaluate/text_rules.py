@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from common.evaluate.differences import _unchanged
+from common.evaluate.differences import unchanged
 
 # How a user-defined piece that is no text is spelt. Written here anew, apart from the tokenizer's export: what that
 # hides is checked against it.
@@ -18,7 +18,7 @@ class TextRule:
 
     name: str
     nemo: Callable[[str], str]
-    exported: Callable[[str], str] = _unchanged
+    exported: Callable[[str], str] = unchanged
 
 
 def text_rules(sentencepiece_model: bytes) -> tuple[TextRule, ...]:

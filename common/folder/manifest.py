@@ -1,33 +1,16 @@
 """Outputs appear whole or not at all; `manifest.json` says what a model folder holds and where it came from."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from common.folder.outputs import _kind, read_json, write_json
+from common.folder.outputs import read_json, write_json
 
 MANIFEST = "manifest.json"
 FILES = "files"  # section of the manifest: name → bytes and sha256
 # Packages whose version decides what an exported folder contains.
 RECORDED_PACKAGES = ("nemo_toolkit", "torch", "onnx", "onnxruntime", "onnxruntime-genai", "sentencepiece", "tokenizers")
-
-
-def check_output_file(path: Path) -> None:
-    """Raise IsADirectoryError, FileNotFoundError, PermissionError or ValueError if `path` cannot be written as a file;
-    a device of characters and a named pipe can."""
-    folder = Path(os.path.realpath(path)).parent
-    if path.is_dir():
-        raise IsADirectoryError(f"expected a file to write, got the folder {path}")
-    if path.is_block_device() or path.is_socket():
-        raise ValueError(f"expected a file to write, got {_kind(path.stat().st_mode)}, {path}")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"expected a folder for {path}, found no {folder}; make it first")
-    if not os.access(folder if path.is_file() or not path.exists() else path, os.W_OK):
-        raise PermissionError(f"expected a file to write, got {path}, where writing is not permitted")
-
-
 # The types of what is read of a manifest, where it is there at all; "*": of every entry, each of which has all keys.
 NUMBER = int | float | None
 _SOURCE = {"name": str, "revision": str, "commit": str | None, "file": str, "sha256": str}

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TextIO
 
 from common.folder.atomic import fsync
-from common.folder.manifest import check_output_file
 
 STANDARD_OUTPUT = Path("-")
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 
-def _kind(mode: int) -> str:
+def kind_of_file(mode: int) -> str:
     return KINDS.get(stat.S_IFMT(mode), "a device")
 
 
@@ -25,7 +24,7 @@ def require_file(path: Path, wanted: str) -> None:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name that holds a null byte
         raise FileNotFoundError(f"expected {wanted}, found nothing at {path}") from None
     if not stat.S_ISREG(mode):
-        raise ValueError(f"expected {wanted}, got {_kind(mode)}, {path}; name a regular file")
+        raise ValueError(f"expected {wanted}, got {kind_of_file(mode)}, {path}; name a regular file")
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
@@ -43,6 +42,20 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
         for other in outputs[:number]:
             if _same_file(path, other):
                 raise ValueError(f"expected a file for each result, got {other} and {path}, which are one")
+
+
+def check_output_file(path: Path) -> None:
+    """Raise IsADirectoryError, FileNotFoundError, PermissionError or ValueError if `path` cannot be written as a file;
+    a device of characters and a named pipe can."""
+    folder = Path(os.path.realpath(path)).parent
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file to write, got the folder {path}")
+    if path.is_block_device() or path.is_socket():
+        raise ValueError(f"expected a file to write, got {kind_of_file(path.stat().st_mode)}, {path}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder for {path}, found no {folder}; make it first")
+    if not os.access(folder if path.is_file() or not path.exists() else path, os.W_OK):
+        raise PermissionError(f"expected a file to write, got {path}, where writing is not permitted")
 
 
 def is_standard_output(path: Path) -> bool:

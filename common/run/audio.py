@@ -9,7 +9,6 @@ import numpy as np
 from common.cli import silent_stderr
 from common.folder.outputs import require_file
 from common.run.clips import Clip
-from common.run.ort import _mono_blocks
 
 # GenAI computes a clip's features at once, in 2 GB an hour; the encoder then runs chunk by chunk.
 MAX_SECONDS = 4 * 3600
@@ -108,6 +107,23 @@ def _blocks(clip: Clip, file, begin: int, end: int | None) -> Iterator[np.ndarra
             yield read[skipped:]
     if end is not None and position < end:
         raise ValueError(f"{clip.path} ends after {position / file.samplerate:.3f} s, before{clip.segment}; is it cut?")
+
+
+def _mono_blocks(clip: Clip, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The average of the channels of each block."""
+    energy = mono_energy = 0.0
+    for block in blocks:
+        mono = block.mean(axis=1)
+        if not np.abs(mono).max() <= MAX_AMPLITUDE:  # NaN is not, either
+            raise ValueError(f"{clip.path} holds samples that are not finite numbers, or beyond any scale of audio")
+        energy += float(np.square(block, dtype=np.float64).sum()) / block.shape[1]
+        mono_energy += float(np.square(mono, dtype=np.float64).sum())
+        yield mono
+    if mono_energy < MIN_MONO_ENERGY * energy:
+        raise ValueError(
+            f"the channels of {clip.path}{clip.segment} cancel each other out when they are averaged, so its speech "
+            "would be lost; one is the other upside down: save one of them as mono"
+        )
 
 
 def _resampled(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:

@@ -1,6 +1,6 @@
 """Running a model: audio in, then NeMo, ONNX Runtime sessions or ONNX Runtime GenAI, tokens out."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -8,8 +8,6 @@ import numpy as np
 
 from common.cli import EXPORT_COMMAND
 from common.contract import Graph
-from common.run.audio import MAX_AMPLITUDE, MIN_MONO_ENERGY
-from common.run.clips import Clip
 
 ERRORS_AND_WORSE = 3  # a severity of OrtLoggingLevel
 
@@ -71,20 +69,3 @@ class OrtGraph:
 
 OpenGraph = Callable[[Path, Graph], OrtGraph]
 MAPPED: OpenGraph = partial(OrtGraph, mapped=True)
-
-
-def _mono_blocks(clip: Clip, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The average of the channels of each block."""
-    energy = mono_energy = 0.0
-    for block in blocks:
-        mono = block.mean(axis=1)
-        if not np.abs(mono).max() <= MAX_AMPLITUDE:  # NaN is not, either
-            raise ValueError(f"{clip.path} holds samples that are not finite numbers, or beyond any scale of audio")
-        energy += float(np.square(block, dtype=np.float64).sum()) / block.shape[1]
-        mono_energy += float(np.square(mono, dtype=np.float64).sum())
-        yield mono
-    if mono_energy < MIN_MONO_ENERGY * energy:
-        raise ValueError(
-            f"the channels of {clip.path}{clip.segment} cancel each other out when they are averaged, so its speech "
-            "would be lost; one is the other upside down: save one of them as mono"
-        )
