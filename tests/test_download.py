@@ -13,9 +13,9 @@ import termios
 import time
 from pathlib import Path
 
-import common.download
 import pytest
 
+import common.checkpoint.download
 from common.checkpoint.download import DEFAULT_MODEL, checksum, find_checkpoint, hub_name
 from common.checkpoint.source import source_record
 from tests.helpers import ROOT, TINY
@@ -160,9 +160,7 @@ class TestInterrupted:
 
     def test_a_run_that_gives_up_is_continued_by_the_next(self, shell, hub):
         hub.gets += [("drop", HALF), *[("drop", 0)] * 6]
-        script = (
-            "import sys, common.download as d; d.WAITS = (0.1,) * 5; import export_tokenizer as e; sys.exit(e.main())"
-        )
+        script = "import sys, common.checkpoint.download as d; d.WAITS = (0.1,) * 5; import export_tokenizer as e; sys.exit(e.main())"
         command = [sys.executable, "-c", script, "--model_name", NAME]
         environment = shell.environment | {"PYTHONPATH": str(ROOT)}
         outcome = subprocess.run(command, cwd=shell.folder, env=environment, capture_output=True, text=True)
@@ -220,9 +218,7 @@ class TestProgress:
 
     def test_lines_in_a_pipe(self, shell, hub):
         hub.gets.append(("slow", HALF))
-        script = (
-            "import sys, common.download as d; d.LINE_SECONDS = 0.3; import export_tokenizer as e; sys.exit(e.main())"
-        )
+        script = "import sys, common.checkpoint.download as d; d.LINE_SECONDS = 0.3; import export_tokenizer as e; sys.exit(e.main())"
         command = [sys.executable, "-c", script, "--model_name", NAME]
         environment = shell.environment | {"PYTHONPATH": str(ROOT)}
         outcome = subprocess.run(command, cwd=shell.folder, env=environment, capture_output=True, text=True)
@@ -383,8 +379,8 @@ class TestDamagedCache:
 
 def test_a_checkpoint_is_hashed_once(monkeypatch, tmp_path):
     read = []
-    real = common.download.sha256
-    monkeypatch.setattr(common.download, "sha256", lambda path: read.append(path) or real(path))
+    real = common.checkpoint.download.sha256
+    monkeypatch.setattr(common.checkpoint.download, "sha256", lambda path: read.append(path) or real(path))
     path = tmp_path / "copy.nemo"
     shutil.copy(TINY, path)
     for _ in range(3):

@@ -12,7 +12,7 @@ from common.layouts.features import NO_SYMBOL_LIMIT
 from common.layouts.genai import Window, audio_processor_config, check_genai_supports, genai_config
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.helpers import TINY, ctc_only, plain_rnnt, rewrite_config
+from tests.helpers import TINY, ctc_only, plain_rnnt, rewrite_config, rewrite_weights
 
 
 @pytest.fixture(scope="module")
@@ -122,24 +122,6 @@ def test_durations_that_genai_cannot_decode(durations, spec):
 
 
 WINDOW, FILTER_BANK = "preprocessor.featurizer.window", "preprocessor.featurizer.fb"
-
-
-def rewrite_weights(path, change):
-    """Copy the bundled checkpoint to `path` with its weights changed by `change(name → tensor)`."""
-    import torch
-
-    with tarfile.open(TINY) as source, tarfile.open(path, "w") as target:
-        for member in source:
-            content = source.extractfile(member).read()
-            if member.name.endswith("model_weights.ckpt"):
-                weights = torch.load(io.BytesIO(content), weights_only=True)
-                change(weights)
-                buffer = io.BytesIO()
-                torch.save(weights, buffer)
-                content = buffer.getvalue()
-                member.size = len(content)
-            target.addfile(member, io.BytesIO(content))
-    return path
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -637,7 +637,7 @@ MANIFESTS = {
 @pytest.mark.parametrize("content", MANIFESTS.values(), ids=MANIFESTS)
 def test_a_manifest_of_another_shape_is_one_line_in_every_script(content, tiny_export, tmp_path, capsys, monkeypatch):
     """Before the work, and nothing is changed."""
-    monkeypatch.setattr("common.model.load_model", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("common.checkpoint.nemo.load_model", lambda *_, **__: pytest.fail("the work began"))
     folder = tmp_path / "models"
     shutil.copytree(tiny_export, folder)
     (folder / "manifest.json").write_text(json.dumps(content))

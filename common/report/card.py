@@ -102,7 +102,7 @@ def front_matter(manifest: dict, layout: Layout) -> dict:
 
 
 def wer_table(rows: dict[str, dict]) -> str:
-    """Engine → `errors`, `words` and the interval `low`, `high` in per cent (common.transcripts.WordErrorRate)."""
+    """Engine → `errors`, `words` and the interval `low`, `high` in per cent (common.evaluate.wer)."""
     lines = ["| | WER | 95 % interval | words |", "|---|---|---|---|"]
     for engine, row in rows.items():
         rate = WordErrorRate(row["errors"], row["words"], row["low"], row["high"])

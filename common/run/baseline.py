@@ -12,7 +12,7 @@ from common.run.ort import OpenGraph, OrtGraph
 
 
 class RawOrt:
-    """The baseline: three ONNX Runtime sessions and the greedy loop of `common.decode`, windows as GenAI cuts them."""
+    """The baseline: three ONNX Runtime sessions and the greedy loop of `common.run.decode`, windows as GenAI cuts them."""
 
     def __init__(self, folder: Path, open_graph: OpenGraph = OrtGraph) -> None:
         self.config = RuntimeConfig.read(folder)
