@@ -95,7 +95,7 @@ def test_state_advances_on_tokens_only():
 @pytest.mark.parametrize("rule", [NEMO_RULE, GENAI_RULE])
 @pytest.mark.parametrize("max_symbols", [2, 3, None])
 def test_utterances_are_decoded_together_as_alone(rule, max_symbols):
-    """Utterances of different lengths, each at its own frame: the decisions are those of each decoded alone."""
+    """Utterances of different lengths, each at its own frame: the decisions are those of decoding each alone."""
     scripts = [case[1] for case in CASES if max_symbols or case[2] == 3]
     together = scripted_batch(scripts, rule, max_symbols)
     assert [decisions(one) for one in together] == [decisions(scripted(one, rule, max_symbols)) for one in scripts]

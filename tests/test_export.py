@@ -146,6 +146,7 @@ def perturb_one_weight(folder, graph):
     data.flush()
 
 
+@pytest.mark.slow
 class TestVerificationFails:
     """An export with an error ends in exit status 1, one line, and no folder."""
 

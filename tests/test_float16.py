@@ -23,6 +23,8 @@ from common.run.nemo import Nemo
 from common.run.ort import OrtGraph
 from tests.helpers import CLIPS, TINY, rewrite_weights
 
+pytestmark = pytest.mark.slow  # the fixture exports, and measures on the bundled clips
+
 LOUD = 2**17  # 131072, twice what float16 holds; a power of two changes no mantissa
 LOUD_LAYER = 2
 
@@ -118,7 +120,7 @@ def test_an_overflow_is_prevented_by_the_guard_alone(folder, tiny_export, featur
         assert not np.isfinite(engine(tmp_path, ENCODER)(*clip)[0]).any()
 
 
-def test_sums_inside_a_product_are_measured(tmp_path, tiny_export):
+def test_sums_inside_a_product_are_measured(tmp_path):
     """1e5 - 1e5 + 1 is 1, but not in float16."""
     weight = onnx.numpy_helper.from_array(np.array([[1e5], [-1e5], [1]], np.float32) / 10, "weight")
     node = onnx.helper.make_node("MatMul", ["x", "weight"], ["y"], name="product")

@@ -218,6 +218,7 @@ def test_any_config_is_read_or_rejected(content):
         assert isinstance(parse_config(text, set()), dict)
 
 
+@pytest.mark.slow
 @SLOW
 @given(
     seed=st.integers(0, 2**31),

@@ -94,6 +94,7 @@ def test_windows_cover_every_frame_once(raw):
         assert decoded == list(range((mel_frames + 7) // 8))
 
 
+@pytest.mark.slow
 def test_batches_say_what_each_clip_says_alone(genai, raw):
     """Clips of any length in one batch, one of them in two windows."""
     samples = [genai.config.read_audio(path) for path in CLIPS] + [speech(75), speech(0.1)]
@@ -114,6 +115,7 @@ def test_a_batch_that_is_not_masked_is_noticed(genai, raw, monkeypatch):
     assert [found.tokens for found in raw.transcribe_all(features, batch_size=100)] != alone
 
 
+@pytest.mark.slow
 def test_ten_minutes(genai, raw):
     """Longer than NeMo's table of positions. The checkpoint knows single sentences and loses most words of a long clip,
     in NeMo as well; what counts here is that the engines lose the same ones, and that one window of 600 s runs."""

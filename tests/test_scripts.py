@@ -100,7 +100,7 @@ def test_features_that_genai_cannot_compute(option, named, capsys, tmp_path):
 @pytest.mark.parametrize("name", ["chunk_seconds", "left_context_seconds", "right_context_seconds"])
 def test_windows_that_are_not_whole_frames(name, capsys, tmp_path):
     argv = ("--model_name", TINY, "--output_dir", tmp_path / "out", f"--{name}", "1.23")
-    assert f"wanted --{name} as a whole number of encoder frames of 0.08 s" in rejected(
+    assert f"expected --{name} as a whole number of encoder frames of 0.08 s" in rejected(
         capsys, export_parakeet_to_onnx, *argv
     )
     assert not (tmp_path / "out").exists()
@@ -218,6 +218,7 @@ def test_no_tokens_is_a_failure(tiny_export, capsys, monkeypatch):
     assert "no token" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_real_speech_against_nemo(tiny_export, tmp_path, capsys):
     results = tmp_path / "results.json"
     manifest = str(SAMPLES / "manifest.jsonl")
@@ -306,6 +307,7 @@ def test_the_first_transcript_waits_for_genai_alone(tiny_export, capsys, monkeyp
     assert shown[0].endswith("We have 13 black fans.\n")
 
 
+@pytest.mark.slow
 def test_batches_say_the_same_in_the_order_of_the_manifest(tiny_export, tmp_path, capsys):
     found = []
     for size in ("1", "4"):
@@ -335,6 +337,7 @@ def test_batches_and_subtitles_that_cannot_be(argv, message, capsys, tiny_export
     assert message in rejected(capsys, test_real_speech, "--model_dir", tiny_export, "--skip_nemo", *argv)
 
 
+@pytest.mark.slow
 def test_optimized_folder_is_complete_and_brings_the_exported_one(tiny_export, tmp_path, capsys):
     optimized = tiny_export.parent / "beside"
     argv = ["--model_dir", str(tiny_export), "--output_dir", str(optimized)]

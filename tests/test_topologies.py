@@ -20,6 +20,8 @@ from common.run.baseline import RawOrt
 from common.run.genai import GenAI
 from tests.helpers import SAMPLES, SMALL, TOPOLOGIES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES)
 def test_every_script_runs_on_every_topology(topology, tmp_path, capsys):
