@@ -304,11 +304,12 @@ def test_a_second_run_keeps_what_it_did_not_write_in_a_subfolder(tmp_path):
 
 
 @pytest.mark.parametrize("runtime", LAYOUTS)
-def test_the_usage_runs_and_is_in_the_readme(runtime, exported, nemo_texts, tmp_path):
+def test_the_usage_runs_and_is_documented(runtime, exported, nemo_texts, tmp_path):
     import soundfile
 
-    folder = "onnx_models_optimized" if runtime == GENAI.runtime else f"onnx_models_all/{runtime}"
-    assert LAYOUTS[runtime].usage_of(folder) in (ROOT / "README.md").read_text(encoding="utf-8")
+    documented = {GENAI.runtime: ("README.md", "onnx_models_optimized")}
+    page, folder = documented.get(runtime, ("docs/runtimes.md", f"onnx_models_all/{runtime}"))
+    assert LAYOUTS[runtime].usage_of(folder) in (ROOT / page).read_text(encoding="utf-8")
     samples, sample_rate = soundfile.read(CLIPS[0], dtype="float32")
     soundfile.write(tmp_path / "audio.wav", samples[: len(samples) // 160 * 160], sample_rate)
     done = python(LAYOUTS[runtime].usage_of(str(exported / runtime), str(tmp_path / "audio.wav")))
