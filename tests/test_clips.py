@@ -182,7 +182,7 @@ class TestBeforeTheWork:
         for place in ("common.run.genai.GenAI", "test_real_speech.GenAI", "common.quantize.calibration.GenAI"):
             monkeypatch.setattr(f"{place}.__init__", load)
         for name in ("fuse", "load"):
-            monkeypatch.setattr(f"optimize_encoder.{name}", load)
+            monkeypatch.setattr(f"common.quantize.rewrite.{name}", load)
 
     def commands(self, folder, manifest, audio, target):
         common = ("--model_dir", folder, "--output_dir", target)
