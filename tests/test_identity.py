@@ -40,7 +40,7 @@ from common.run.audio import load_audio
 from common.run.nemo import Nemo
 from tests.helpers import SAMPLES, TINY, rejected
 
-CLIPS = [SAMPLES / "clips" / f"{name}.flac" for name in ("029_hibari", "049_kal16", "105_slt")]
+CLIPS = [SAMPLES / "clips" / f"{name}.flac" for name in ("029_hibari", "128_rms", "105_slt")]
 # Pieces that the bundled checkpoint emits on CLIPS, and those that take their places, whose text differs by rule.
 SWAPS = {"▁b": "▁¿", "3": "<unk>", "th": "<|es|>", "8": "%"}
 
@@ -115,9 +115,9 @@ def test_what_differs_by_rule_is_named_and_no_failure(both_parts, swapped, capsy
     assert compare(both_parts, swapped, "--timestamps") == 0
     output = capsys.readouterr().out
     rows = re.findall(r"^  NeMo  .*–  +(.*)$", output, re.M)
-    assert rows == ["We have 1 ⁇ ¿lack fans.", "Wake me on Tuesday, February the 6<|es|>.", "We have%¿lue doors."]
+    assert rows == ["We have 1 ⁇ ¿lack fans.", "Call me on Saturday, June the 9<|es|>.", "We have%¿lue doors."]
     genai = re.findall(r"^  GenAI models  .*?  0\.0  +(.*)$", output, re.M)  # no error against NeMo
-    assert genai == ["We have 1 ¿lack fans.", "Wake me on Tuesday, February the 6.", "We have % ¿lue doors."]
+    assert genai == ["We have 1 ¿lack fans.", "Call me on Saturday, June the 9.", "We have % ¿lue doors."]
     for name in (
         "NeMo shows ⁇ for <unk>",
         "NeMo shows marks such as <|en|>",

@@ -32,7 +32,7 @@ from common.report.card import CARD
 from common.run.audio import load_audio
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.helpers import CLIPS, ROOT, SAMPLES, SHERPA_PROGRAM, TINY
+from tests.helpers import REDUCED, CLIPS, ROOT, SAMPLES, SHERPA_PROGRAM, TINY
 
 pytestmark = pytest.mark.slow  # the fixture exports for every runtime
 
@@ -117,7 +117,7 @@ def test_every_runtime_has_its_folder_and_they_share_the_weights(exported):
 def optimized(request, exported, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("optimized") / "onnx_models"
     argv = ("--model_dir", str(exported), "--output_dir", str(folder), "--quant_method", "int8", *request.param)
-    assert optimize_encoder.main([*argv, "--decoder_joint_precision", "int8"]) == 0
+    assert optimize_encoder.main([*argv, *REDUCED, "--decoder_joint_precision", "int8"]) == 0
     return folder
 
 
@@ -174,11 +174,10 @@ def renamed(view, names: dict[str, str]):
 @pytest.mark.parametrize(
     ("view", "one", "other"),
     [
-        (SHERPA_ONNX_GRAPHS[2], "encoder_outputs", "decoder_outputs"),
         (SHERPA_ONNX_GRAPHS[1], "h_in", "c_in"),
         (ONNX_ASR.graphs[1], "output_states_1", "output_states_2"),
     ],
-    ids=["joiner inputs", "states in", "states out"],
+    ids=["states in", "states out"],
 )
 def test_a_swap_is_noticed(view, one, other, exported, tmp_path):
     """Here the swapped tensors have one shape: only values tell."""
@@ -213,7 +212,8 @@ def test_without_hard_links_weights_are_copied(exported, tmp_path, monkeypatch):
 )
 def test_sherpa_onnx_refuses_wrong_metadata(key, value, message, exported, tmp_path):
     for path in (exported / SHERPA_ONNX.runtime).iterdir():
-        (tmp_path / path.name).hardlink_to(path)
+        if path.is_file():
+            (tmp_path / path.name).hardlink_to(path)
     encoder = tmp_path / "encoder.onnx"
     model = onnx.load(encoder, load_external_data=False)
     next(entry for entry in model.metadata_props if entry.key == key).value = value
