@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
@@ -32,7 +33,7 @@ from common.report.card import CARD
 from common.run.audio import load_audio
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.helpers import REDUCED, CLIPS, ROOT, SAMPLES, SHERPA_PROGRAM, TINY
+from tests.helpers import CLIPS, REDUCED, ROOT, SAMPLES, SHERPA_PROGRAM, TINY
 
 pytestmark = pytest.mark.slow  # the fixture exports for every runtime
 
@@ -309,8 +310,12 @@ def test_the_usage_runs_and_is_documented(runtime, exported, nemo_texts, tmp_pat
 
     documented = {GENAI.runtime: ("README.md", "onnx_models_optimized")}
     page, folder = documented.get(runtime, ("docs/runtimes.md", f"onnx_models_all/{runtime}"))
-    assert LAYOUTS[runtime].usage_of(folder) in (ROOT / page).read_text(encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert f"`pip install {' '.join(LAYOUTS[runtime].packages)}`" in text
+    assert LAYOUTS[runtime].usage_of(folder) in text
     samples, sample_rate = soundfile.read(CLIPS[0], dtype="float32")
-    soundfile.write(tmp_path / "audio.wav", samples[: len(samples) // 160 * 160], sample_rate)
+    samples = samples[: len(samples) // 160 * 160]
+    stereo = np.stack([1.5 * samples, 0.5 * samples], axis=1)
+    soundfile.write(tmp_path / "audio.wav", stereo, sample_rate, subtype="FLOAT")
     done = python(LAYOUTS[runtime].usage_of(str(exported / runtime), str(tmp_path / "audio.wav")))
     assert done.stdout.strip() == nemo_texts[0], done.stderr

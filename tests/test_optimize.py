@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import optimize_encoder
 from common.contract import MICROSOFT, encoder_weight
+from common.folder.locations import LOCATIONS
 from common.folder.manifest import MANIFEST
 from common.folder.onnx_files import load, save_model
 from common.quantize import HQQ, K_QUANT_MIXED, METHODS, RTN, matmul_nbits
@@ -232,7 +233,7 @@ def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
     written_sections = json.loads((target / MANIFEST).read_text())
     for name in ("export", "tokenizer"):
         assert written_sections[name] == source_sections[name]
-    assert written_sections["files"].keys() == names - {MANIFEST}
+    assert written_sections["files"].keys() == names - {MANIFEST, LOCATIONS.parts[0]}
 
     quantized = 56  # 11 matrices in 5 layers and the subsampling's
     assert record["weights_by_bits"] == {"4": quantized}
