@@ -82,7 +82,7 @@ class OptimizeOptions(WeightOptions):
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: the flags that decide the files, by name."""
-        flags = {"quant_method": self.quant_method, **asdict(self)}  # the method first, as a reader of the card expects
+        flags = {"quant_method": self.quant_method, **asdict(self)}  # the method first, as a person would write it
         return {name: value for name, value in flags.items() if name not in NOT_RECORDED}
 
     def _method_given(self) -> str:
