@@ -92,6 +92,6 @@ def test_a_blank_of_duration_zero_excuses():
 
 def test_token_differences():
     assert first_token_difference(hypothesis(*STEPS), [1, 7]).index == 1
-    assert first_token_difference(hypothesis(*STEPS), [1]).found is None
-    assert first_token_difference(hypothesis(*STEPS), [1, 2, 4]).wanted is None
-    assert first_token_difference(hypothesis((0, BLANK, 5.0, False)), [1]).found == 1
+    assert first_token_difference(hypothesis(*STEPS), [1]).actual is None
+    assert first_token_difference(hypothesis(*STEPS), [1, 2, 4]).expected is None
+    assert first_token_difference(hypothesis((0, BLANK, 5.0, False)), [1]).actual == 1
