@@ -81,8 +81,8 @@ def check_tokenizer(genai: GenAI, folder: Path, tokens: list[int]) -> None:
     spelt = spell([pieces[token] for token in tokens])
     if spelt.split() != text.split():
         raise CheckError(
-            f"expected one text of tokens {tokens}, got {text!r} in GenAI, {spelt!r} by vocab.txt; export the tokenizer "
-            "again"
+            f"expected one text of tokens {tokens}, got {text!r} in GenAI, {spelt!r} by vocab.txt; "
+            "export the tokenizer again"
         )
     encoded = [int(token) for token in genai.tokenizer.encode(text)]
     if genai.text(encoded).split() != text.split():

@@ -111,7 +111,7 @@ def by_length(points: list[tuple[float, float]]) -> str:
 
 @style.context(STYLE)
 def increases(rows: list[tuple[str, float, float, float]], limit: float | None) -> str:
-    """Name, percentage points and both ends of their interval, of all clips and of each language; the limit as a line."""
+    """Name, percentage points and both ends of their interval, for all clips and each language; the limit as a line."""
     names, points, low, high = zip(*rows, strict=True)
     figure, axes = _axes(0.7 + 0.24 * len(rows))
     axes.axvline(0, color=INK, linewidth=0.8)
