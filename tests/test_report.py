@@ -185,6 +185,17 @@ def test_page_shows_hostile_text_as_text(folder, report):
     assert HOSTILE_LANG in page.text
 
 
+def test_a_language_whose_clips_are_silent_has_no_rate(folder, report, tmp_path):
+    clips = [evaluated("a b", "a b", "a", "en"), evaluated("", "", "x", "fr"), evaluated("c", "c", "c", "de")]
+    evaluation = make_evaluation(MANIFEST, clips, word_table(clips), None)
+    silent = next(row for row in evaluation["normalised"] if row["lang"] == "fr")
+    assert silent["optimized"] == {"errors": 1, "percent": 100.0, "low": None, "high": None}
+    page_writer()(tmp_path / "page.html", {**report, "evaluation": evaluation}, clips)
+    text = " ".join(Page((tmp_path / "page.html").read_text()).text.split())
+    assert "fr– – 0 inserted– 1 inserted01" in text
+    assert "en+50.00" in text
+
+
 def test_sensitivity_is_shown_where_it_was_measured(folder, report, tiny_export, tmp_path):
     name = "layers.1.attention.key.weight"
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -310,7 +321,7 @@ def test_changes_are_shown_in_context():
         (("--eval_manifest", MANIFEST, "--max_wer_increase", "-1"), "got -1"),
         (("--eval_manifest", MANIFEST, "--max_wer_increase", "nan"), "got nan"),
         (("--eval_manifest", "none.jsonl"), "found nothing at none.jsonl"),
-        (("--eval_manifest", "{tmp}/no_text.jsonl"), "no_text.jsonl:2 has no text"),
+        (("--eval_manifest", "{tmp}/no_text.jsonl"), "no_text.jsonl:2: expected the text of"),
         (("--eval_manifest", "{tmp}/no_clip.jsonl"), "gone.flac"),
     ],
 )

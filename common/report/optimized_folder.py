@@ -151,7 +151,7 @@ def finish_folder(
 
 
 def _ratio_text(ratio: float, *, quantized: bool) -> str:
-    """A signal to quantization noise ratio, and what such ratios meant for words (docs/quantization.md, 4000 clips)."""
+    """A signal to quantization noise ratio, and what such ratios meant for words (README.md)."""
     if not math.isfinite(ratio):
         return "identical"
     scale = "on speech, 20 dB changed 2 words in 100, 30 dB fewer than 1" if quantized else "equal but for rounding"
