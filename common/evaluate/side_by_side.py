@@ -53,7 +53,7 @@ class SideBySide:
     folders: Sequence[ComparedFolder]
     nemo: Nemo | None
     batch_size: int = 1  # clips that plain ONNX Runtime takes at a time
-    with_times: bool = False  # whether the times of words are wanted as well
+    with_times: bool = False  # whether words are given with their times as well
 
     def read(self, clips: Sequence[ComparedClip]) -> Iterator[Pool]:
         """The clips with their samples: one at a time, or pools to make batches of. Raises as read_clip does."""

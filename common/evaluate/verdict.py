@@ -20,7 +20,7 @@ def print_warnings(comparison: Comparison) -> None:
     """A line for each engine without a word, and one where a float32 engine has most words wrong."""
     for engine in comparison.figures:
         if not any(clip.transcripts[engine].text.strip() for clip in comparison.clips):
-            print(f"warning: every transcript of {engine} is empty, so nothing can be said of its words")
+            print(f"warning: every transcript of {engine} is empty, so its word errors mean nothing")
     names = [each.raw for each in comparison.float32_engines] or [NEMO]
     rate = comparison.figures[names[0]].normalised_wer if names[0] in comparison.figures else None
     warning = high_error_warning(rate) if rate else None

@@ -181,7 +181,7 @@ def print_word_errors(table: list[WordErrors], clips: list[EvaluatedClip]) -> No
         ("optimized", [clip.optimized for clip in clips]),
     ):
         if not any(text.strip() for text in texts):
-            print(f"warning: every transcript of the {side} model is empty, so nothing can be said of its words")
+            print(f"warning: every transcript of the {side} model is empty, so its word errors mean nothing")
     differing = changed(clips)
     for clip in differing[:MAX_PRINTED_CLIPS]:
         text = " ".join(one if one == other else f"[{one or '–'} → {other or '–'}]" for one, other in marked(clip))
