@@ -1,9 +1,9 @@
 """Run a model folder end to end in ONNX Runtime GenAI and check it against a baseline on plain ONNX Runtime.
 
 In: a folder that export_parakeet_to_onnx.py and export_tokenizer.py, or optimize_encoder.py, have written; a clip.
-Out: one line a stage. GenAI loads the folder, its tokenizer survives a round trip, and the clip is transcribed twice
-from the same features: by GenAI, and by three ONNX Runtime sessions with the greedy TDT loop of common/decode.py. Exit
-status 1 when the two disagree in one token, or the transcript is empty.
+Out: one line for each of four steps: GenAI loads the folder; it transcribes the clip; the tokenizer encodes and decodes
+the transcript without losing a word; three ONNX Runtime sessions with the greedy TDT loop of common/run/decode.py
+transcribe the same features again. Exit status 1 when the two transcripts differ in one token, or when one is empty.
 
     python test_e2e.py
 """
@@ -25,9 +25,9 @@ SAMPLE = Path(__file__).resolve().parent / "samples" / "clips" / "029_hibari.fla
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__ or "")
     parser.add_argument("--model_dir", type=Path, help=MODEL_DIR_HELP)
-    parser.add_argument("--audio", type=Path, default=SAMPLE, help="a clip that holds speech (a bundled one)")
+    parser.add_argument("--audio", type=Path, default=SAMPLE, help="a clip of speech (a bundled one)")
     return parser.parse_args(argv)
 
 
@@ -42,52 +42,55 @@ def _test(args: argparse.Namespace) -> None:
     check_one_checkpoint(folder)
     samples = RuntimeConfig.read(folder).read_audio(args.audio)
     genai = GenAI(folder)
-    stages.report("GenAI loads", str(folder), f"{listed} files are those of its manifest" if listed else "no checksums")
+    checksums = f"{listed} files have the checksums of its manifest" if listed else "no manifest with checksums"
+    stages.report("GenAI has loaded", str(folder), checksums)
 
     tokens = genai.transcribe(samples)
     if not tokens:
-        raise CheckError(f"GenAI decoded no token from {args.audio}; wanted a transcript of a clip that holds speech")
+        raise CheckError(f"expected a transcript from a clip of speech, got no token from {args.audio}")
     text = genai.text(tokens)
     if not text:
         raise CheckError(
             f"expected tokens that spell words, got {tokens}, whose text is empty; export the tokenizer again"
         )
-    stages.report("GenAI hears", f"{len(tokens)} tokens from {len(samples) / genai.config.sample_rate:.1f} s",
-                  repr(text))  # fmt: skip
+    seconds = len(samples) / genai.config.sample_rate
+    stages.report("GenAI transcribes", f"{len(tokens)} tokens from {seconds:.1f} s of audio", repr(text))
 
     check_tokenizer(genai, folder, tokens)
-    stages.report("tokenizer", "GenAI and tokenizer.json agree, and show all that vocab.txt spells; text → ids → text "
-                  "keeps every word")  # fmt: skip
+    stages.report("tokenizer", "GenAI, tokenizer.json and vocab.txt give the same words, which encoding keeps")
 
     baseline = RawOrt(folder).transcribe(genai.features(samples)).tokens
     check_same_tokens(tokens, baseline)
-    stages.report("raw ONNX", f"the same {len(baseline)} tokens")
+    stages.report("plain ONNX Runtime", f"gives the same {len(baseline)} tokens")
 
 
 def check_tokenizer(genai: GenAI, folder: Path, tokens: list[int]) -> None:
-    """GenAI and Hugging Face's `tokenizers` give these ids one text, and its words survive encoding and decoding; and
-    it shows the pieces of vocab.txt, which says nothing of which to hide.
+    """Raise CheckError unless GenAI and Hugging Face's `tokenizers` give these tokens one text, it has the words that
+    vocab.txt spells (which does not say what is hidden), and encoding and decoding it keeps every word.
 
-    Spaces aside: GenAI's encoder makes one of several, which a lone `▁` before a piece that begins with one shows.
-    Raises CheckError.
+    Words are compared, not spaces: GenAI's encoder merges several spaces into one, and a `▁` piece before a piece that
+    begins with one makes two.
     """
     from tokenizers import Tokenizer
 
     text = genai.text(tokens)
     exported = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(tokens).strip()
     if exported != text:
-        raise CheckError(f"tokens {tokens} are {text!r} in GenAI, {exported!r} by tokenizer.json")
+        raise CheckError(f"expected one text of tokens {tokens}, got {text!r} in GenAI, {exported!r} by tokenizer.json")
     pieces = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     spelt = spell([pieces[token] for token in tokens])
     if spelt.split() != text.split():
-        raise CheckError(f"tokens {tokens} are {text!r} in GenAI, {spelt!r} by vocab.txt; export the tokenizer again")
+        raise CheckError(
+            f"expected one text of tokens {tokens}, got {text!r} in GenAI, {spelt!r} by vocab.txt; "
+            "export the tokenizer again"
+        )
     encoded = [int(token) for token in genai.tokenizer.encode(text)]
     if genai.text(encoded).split() != text.split():
         raise CheckError(f"{text!r} encodes to {encoded}, which decodes to {genai.text(encoded)!r}")
 
 
 def spell(pieces: list[str]) -> str:
-    """The text of SentencePiece's pieces: marks such as `<|en|>`, `<unk>` and `[noise]` left out, bytes merged."""
+    """The text of SentencePiece's pieces, bytes merged, without marks such as `<|en|>`, `<unk>` and `[noise]`."""
     raw = b""
     for piece in pieces:
         if re.fullmatch("<0x[0-9A-F]{2}>", piece):
@@ -97,10 +100,10 @@ def spell(pieces: list[str]) -> str:
     return raw.decode("utf-8", errors="replace")
 
 
-def check_same_tokens(found: list[int], baseline: list[int]) -> None:
-    """Raises CheckError showing both sequences."""
-    if found != baseline:
-        raise CheckError(f"GenAI and the raw ONNX baseline differ; GenAI: {found}; baseline: {baseline}")
+def check_same_tokens(tokens: list[int], baseline: list[int]) -> None:
+    """Raise CheckError showing both sequences where they differ."""
+    if tokens != baseline:
+        raise CheckError(f"expected the tokens of plain ONNX Runtime, {baseline}, got {tokens} from GenAI")
 
 
 if __name__ == "__main__":

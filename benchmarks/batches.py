@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.bench import machine, peak_memory
 from common.cli import quiet_libraries, size_text
-from common.run.baseline import RawOrt
+from common.evaluate.engines import ObservedBaseline
 from common.run.clips import read_clips
 from common.run.genai import GenAI
 
@@ -25,23 +25,21 @@ BATCH_SIZES = (1, 4, 8, 16)  # the first is the baseline
 ROUNDS = 5
 
 
-class TimedRawOrt(RawOrt):
-    """Counts the seconds spent in the encoder."""
+class TimedBaseline:
+    """Plain ONNX Runtime, with the seconds that each run of the encoder took."""
 
-    encoder_seconds = 0.0
-
-    def encode(self, features):
-        start = time.perf_counter()
-        encoded = super().encode(features)
-        self.encoder_seconds += time.perf_counter() - start
-        return encoded
+    def __init__(self, folder: Path) -> None:
+        self.encoder_seconds: list[float] = []
+        self.raw = ObservedBaseline(folder, lambda _, seconds: self.encoder_seconds.append(seconds))
 
 
-def turn(raw: TimedRawOrt, features: list[np.ndarray], batch_size: int) -> tuple[list[list[int]], float, float]:
+def turn(timed: TimedBaseline, features: list[np.ndarray], batch_size: int) -> tuple[list[list[int]], float, float]:
     """Tokens of each clip, seconds in all, and seconds in the encoder."""
-    raw.encoder_seconds, start = 0.0, time.perf_counter()
-    found = raw.transcribe_all(features, batch_size=batch_size)
-    return [one.tokens for one in found], time.perf_counter() - start, raw.encoder_seconds
+    timed.encoder_seconds.clear()
+    start = time.perf_counter()
+    hypotheses = timed.raw.transcribe_all(features, batch_size=batch_size)
+    seconds = time.perf_counter() - start
+    return [one.tokens for one in hypotheses], seconds, sum(timed.encoder_seconds)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,15 +56,15 @@ def main(argv: list[str] | None = None) -> int:
     audio = sum(map(len, samples)) / genai.config.sample_rate
     del genai
 
-    raw = TimedRawOrt(args.model_dir)
+    timed = TimedBaseline(args.model_dir)
     said, peaks = {}, {}
     for size in BATCH_SIZES:  # warm-up; memory only grows, so that it is told in this order
-        said[size], *_ = turn(raw, features, size)
+        said[size], *_ = turn(timed, features, size)
         peaks[size] = peak_memory()
     times = {size: [] for size in BATCH_SIZES}
     for _ in tqdm(range(args.rounds), unit="round", leave=False, disable=None):
         for size in BATCH_SIZES:
-            times[size].append(turn(raw, features, size)[1:])
+            times[size].append(turn(timed, features, size)[1:])
 
     print(machine())
     print(f"\n| {len(samples)} clips, {audio:.0f} s | RTFx | × | encoder | token loop | unlike batch 1 | peak memory |")

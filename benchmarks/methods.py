@@ -16,8 +16,6 @@ the bundled checkpoint's language, which `benchmarks/synthesize.py` speaks.
 """
 
 import argparse
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,11 +24,11 @@ from tqdm import tqdm
 
 from benchmarks.bench import machine, parse_args
 from benchmarks.recipes import FLOAT32, Recipe, build, encoder_bytes, ours
+from common.evaluate.engines import ObservedBaseline
 from common.evaluate.wer import WordErrorRate, word_error_rate
 from common.folder.outputs import write_json
 from common.quantize import METHODS
 from common.quantize.fidelity import sqnr_db
-from common.run.baseline import RawOrt
 from common.run.clips import read_clips
 from common.run.genai import GenAI
 
@@ -69,31 +67,26 @@ def recipes(checkpoint: Path, work_dir: Path, calibration: Path) -> list[Recipe]
     return found + [recipe(name, mixed, block, *calibrated, *budget) for name, block in names]
 
 
-class _Timed(RawOrt):
-    """The raw path; what the encoder gave, and how long it took."""
-
-    seconds = 0.0
-
-    def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
-        start = time.perf_counter()
-        self.encoded = super().encode(features)
-        self.seconds += time.perf_counter() - start
-        return self.encoded
-
-
 def measure(
     folder: Path, features: list[np.ndarray], wanted: list[np.ndarray] | None
 ) -> tuple[Result, list[np.ndarray]]:
     """The encoder of `folder` on clips of one window, against float32 outputs; also its own outputs [S, D]."""
-    raw, genai, texts, encoded = _Timed(folder), GenAI(folder), [], []
+    encoded: list[np.ndarray] = []
+    times: list[float] = []  # of the encoder's runs, in seconds
+
+    def observe(outputs: list[np.ndarray], seconds: float) -> None:
+        encoded.extend(outputs)
+        times.append(seconds)
+
+    raw, genai, texts = ObservedBaseline(folder, observe), GenAI(folder), []
     raw.encode(features[:1])  # warm-up: the first run allocates
-    raw.seconds = 0.0
+    encoded.clear()
+    times.clear()
     for clip in tqdm(features, desc=folder.name, unit="clip", leave=False, disable=None):
         texts.append(genai.text(raw.transcribe(clip, whole=True).tokens))
-        encoded += raw.encoded
     audio = sum(clip.shape[1] for clip in features) * raw.config.hop_length / raw.config.sample_rate
     ratio = sqnr_db(np.concatenate(wanted), np.concatenate(encoded)) if wanted else float("inf")
-    return Result(encoder_bytes(folder), texts, ratio, audio / raw.seconds), encoded
+    return Result(encoder_bytes(folder), texts, ratio, audio / sum(times)), encoded
 
 
 def with_noise(samples: np.ndarray, snr_db: float, seed: int) -> np.ndarray:

@@ -180,7 +180,7 @@ class TestBeforeTheWork:
         def load(*_, **__):
             pytest.fail("a model was loaded")
 
-        for place in ("common.run.genai.GenAI", "test_real_speech.GenAI", "common.quantize.calibration.GenAI"):
+        for place in ("common.run.genai.GenAI", "common.evaluate.engines.GenAI", "common.quantize.calibration.GenAI"):
             monkeypatch.setattr(f"{place}.__init__", load)
         for name in ("fuse", "load"):
             monkeypatch.setattr(f"common.quantize.rewrite.{name}", load)

@@ -12,8 +12,8 @@ import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
 import test_e2e
-import test_real_speech
 from common.contract import DECODER, ENCODER, GRAPHS, JOINT, Tensor
+from common.evaluate.engines import ComparedFolder
 from common.export import float16
 from common.export.float16 import EmulatedGraph, _exact_operators, convert
 from common.export.ranges import RangeRecorder, measure_ranges
@@ -180,7 +180,7 @@ def test_a_float16_folder_is_not_quantized(folder, tmp_path, capsys):
 
 
 def test_a_float16_folder_need_not_equal_float32(folder):
-    assert not test_real_speech.Folder(folder).is_float32
+    assert not ComparedFolder(folder).engines.is_float32
 
 
 def test_the_conversion_needs_speech(tmp_path, capsys, monkeypatch):

@@ -16,18 +16,10 @@ import optimize_encoder
 import test_e2e
 import test_real_speech
 from common.contract import TOKENIZER_FILES
-from common.evaluate.side_by_side import (
-    NEMO,
-    Engines,
-    Heard,
-    HeardClip,
-    clip_notes,
-    judge_texts,
-    judge_times,
-    print_verdict,
-    print_warnings,
-)
+from common.evaluate.tables import clip_notes
 from common.evaluate.text_rules import explaining_rules, text_rules
+from common.evaluate.transcripts import NEMO, ComparedClip, Comparison, FolderEngines, Transcript
+from common.evaluate.verdict import judge_texts, judge_times, print_verdict, print_warnings
 from common.evaluate.wer import high_error_warning, word_error_rate
 from common.folder.manifest import read_manifest
 from common.folder.outputs import write_json
@@ -183,38 +175,43 @@ def test_rules_explain_every_text_of_random_tokens_and_nothing_else(tiny_model, 
     assert unexplained > 500  # of texts without their digits
 
 
-def heard(text, tokens=(1,), words=None):
-    return Heard(list(tokens), text, 1.0, words)
+def transcript(text, tokens=(1,)):
+    return Transcript(list(tokens), text, 1.0)
 
 
 def clip_of(nemo, genai, raw, **fields):
-    return HeardClip(SAMPLES / "a.wav", seconds=1.0, heard={NEMO: nemo, "G": genai, "R": raw}, **fields)
+    return ComparedClip(SAMPLES / "a.wav", seconds=1.0, transcripts={NEMO: nemo, "G": genai, "R": raw}, **fields)
 
 
-ENGINES = [Engines("G", "R", is_float32=True)]
+def comparison_of(clip, *, is_float32=True):
+    return Comparison(
+        clips=[clip], engines=[FolderEngines("G", "R", is_float32)], window_seconds=60.0, frame_seconds=0.08
+    )
 
 
 def test_nothing_compared_is_said(capsys):
-    one = clip_of(heard("a", (1,)), heard("b", (2,)), heard("b", (2,)), one_window=False)
-    print_verdict([one], ENGINES, [], (), 60)
-    judge_texts([one], ENGINES, ())
-    judge_times([one], ENGINES, frozenset())
+    other = transcript("b", (2,))
+    clip = clip_of(transcript("a", (1,)), other, other, one_window=False)
+    comparison = comparison_of(clip)
+    print_verdict(comparison)
+    judge_texts(comparison)
+    judge_times(comparison, frozenset())
     output = capsys.readouterr().out
     assert "NeMo transcribed them whole, GenAI and ONNX Runtime did not; word errors against NeMo: G 100.00 %" in output
     assert "no clip was compared" in output
     assert "no text was compared with NeMo's own" in output
     assert "R: no word's times were compared with NeMo's own; clips left out: 1 of several windows" in output
     assert "0 of 0" not in output
-    assert clip_notes(one, (), 60) == ["NeMo transcribed this clip whole, GenAI and ONNX Runtime in windows of 60 s"]
-    print_verdict([one], [Engines("G", "R", is_float32=False)], [], (), 60)
+    assert clip_notes(clip, (), 60) == ["NeMo transcribed this clip whole, GenAI and ONNX Runtime in windows of 60 s"]
+    print_verdict(comparison_of(clip, is_float32=False))
     assert "no float32 engine was compared" in capsys.readouterr().out
 
 
 def test_empty_transcripts_are_flagged(capsys):
-    empty = heard("", ())
-    one = clip_of(empty, empty, empty)
-    print_warnings([one], ENGINES, ())
-    judge_texts([one], ENGINES, ())
+    empty = transcript("", ())
+    comparison = comparison_of(clip_of(empty, empty, empty))
+    print_warnings(comparison)
+    judge_texts(comparison)
     output = capsys.readouterr().out
     assert [f"every transcript of {name} is empty" in output for name in (NEMO, "G", "R")] == [True] * 3
     assert "no text was compared" in output
@@ -223,20 +220,19 @@ def test_empty_transcripts_are_flagged(capsys):
 def test_genai_and_tokenizers_show_the_same_tokens_alike(capsys):
     from common.cli import CheckError
 
-    one = clip_of(heard("a"), heard("a"), heard("a"))
-    del one.heard[NEMO]
-    judge_texts([one], ENGINES, ())
-    one.heard["G"] = heard("b")
+    clip = clip_of(transcript("a"), transcript("a"), transcript("a"))
+    del clip.transcripts[NEMO]
+    judge_texts(comparison_of(clip))
+    clip.transcripts["G"] = transcript("b")
     with pytest.raises(CheckError, match="expected one text for the same tokens"):
-        judge_texts([one], ENGINES, ())
+        judge_texts(comparison_of(clip))
     assert "no rule explains it" in capsys.readouterr().out
 
 
 def test_a_high_error_rate_is_flagged(capsys):
     assert high_error_warning(word_error_rate(["a b c d e"], ["a b x y z"])) is None
     assert "different checkpoints" in high_error_warning(word_error_rate(["a b c d e"], ["a v x y z"]))
-    one = clip_of(*[heard("a v x y z")] * 3, text="a b c d e")
-    print_warnings([one], ENGINES, ())
+    print_warnings(comparison_of(clip_of(*[transcript("a v x y z")] * 3, text="a b c d e")))
     assert "the float32 model has 80 % of the words wrong" in capsys.readouterr().out
 
 

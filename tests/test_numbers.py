@@ -24,7 +24,7 @@ from common.checkpoint.nemo import load_model, read_config
 from common.checkpoint.tokenizer import ModelProto
 from common.cli import EXIT_CHECK, CheckError
 from common.evaluate.wer import normalize, word_errors
-from common.evaluate.word_limit import Heard, judge, word_table
+from common.evaluate.word_limit import EvaluatedClip, judge, word_table
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
@@ -223,7 +223,7 @@ def test_normalised_words_keep_every_digit(text, expected):
 def test_a_lost_digit_is_a_word_error(text):
     for digit in re.findall(r"\d", text):
         assert word_errors(normalize(text), normalize(text.replace(digit, "", 1)))[0] >= 1
-    clips = [Heard("clip", None, 1.0, text, text, re.sub(r"\d", "", text), 20.0)]
+    clips = [EvaluatedClip("clip", None, 1.0, text, text, re.sub(r"\d", "", text), 20.0)]
     with pytest.raises(CheckError, match="the word error rate rises"):
         judge(word_table(clips), 0.5)
 

@@ -17,8 +17,8 @@ import pytest
 import optimize_encoder
 from common.cli import CheckError
 from common.contract import GRAPHS
-from common.evaluate import word_limit as gate
-from common.evaluate.word_limit import Heard, judge, marked, print_words, word_table
+from common.evaluate import word_limit
+from common.evaluate.word_limit import EvaluatedClip, judge, marked, print_word_errors, word_table
 from common.folder.manifest import verify_files
 from common.quantize import blocks as quantize
 from common.quantize import matmul_nbits
@@ -172,16 +172,28 @@ def test_page_is_whole_and_loads_nothing(folder):
 
 def test_page_shows_hostile_text_as_text(folder, report):
     clip = report["evaluation"]["clips"][0]
-    heard = [Heard(**{name: value for name, value in clip.items() if name != "errors"} | {"optimized": HOSTILE_TEXT})]
-    report = {**report, "evaluation": make_evaluation(MANIFEST, heard, word_table(heard), None)}
+    fields = {name: value for name, value in clip.items() if name != "errors"}
+    clips = [EvaluatedClip(**fields | {"optimized": HOSTILE_TEXT})]
+    report = {**report, "evaluation": make_evaluation(MANIFEST, clips, word_table(clips), None)}
     path = folder.parent / "hostile.html"
-    page_writer()(path, report, heard)
+    page_writer()(path, report, clips)
     page = Page(path.read_text())
     assert {"del", "ins"} <= set(page.tags)
     assert not {"script", "img", "b"} & (set(page.tags) - {"b"})
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert f"said: {HOSTILE_TEXT}" in page.text
+    assert f"text of the clip: {HOSTILE_TEXT}" in page.text
     assert HOSTILE_LANG in page.text
+
+
+def test_a_language_whose_clips_are_silent_has_no_rate(folder, report, tmp_path):
+    clips = [evaluated("a b", "a b", "a", "en"), evaluated("", "", "x", "fr"), evaluated("c", "c", "c", "de")]
+    evaluation = make_evaluation(MANIFEST, clips, word_table(clips), None)
+    silent = next(row for row in evaluation["normalised"] if row["lang"] == "fr")
+    assert silent["optimized"] == {"errors": 1, "percent": 100.0, "low": None, "high": None}
+    page_writer()(tmp_path / "page.html", {**report, "evaluation": evaluation}, clips)
+    text = " ".join(Page((tmp_path / "page.html").read_text()).text.split())
+    assert "fr– – 0 inserted– 1 inserted01" in text
+    assert "en+50.00" in text
 
 
 def test_sensitivity_is_shown_where_it_was_measured(folder, report, tiny_export, tmp_path):
@@ -259,32 +271,32 @@ def test_the_gate_lets_a_good_encoder_pass(tiny_export, tmp_path, capsys):
     assert re.search(r"11 clips  WER (\S+ % \[.*?\]) → \1  \+0.00 points", capsys.readouterr().out)
 
 
-def heard(text: str, float32: str, optimized: str, lang: str | None = None) -> Heard:
-    return Heard("clip", lang, 1.0, text, float32, optimized, 20.0)
+def evaluated(text: str, float32: str, optimized: str, lang: str | None = None) -> EvaluatedClip:
+    return EvaluatedClip("clip", lang, 1.0, text, float32, optimized, 20.0)
 
 
 def test_a_language_cannot_hide_in_the_whole():
-    clips = [heard("a b c d", "a b x d", "a b c d", "en"), heard("e f g h", "e f g h", "e f g", "uk")]
+    clips = [evaluated("a b c d", "a b x d", "a b c d", "en"), evaluated("e f g h", "e f g h", "e f g", "uk")]
     table = word_table(clips)
     assert [(row.lang, row.increase.percent) for row in table] == [(None, 0), ("en", -25), ("uk", 25)]
     judge(table, 25)
-    with pytest.raises(CheckError, match=r"\+25.00 points in uk \(1 of 4 words\), wanted at most \+24.9"):
+    with pytest.raises(CheckError, match=r"\+25.00 points in uk \(1 of 4 words\), expected at most \+24.9"):
         judge(table, 24.9)
-    judge(word_table([heard("A b.", "A b.", "a B")]), 0)  # case and punctuation are not words
-    assert word_table([heard("A b.", "A b.", "a B")], str)[0].increase.percent == 100
+    judge(word_table([evaluated("A b.", "A b.", "a B")]), 0)  # case and punctuation are not words
+    assert word_table([evaluated("A b.", "A b.", "a B")], str)[0].increase.percent == 100
     with pytest.raises(CheckError, match=r"\+25.00 points \(1 of 4 words\)"):
-        judge(word_table([heard("a b c d", "a b c d", "a b c", None)]), 0.5)
+        judge(word_table([evaluated("a b c d", "a b c d", "a b c", None)]), 0.5)
 
 
 def test_texts_without_words_judge_nothing():
-    heard = [Heard("a.wav", None, 1.0, "…", "a", "b", 30.0)]
+    clips = [EvaluatedClip("a.wav", None, 1.0, "…", "a", "b", 30.0)]
     with pytest.raises(CheckError, match="so nothing was compared"):
-        judge(word_table(heard), 0.5)
+        judge(word_table(clips), 0.5)
 
 
 def test_most_words_wrong_in_float32_is_flagged(capsys):
-    heard = [Heard("a.wav", None, 1.0, "one two three", "x y z", "", 30.0)]
-    print_words(word_table(heard), heard)
+    clips = [EvaluatedClip("a.wav", None, 1.0, "one two three", "x y z", "", 30.0)]
+    print_word_errors(word_table(clips), clips)
     output = capsys.readouterr().out
     assert "warning: the float32 model has 100 % of the words wrong" in output
     assert "warning: every transcript of the optimized model is empty" in output
@@ -294,12 +306,12 @@ def test_most_words_wrong_in_float32_is_flagged(capsys):
 def test_changes_are_shown_in_context():
     words = "one two three four five six seven eight nine ten"
     kept = "one two three four …"
-    assert marked(heard("", f"a {words} b", f"c {words} b")) == [("a", "c"), (kept, kept)]
-    changed = marked(heard("", f"{words} a {words}", f"{words} {words} z"))
+    assert marked(evaluated("", f"a {words} b", f"c {words} b")) == [("a", "c"), (kept, kept)]
+    changed = marked(evaluated("", f"{words} a {words}", f"{words} {words} z"))
     assert [pair for pair in changed if pair[0] != pair[1]] == [("a", ""), ("", "z")]
-    assert marked(heard("", "", "a b")) == [("", "a b")]
-    better, same, worse = heard("a", "b", "a"), heard("a", "a", "a"), heard("a", "a", "b")
-    assert gate.changed([better, same, worse]) == [worse, better]
+    assert marked(evaluated("", "", "a b")) == [("", "a b")]
+    better, same, worse = evaluated("a", "b", "a"), evaluated("a", "a", "a"), evaluated("a", "a", "b")
+    assert word_limit.changed([better, same, worse]) == [worse, better]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,15 @@
 """Word error rates, and the reasons that may excuse a difference."""
 
+from pathlib import Path
+
 import pytest
 
+from common.cli import CheckError
 from common.contract import PARITY_TOLERANCE
-from common.evaluate.differences import first_difference, first_token_difference
+from common.evaluate.differences import Difference, first_difference, first_token_difference
+from common.evaluate.timestamps import TimedWord
+from common.evaluate.transcripts import ComparedClip, Comparison, EngineDifference, FolderEngines, Transcript
+from common.evaluate.verdict import judge_tokens
 from common.evaluate.wer import normalize, word_changes, word_error_rate, word_errors
 from common.run.decode import Hypothesis, Step
 
@@ -92,6 +98,63 @@ def test_a_blank_of_duration_zero_excuses():
 
 def test_token_differences():
     assert first_token_difference(hypothesis(*STEPS), [1, 7]).index == 1
-    assert first_token_difference(hypothesis(*STEPS), [1]).found is None
-    assert first_token_difference(hypothesis(*STEPS), [1, 2, 4]).wanted is None
-    assert first_token_difference(hypothesis((0, BLANK, 5.0, False)), [1]).found == 1
+    assert first_token_difference(hypothesis(*STEPS), [1]).actual is None
+    assert first_token_difference(hypothesis(*STEPS), [1, 2, 4]).expected is None
+    assert first_token_difference(hypothesis((0, BLANK, 5.0, False)), [1]).actual == 1
+
+
+def comparison_with(difference):
+    words = [TimedWord("a", 3, 5)]
+    transcripts = {"G": Transcript([1], "a", 0.5), "R": Transcript([2], "b", 0.25, words)}
+    clip = ComparedClip(Path("a.wav"), text="a", seconds=1.0, transcripts=transcripts)
+    return Comparison(
+        clips=[clip],
+        engines=[FolderEngines("G", "R", is_float32=True)],
+        differences=[EngineDifference(clip, "R", difference)],
+        window_seconds=60.0,
+        frame_seconds=0.08,
+    )
+
+
+def test_the_keys_of_the_json_results():
+    """Other programs read them."""
+    found = comparison_with(Difference(0, 3, 1, 2, "a reason")).record()
+    words = [{"text": "a", "start": 0.24, "end": 0.4}]
+    rate = {"errors": 0, "words": 1, "low": 0.0, "high": 0.0}
+    assert found["engines"]["G"] == {"rtfx": 2.0, "wer": rate, "normalised_wer": rate}
+    assert found["clips"] == [
+        {
+            "audio_filepath": "a.wav", "offset": 0.0, "seconds": 1.0, "text": "a",
+            "engines": {
+                "G": {"tokens": [1], "text": "a", "seconds": 0.5, "words": None},
+                "R": {"tokens": [2], "text": "b", "seconds": 0.25, "words": words},
+            },
+        }
+    ]  # fmt: skip
+    assert found["differences"] == [
+        {
+            "audio_filepath": "a.wav", "offset": 0.0, "engine": "R",
+            "index": 0, "frame": 3, "wanted": 1, "found": 2, "excuse": "a reason",
+        }
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("difference", "text"),
+    [
+        (
+            Difference(0, 3, 1, 2, None),
+            "token 1 of the transcript, encoder frame 3: expected 1, got 2; nothing excuses",
+        ),
+        (Difference(4, 9, None, 2, None), "token 5 of the transcript, encoder frame 9: expected no token, got 2; "),
+        (Difference(4, 9, 7, 7, "near"), "token 5 of the transcript, encoder frame 9: token 7 is emitted at another"),
+    ],
+)
+def test_a_difference_in_words(difference, text, capsys):
+    comparison = comparison_with(difference)
+    if difference.excuse:
+        judge_tokens(comparison.differences)
+    else:
+        with pytest.raises(CheckError, match="in 1 cases"):
+            judge_tokens(comparison.differences)
+    assert f"a.wav: R, {text}" in capsys.readouterr().out

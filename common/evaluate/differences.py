@@ -1,5 +1,10 @@
-"""XXX docstring of evaluate.differences"""
+"""Where two greedy decodings of a clip differ first, and whether a difference is excused.
 
+Greedy decoding follows the largest logit, so two engines that differ by rounding alone may differ in a token where two
+logits are nearly equal. Such a case is excused, and so is the one in which the rules of NeMo and GenAI differ.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from common.contract import PARITY_TOLERANCE
@@ -8,64 +13,72 @@ from common.run.decode import Hypothesis
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two decodings part: emission index, frame, both tokens, and what excuses it (None: nothing does)."""
+    """The first difference of two decodings."""
 
-    index: int
-    frame: int
-    wanted: int | None
-    found: int | None
-    excuse: str | None
+    index: int  # of the token among those emitted
+    frame: int  # encoder frame
+    expected: int | None  # token; None: the reference has ended
+    actual: int | None  # token; None: the decoding has ended
+    excuse: str | None  # None: nothing excuses it
 
 
-def first_difference(tokens: list[int], frames: list[int], found: Hypothesis) -> Difference | None:
-    """Compare a reference's tokens and the frames they were emitted at with a traced decoding; None where equal.
+def first_difference(tokens: Sequence[int], frames: Sequence[int], actual: Hypothesis) -> Difference | None:
+    """Compare a reference's tokens and the encoder frames they were emitted at with a decoding; None where equal.
 
-    A difference is excused when, among the decisions between the last emission in common and the one that differs, one
-    was nearer than the parity tolerance to going otherwise, or met the case in which NeMo and GenAI differ by design.
+    A difference is excused when, among the decisions between the last token in common and the one that differs, one had
+    two best choices nearer than the parity tolerance, or met the case in which NeMo and GenAI differ by design.
     """
-    wanted = list(zip(tokens, frames, strict=True))
-    emitted = [(step.token, step.frame) for step in found.emitted]
-    if wanted == emitted:
+    reference = list(zip(tokens, frames, strict=True))
+    emitted = [(step.token, step.frame) for step in actual.emitted]
+    if reference == emitted:
         return None
-    pairs = enumerate(zip(wanted, emitted, strict=False))
-    index = next((i for i, (one, other) in pairs if one != other), min(len(wanted), len(emitted)))
-    positions = [i for i, step in enumerate(found.steps) if step.token != found.blank_id]
-    begin = positions[index - 1] if index else 0  # that emission's duration is a decision of this stretch
-    end = positions[index] + 1 if index < len(positions) else len(found.steps)
-    stretch = found.steps[begin:end]
-    nearest = min((step.margin for step in stretch), default=float("inf"))
-    excuse = None
+    index = _first_unequal(reference, emitted)
+    expected_token, expected_frame = reference[index] if index < len(reference) else (None, None)
+    actual_token, actual_frame = emitted[index] if index < len(emitted) else (None, None)
+    frame = actual_frame if expected_frame is None else expected_frame
+    assert frame is not None, "one of the two goes on at the first difference"
+    return Difference(index, frame, expected_token, actual_token, _excuse(actual, index))
+
+
+def _excuse(hypothesis: Hypothesis, index: int) -> str | None:
+    """What excuses another decision somewhere between token `index` - 1 and token `index`."""
+    positions = [i for i, step in enumerate(hypothesis.steps) if step.token != hypothesis.blank_id]
+    begin = positions[index - 1] if index else 0  # that token's duration is one of the decisions
+    end = positions[index] + 1 if index < len(positions) else len(hypothesis.steps)
+    decisions = hypothesis.steps[begin:end]
+    nearest = min((step.margin for step in decisions), default=float("inf"))
     if nearest < PARITY_TOLERANCE:
-        excuse = f"top-two margin {nearest:.1e} under the tolerance {PARITY_TOLERANCE:.0e}"
-    elif any(step.blank_zero for step in stretch):
-        excuse = "blank with duration 0, where the greedy rules of NeMo and GenAI differ"
-    one, other = (pairs[index] if index < len(pairs) else (None, None) for pairs in (wanted, emitted))
-    frame = one[1] if one[1] is not None else other[1]
-    return Difference(index, frame, one[0], other[0], excuse)
+        return f"top-two margin {nearest:.1e} under the tolerance {PARITY_TOLERANCE:.0e}"
+    if any(step.blank_zero for step in decisions):
+        return "blank with duration 0, where the greedy rules of NeMo and GenAI differ"
+    return None
 
 
-def excused_by(reference: Hypothesis, difference: Difference, found: Hypothesis) -> Difference:
-    """`difference` with the excuse that the reference's own decisions give for it: what is checked does not excuse
-    itself. A broken graph whose logits are all alike would be a near tie everywhere."""
-    own = first_difference(found.tokens, found.frames, reference)
+def excused_by(reference: Hypothesis, difference: Difference, actual: Hypothesis) -> Difference:
+    """`difference` with the excuse that the reference's own decisions give for it.
+
+    What is checked does not excuse itself: every decision of a broken graph whose logits are all alike is a near tie.
+    """
+    own = first_difference(actual.tokens, actual.frames, reference)
     return replace(difference, excuse=own.excuse if own and difference.excuse else None)
 
 
-def first_token_difference(wanted: Hypothesis, found: list[int]) -> Difference | None:
-    """Compare tokens alone, where both must be equal; None where they are."""
-    if wanted.tokens == found:
+def first_token_difference(reference: Hypothesis, tokens: Sequence[int]) -> Difference | None:
+    """Compare tokens alone, where both must be equal: nothing excuses a difference. None where they are."""
+    if reference.tokens == list(tokens):
         return None
-    pairs = enumerate(zip(wanted.tokens, found, strict=False))
-    index = next((i for i, (one, other) in pairs if one != other), min(len(wanted.tokens), len(found)))
-    step = wanted.emitted[index] if index < len(wanted.emitted) else None
+    index = _first_unequal(reference.tokens, tokens)
+    step = reference.emitted[index] if index < len(reference.emitted) else None
     return Difference(
         index,
-        step.frame if step else wanted.steps[-1].frame,
+        step.frame if step else reference.steps[-1].frame,
         step.token if step else None,
-        found[index] if index < len(found) else None,
+        tokens[index] if index < len(tokens) else None,
         None,
     )
 
 
-def unchanged(text: str) -> str:
-    return text
+def _first_unequal(expected: Sequence[object], actual: Sequence[object]) -> int:
+    """Index of the first entry that differs; the length of the shorter sequence where the other one goes on."""
+    pairs = enumerate(zip(expected, actual, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(expected), len(actual)))

@@ -1,268 +1,164 @@
-"""What a comparison on speech came to: what was compared with what, where the engines differ, and whether that is an
-error. What could not be compared is said, with the reason."""
+"""Several engines transcribe the same clips, and the tokens of those that run in float32 are compared with NeMo's.
 
-from collections import Counter
-from collections.abc import Sequence
+Every engine is given the same samples. NeMo computes its own features, and plain ONNX Runtime is given those; without
+NeMo it is given GenAI's. GenAI always computes its own.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from common.cli import CheckError
-from common.evaluate.differences import Difference
-from common.evaluate.text_rules import TextRule, comparable, explaining_rules
-from common.evaluate.timestamps import Word, furthest_apart
-from common.evaluate.wer import CONFIDENCE, high_error_warning, no_rate, normalize, word_error_rate, word_errors
-from common.run.clips import Clip
+import numpy as np
 
-NEMO = "NeMo"
-# Furthest that a word's time may be from NeMo's, in encoder frames.
-TIMES_TOLERANCE = 1
-SEVERAL_WINDOWS = "wer_against_nemo_of_several_windows"
+from common.evaluate.differences import Difference, excused_by, first_difference, first_token_difference
+from common.evaluate.engines import ComparedFolder, timed
+from common.evaluate.timestamps import TimedWord, timed_words
+from common.evaluate.transcripts import NEMO, ComparedClip, EngineDifference, Transcript
+from common.progress import progress_bar
+from common.run.decode import GENAI_RULE, NEMO_RULE, Hypothesis
+from common.run.genai import GenAI
+from common.run.nemo import Nemo, NemoTranscript
 
-
-@dataclass(frozen=True)
-class Heard:
-    """One engine's result on one clip; `seconds` is the time it took, features included."""
-
-    tokens: list[int]
-    text: str
-    seconds: float
-    words: list[Word] | None = None  # where times were asked for, of the engines that tell them
+# Of as much audio clips are sorted by length into batches: more is padded less, and takes more memory, 8 MB a minute.
+POOL_SECONDS = 1200
 
 
 @dataclass
-class HeardClip(Clip):
-    """One clip and what each engine made of it."""
+class Recording:
+    """A clip while it is being transcribed."""
 
-    seconds: float = 0.0
-    heard: dict[str, Heard] = field(default_factory=dict)
-    one_window: bool = True  # the encoder sees it whole, as NeMo's does
+    clip: ComparedClip
+    samples: np.ndarray  # mono, at the model's rate
+    features: np.ndarray | None = None  # [M, T]
+    features_seconds: float = 0.0  # that computing them took
+    reference: NemoTranscript | None = None  # NeMo's, where its tokens and frames must be met
+    traced: dict[str, Hypothesis] = field(default_factory=dict)  # by the name of an engine on plain ONNX Runtime
+
+    def compute_features(self, source: GenAI | Nemo) -> np.ndarray:
+        """Features [M, T] by the first source that is asked; those after it are given the same."""
+        if self.features is not None:
+            return self.features
+        features, self.features_seconds = timed(source.features, self.samples)
+        self.features = features
+        return features
+
+
+Pool = list[Recording]
+OnEngine = Callable[[str], None]  # is called with the name of an engine that has transcribed a whole pool
 
 
 @dataclass(frozen=True)
-class Engines:
-    """The two engines of a model folder, by name."""
+class SideBySide:
+    """The engines, and how they are run: NeMo first, then GenAI and plain ONNX Runtime on each folder."""
 
-    genai: str
-    raw: str
-    is_float32: bool
+    folders: Sequence[ComparedFolder]
+    nemo: Nemo | None
+    batch_size: int = 1  # clips that plain ONNX Runtime takes at a time
+    with_times: bool = False  # whether words are given with their times as well
 
-
-# Clip, engine, and where it differs.
-FoundDifference = tuple[HeardClip, str, Difference]
-
-
-def percent(reference: str | None, hypothesis: str) -> str:
-    """Word error rate of one clip, as written."""
-    if reference is None:
-        return "–"
-    errors, words = word_errors(reference, hypothesis)
-    return f"{100 * errors / words:.1f}" if words else no_rate(errors)
-
-
-def percent_against_nemo(clip: HeardClip, engine: str, rules: Sequence[TextRule]) -> str:
-    """The same against NeMo's own text; what differs by rule is no error."""
-    if NEMO not in clip.heard or engine == NEMO:
-        return percent(None, "")
-    return percent(*comparable(clip.heard[NEMO].text, clip.heard[engine].text, rules))
-
-
-def clip_notes(clip: HeardClip, rules: Sequence[TextRule], window_seconds: float) -> list[str]:
-    """What a reader of a clip's table must know: why its rows may differ from NeMo's."""
-    if NEMO not in clip.heard:
-        return []
-    notes = []
-    if not clip.one_window:
-        notes.append(f"NeMo transcribed this clip whole, GenAI and ONNX Runtime in windows of {window_seconds:g} s")
-    named = Counter(name for engine in clip.heard for name in _rules_of(clip, engine, rules))
-    if named:
-        notes.append(f"differs from NeMo's own text by rule: {'; '.join(named)}")
-    return notes
-
-
-def _rules_of(clip: HeardClip, engine: str, rules: Sequence[TextRule]) -> list[str]:
-    """The rules by which a text of NeMo's own tokens differs from NeMo's text."""
-    if engine == NEMO or clip.heard[engine].tokens != clip.heard[NEMO].tokens:
-        return []
-    return explaining_rules(clip.heard[NEMO].text, clip.heard[engine].text, rules) or []
-
-
-def print_corpus(clips: list[HeardClip], rules: Sequence[TextRule]) -> None:
-    """One table over all clips, a line an engine."""
-    seconds = sum(clip.seconds for clip in clips)
-    print(f"{len(clips)} clips, {seconds:.0f} s; WER with its {CONFIDENCE} % bootstrap interval over clips")
-    print("normalised: without case and punctuation (whisper_normalizer)")
-    if NEMO in clips[0].heard:
-        print("against NeMo: NeMo's own text as written, what differs by rule aside; clips of one window")
-    rows = [("engine", "RTFx", "WER", "normalised WER", "against NeMo", "clips with other tokens")]
-    for engine in clips[0].heard:
-        row = corpus_row(clips, engine, rules)
-        rates = [str(row.get(key, "–")) for key in ("wer", "normalised_wer", "wer_against_nemo")]
-        other = f"{row['clips_unlike_nemo']} of {row['clips_compared']}" if "clips_compared" in row else "–"
-        rows.append((engine, f"{row['rtfx']:.1f}", *rates, other))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def corpus_row(clips: list[HeardClip], engine: str, rules: Sequence[TextRule]) -> dict:
-    """One engine's figures over the clips; a rate only where there is something to compare with."""
-    heard = [clip.heard[engine] for clip in clips]
-    row = {"rtfx": sum(clip.seconds for clip in clips) / sum(one.seconds for one in heard)}
-    pairs = [(clip.text, one.text) for clip, one in zip(clips, heard, strict=True) if clip.text is not None]
-    if pairs:
-        references, hypotheses = zip(*pairs, strict=True)
-        row["wer"] = word_error_rate(references, hypotheses)
-        row["normalised_wer"] = word_error_rate([*map(normalize, references)], [*map(normalize, hypotheses)])
-    if NEMO in clips[0].heard and engine != NEMO:
-        whole, cut = [clip for clip in clips if clip.one_window], [clip for clip in clips if not clip.one_window]
-        row["clips_compared"], row["clips_of_several_windows"] = len(whole), len(cut)
-        row["clips_unlike_nemo"] = sum(clip.heard[engine].tokens != clip.heard[NEMO].tokens for clip in whole)
-        for key, chosen in (("wer_against_nemo", whole), (SEVERAL_WINDOWS, cut)):
-            if chosen:
-                texts = [comparable(clip.heard[NEMO].text, clip.heard[engine].text, rules) for clip in chosen]
-                row[key] = word_error_rate(*zip(*texts, strict=True))
-    return row
-
-
-def print_differences(differences: list[FoundDifference]) -> None:
-    """A line for each difference of a float32 engine."""
-    for clip, engine, difference in differences:
-        print(
-            f"{clip.path}{clip.segment}: {engine} parts at emission {difference.index}, frame {difference.frame}: "
-            f"token {difference.found} for {difference.wanted}; {difference.excuse or 'nothing excuses it'}"
-        )
-
-
-def judge_tokens(differences: list[FoundDifference]) -> None:
-    """List every difference of a float32 engine; raise CheckError if one has no excuse."""
-    print_differences(differences)
-    unexcused = [difference for *_, difference in differences if difference.excuse is None]
-    if unexcused:
-        raise CheckError(f"float32 ONNX differs from its reference in {len(unexcused)} cases, listed above")
-
-
-def judge_texts(clips: list[HeardClip], engines: list[Engines], rules: Sequence[TextRule]) -> None:
-    """Compare texts of equal tokens: each engine's with NeMo's own, and GenAI's with what `tokenizers` makes of plain
-    ONNX Runtime's. Print what was compared; raise CheckError where they differ and no rule says why."""
-    with_nemo = NEMO in clips[0].heard
-    pairs = [(NEMO, name) for each in engines for name in (each.genai, each.raw)] if with_nemo else []
-    pairs += [(each.raw, each.genai) for each in engines]
-    same, explained, by_rule, wrong = 0, 0, Counter(), []
-    for clip in clips:
-        for reference, engine in pairs:
-            expected, got = clip.heard[reference], clip.heard[engine]
-            if not expected.tokens or expected.tokens != got.tokens:
-                continue
-            names = explaining_rules(expected.text, got.text, rules if reference == NEMO else ())
-            if names is None:
-                wrong.append(
-                    f"{clip.path}{clip.segment}: {reference} shows its tokens as {expected.text!r}, {engine} the same "
-                    f"tokens as {got.text!r}; no rule explains it"
-                )
-            elif reference == NEMO:
-                same, explained = same + (not names), explained + bool(names)
-                by_rule.update(names)
-    if with_nemo and not (same or explained or wrong):
-        print("no text was compared with NeMo's own: no engine has NeMo's tokens on a clip with words")
-    elif with_nemo:
-        named = "; ".join(f"{name} ({count})" for name, count in by_rule.items())
-        print(
-            f"of the transcripts with NeMo's tokens {same} are NeMo's own text letter for letter"
-            + (f", {explained} by rule: {named}" if explained else "")
-        )
-    if wrong:
-        print("\n".join(wrong))
-        raise CheckError(
-            f"expected one text for the same tokens, got another in {len(wrong)} cases, listed above; the folder's "
-            "tokenizer is broken: make it again with export_tokenizer.py"
-        )
-
-
-def print_verdict(
-    clips: list[HeardClip],
-    engines: list[Engines],
-    differences: list[FoundDifference],
-    rules: Sequence[TextRule],
-    window_seconds: float,
-) -> None:
-    """Say what the comparison of tokens came to, and what was not compared."""
-    with_nemo = NEMO in clips[0].heard
-    if not with_nemo:
-        print("nothing was compared with NeMo (--skip_nemo)")
-    float32 = [each for each in engines if each.is_float32]
-    reference = NEMO if with_nemo else "plain ONNX Runtime"
-    compared = [clip for clip in clips if clip.one_window] if with_nemo else clips
-    if not float32:
-        print("no float32 engine was compared: the folder is optimized, and the exported one is not beside it")
-    elif compared:
-        differing = {id(clip) for clip, *_ in differences}  # not the path: a file may have several segments
-        equal = sum(id(clip) not in differing for clip in compared)
-        engine = "float32 ONNX" if with_nemo else "GenAI in float32"
-        kind = " of one window" if with_nemo else ""
-        print(f"{engine} equals {reference} token for token on {equal} of {len(compared)} clips{kind}")
-    else:
-        print(f"no clip was compared with NeMo token for token: none fits a window of {window_seconds:g} s")
-    rows = {engine: corpus_row(clips, engine, rules) for engine in clips[0].heard}
-    cut = {engine: row[SEVERAL_WINDOWS] for engine, row in rows.items() if SEVERAL_WINDOWS in row}
-    if cut:
-        words = ", ".join(f"{engine} {rate.percent:.2f} %" for engine, rate in cut.items())
-        print(
-            f"{sum(not clip.one_window for clip in clips)} of {len(clips)} clips have several windows of "
-            f"{window_seconds:g} s and are not compared token for token: NeMo transcribed them whole, GenAI and ONNX "
-            f"Runtime did not; word errors against NeMo: {words}"
-        )
-
-
-def print_warnings(clips: list[HeardClip], engines: list[Engines], rules: Sequence[TextRule]) -> None:
-    """A line for each engine without a word, and one where float32 has most words wrong."""
-    for engine in clips[0].heard:
-        if not any(clip.heard[engine].text.strip() for clip in clips):
-            print(f"warning: every transcript of {engine} is empty, so nothing can be said of its words")
-    float32 = [each.raw for each in engines if each.is_float32] or [name for name in (NEMO,) if name in clips[0].heard]
-    rate = corpus_row(clips, float32[0], rules).get("normalised_wer") if float32 else None
-    warning = high_error_warning(rate) if rate else None
-    if warning:
-        print(warning)
-
-
-def judge_times(clips: list[HeardClip], engines: list[Engines], of_other_words: frozenset[int]) -> None:
-    """Say how far the words of float32 ONNX are from NeMo's own times; raise CheckError if further than the tolerance.
-
-    Compared are clips of one window whose tokens are the same, without any `of_other_words` (transcripts.py).
-    """
-    for raw in (each.raw for each in engines if each.is_float32):
-        words, furthest, left_out = 0, 0, Counter()
+    def read(self, clips: Sequence[ComparedClip]) -> Iterator[Pool]:
+        """The clips with their samples: one at a time, or pools to make batches of. Raises as read_clip does."""
+        config = self.folders[0].config
+        pool: Pool = []
+        seconds = 0.0
         for clip in clips:
-            expected, got = clip.heard[NEMO], clip.heard[raw]
-            reason = _why_no_times(clip, expected, got, of_other_words)
-            if reason:
-                left_out[reason] += 1
-                continue
-            apart = furthest_apart(expected.words, got.words)
-            if apart > TIMES_TOLERANCE:
-                raise CheckError(f"{clip.path}{clip.segment}: {_times_error(expected.words, got.words, apart)}")
-            words += len(expected.words)
-            furthest = max(furthest, apart)
-        without = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        if not words:
-            print(f"{raw}: no word's times were compared with NeMo's own; clips left out: {without}")
-            continue
-        print(
-            f"{raw}: {words} words, none further from NeMo's own times than {furthest} encoder frames"
-            + (f"; clips left out: {without}" if without else "")
-        )
+            samples = config.read_clip(clip)
+            clip.seconds = len(samples) / config.sample_rate
+            clip.one_window = config.fits_one_window(clip.seconds)
+            pool.append(Recording(clip, samples))
+            seconds += clip.seconds
+            if self.batch_size == 1 or seconds >= POOL_SECONDS or clip is clips[-1]:
+                yield pool
+                pool = []
+                seconds = 0.0
+
+    def transcribe(self, pool: Pool, on_engine: OnEngine) -> None:
+        """Let each engine in turn transcribe the whole pool, into `transcripts` of every clip."""
+        if self.nemo:
+            for recording in pool:
+                _run_nemo(self.nemo, recording, with_times=self.with_times)
+            on_engine(NEMO)
+        for folder in self.folders:
+            for recording in pool:
+                tokens, seconds = timed(folder.genai.transcribe, recording.samples)
+                transcript = Transcript(tokens, folder.genai.text(tokens), seconds)
+                recording.clip.transcripts[folder.engines.genai] = transcript
+            on_engine(folder.engines.genai)
+            self._run_raw(folder, pool)
+            on_engine(folder.engines.raw)
+
+    def _run_raw(self, folder: ComparedFolder, pool: Pool) -> None:
+        """Plain ONNX Runtime, in batches; each clip has its share of the time by its length."""
+        features = [recording.compute_features(folder.genai) for recording in pool]
+        rule = NEMO_RULE if self.nemo else GENAI_RULE
+        hypotheses, seconds = timed(folder.raw.transcribe_all, features, rule, self.batch_size)
+        per_second = seconds / sum(recording.clip.seconds for recording in pool)
+        for recording, hypothesis in zip(pool, hypotheses, strict=True):
+            recording.clip.transcripts[folder.engines.raw] = Transcript(
+                hypothesis.tokens,
+                folder.raw_text(hypothesis.tokens),
+                recording.features_seconds + per_second * recording.clip.seconds,
+                timed_words(hypothesis.emitted, folder.pieces) if self.with_times else None,
+            )
+            recording.traced[folder.engines.raw] = hypothesis
+
+    def differences(self, pool: Pool) -> list[EngineDifference]:
+        """Where a float32 engine differs from NeMo; without NeMo, where GenAI differs from plain ONNX Runtime."""
+        return [
+            EngineDifference(recording.clip, engine, difference)
+            for recording in pool
+            for folder in self.folders
+            if folder.engines.is_float32
+            for engine, difference in self._compare(recording, folder)
+        ]
+
+    def _compare(self, recording: Recording, folder: ComparedFolder) -> Iterator[tuple[str, Difference]]:
+        """GenAI computes features of its own, so it is compared with plain ONNX Runtime on those, by GenAI's rule, and
+        that with NeMo. Without NeMo a batch of several clips is compared with each of them alone, too."""
+        names, reference = folder.engines, recording.reference
+        traced = recording.traced[names.raw]
+        if reference:
+            yield from self._explained(recording, names.raw, _difference_from(reference, traced), traced)
+        tokens = recording.clip.transcripts[names.genai].tokens
+        if tokens == (reference.tokens if reference else None if self.nemo else traced.tokens):
+            return
+        again = self.nemo or self.batch_size > 1  # otherwise plain ONNX Runtime has run on GenAI's features, alone
+        baseline = folder.raw.transcribe(folder.genai.features(recording.samples)) if again else traced
+        difference = first_token_difference(baseline, tokens)
+        if reference and difference is None:
+            difference = _difference_from(reference, baseline)
+        yield from self._explained(recording, names.genai, difference, baseline)
+        if not self.nemo:
+            in_batch = first_difference(baseline.tokens, baseline.frames, traced)
+            yield from self._explained(recording, names.raw, in_batch, traced)
+
+    def _explained(
+        self, recording: Recording, engine: str, difference: Difference | None, actual: Hypothesis
+    ) -> Iterator[tuple[str, Difference]]:
+        """The difference, if there is one; with NeMo, excused only by NeMo's own decisions."""
+        if difference and difference.excuse and self.nemo:
+            reference = self.nemo.trace(recording.compute_features(self.nemo))
+            difference = excused_by(reference, difference, actual)
+        if difference:
+            yield engine, difference
 
 
-def _why_no_times(clip: HeardClip, expected: Heard, got: Heard, of_other_words: frozenset[int]) -> str | None:
-    if not clip.one_window:
-        return "of several windows"
-    if expected.tokens != got.tokens:
-        return "with other tokens than NeMo's"
-    if not expected.words:
-        return "without a word"
-    return "with bytes, marks or unknown pieces" if of_other_words.intersection(expected.tokens) else None
+def _run_nemo(nemo: Nemo, recording: Recording, *, with_times: bool) -> None:
+    features = recording.compute_features(nemo)
+    reference, seconds = timed(nemo.transcribe, features)
+    words = [TimedWord(*word) for word in nemo.words(features)] if with_times else None
+    seconds += recording.features_seconds
+    recording.clip.transcripts[NEMO] = Transcript(reference.tokens, reference.text, seconds, words)
+    if recording.clip.one_window:  # what is cut into windows may well be decoded differently
+        recording.reference = reference
 
 
-def _times_error(expected: list[Word], got: list[Word], apart: float) -> str:
-    if apart < float("inf"):
-        return f"expected words within {TIMES_TOLERANCE} encoder frame of NeMo's own, got {apart}"
-    return f"expected NeMo's own words {[word.text for word in expected]}, got {[word.text for word in got]}"
+def _difference_from(reference: NemoTranscript, actual: Hypothesis) -> Difference | None:
+    return first_difference(reference.tokens, reference.frames, actual)
+
+
+def with_progress(pools: Iterable[Pool], clips: int) -> Iterator[Pool]:
+    """The pools, with a bar that counts the clips."""
+    with progress_bar(total=clips, task="transcribing", unit="clip") as bar:
+        for pool in pools:
+            yield pool
+            bar.update(len(pool))

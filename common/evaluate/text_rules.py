@@ -1,20 +1,23 @@
-"""XXX docstring of evaluate.text_rules"""
+"""The rules by which NeMo's text of a clip may differ from an exported folder's text of the same tokens."""
 
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from common.evaluate.differences import unchanged
-
-# How a user-defined piece that is no text is spelt. Written here anew, apart from the tokenizer's export: what that
-# hides is checked against it.
+# How a user-defined piece that is not text is spelt. Defined here a second time, apart from the tokenizer's export,
+# because what that one hides is checked against this one.
 _MARK = re.compile(r"▁?(<.+>|\[.+\])", re.DOTALL)
+
+
+def unchanged(text: str) -> str:
+    return text
 
 
 @dataclass(frozen=True)
 class TextRule:
-    """A difference between NeMo's text and an exported folder's that is no error, and both texts without it."""
+    """A difference between NeMo's text and an exported folder's that is no error, and how to remove it from both."""
 
     name: str
     nemo: Callable[[str], str]
@@ -25,7 +28,7 @@ def text_rules(sentencepiece_model: bytes) -> tuple[TextRule, ...]:
     """How NeMo's text differs from GenAI's for the same tokens, in the order in which the rules are applied.
 
     `sentencepiece_model` is the checkpoint's own. Read from decode_tokens_to_str_with_strip_punctuation in
-    nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0. README.md lists them for readers.
+    nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0. docs/tdt.md lists them.
     """
     proto = _parsed(sentencepiece_model)
     spellings = [_spelling(piece.piece) for piece in proto.pieces if _is_mark(piece)]
@@ -49,14 +52,16 @@ def ids_of_other_words(sentencepiece_model: bytes) -> frozenset[int]:
     )
 
 
-def _parsed(sentencepiece_model: bytes):
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+def _parsed(sentencepiece_model: bytes) -> Any:
+    """A ModelProto, whose module has no types."""
+    from sentencepiece import sentencepiece_model_pb2
 
-    return ModelProto.FromString(sentencepiece_model)
+    module: Any = sentencepiece_model_pb2
+    return module.ModelProto.FromString(sentencepiece_model)
 
 
-def _is_mark(piece) -> bool:
-    return piece.type == piece.USER_DEFINED and _MARK.fullmatch(piece.piece) is not None
+def _is_mark(piece: Any) -> bool:
+    return bool(piece.type == piece.USER_DEFINED) and _MARK.fullmatch(piece.piece) is not None
 
 
 def _spelling(piece: str) -> str:
@@ -78,8 +83,8 @@ def _close_up(text: str) -> str:
 
 
 def explaining_rules(nemo: str, exported: str, rules: Sequence[TextRule]) -> list[str] | None:
-    """The rules by which two texts of the same tokens differ, none where they are equal; None where no rule explains
-    the difference."""
+    """Names of the rules by which two texts of the same tokens differ, empty where they are equal; None where no rule
+    explains the difference."""
     names = []
     for rule in rules:
         if nemo == exported:

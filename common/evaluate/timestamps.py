@@ -1,8 +1,8 @@
-"""When each word was said, from what the greedy loop recorded, and subtitles from that.
+"""The words of a clip with their start and end, from the steps that the greedy loop recorded.
 
 A token begins at the frame it was emitted at and ends its duration later. Words and their times are NeMo's
 (RNNTBPEDecoding.compute_rnnt_timestamps in nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0,
-get_words_offsets in nemo/collections/asr/parts/utils/timestamp_utils.py), habits included:
+get_words_offsets in nemo/collections/asr/parts/utils/timestamp_utils.py), peculiarities included:
 
 * A word begins with a piece that holds `▁`, and lasts from the start of its first token to the end of its last one, so
   that the silence a duration jumps over is part of it; where that duration is 0, a word of one token has no length.
@@ -10,8 +10,8 @@ get_words_offsets in nemo/collections/asr/parts/utils/timestamp_utils.py), habit
   no time: it is put where the token before it ends, since marks are often emitted long after, in the silence.
 * Marks are the characters of Unicode's category P within pieces that do not begin with `▁`.
 
-Otherwise than in NeMo, bytes are merged to characters (there each byte is a word, and shown as U+FFFD), and special
-tokens are left out, as from every transcript here.
+It differs from NeMo in two points: bytes are merged into characters (in NeMo each byte is a word, shown as U+FFFD),
+and special tokens are left out, as from every transcript here.
 """
 
 import re
@@ -30,7 +30,7 @@ NO_MARKS = re.compile(rf"\[.*\]$|<.*>$|##|{SPACE}")
 
 
 @dataclass(frozen=True)
-class Word:
+class TimedWord:
     """One word as it is shown, from encoder frame `start` up to `end`."""
 
     text: str
@@ -57,7 +57,7 @@ class Pieces:
             special = frozenset(token["id"] for token in tokenizer["added_tokens"] if token["special"])
             is_byte = re.compile("<0x[0-9A-F]{2}>" if tokenizer["model"]["byte_fallback"] else r"(?!)").fullmatch
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a Unigram tokenizer of this project's ({error})") from None
+            raise ValueError(f"{path} is not a Unigram tokenizer of this project ({error})") from None
         marks = {mark for name in names if not NO_MARKS.match(name) for mark in name if _is_punctuation(mark)}
         return cls(names, special, frozenset(i for i, name in enumerate(names) if is_byte(name)), frozenset(marks))
 
@@ -71,9 +71,10 @@ def _is_punctuation(character: str) -> bool:
     return unicodedata.category(character).startswith("P")
 
 
-def words(emitted: Sequence[Step], pieces: Pieces) -> list[Word]:
-    """The words of a decoded clip."""
-    found, tokens = [], []  # tokens: of the word that is being built
+def timed_words(emitted: Sequence[Step], pieces: Pieces) -> list[TimedWord]:
+    """The words of a clip whose decoding emitted these steps."""
+    words: list[TimedWord] = []
+    tokens: list[int] = []  # of the word that is being built
     start = end = 0
     for step in emitted:
         if step.token in pieces.special:
@@ -81,21 +82,21 @@ def words(emitted: Sequence[Step], pieces: Pieces) -> list[Word]:
         name = pieces.names[step.token]
         is_mark = name.lstrip(SPACE) in pieces.marks
         if tokens and SPACE in name and not is_mark:
-            found.append(Word(pieces.spell(tokens), start, end))
+            words.append(TimedWord(pieces.spell(tokens), start, end))
             tokens = []
         if not tokens:
             start = step.frame
-        if not (is_mark and (found or tokens)):
+        if not (is_mark and (words or tokens)):
             end = step.frame + step.duration
         tokens.append(step.token)
     if tokens:
-        found.append(Word(pieces.spell(tokens), start, end))
-    return found
+        words.append(TimedWord(pieces.spell(tokens), start, end))
+    return words
 
 
-def furthest_apart(wanted: Sequence[Word], found: Sequence[Word]) -> float:
+def furthest_apart(expected: Sequence[TimedWord], actual: Sequence[TimedWord]) -> float:
     """Largest difference of a start or an end, in frames; infinite where the words themselves differ."""
-    if [word.text for word in wanted] != [word.text for word in found]:
+    if [word.text for word in expected] != [word.text for word in actual]:
         return float("inf")
-    pairs = zip(wanted, found, strict=True)
+    pairs = zip(expected, actual, strict=True)
     return max((max(abs(a.start - b.start), abs(a.end - b.end)) for a, b in pairs), default=0)

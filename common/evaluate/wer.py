@@ -1,5 +1,4 @@
-"""Comparing transcripts: token by token with the reason for a difference, text by text with the rule that explains one,
-and word by word as an error rate."""
+"""Word error rates with their intervals, and transcripts aligned word by word."""
 
 from dataclasses import dataclass
 
@@ -37,7 +36,7 @@ def no_rate(errors: int) -> str:
 
 
 def normalize(text: str) -> str:
-    """Case and punctuation aside, language-neutral (Whisper's basic normaliser, whisper_normalizer).
+    """`text` without case and punctuation, in any language (Whisper's basic normaliser, whisper_normalizer).
 
     Every digit stays: `90%` becomes `90`, `$19.99` `19 99`, `3:30` `3 30`, `½` `1 2`, and `1st` stays. Whisper's
     normaliser drops what stands between parentheses, which may be the `(555)` of a phone number, so here those go
@@ -52,17 +51,17 @@ def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
     """Substitutions + deletions + insertions (jiwer), and the words of the reference."""
     import jiwer
 
-    if not reference.split():  # jiwer refuses an empty reference; every word said is an insertion
+    if not reference.split():  # jiwer refuses an empty reference; every word is an insertion
         return len(hypothesis.split()), 0
-    found = jiwer.process_words(reference, hypothesis)
-    return found.substitutions + found.deletions + found.insertions, len(reference.split())
+    counts = jiwer.process_words(reference, hypothesis)
+    return counts.substitutions + counts.deletions + counts.insertions, len(reference.split())
 
 
 def word_error_rate(references: list[str], hypotheses: list[str], baseline: list[str] | None = None) -> WordErrorRate:
     """WER over all clips, with a 95 % bootstrap interval over clips (Bisani & Ney, ICASSP 2004; seeded).
 
-    With a `baseline`, how much higher it is than that of those hypotheses: each draw takes both from the same clips, so
-    the interval is that of the difference.
+    With a `baseline`, how much higher the rate is than that of the baseline's hypotheses. Each draw takes both from the
+    same clips, so the interval is that of the difference.
     """
     counts = _counts(references, hypotheses)
     if baseline is not None:
@@ -94,11 +93,11 @@ def _counts(references: list[str], hypotheses: list[str]) -> np.ndarray:
     return np.array([word_errors(*pair) for pair in zip(references, hypotheses, strict=True)])
 
 
-def word_changes(wanted: str, found: str) -> list[tuple[str, str]]:
+def word_changes(before: str, after: str) -> list[tuple[str, str]]:
     """Two transcripts aligned word by word (jiwer): runs of words of each, equal ones, or what stands for what."""
     import jiwer
 
-    one, other = wanted.split(), found.split()
+    one, other = before.split(), after.split()
     if not one or not other:  # jiwer refuses an empty reference
         return [(" ".join(one), " ".join(other))] if one or other else []
     chunks = jiwer.process_words(" ".join(one), " ".join(other)).alignments[0]

@@ -1,34 +1,35 @@
-"""What an optimized folder costs in words: float32 and it, on the same clips, judged by how far the error rate rises.
+"""How many words an optimized folder loses: it and the float32 folder transcribe the same clips, and the rise of the
+word error rate is held to a limit.
 
-Both run in plain ONNX Runtime by GenAI's greedy rule, on the features of GenAI's processor, which the optimized folder
-itself is loaded for; NeMo is not needed.
+Both run in plain ONNX Runtime by GenAI's greedy rule, on the features of GenAI's processor, for which the optimized
+folder is loaded in GenAI too; NeMo is not needed.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common.cli import CheckError
+from common.evaluate.engines import ObservedBaseline
 from common.evaluate.wer import WordErrorRate, high_error_warning, normalize, word_changes, word_error_rate, word_errors
 from common.quantize.fidelity import sqnr_db
-from common.run.baseline import RawOrt
 from common.run.clips import Clip
 from common.run.genai import GenAI
-from common.run.ort import MAPPED
+from common.run.ort import MAPPED, OpenGraph, OrtGraph
 
 CONTEXT = 4  # words shown before and after a change
-MAX_PRINTED_CLIPS = 20  # more than a person reads; they are all in the report
+MAX_PRINTED_CLIPS = 20  # a person reads no more; the report has them all
 
 
 @dataclass(frozen=True)
-class Heard:
-    """One clip, and what both folders made of it."""
+class EvaluatedClip:
+    """One clip and the transcripts of both folders. The names are keys of the report's JSON."""
 
     name: str
     lang: str | None
-    seconds: float
+    seconds: float  # of audio
     text: str
     float32: str
     optimized: str
@@ -36,13 +37,15 @@ class Heard:
 
     @property
     def errors(self) -> tuple[int, int]:
-        """Word errors of both, normalised."""
-        text, *heard = (normalize(words) for words in (self.text, self.float32, self.optimized))
-        return tuple(word_errors(text, words)[0] for words in heard)
+        """Word errors of float32 and of the optimized model, without case and punctuation."""
+        text = normalize(self.text)
+        float32, _ = word_errors(text, normalize(self.float32))
+        optimized, _ = word_errors(text, normalize(self.optimized))
+        return float32, optimized
 
 
 @dataclass(frozen=True)
-class Words:
+class WordErrors:
     """Word error rates over all clips, or over those of one language; `increase` in percentage points."""
 
     lang: str | None
@@ -59,58 +62,60 @@ class Words:
         return f"WER {self.float32} → {self.optimized}  {points} of {rise.words} words"
 
 
-def listen(
+def transcribe_with_both(
     exported: Path,
     optimized: Path,
     manifest: Path,
     clips: list[Clip],
     progress: Callable[[list[Clip]], Iterable[Clip]] = lambda clips: clips,
-) -> list[Heard]:
-    """Transcribe the clips of `manifest` with both folders. Raises CheckError where the optimized one fails, and as
-    RawOrt, GenAI and read_audio do.
+) -> list[EvaluatedClip]:
+    """Transcribe the clips of `manifest`, which have texts, with both folders.
+
+    Raises CheckError where the optimized one fails, and as RawOrt, GenAI and read_clip do.
 
     Each folder's tokens are shown by its own tokenizer, so that one that loses words is counted.
     Float32 weights stay in the data file: both models are in memory at once, and one of them is small.
     """
     from tokenizers import Tokenizer
 
-    genai, float32, small = GenAI(optimized), _Tapped(exported, MAPPED), _Tapped(optimized)
+    genai = GenAI(optimized)
+    float32_engine = _Engine(exported, MAPPED)
+    optimized_engine = _Engine(optimized, OrtGraph)
     exported_tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
-    heard = []
+    evaluated = []
     for clip in progress(clips):
         samples = genai.config.read_clip(clip)
         features = genai.features(samples)
-        wanted, wanted_encoded = float32.hear(features)
+        expected_tokens, expected_output = float32_engine.transcribe(features)
         try:
-            found, found_encoded = small.hear(features)
+            tokens, output = optimized_engine.transcribe(features)
         except ValueError as error:
             raise CheckError(f"the optimized model fails on {clip.path}: {error}") from error
-        heard.append(
-            Heard(
+        evaluated.append(
+            EvaluatedClip(
                 _name(clip.path, manifest) + clip.segment,
                 clip.lang,
                 len(samples) / genai.config.sample_rate,
-                clip.text,
-                exported_tokenizer.decode(wanted).strip(),
-                genai.text(found),
-                sqnr_db(wanted_encoded, found_encoded),
+                clip.text or "",
+                exported_tokenizer.decode(expected_tokens).strip(),
+                genai.text(tokens),
+                sqnr_db(expected_output, output),
             )
         )
-    return heard
+    return evaluated
 
 
-class _Tapped(RawOrt):
-    """The raw path, whose encoder's outputs are kept for a clip."""
+class _Engine:
+    """Plain ONNX Runtime, which gives the encoder's outputs along with the tokens."""
 
-    def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
-        encoded = super().encode(features)
-        self.encoded += encoded
-        return encoded
+    def __init__(self, folder: Path, open_graph: OpenGraph) -> None:
+        self.outputs: list[np.ndarray] = []  # of the clip, by window
+        self.baseline = ObservedBaseline(folder, lambda encoded, _: self.outputs.extend(encoded), open_graph)
 
-    def hear(self, features: np.ndarray) -> tuple[list[int], np.ndarray]:
-        """features [M, T] → tokens, and what the encoder gave in all windows, [S, D]"""
-        self.encoded: list[np.ndarray] = []
-        return self.transcribe(features).tokens, np.concatenate(self.encoded)
+    def transcribe(self, features: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """features [M, T] → tokens, and the encoder's outputs of all windows, [S, D]"""
+        self.outputs.clear()
+        return self.baseline.transcribe(features).tokens, np.concatenate(self.outputs)
 
 
 def _name(path: Path, manifest: Path) -> str:
@@ -118,77 +123,89 @@ def _name(path: Path, manifest: Path) -> str:
     return path.relative_to(manifest.parent).as_posix() if path.is_relative_to(manifest.parent) else path.name
 
 
-def word_table(heard: list[Heard], write: Callable[[str], str] = normalize) -> list[Words]:
-    """Error rates over all clips, then by language where clips have one; texts compared as `write` writes them."""
-    langs = sorted({clip.lang for clip in heard if clip.lang is not None})
-    groups = [(None, heard), *((lang, [clip for clip in heard if clip.lang == lang]) for lang in langs)]
-    table = []
-    for lang, clips in groups:
-        texts, float32, optimized = (
-            [write(getattr(clip, field)) for clip in clips] for field in ("text", "float32", "optimized")
-        )
-        rates = (word_error_rate(texts, float32), word_error_rate(texts, optimized))
-        table.append(Words(lang, len(clips), *rates, word_error_rate(texts, optimized, float32)))
-    return table
+def word_table(clips: list[EvaluatedClip], write: Callable[[str], str] = normalize) -> list[WordErrors]:
+    """Error rates over all clips, then by language where clips have one; texts are compared as `write` writes them."""
+    langs = sorted({clip.lang for clip in clips if clip.lang is not None})
+    return [
+        _word_errors(None, clips, write),
+        *(_word_errors(lang, [clip for clip in clips if clip.lang == lang], write) for lang in langs),
+    ]
 
 
-def changed(heard: list[Heard]) -> list[Heard]:
-    """The clips of which the two say different words, those that got worse by most first."""
-    unlike = [clip for clip in heard if clip.float32 != clip.optimized]
-    return sorted(unlike, key=lambda clip: clip.errors[0] - clip.errors[1])
+def _word_errors(lang: str | None, clips: list[EvaluatedClip], write: Callable[[str], str]) -> WordErrors:
+    texts = [write(clip.text) for clip in clips]
+    float32 = [write(clip.float32) for clip in clips]
+    optimized = [write(clip.optimized) for clip in clips]
+    return WordErrors(
+        lang,
+        len(clips),
+        word_error_rate(texts, float32),
+        word_error_rate(texts, optimized),
+        word_error_rate(texts, optimized, float32),
+    )
 
 
-def marked(clip: Heard) -> list[tuple[str, str]]:
+def changed(clips: list[EvaluatedClip]) -> list[EvaluatedClip]:
+    """The clips whose two transcripts differ, those with most additional errors first."""
+    differing = [clip for clip in clips if clip.float32 != clip.optimized]
+    return sorted(differing, key=lambda clip: clip.errors[0] - clip.errors[1])
+
+
+def marked(clip: EvaluatedClip) -> list[tuple[str, str]]:
     """Runs of words of both transcripts as written; what is equal and far from any change is cut to an ellipsis."""
     runs = word_changes(clip.float32, clip.optimized)
     last = len(runs) - 1
     return [
-        (shown, shown) if one == other and (shown := _shortened(one, i == 0, i == last)) else (one, other)
+        (shown, shown) if one == other and (shown := _shortened(one, first=i == 0, last=i == last)) else (one, other)
         for i, (one, other) in enumerate(runs)
     ]
 
 
-def _shortened(words: str, first: bool, last: bool) -> str:
+def _shortened(words: str, *, first: bool, last: bool) -> str:
     """The ends of an equal run that are near a change."""
     split = words.split()
-    begin, end = 0 if first else CONTEXT, 0 if last else CONTEXT
+    begin = 0 if first else CONTEXT
+    end = 0 if last else CONTEXT
     return words if len(split) <= begin + end + 1 else " ".join([*split[:begin], "…", *split[len(split) - end :]])
 
 
-def print_words(table: list[Words], heard: list[Heard]) -> None:
-    """A line a language, and the clips that changed: [old → new], with their errors before and after."""
-    for words in table[1:]:
-        print(f"  {words.lang}: {words.clips} clips  {words}")
+def print_word_errors(table: list[WordErrors], clips: list[EvaluatedClip]) -> None:
+    """A line for each language, and one for each clip that changed: [old → new], with its errors before and after."""
+    for row in table[1:]:
+        print(f"  {row.lang}: {row.clips} clips  {row}")
     warning = high_error_warning(table[0].float32)
     if warning:
         print(warning)
-    for side in ("float32", "optimized"):
-        if not any(getattr(clip, side).strip() for clip in heard):
-            print(f"warning: every transcript of the {side} model is empty, so nothing can be said of its words")
-    unlike = changed(heard)
-    for clip in unlike[:MAX_PRINTED_CLIPS]:
+    for side, texts in (
+        ("float32", [clip.float32 for clip in clips]),
+        ("optimized", [clip.optimized for clip in clips]),
+    ):
+        if not any(text.strip() for text in texts):
+            print(f"warning: every transcript of the {side} model is empty, so its word errors mean nothing")
+    differing = changed(clips)
+    for clip in differing[:MAX_PRINTED_CLIPS]:
         text = " ".join(one if one == other else f"[{one or '–'} → {other or '–'}]" for one, other in marked(clip))
         print(f"  {clip.name}: {clip.errors[0]} → {clip.errors[1]} errors  {text}")
-    if len(unlike) > MAX_PRINTED_CLIPS:
-        print(f"  and {len(unlike) - MAX_PRINTED_CLIPS} more clips")
+    if len(differing) > MAX_PRINTED_CLIPS:
+        print(f"  and {len(differing) - MAX_PRINTED_CLIPS} more clips, which are in the report")
 
 
-def judge(table: list[Words], limit: float) -> None:
+def judge(table: list[WordErrors], limit: float) -> None:
     """Raise CheckError if the error rate over all clips, or that of one language, rises by more than `limit` points.
 
-    A language that got worse may hide in the whole, so each is held to the limit; where it has few words, one decides.
-    Where its clips are silent it has no rate, and words that were inserted count in the whole.
+    A rate over all clips may hide a language that got worse, so each is held to the limit; in a language with few words
+    a single one may decide. Where its clips are silent it has no rate, and words inserted there count over all clips.
     """
     if not table[0].increase.words:
         raise CheckError("expected texts with words to judge by, got none, so nothing was compared; nothing is written")
     beyond = [
-        f"{words.increase.percent:+.2f} points{f' in {words.lang}' if words.lang else ''} "
-        f"({words.increase.errors} of {words.increase.words} words)"
-        for words in table
-        if words.increase.words and words.increase.percent > limit
+        f"{row.increase.percent:+.2f} points{f' in {row.lang}' if row.lang else ''} "
+        f"({row.increase.errors} of {row.increase.words} words)"
+        for row in table
+        if row.increase.words and row.increase.percent > limit
     ]
     if beyond:
         raise CheckError(
-            f"the word error rate rises by {', '.join(beyond)}, wanted at most +{limit:g}; nothing is written "
+            f"the word error rate rises by {', '.join(beyond)}, expected at most +{limit:g}; nothing is written "
             "(without --max_wer_increase the folder is, with a report of it)"
         )

@@ -1,12 +1,14 @@
-"""The model card of a folder, `README.md` with Hugging Face's front matter, from nothing but the folder's manifest.
+"""The model card of a folder, `README.md` with Hugging Face's front matter, made from the folder's manifest alone.
 
-The same manifest gives the same bytes. What the manifest does not know is left open, the licence above all.
+The same manifest gives the same bytes. What the manifest does not hold is left open, above all the licence.
 """
 
 import itertools
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -21,7 +23,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Published:
-    """What the card of a published checkpoint says of it, as Hugging Face writes it."""
+    """Licence and languages by the card of a published checkpoint, as Hugging Face writes them."""
 
     license: str
     languages: str  # ISO 639-1, by spaces
@@ -47,24 +49,24 @@ SCRIPTS = {
 }  # sections of the manifest, in the order in which they are made
 
 
-def write_card(stage: Path, target: Path, layout: Layout) -> None:
-    """Write the card into `stage`, which will become `target`, and list it in its manifest; the last file of all.
+def write_card(staging: Path, target: Path, layout: Layout) -> None:
+    """Write the card into `staging`, which will become `target`, and list it in its manifest. To be called last.
 
     A card that a person wrote or changed, one that the manifest of `target` does not list, is left as it is.
     """
-    manifest = read_manifest(stage)
+    manifest = read_manifest(staging)
     manifest[FILES].pop(CARD, None)
-    found = target / CARD
-    if found.is_file() and sha256(found) != read_manifest(target).get(FILES, {}).get(CARD, {}).get("sha256"):
-        print(f"{found} was written or changed by hand and stays as it is; delete it to have a new one")
+    existing = target / CARD
+    if existing.is_file() and sha256(existing) != read_manifest(target).get(FILES, {}).get(CARD, {}).get("sha256"):
+        print(f"{existing} was written or changed by hand and stays as it is; delete it to have a new one")
     else:
-        (stage / CARD).write_text(model_card(manifest, layout), encoding="utf-8", newline="\n")
-        manifest[FILES][CARD] = fingerprint(stage / CARD)
+        (staging / CARD).write_text(model_card(manifest, layout), encoding="utf-8", newline="\n")
+        manifest[FILES][CARD] = fingerprint(staging / CARD)
         manifest[FILES] = dict(sorted(manifest[FILES].items()))
-    write_json(stage / MANIFEST, manifest)
+    write_json(staging / MANIFEST, manifest)
 
 
-def model_card(manifest: dict, layout: Layout) -> str:
+def model_card(manifest: dict[str, Any], layout: Layout) -> str:
     """The whole text."""
     name = _source_name(manifest)
     sections = (
@@ -83,25 +85,25 @@ def model_card(manifest: dict, layout: Layout) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def front_matter(manifest: dict, layout: Layout) -> dict:
+def front_matter(manifest: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """The keys that Hugging Face reads (huggingface.co/docs/hub/model-cards)."""
     name = _source_name(manifest)
     published = PUBLISHED.get(name)
-    found = {"license": published.license if published else "other"}
+    header: dict[str, Any] = {"license": published.license if published else "other"}
     if published is None:
-        found["license_name"] = "unknown"
+        header["license_name"] = "unknown"
     else:
-        found["language"] = published.languages.split()
-    found |= {"library_name": layout.package, "pipeline_tag": "automatic-speech-recognition"}
+        header["language"] = published.languages.split()
+    header |= {"library_name": layout.package, "pipeline_tag": "automatic-speech-recognition"}
     if "name" in _source(manifest):
-        found["base_model"] = name
+        header["base_model"] = name
         if is_float16(manifest) or _weights_by_bits(manifest):
-            found["base_model_relation"] = "quantized"
+            header["base_model_relation"] = "quantized"
     tags = ["onnx", "onnxruntime", layout.package, "parakeet", "fastconformer", "tdt", "transducer", "speech"]
-    return {**found, "tags": tags + (["float16"] if is_float16(manifest) else [])}
+    return {**header, "tags": tags + (["float16"] if is_float16(manifest) else [])}
 
 
-def wer_table(rows: dict[str, dict]) -> str:
+def wer_table(rows: dict[str, dict[str, Any]]) -> str:
     """Engine → `errors`, `words` and the interval `low`, `high` in per cent (common.evaluate.wer)."""
     lines = ["| | WER | 95 % interval | words |", "|---|---|---|---|"]
     for engine, row in rows.items():
@@ -112,22 +114,28 @@ def wer_table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def _source(manifest: dict) -> dict:
-    return next((manifest[section]["source"] for section in SCRIPTS if "source" in manifest.get(section, {})), {})
+def _source(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Name or file, and SHA-256, of the checkpoint, as the first section of the manifest has them."""
+    sources: Iterator[dict[str, Any]] = (
+        manifest[section]["source"] for section in SCRIPTS if "source" in manifest.get(section, {})
+    )
+    return next(sources, {})
 
 
-def _source_name(manifest: dict) -> str:
+def _source_name(manifest: dict[str, Any]) -> str:
     """The Hugging Face name, or the name of the file."""
     source = _source(manifest)
-    return source.get("name") or source.get("file", "unknown")
+    return str(source.get("name") or source.get("file", "unknown"))
 
 
-def _weights_by_bits(manifest: dict) -> dict[str, int]:
-    return manifest.get("optimize", {}).get("weights_by_bits", {})
+def _weights_by_bits(manifest: dict[str, Any]) -> dict[str, int]:
+    weights: dict[str, int] = manifest.get("optimize", {}).get("weights_by_bits", {})
+    return weights
 
 
-def _origin(manifest: dict) -> str:
-    name, source = _source_name(manifest), _source(manifest)
+def _origin(manifest: dict[str, Any]) -> str:
+    name = _source_name(manifest)
+    source = _source(manifest)
     link = f"[{name}](https://huggingface.co/{name})" if "name" in source else f"the checkpoint `{name}`"
     published = PUBLISHED.get(name)
     return (
@@ -137,8 +145,9 @@ def _origin(manifest: dict) -> str:
     )
 
 
-def _usage(manifest: dict, layout: Layout) -> str:
-    section, (package, *others) = manifest.get("export", {}), layout.packages
+def _usage(manifest: dict[str, Any], layout: Layout) -> str:
+    section = manifest.get("export", {})
+    package, *others = layout.packages
     version = section.get("versions", {}).get(package)
     if layout.cuda_package and section.get("flags", {}).get("device") == "cuda":
         package = layout.cuda_package
@@ -147,14 +156,15 @@ def _usage(manifest: dict, layout: Layout) -> str:
     return f"In this folder, with `pip install {packages}`:\n\n```python\n{layout.usage_of('.')}```"
 
 
-def _files(listed: dict) -> str:
+def _files(listed: dict[str, Any]) -> str:
     rows = (f"| `{name}` | {size_text(file['bytes'])} |" for name, file in listed.items() if name != CARD)
     return "\n".join(("| file | size |", "|---|---|", *rows, f"| `{MANIFEST}` | checksums, versions, measurements |"))
 
 
-def _commands(manifest: dict) -> str:
+def _commands(manifest: dict[str, Any]) -> str:
     """The scripts as they were called, folders aside, and the versions that they ran with."""
-    lines, versions = [], {}
+    lines: list[str] = []
+    versions: dict[str, str] = {}
     for section, script in SCRIPTS.items():
         if section not in manifest:
             continue
@@ -162,20 +172,20 @@ def _commands(manifest: dict) -> str:
         if section != "optimize":
             flags = {"model_name": _source_name(manifest), "revision": _source(manifest).get("commit"), **flags}
         given = {name: value for name, value in flags.items() if value is not None and value is not False}
-        flags = ([f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in given.items())
-        lines.append(shlex.join(("python", script, *itertools.chain(*flags))))
+        words = ([f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in given.items())
+        lines.append(shlex.join(("python", script, *itertools.chain(*words))))
         versions |= manifest[section].get("versions", {})
     used = ", ".join(f"{package} {version}" for package, version in sorted(versions.items()))
     return "\n".join(("```bash", *lines, "```", "", f"With {used}."))
 
 
-def _measured(manifest: dict) -> list[str]:
+def _measured(manifest: dict[str, Any]) -> list[str]:
     parts = [_parity(manifest), _float16(manifest), _quantization(manifest.get("optimize", {}))]
     parts += [wer_table(section["wer"]) for section in manifest.values() if "wer" in section]
     return [part for part in parts if part]
 
 
-def _parity(manifest: dict) -> str:
+def _parity(manifest: dict[str, Any]) -> str:
     measured = manifest.get("export", {}).get("parity", {})
     if not measured:
         return "The graphs were not verified against NeMo."
@@ -189,7 +199,7 @@ def _parity(manifest: dict) -> str:
     return "\n".join(lines)
 
 
-def _float16(manifest: dict) -> str:
+def _float16(manifest: dict[str, Any]) -> str:
     section = manifest.get("export", {}).get("float16")
     if not section:
         return ""
@@ -199,7 +209,7 @@ def _float16(manifest: dict) -> str:
     limit = max(graph["limit"] for graph in graphs)
     rounded = [graph["rounded_parity"]["max_rel"] for graph in graphs if "rounded_parity" in graph]
     text = (
-        f"Weights and compute are float16, inputs and outputs float32. {kept} operators came to {limit:.0f} or more "
+        f"Weights and compute are float16, inputs and outputs float32. {kept} operators reached {limit:.0f} or more "
         f"on speech and stay float32, as do {exact} that count positions; `{MANIFEST}` names them."
     )
     if rounded:
@@ -210,12 +220,13 @@ def _float16(manifest: dict) -> str:
     return text
 
 
-def _quantization(section: dict) -> str:
+def _quantization(section: dict[str, Any]) -> str:
     if "encoder_bytes" not in section:
         return ""
-    before, after = (section["encoder_bytes"].get(side, 0) for side in ("exported", "optimized"))
+    before = section["encoder_bytes"].get("exported", 0)
+    after = section["encoder_bytes"].get("optimized", 0)
     widths = ", ".join(f"{count} at {bits} bits" for bits, count in section.get("weights_by_bits", {}).items())
     text = f"Weights of the encoder: {widths or 'not quantized'}; {size_text(before)} became {size_text(after)}."
     ratios = {"encoder": section.get("sqnr_db_on_noise"), **section.get("token_sqnr_db_on_noise", {})}
-    found = ", ".join(f"{name} {ratio} dB" for name, ratio in ratios.items() if ratio is not None)
-    return text + (f" Signal to quantization noise ratio on noise: {found}." if found else "")
+    measured = ", ".join(f"{name} {ratio} dB" for name, ratio in ratios.items() if ratio is not None)
+    return text + (f" Signal to quantization noise ratio on noise: {measured}." if measured else "")

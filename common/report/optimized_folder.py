@@ -1,4 +1,4 @@
-"""The folders of optimize_encoder.py: what it reads is checked; what it writes is compared, completed and recorded."""
+"""Folders of optimize_encoder.py: the source is checked; the result is compared with it, completed and recorded."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from typing import Any
 
 from common.cli import EXPORT_COMMAND, size_text
 from common.evaluate import word_limit
-from common.evaluate.word_limit import Heard, Words
+from common.evaluate.word_limit import EvaluatedClip, WordErrors
 from common.folder.locations import CHECKPOINT, read_location, write_locations
 from common.folder.manifest import fingerprint, is_float16, read_manifest, verify_files, write_manifest
 from common.folder.onnx_files import of_one_name, save_model
@@ -27,13 +27,13 @@ from common.report.card import write_card
 from common.report.report import REPORT_HTML, PageWriter, QuantizedWeights, make_evaluation, make_report, write_report
 from common.run.clips import Clip
 
-Report = Callable[..., None]  # prints the fields of one stage
+Report = Callable[..., None]  # prints what one step of the script has measured
 
 
 def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> None:
-    """Raise FileNotFoundError naming the command that makes what `source` lacks, or ValueError if `target` is it,
-    a file of `source` is not the one that its manifest lists, its weights are float16, or its parts are of different
-    checkpoints."""
+    """Raise FileNotFoundError naming the command that makes what `source` lacks; ValueError if `target` is the same
+    folder, a file of `source` is not the one that its manifest lists, its weights are float16, or its parts are of
+    different checkpoints."""
     check_output_dir(target)
     if target.resolve() == source.resolve():
         raise ValueError(
@@ -66,7 +66,7 @@ class ModelFolder:
     source: Path
     readable: Path  # the source, or copies of its graphs: see `of_one_name`
     target: Path  # where the result will be
-    stage: Path  # where it is being written
+    staging: Path  # where it is being written
     manifest: dict[str, Any]  # of the source
 
     @property
@@ -78,37 +78,33 @@ class ModelFolder:
         """What the folder was exported for: cpu or cuda."""
         return str(self.manifest.get("export", {}).get("flags", {}).get("device", "cpu"))
 
-    @property
-    def encoder_bytes(self) -> int:
-        return self.bytes_in(self.source)
-
     def bytes_in(self, folder: Path) -> int:
-        """Size of the encoder in the source or in the stage."""
+        """Size of the encoder's files in `folder`."""
         return sum((folder / file).stat().st_size for file in self.layout.encoder.files)
 
 
 @contextlib.contextmanager
-def open_folder(layout: Layout, name: str, source: Path, target: Path, stage: Path) -> Iterator[ModelFolder]:
-    """The subfolder `name` of `source`, or `source` itself for "", to be optimized into that of `target` by way of that
-    of `stage`, which is made here if it is missing.
+def open_folder(layout: Layout, name: str, source: Path, target: Path, staging: Path) -> Iterator[ModelFolder]:
+    """The subfolder `name` of `source`, or `source` itself for "", to be optimized into that of `target`. The result is
+    written into that of `staging`, which is made here if it is missing.
 
-    Raises ValueError at the end of the block where the source was written meanwhile.
+    Raises ValueError at the end of the block if the source was written in the meantime.
     """
-    (stage / name).mkdir(exist_ok=True)
+    (staging / name).mkdir(exist_ok=True)
     manifest = read_manifest(source / name)
-    with tempfile.TemporaryDirectory(dir=stage.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=staging.parent) as scratch:
         readable = of_one_name(source / name, layout.graph_files, Path(scratch) / "copies")
-        yield ModelFolder(layout, source / name, readable, target / name, stage / name, manifest)
+        yield ModelFolder(layout, source / name, readable, target / name, staging / name, manifest)
     if read_manifest(source / name) != manifest:
-        raise ValueError(f"{source / name} was written anew while it was read; run this again")
+        raise ValueError(f"{source / name} was written again while it was being read; run this again")
 
 
 @dataclass(frozen=True)
-class WordCount:
-    """What both models made of the evaluation clips; empty where there are none."""
+class Evaluation:
+    """The transcripts of both models and their error rates; empty where there are no evaluation clips."""
 
-    clips: list[Heard] = field(default_factory=list)
-    table: list[Words] = field(default_factory=list)
+    clips: list[EvaluatedClip] = field(default_factory=list)
+    table: list[WordErrors] = field(default_factory=list)
 
 
 def finish_folder(
@@ -119,42 +115,43 @@ def finish_folder(
     write_page: PageWriter,
     report: Report,
 ) -> None:
-    """Write the encoder and everything that belongs beside it into the stage.
+    """Write the encoder and the other files of the folder into its staging folder.
 
-    clips: to count words on, empty for none.
-    Raises CheckError where a graph does not agree with the exported one, or words exceed the limit.
+    clips: to count word errors on, empty for none.
+    Raises CheckError where a graph does not agree with the exported one, or the word error rate rises beyond the limit.
     """
     layout = folder.layout
-    save_model(encoder.model, folder.stage / layout.encoder.file)
-    before, after = folder.encoder_bytes, folder.bytes_in(folder.stage)
+    save_model(encoder.model, folder.staging / layout.encoder.file)
+    before = folder.bytes_in(folder.source)
+    after = folder.bytes_in(folder.staging)
     report("encoder", f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
     floor = MIN_SQNR_DB if encoder.stored else MIN_FLOAT_SQNR_DB
-    ratio = compare(folder.source, folder.stage, floor, layout.encoder)
+    ratio = compare(folder.source, folder.staging, floor, layout.encoder)
     report("against the exported encoder, on noise", _ratio_text(ratio, quantized=bool(encoder.stored)))
     tokens = _quantize_tokens(folder, options, report)
     for file in layout.files:
-        if not (folder.stage / file).exists():
-            shutil.copyfile(folder.source / file, folder.stage / file)
-    words = _count_words(folder, options, clips, report) if clips else WordCount()
+        if not (folder.staging / file).exists():
+            shutil.copyfile(folder.source / file, folder.staging / file)
+    evaluation = _evaluate(folder, options, clips, report) if clips else Evaluation()
 
-    record = _record(folder, encoder, options, ratio, tokens, words)
+    section = _manifest_section(folder, encoder, options, ratio, tokens, evaluation)
     weights = QuantizedWeights({layout.encoder.name: encoder.stored, **tokens.stored}, encoder.sensitivity)
-    evaluation = (
-        make_evaluation(options.eval_manifest, words.clips, words.table, options.max_wer_increase)
-        if words.table and options.eval_manifest
+    words = (
+        make_evaluation(options.eval_manifest, evaluation.clips, evaluation.table, options.max_wer_increase)
+        if evaluation.table and options.eval_manifest
         else None
     )
-    content = make_report(folder.readable, folder.stage, layout.graphs, folder.manifest, record, weights, evaluation)
-    write_report(folder.stage, content, words.clips, write_page)
-    write_manifest(folder.stage, folder.manifest, "optimize", record)
-    write_card(folder.stage, folder.target, layout)
+    content = make_report(folder.readable, folder.staging, layout.graphs, folder.manifest, section, weights, words)
+    write_report(folder.staging, content, evaluation.clips, write_page)
+    write_manifest(folder.staging, folder.manifest, "optimize", section)
+    write_card(folder.staging, folder.target, layout)
     checkpoint = read_location(folder.source, CHECKPOINT)
-    write_locations(folder.stage, folder.target, checkpoint=checkpoint, exported=folder.source)
+    write_locations(folder.staging, folder.target, checkpoint=checkpoint, exported=folder.source)
     report("report", str(folder.target / REPORT_HTML))
 
 
 def _ratio_text(ratio: float, *, quantized: bool) -> str:
-    """A signal to quantization noise ratio, with what such ratios meant for words (README.md, 4000 clips)."""
+    """A signal to quantization noise ratio, and what such ratios meant for words (README.md)."""
     if not math.isfinite(ratio):
         return "identical"
     scale = "on speech, 20 dB changed 2 words in 100, 30 dB fewer than 1" if quantized else "equal but for rounding"
@@ -166,48 +163,48 @@ def _quantize_tokens(folder: ModelFolder, options: OptimizeOptions, report: Repo
     if not options.int8_tokens:
         return QuantizedTokenGraphs()
     layout, vocabulary = folder.layout, folder.layout.vocabulary_size(folder.source)
-    tokens = quantize_token_graphs(folder.readable, folder.stage, layout.token_graphs, vocabulary, options)
+    tokens = quantize_token_graphs(folder.readable, folder.staging, layout.token_graphs, vocabulary, options)
     report("decoder and joint, int8", *(f"{name} SQNR {ratio:.1f} dB" for name, ratio in tokens.sqnr_db.items()))
     return tokens
 
 
-def _count_words(folder: ModelFolder, options: OptimizeOptions, clips: list[Clip], report: Report) -> WordCount:
-    """Transcribe the clips with both models; raises as word_limit.judge."""
+def _evaluate(folder: ModelFolder, options: OptimizeOptions, clips: list[Clip], report: Report) -> Evaluation:
+    """Transcribe the clips with both models, and print the word error rates. Raises as word_limit.judge does."""
     assert options.eval_manifest is not None, "clips come from --eval_manifest"
 
     def bar(items: list[Clip]) -> Iterator[Clip]:
         return progress(items, total=len(items), task="transcribing", unit="clip")
 
-    transcribed = word_limit.listen(folder.source, folder.stage, options.eval_manifest, clips, bar)
+    transcribed = word_limit.transcribe_with_both(folder.source, folder.staging, options.eval_manifest, clips, bar)
     table = word_limit.word_table(transcribed)
     report(f"{len(clips)} clips", str(table[0]))
-    word_limit.print_words(table, transcribed)
+    word_limit.print_word_errors(table, transcribed)
     if options.max_wer_increase is not None:
         word_limit.judge(table, options.max_wer_increase)
-    return WordCount(transcribed, table)
+    return Evaluation(transcribed, table)
 
 
-def _record(
+def _manifest_section(
     folder: ModelFolder,
     encoder: OptimizedEncoder,
     options: OptimizeOptions,
     ratio: float,
     tokens: QuantizedTokenGraphs,
-    words: WordCount,
+    evaluation: Evaluation,
 ) -> dict[str, Any]:
-    """The section of the manifest."""
+    """What manifest.json has under `optimize`."""
     manifest = options.calibration_manifest
-    record = {
+    section = {
         "flags": options.record(),
         "method": options.description,
         "calibration": None if manifest is None else fingerprint(manifest),
         "fused": dict(encoder.fused),
         "weights_by_bits": {str(bits): count for bits, count in encoder.weights_by_bits.items()},
-        "encoder_bytes": {"exported": folder.encoder_bytes, "optimized": folder.bytes_in(folder.stage)},
+        "encoder_bytes": {"exported": folder.bytes_in(folder.source), "optimized": folder.bytes_in(folder.staging)},
         "sqnr_db_on_noise": round(ratio, 2) if math.isfinite(ratio) else None,
         "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in tokens.sqnr_db.items()},
     }
-    if words.table:
-        everything = words.table[0]
-        record["wer"] = {"float32": asdict(everything.float32), "optimized": asdict(everything.optimized)}
-    return record
+    if evaluation.table:
+        over_all = evaluation.table[0]
+        section["wer"] = {"float32": asdict(over_all.float32), "optimized": asdict(over_all.optimized)}
+    return section

@@ -1,6 +1,6 @@
-"""The pictures of a report: SVG to stand in a page, in its text colour, the same bytes for the same numbers.
+"""The pictures of a report: inline SVG in the text colour of the page, the same bytes for the same numbers.
 
-They are about as wide as a phone, so that letters of 9 points can be read there.
+They are about as wide as a phone's screen, so that letters of 9 points can be read there.
 """
 
 import html
@@ -18,7 +18,7 @@ from common.cli import size_text
 WIDTH = 4.2  # inches
 # Stands for the colour of the text around the picture, light or dark.
 INK = "#010203"
-# Okabe & Ito's colours, which colour-blind eyes can tell apart, in the order of report.KINDS.
+# Okabe & Ito's colours, which people with colour blindness can tell apart, in the order of report.KINDS.
 COLORS = ("#999999", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#f0e442")
 OURS = {
     "font.size": 9,
@@ -69,16 +69,18 @@ def by_layer(name: str, cells: dict[tuple[str, int], tuple[float, int]], title: 
     roles = list(dict.fromkeys(role for role, _ in cells))
     layers = 1 + max(layer for _, layer in cells)
     values = [[cells.get((role, layer), (float("nan"), 0))[0] for layer in range(layers)] for role in roles]
-    found = [value for value, _ in cells.values()]
+    ratios = [value for value, _ in cells.values()]
     fewest = min(bits for _, bits in cells.values())
     figure, axes = _axes(0.9 + 0.24 * len(roles))
-    # Shades under 1 dB apart would make a picture of nothing.
-    middle, half = (min(found) + max(found)) / 2, max(max(found) - min(found), 1) / 2
+    # A range under 1 dB would show differences that do not matter.
+    middle = (min(ratios) + max(ratios)) / 2
+    half = max(max(ratios) - min(ratios), 1) / 2
     colors = mpl.colormaps["viridis"].resampled(32)
     mesh = axes.pcolormesh(values, cmap=colors, vmin=middle - half, vmax=middle + half, edgecolor=INK, linewidth=0.2)
     dots = [(layer + 0.5, roles.index(role) + 0.5) for (role, layer), (_, bits) in cells.items() if bits > fewest]
     if dots:
-        axes.scatter(*zip(*dots, strict=True), s=14, color="#d55e00", edgecolors="white", linewidths=0.5)
+        across, down = zip(*dots, strict=True)
+        axes.scatter(across, down, s=14, color="#d55e00", edgecolors="white", linewidths=0.5)
     axes.set_yticks([i + 0.5 for i in range(len(roles))], roles)
     axes.invert_yaxis()
     step = 1 if layers <= 12 else 4
@@ -88,6 +90,7 @@ def by_layer(name: str, cells: dict[tuple[str, int], tuple[float, int]], title: 
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(mesh, location="top", aspect=40, pad=0.02, label=title)
     bar.outline.set_visible(False)
+    assert bar.solids is not None, "a colour bar of a mesh is a mesh"
     bar.solids.set_edgecolor("face")  # no seams
     return _svg(figure, name, f"{title}, by layer and role")
 
@@ -96,7 +99,8 @@ def by_layer(name: str, cells: dict[tuple[str, int], tuple[float, int]], title: 
 def by_length(points: list[tuple[float, float]]) -> str:
     """(seconds, dB) of each clip."""
     figure, axes = _axes(2.8)
-    axes.scatter(*zip(*points, strict=True), s=14, color="#0072b2", alpha=0.7, linewidths=0)
+    seconds, ratios = zip(*points, strict=True)
+    axes.scatter(seconds, ratios, s=14, color="#0072b2", alpha=0.7, linewidths=0)
     axes.set_xlabel("length of the clip, s")
     axes.set_ylabel("signal to error, dB")
     axes.set_xlim(left=0)
@@ -107,7 +111,7 @@ def by_length(points: list[tuple[float, float]]) -> str:
 
 @style.context(STYLE)
 def increases(rows: list[tuple[str, float, float, float]], limit: float | None) -> str:
-    """Name, points and both ends of their interval, of all clips and of each language; the limit as a line."""
+    """Name, percentage points and both ends of their interval, for all clips and each language; the limit as a line."""
     names, points, low, high = zip(*rows, strict=True)
     figure, axes = _axes(0.7 + 0.24 * len(rows))
     axes.axvline(0, color=INK, linewidth=0.8)
@@ -128,7 +132,8 @@ def _axes(height: float) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, name: str, label: str) -> str:
-    """The picture as an element of a page; `name` keeps its ids apart from those of others, `label` is read aloud."""
+    """The picture as an element of a page; `name` keeps its ids apart from those of others; screen readers
+    read `label`."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=NO_METADATA)
     svg = buffer.getvalue()

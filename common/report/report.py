@@ -1,6 +1,6 @@
-"""What an optimization did, for programs (optimization_report.json) and for people (optimization_report.html).
+"""The report of an optimization, for programs (optimization_report.json) and for people (optimization_report.html).
 
-Both are a function of the two folders and of what was measured: no times of day, so the same run gives the same bytes.
+Both depend only on the two folders and on what was measured: they hold no date, so the same run gives the same bytes.
 """
 
 import math
@@ -8,13 +8,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import onnx_ir as ir
 
 from common.cli import size_text
 from common.contract import Graph, encoder_weight
 from common.evaluate.wer import CONFIDENCE, WordErrorRate
-from common.evaluate.word_limit import Heard, Words, changed, marked, word_table
+from common.evaluate.word_limit import EvaluatedClip, WordErrors, changed, marked, word_table
 from common.folder.manifest import FILES, package_versions, sha256
 from common.folder.onnx_files import load
 from common.folder.outputs import write_json
@@ -24,7 +26,7 @@ from common.report.card import CARD
 REPORT_JSON, REPORT_HTML = "optimization_report.json", "optimization_report.html"
 TEMPLATE = "report.html.j2"
 MAX_SHOWN_CLIPS = 200  # in the page; the JSON has them all
-PageWriter = Callable[[Path, dict, list[Heard]], None]
+PageWriter = Callable[[Path, dict[str, Any], list[EvaluatedClip]], None]
 # What a file is made of. A quantized weight W is stored as W.codes, W.scales and perhaps W.zero_points.
 PARTS = ("codes", "scales", "zero_points")
 KINDS = ("float32", *PARTS, "graph", "padding")
@@ -40,7 +42,7 @@ class QuantizedWeights:
 
 
 def page_writer() -> PageWriter:
-    """What writes the page. To be called before the work: raises ModuleNotFoundError where a package is missing."""
+    """A function that writes the page. Call it before the work: raises ModuleNotFoundError without its packages."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from common.report import plots
@@ -56,14 +58,14 @@ def page_writer() -> PageWriter:
     environment.filters |= {"size": size_text, "ratio": _ratio, "chosen": chosen_sensitivity}
     template = environment.get_template(TEMPLATE)
 
-    def write(path: Path, report: dict, heard: list[Heard]) -> None:
-        unlike = changed(heard)
+    def write(path: Path, report: dict[str, Any], clips: list[EvaluatedClip]) -> None:
+        differing = changed(clips)
         page = template.render(
             report=report,
             plots=_plots(report, plots),
             kinds=[kind for kind in KINDS if any(_kind_bytes(report, kind))],
-            changes=[(clip, marked(clip)) for clip in unlike[:MAX_SHOWN_CLIPS]],
-            changed_clips=len(unlike),
+            changes=[(clip, marked(clip)) for clip in differing[:MAX_SHOWN_CLIPS]],
+            changed_clips=len(differing),
             confidence=CONFIDENCE,
             json_file=REPORT_JSON,
         )
@@ -74,21 +76,23 @@ def page_writer() -> PageWriter:
 
 def make_report(
     exported: Path,
-    stage: Path,
+    optimized: Path,
     graphs: tuple[Graph, ...],
-    manifest: dict,
-    record: dict,
+    manifest: dict[str, Any],
+    section: dict[str, Any],
     weights: QuantizedWeights,
-    evaluation: dict | None,
-) -> dict:
-    """Everything that is known of the folder `stage`, made from `exported`.
+    evaluation: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Everything that is known of the folder `optimized`, made from `exported`.
 
-    `graphs`: the encoder and the others, as the folder's runtime has them. `record` is the optimize section of its
-    manifest.
+    `graphs`: the encoder first, then the others, as the folder's runtime has them. `section`: what its manifest has
+    under `optimize`. `evaluation`: as make_evaluation gives it.
     """
-    tensors, components, encoder = [], {}, graphs[0]
+    tensors: list[dict[str, Any]] = []
+    components: dict[str, dict[str, dict[str, int]]] = {}
+    encoder = graphs[0]
     for graph in graphs:
-        rows, before, after = _account(exported, stage, graph, weights.stored.get(graph.name, {}))
+        rows, before, after = _account(exported, optimized, graph, weights.stored.get(graph.name, {}))
         sensitive = weights.sensitivity or {} if graph is encoder else {}
         for row in rows:
             by_bits = sensitive.get(row["name"])
@@ -98,16 +102,16 @@ def make_report(
         components[graph.name] = {"exported": before, "optimized": after}
     source = manifest.get("export", {}).get("source", {})
     return {
-        "flags": record["flags"],
-        "method": record["method"],
-        "fused": record["fused"],
+        "flags": section["flags"],
+        "method": section["method"],
+        "fused": section["fused"],
         "bytes": {
             side: sum(sum(component[side].values()) for component in components.values())
             for side in ("exported", "optimized")
         },
         "encoder": encoder.name,
         "components": components,
-        "sqnr_db_on_noise": {encoder.name: record["sqnr_db_on_noise"], **record["token_sqnr_db_on_noise"]},
+        "sqnr_db_on_noise": {encoder.name: section["sqnr_db_on_noise"], **section["token_sqnr_db_on_noise"]},
         "evaluation": evaluation,
         "tensors": tensors,
         "source": {
@@ -119,15 +123,17 @@ def make_report(
     }
 
 
-def make_evaluation(manifest: Path, heard: list[Heard], table: list[Words], limit: float | None) -> dict:
+def make_evaluation(
+    manifest: Path, clips: list[EvaluatedClip], table: list[WordErrors], limit: float | None
+) -> dict[str, Any]:
     """The section on words: error rates normalised (those that the limit is for) and as written, and each clip."""
     return {
         "manifest": manifest.name,
         "sha256": sha256(manifest),
-        "seconds": round(sum(clip.seconds for clip in heard), 2),
+        "seconds": round(sum(clip.seconds for clip in clips), 2),
         "max_wer_increase": limit,
-        "normalised": [_words(row) for row in table],
-        "as_written": [_words(row) for row in word_table(heard, str)],
+        "normalised": [_word_errors(row) for row in table],
+        "as_written": [_word_errors(row) for row in word_table(clips, str)],
         "clips": [
             {
                 **asdict(clip),
@@ -135,47 +141,64 @@ def make_evaluation(manifest: Path, heard: list[Heard], table: list[Words], limi
                 "sqnr_db": _rounded(clip.sqnr_db),
                 "errors": clip.errors,
             }
-            for clip in heard
+            for clip in clips
         ],
     }
 
 
-def write_report(stage: Path, report: dict, heard: list[Heard], write_page: PageWriter) -> None:
-    write_json(stage / REPORT_JSON, report)
-    write_page(stage / REPORT_HTML, report, heard)
+def write_report(folder: Path, report: dict[str, Any], clips: list[EvaluatedClip], write_page: PageWriter) -> None:
+    write_json(folder / REPORT_JSON, report)
+    write_page(folder / REPORT_HTML, report, clips)
 
 
 def _account(
-    exported: Path, stage: Path, graph: Graph, stored: Mapping[str, Stored]
-) -> tuple[list[dict], dict[str, int], dict[str, int]]:
+    exported: Path, optimized: Path, graph: Graph, stored: Mapping[str, Stored]
+) -> tuple[list[dict[str, Any]], dict[str, int], dict[str, int]]:
     """A row for each tensor of either file of a graph, and the bytes of both by kind: they add up to its files."""
-    sides, rows = [], {}
-    for side, folder in (("bytes_before", exported), ("bytes_after", stage)):
-        model = load(folder / graph.file)
-        sizes, inline, mapped = dict.fromkeys(KINDS, 0), 0, 0
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            owner, kind = _owner(name, stored if folder is stage else {})
-            row = rows.setdefault(owner, _row(graph, owner, list(tensor.shape.numpy()), stored.get(owner)))
-            row[side] += tensor.nbytes
-            sizes[kind] += tensor.nbytes
-            if isinstance(tensor, ir.ExternalTensor):
-                mapped += tensor.nbytes
-            else:
-                inline += tensor.nbytes
-        sizes["graph"] = (folder / graph.file).stat().st_size - inline
-        sizes["padding"] = (folder / graph.data_file).stat().st_size - mapped
-        sides.append(sizes)
-    return list(rows.values()), *sides
+    rows: dict[str, dict[str, Any]] = {}
+    before = _count_bytes(exported, graph, rows, "bytes_before", {}, stored)
+    after = _count_bytes(optimized, graph, rows, "bytes_after", stored, stored)
+    return list(rows.values()), before, after
+
+
+def _count_bytes(
+    folder: Path,
+    graph: Graph,
+    rows: dict[str, dict[str, Any]],
+    key: str,
+    split: Mapping[str, Stored],
+    stored: Mapping[str, Stored],
+) -> dict[str, int]:
+    """Bytes of a graph in `folder` by kind; those of each tensor are added to its row, under `key`.
+
+    split: the weights that this graph has in parts.
+    """
+    sizes = dict.fromkeys(KINDS, 0)
+    inline = 0  # bytes in the .onnx file
+    mapped = 0  # bytes in the data file
+    for name, value in load(folder / graph.file).graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None, "an initializer has a value"
+        owner, kind = _owner(name, split)
+        row = rows.setdefault(owner, _row(graph, owner, list(tensor.shape.numpy()), stored.get(owner)))
+        row[key] += tensor.nbytes
+        sizes[kind] += tensor.nbytes
+        if isinstance(tensor, ir.ExternalTensor):
+            mapped += tensor.nbytes
+        else:
+            inline += tensor.nbytes
+    sizes["graph"] = (folder / graph.file).stat().st_size - inline
+    sizes["padding"] = (folder / graph.data_file).stat().st_size - mapped
+    return sizes
 
 
 def _owner(name: str, stored: Mapping[str, Stored]) -> tuple[str, str]:
-    """The weight that a tensor is a part of, and which; float32 (or an index) is its own."""
+    """The weight that a tensor is a part of, and which part; a float32 tensor (or an index) is its own."""
     part = _PART.fullmatch(name)
     return (part[1], part[2]) if part and part[1] in stored else (name, "float32")
 
 
-def _row(graph: Graph, name: str, shape: list[int], stored: Stored | None) -> dict:
+def _row(graph: Graph, name: str, shape: list[int], stored: Stored | None) -> dict[str, Any]:
     return {
         "graph": graph.name,
         "name": name,
@@ -188,66 +211,85 @@ def _row(graph: Graph, name: str, shape: list[int], stored: Stored | None) -> di
     }
 
 
-def _words(words: Words) -> dict:
-    def rate(found: WordErrorRate) -> dict:
-        return {"errors": found.errors, **{key: round(getattr(found, key), 3) for key in ("percent", "low", "high")}}
+def _word_errors(row: WordErrors) -> dict[str, Any]:
+    return {
+        "lang": row.lang,
+        "clips": row.clips,
+        "words": row.float32.words,
+        "float32": _rate(row.float32),
+        "optimized": _rate(row.optimized),
+        "increase": _rate(row.increase),
+    }
 
-    rates = {side: rate(getattr(words, side)) for side in ("float32", "optimized", "increase")}
-    return {"lang": words.lang, "clips": words.clips, "words": words.float32.words, **rates}
+
+def _rate(rate: WordErrorRate) -> dict[str, Any]:
+    """Errors, and percentages to three digits; there is no interval where the texts have no words."""
+    percentages = {"percent": rate.percent, "low": rate.low, "high": rate.high}
+    return {"errors": rate.errors, **{key: None if x is None else round(x, 3) for key, x in percentages.items()}}
 
 
-def _plots(report: dict, plots) -> dict[str, str]:
+def _plots(report: dict[str, Any], plots: ModuleType) -> dict[str, str]:
     """The pictures that there are data for, by name."""
-    found = {"size": plots.sizes(report["components"], KINDS)}
-    weights = [row for row in report["tensors"] if row["graph"] == report["encoder"] and row["bits"]]
-    for name, value, title in (
-        ("weights", lambda row: row["weight_error"], "Signal to error of the weight, dB"),
-        ("outputs", chosen_sensitivity, "Signal to error of the encoder’s output, dB"),
-    ):
-        cells = {}
-        for row in weights:
-            weight, ratio = encoder_weight(row["name"]), decibels(value(row))
-            if weight.layer is not None and ratio is not None:
-                cells[weight.role.value, weight.layer] = (ratio, row["bits"])
-        if cells:
-            found[name] = plots.by_layer(name, cells, title)
+    pictures = {"size": plots.sizes(report["components"], KINDS)}
+    rows = [row for row in report["tensors"] if row["graph"] == report["encoder"] and row["bits"]]
+    if cells := _cells(rows, lambda row: row["weight_error"]):
+        pictures["weights"] = plots.by_layer("weights", cells, "Signal to error of the weight, dB")
+    if cells := _cells(rows, chosen_sensitivity):
+        pictures["outputs"] = plots.by_layer("outputs", cells, "Signal to error of the encoder’s output, dB")
     evaluation = report["evaluation"] or {"clips": [], "normalised": []}
-    if len(evaluation["normalised"]) > 1:
-        rows = [
-            (
-                "all" if row["lang"] is None else row["lang"],
-                *(row["increase"][key] for key in ("percent", "low", "high")),
-            )
-            for row in evaluation["normalised"]
-        ]
-        found["increases"] = plots.increases(rows, evaluation["max_wer_increase"])
+    increases = [
+        (
+            "all" if row["lang"] is None else row["lang"],
+            row["increase"]["percent"],
+            row["increase"]["low"],
+            row["increase"]["high"],
+        )
+        for row in evaluation["normalised"]
+        if row["words"]
+    ]
+    if len(increases) > 1:
+        pictures["increases"] = plots.increases(increases, evaluation["max_wer_increase"])
     points = [(clip["seconds"], clip["sqnr_db"]) for clip in evaluation["clips"] if clip["sqnr_db"] is not None]
     if points:
-        found["length"] = plots.by_length(points)
-    return found
+        pictures["length"] = plots.by_length(points)
+    return pictures
 
 
-def chosen_sensitivity(row: dict) -> float | None:
-    """What a tensor, in the bits that it has, does to the output."""
-    return (row["output_sensitivity"] or {}).get(str(row["bits"]))
+def _cells(
+    rows: list[dict[str, Any]], error_of: Callable[[dict[str, Any]], float | None]
+) -> dict[tuple[str, int], tuple[float, int]]:
+    """(role, layer) → dB and bits, of the weights that have an error."""
+    cells = {}
+    for row in rows:
+        weight = encoder_weight(row["name"])
+        ratio = decibels(error_of(row))
+        if weight.layer is not None and ratio is not None:
+            cells[weight.role.value, weight.layer] = (ratio, row["bits"])
+    return cells
+
+
+def chosen_sensitivity(row: dict[str, Any]) -> float | None:
+    """The error of the encoder's output that a weight causes in its bits; None where it was not measured."""
+    by_bits: dict[str, float] = row["output_sensitivity"] or {}
+    return by_bits.get(str(row["bits"]))
 
 
 def decibels(error: float | None) -> float | None:
-    """A relative error as a signal to error ratio; None where there is none."""
+    """A relative error as a signal to error ratio in dB; None where there is no error."""
     return -10 * math.log10(error) if error else None
 
 
-def _kind_bytes(report: dict, kind: str) -> list[int]:
+def _kind_bytes(report: dict[str, Any], kind: str) -> list[int]:
     return [side[kind] for component in report["components"].values() for side in component.values()]
 
 
 def _ratio(error: float | None) -> str:
-    found = decibels(error)
-    return "–" if found is None else f"{found:.1f}"
+    ratio = decibels(error)
+    return "–" if ratio is None else f"{ratio:.1f}"
 
 
 def _short(number: float) -> float:
-    """Four digits: what sums in another order leave alone."""
+    """Four digits, which do not depend on the order of sums."""
     return float(f"{number:.4g}")
 
 

@@ -1,0 +1,142 @@
+"""The engines of a comparison: NeMo, and each model folder in ONNX Runtime GenAI and in plain ONNX Runtime.
+
+An engine is loaded when it is first asked for, and runs once on noise then, since a first run allocates memory.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from common.checkpoint.download import find_checkpoint
+from common.checkpoint.nemo import load_model
+from common.checkpoint.source import recorded_checkpoint
+from common.evaluate.timestamps import Pieces
+from common.evaluate.transcripts import FolderEngines
+from common.folder.locations import CHECKPOINT, EXPORTED, read_location
+from common.folder.manifest import FILES, MANIFEST, is_float16, read_manifest
+from common.layouts.genai import GENAI
+from common.layouts.identity import check_one_checkpoint, check_same_checkpoint
+from common.run.baseline import RawOrt
+from common.run.config import RuntimeConfig
+from common.run.genai import GenAI
+from common.run.nemo import Nemo
+from common.run.ort import OpenGraph, OrtGraph
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ComparedFolder:
+    """A model folder with both of its engines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = RuntimeConfig.read(path)
+        self.engines = FolderEngines(f"GenAI {path.name}", f"ONNX Runtime {path.name}", _is_float32(path))
+
+    @cached_property
+    def genai(self) -> GenAI:
+        genai = GenAI(self.path)
+        genai.transcribe(self.noise())
+        return genai
+
+    @cached_property
+    def raw(self) -> RawOrt:
+        raw = RawOrt(self.path)
+        raw.transcribe(self.genai.features(self.noise()))
+        return raw
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        return Pieces.read(self.path)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Hugging Face's reader of tokenizer.json, for plain ONNX Runtime; GenAI has its own."""
+        return Tokenizer.from_file(str(self.path / "tokenizer.json"))
+
+    def raw_text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens)).strip()
+
+    def noise(self) -> np.ndarray:
+        """A second of noise, [samples], to warm an engine up with."""
+        return np.random.default_rng(0).normal(0, 0.1, self.config.sample_rate).astype(np.float32)
+
+    def files(self) -> Iterator[Path]:
+        """What is read of the folder, and the checkpoint that it names: no result may be written over these."""
+        manifest = read_manifest(self.path)
+        yield from (self.path / name for name in {MANIFEST, *GENAI.files, *manifest.get(FILES, {})})
+        if checkpoint := read_location(self.path, CHECKPOINT):
+            yield checkpoint
+
+
+def _is_float32(folder: Path) -> bool:
+    """Whether the weights are those of the export, unquantized and float32."""
+    manifest = read_manifest(folder)
+    if is_float16(manifest):
+        return False
+    if "optimize" not in manifest:
+        return True
+    flags = manifest["optimize"].get("flags", {})
+    return bool(flags.get("skip_quantization")) and flags.get("decoder_joint_precision", "fp32") == "fp32"
+
+
+def open_folders(path: Path) -> list[ComparedFolder]:
+    """The folder at `path`, and the exported folder that it was optimized from, where that is still there.
+
+    Raises ValueError or FileNotFoundError, naming the command that repairs it, where a folder lacks a file or holds
+    parts of different checkpoints.
+    """
+    exported = read_location(path, EXPORTED)
+    paths = [path, exported.resolve()] if exported and exported.is_dir() else [path]
+    for each in paths:
+        check_one_checkpoint(each)
+        check_same_checkpoint(path, each)
+    return [ComparedFolder(each) for each in paths]
+
+
+def load_nemo(model_name: str | None, folder: ComparedFolder) -> Nemo:
+    """NeMo with the checkpoint `model_name`, or with the one that `folder` was exported from where that is None.
+
+    Raises ValueError where the vocabulary is not the folder's, and as find_checkpoint and recorded_checkpoint do.
+    """
+    checkpoint = find_checkpoint(model_name) if model_name else recorded_checkpoint(folder.path)
+    nemo = Nemo(load_model(checkpoint))
+    if nemo.model.decoder.blank_idx != folder.config.blank_id:
+        raise ValueError(
+            f"expected the checkpoint that {folder.path} was exported from, got {checkpoint}, which has another "
+            "vocabulary; give another --model_name"
+        )
+    nemo.transcribe(nemo.features(folder.noise()))
+    return nemo
+
+
+class ObservedBaseline(RawOrt):
+    """Plain ONNX Runtime; `observe` is called after each run of the encoder, with its outputs [S, D] of each clip and
+    the seconds that the run took."""
+
+    def __init__(
+        self,
+        folder: Path,
+        observe: Callable[[list[np.ndarray], float], None],
+        open_graph: OpenGraph = OrtGraph,
+    ) -> None:
+        super().__init__(folder, open_graph)
+        self.observe = observe
+
+    def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
+        encoded, seconds = timed(super().encode, features)
+        self.observe(encoded, seconds)
+        return encoded
+
+
+def timed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, float]:
+    """The result of a call, and the seconds that it took."""
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    return result, time.perf_counter() - start
