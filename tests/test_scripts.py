@@ -115,7 +115,7 @@ def test_output_path_is_a_file(script, capsys, tmp_path, tiny_export):
     (tmp_path / "taken").write_text("mine")
     source = ("--model_dir", tiny_export) if script is optimize_encoder else ("--model_name", TINY)
     for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        assert "found the file" in rejected(capsys, script, *source, "--output_dir", path)
+        assert "got the file" in rejected(capsys, script, *source, "--output_dir", path)
     assert (tmp_path / "taken").read_text() == "mine"
 
 
@@ -156,7 +156,7 @@ def bad_audio(tmp_path):
     (tmp_path / "folder.wav").mkdir()
     return {
         "missing.wav": "found nothing", "empty.wav": "not audio", "text.wav": "not audio", "none.wav": "0.000 s",
-        "short.wav": "wanted", "nan.wav": "not finite", "folder.wav": "got a folder",
+        "short.wav": "expected", "nan.wav": "not finite", "folder.wav": "got a folder",
     }  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def test_bad_audio(script, capsys, tmp_path, tiny_export):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("", "lists no clips"),
+        ("", "expected a line for each clip"),
         ("not json\n", "manifest.jsonl:1"),
         ('{"audio_filepath": "a.flac"}\n{"text": "b"}\n', "manifest.jsonl:2"),
         ("[1]\n", "manifest.jsonl:1"),
