@@ -102,7 +102,7 @@ def _report(kind: str, error: BaseException | str, status: int, *, verbose: bool
 
 
 def report_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A sys.excepthook: report a package that is missing when a script imports it in one line, with exit status 2."""
+    """A sys.excepthook: report in one line a package that is missing as a script starts; status 2."""
     if not issubclass(kind, ImportError) or "--verbose" in sys.argv:
         sys.__excepthook__(kind, error, trace)
     else:
@@ -126,7 +126,7 @@ def accept_any_text() -> None:
 def flush_output() -> bool:
     """Write what is still buffered, and return whether the reader is still there.
 
-    Where it is not, the stream is redirected to the null device, so that the interpreter's own flush at its end does not
+    Where it is not, the stream is redirected to the null device, so that the interpreter's own flush at the end does not
     print a traceback.
     """
     read = True

@@ -256,12 +256,12 @@ def test_real_speech_notices_another_checkpoint(tiny_export, tmp_path, capsys):
 def test_the_recorded_checkpoint_has_changed(tiny_export, tmp_path, capsys):
     folder = tmp_path / "moved" / "models"
     shutil.copytree(tiny_export, folder)
-    assert "is gone; pass --model_name or --skip_nemo" in rejected(
-        capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP
-    )
+    assert "found nothing at" in rejected(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
     write_locations(folder, folder, checkpoint=folder / "changed.nemo")
     (folder / "changed.nemo").write_bytes(b"other")
-    assert "is not the file" in rejected(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
+    assert "was exported from, got another file" in rejected(
+        capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP
+    )
 
 
 # Runs a script as on a machine where these packages are not installed.
@@ -646,7 +646,7 @@ MANIFESTS = {
 @pytest.mark.parametrize("content", MANIFESTS.values(), ids=MANIFESTS)
 def test_a_manifest_of_another_shape_is_one_line_in_every_script(content, tiny_export, tmp_path, capsys, monkeypatch):
     """Before the work, and nothing is changed."""
-    monkeypatch.setattr("common.checkpoint.nemo.load_model", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("common.checkpoint.nemo.require_tdt", lambda *_, **__: pytest.fail("the work began"))
     folder = tmp_path / "models"
     shutil.copytree(tiny_export, folder)
     (folder / "manifest.json").write_text(json.dumps(content))

@@ -54,7 +54,7 @@ class OrtGraph:
         for tensor, value in zip(self.graph.inputs, self.session.get_inputs(), strict=True):
             shape = [sizes.get(str(axis), size) for axis, size in zip(tensor.axes, value.shape, strict=True)]
             if tensor.dtype == "float32":
-                array = draw.standard_normal(shape, dtype=np.float32)
+                array: np.ndarray = draw.standard_normal(shape, dtype=np.float32)
                 if "T" not in tensor.axes:  # features are not bounded, states and frames are
                     array = np.tanh(array)
             elif len(shape) == 1:
