@@ -25,8 +25,10 @@ from common.cli import Parser, Stages, run, size_text
 
 # isort: split
 
-from common.checkpoint.download import DEFAULT_MODEL, REVISION_HELP, find_checkpoint
-from common.checkpoint.nemo import read_tokenizer, require_device
+from common.checkpoint.download import find_checkpoint
+from common.checkpoint.format import format_of
+from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
+from common.checkpoint.nemo import require_device
 from common.checkpoint.source import source_record
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import parse_model, tokens_text
@@ -104,7 +106,7 @@ def _export(args: argparse.Namespace) -> None:
     clips = find_clips(SPEECH) if options.is_float16 else []
     require_device(options.device)
     checkpoint = find_checkpoint(args.model_name, args.revision)
-    size = checkpoint.stat().st_size
+    size = format_of(checkpoint).size(checkpoint)
     title = f"{checkpoint.name} ({size_text(size)})"
     state_needs(title, options.memory_bytes(size), options.disk_bytes(size), args.output_dir)
     vocabulary = _vocabulary(checkpoint, subfolders)
@@ -147,7 +149,7 @@ def _subfolders(options: ExportOptions) -> dict[Layout, str]:
 def _vocabulary(checkpoint: Path, layouts: Iterable[Layout]) -> str:
     """The vocabulary as the export writes it, read before the long work; empty where no layout needs it."""
     needed = any(layout.exports_vocabulary for layout in layouts)
-    return tokens_text(parse_model(read_tokenizer(checkpoint))) if needed else ""
+    return tokens_text(parse_model(format_of(checkpoint).read_tokenizer(checkpoint))) if needed else ""
 
 
 def _configure(spec: ModelSpec, folder: Path, layouts: Iterable[Layout], options: ExportOptions) -> None:

@@ -1,35 +1,38 @@
 """Export a Parakeet-TDT checkpoint's tokenizer for ONNX Runtime GenAI and Hugging Face.
 
-In:   a NeMo checkpoint, by its Hugging Face name or as a .nemo file. Only its SentencePiece model is read; neither NeMo
-      nor torch is needed.
-Out:  in --output_dir
-        tokenizer.json         a Hugging Face Unigram tokenizer: SentencePiece's pieces and scores, the blank last
-        tokenizer_config.json  the class by which ONNX Runtime GenAI chooses its reader
-        vocab.txt              one piece a line, in id order, the blank last
+In: a checkpoint, by its Hugging Face name or its path. Only its SentencePiece model is read, without NeMo and torch.
+Out: in --output_dir
+    tokenizer.json         a Hugging Face Unigram tokenizer: SentencePiece's pieces and scores, the blank last
+    tokenizer_config.json  the class by which ONNX Runtime GenAI chooses its reader
+    vocab.txt              one piece a line, in id order, the blank last
+    manifest.json, README.md  what the folder holds, extended
 
     python export_tokenizer.py --model_name nvidia/parakeet-tdt-0.6b-v3 --output_dir ./onnx_models
 
-Unknown and control pieces, user-defined marks (`<|en|>`, `[noise]`) and the blank are marked special: a transcript
-never shows them. All other pieces are text, user-defined ones too, such as the digits of v3. Before anything is
-written, every piece is decoded with SentencePiece and with the new tokenizer.json, alone and among others; a difference
-is an error (exit status 1).
+Unknown and control pieces, user-defined marks (`<|en|>`, `[noise]`) and the blank are special: no transcript shows
+them. All other pieces are text, such as the user-defined digits of v3. Before anything is written, every piece is
+decoded with SentencePiece and with the new tokenizer.json, alone and among others; a difference is an error (exit
+status 1).
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # First of all, since a package that is missing below is then reported in one line (common/__init__.py).
-from common import cli as console
+from common.cli import CheckError, Command, Parser, Stages, run
 
 # isort: split
 
 from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer
 
-from common.checkpoint import tokenizer
-from common.checkpoint.download import DEFAULT_MODEL, REVISION_HELP, find_checkpoint
-from common.checkpoint.nemo import read_tokenizer
+from common.checkpoint.download import find_checkpoint
+from common.checkpoint.format import format_of
+from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
 from common.checkpoint.source import source_record
 from common.checkpoint.tokenizer import (
     SPACE,
@@ -40,88 +43,89 @@ from common.checkpoint.tokenizer import (
     tokenizer_json,
     vocab_text,
 )
-from common.folder.manifest import read_manifest, write_manifest
+from common.contract import TOKENIZER_FILES
+from common.folder.manifest import MANIFEST, read_manifest, write_manifest
 from common.folder.outputs import write_json
 from common.folder.staging import check_output_dir, require_free, staged_folder
 from common.layouts.genai import GENAI, genai_folder
 from common.layouts.identity import check_name_for_graphs, check_tokenizer_for_graphs
 from common.report.card import CARD, write_card
 
-# The files beside tokenizer.json, as a multiple of its compact text: its own indentation, vocab.txt, the manifest.
+# Disk for all files, as a multiple of tokenizer.json without indentation.
 DISK_FACTOR = 4
+OPTIMIZE_COMMAND = Command("python optimize_encoder.py --model_dir {}")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = console.Parser(__doc__)
-    parser.add_argument(
-        "--model_name", default=DEFAULT_MODEL, help=f"Hugging Face name or .nemo file (default: {DEFAULT_MODEL})"
-    )
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--model_name", default=DEFAULT_MODEL, help="Hugging Face name or .nemo file (%(default)s)")
     parser.add_argument("--revision", help=REVISION_HELP)
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("onnx_models"), help="model folder to write to (default: ./onnx_models)"
+        "--output_dir", type=Path, default=Path("onnx_models"), help="model folder to write to (./%(default)s)"
     )
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return console.run(_export, parse_args(argv))
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(_export, parse_args(argv))
 
 
 def _export(args: argparse.Namespace) -> None:
     check_output_dir(args.output_dir)
-    args.output_dir = genai_folder(args.output_dir)
-    stages = console.Stages(2)
-    check_name_for_graphs(args.output_dir, args.model_name)
+    folder = genai_folder(args.output_dir)
+    check_name_for_graphs(folder, args.model_name)
+    stages = Stages(2)
     checkpoint = find_checkpoint(args.model_name, args.revision)
-    model = read_tokenizer(checkpoint)
+    model = format_of(checkpoint).read_tokenizer(checkpoint)
     proto = parse_model(model)
     source = source_record(checkpoint, args.model_name, revision=args.revision)
-    check_tokenizer_for_graphs(args.output_dir, source, len(proto.pieces) + 1)
+    check_tokenizer_for_graphs(folder, source, len(proto.pieces) + 1)
     content = tokenizer_json(proto)
     sequences = [ids for length in (1, 32) for ids in probe_sequences(proto, length)]
     check_decoding(model, content, sequences)
-    stages.report("tokenizer", *_measured(content), f"{len(sequences)} sequences decode like SentencePiece")
+    stages.report("tokenizer", *_counts(content), f"{len(sequences)} sequences decode like SentencePiece")
 
-    require_free(DISK_FACTOR * len(json.dumps(content)), args.output_dir)
-    with staged_folder(args.output_dir) as stage:
+    require_free(DISK_FACTOR * len(json.dumps(content)), folder)
+    with staged_folder(folder) as stage:
         write_json(stage / "tokenizer.json", content)
         write_json(stage / "tokenizer_config.json", tokenizer_config(proto))
         (stage / "vocab.txt").write_text(vocab_text(proto), encoding="utf-8", newline="\n")
-        write_manifest(stage, read_manifest(args.output_dir), "tokenizer", {"source": source})
-        write_card(stage, args.output_dir, GENAI)
-    stages.report("tokenizer.json", "tokenizer_config.json", "vocab.txt", "manifest.json", CARD)
-    following = console.Command("python optimize_encoder.py --model_dir {}").format(args.output_dir)
-    print(f"wrote {args.output_dir}; next: {following}")
+        write_manifest(stage, read_manifest(folder), "tokenizer", {"source": source})
+        write_card(stage, folder, GENAI)
+    stages.report(*TOKENIZER_FILES, MANIFEST, CARD)
+    print(f"wrote {folder}; next: {OPTIMIZE_COMMAND.format(folder)}")
 
 
-def check_decoding(model: bytes, content: dict, sequences: list[list[int]]) -> None:
-    """Decode `sequences` with SentencePiece and with `content`, a tokenizer.json, which has no say in the first.
+def check_decoding(model: bytes, content: dict[str, Any], sequences: Sequence[list[int]]) -> None:
+    """Decode `sequences` with the SentencePiece model and with `content`, a tokenizer.json; they share no code.
 
-    SentencePiece is given every id but three kinds: it would show a mark as it is spelt, and the unknown piece as
-    ` ⁇ `, a sign for text that the vocabulary lacks, and neither is text; the blank is none of its ids. It is given
-    control pieces, for which it shows nothing itself. Raises CheckError at the first sequence whose texts differ.
+    SentencePiece is not given marks, which it would show as they are spelt, the unknown piece, which it would show as
+    ` ⁇ `, and the blank, which it does not have. It is given control pieces, of which it shows nothing. Raises
+    CheckError at the first sequence whose texts differ.
     """
     processor = SentencePieceProcessor(model_proto=model)
-    pieces = tokenizer.ModelProto.FromString(model).pieces
+    pieces = ModelProto.FromString(model).pieces
     left_out = {len(pieces), processor.unk_id(), *(index for index, piece in enumerate(pieces) if _is_mark(piece))}
     exported = Tokenizer.from_str(json.dumps(content))
     for ids in sequences:
         expected = processor.decode([index for index in ids if index not in left_out])
-        got = exported.decode(ids)
-        if got != expected:
-            raise console.CheckError(f"tokenizer.json decodes {ids} to {got!r}, SentencePiece to {expected!r}")
+        actual = exported.decode(ids)
+        if actual != expected:
+            raise CheckError(
+                f"expected tokenizer.json to decode {ids} to {expected!r}, as SentencePiece, got {actual!r}"
+            )
 
 
 def _is_mark(piece: Piece) -> bool:
-    """Whether a user-defined piece is spelt `<…>` or `[…]`; apart from `special_ids`, which is checked with it."""
+    """Whether a user-defined piece is spelt `<…>` or `[…]`; independent of `special_ids`, which is checked with it."""
     text = piece.piece.removeprefix(SPACE)
     return piece.type == piece.USER_DEFINED and len(text) > 2 and text[0] + text[-1] in ("<>", "[]")
 
 
-def _measured(content: dict) -> tuple[str, ...]:
-    pieces = len(content["model"]["vocab"])
-    num_bytes = 256 if content["model"]["byte_fallback"] else 0
-    return f"{pieces} pieces", f"{len(content['added_tokens'])} special", f"{num_bytes} bytes"
+def _counts(content: dict[str, Any]) -> tuple[str, str, str]:
+    model = content["model"]
+    num_bytes = 256 if model["byte_fallback"] else 0
+    return f"{len(model['vocab'])} pieces", f"{len(content['added_tokens'])} special", f"{num_bytes} bytes"
 
 
 if __name__ == "__main__":

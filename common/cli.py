@@ -1,4 +1,8 @@
-"""What every script prints: one line a stage, one line an error; and its exit status."""
+"""Command line, console output and exit codes of all scripts.
+
+A script prints one line for each stage to the standard output, and one line for an error or a warning to the standard
+error. It exits with 0, 1 for a failed check, 2 for a command line or an input that cannot be used.
+"""
 
 import argparse
 import contextlib
@@ -12,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 EXIT_OK = 0
 EXIT_CHECK = 1  # a check ran and failed, or the program itself did
@@ -26,24 +31,25 @@ class CheckError(Exception):
 
 
 class Command(str):
-    """A command to print, with `{}` for each path, which `format` quotes for a shell where it needs quotes."""
+    """A command to print, with `{}` for each argument, which `format` quotes for a shell where it needs quotes."""
 
-    def format(self, *paths: object) -> str:
-        return super().format(*(shlex.quote(str(path)) for path in paths))
+    def format(self, *args: object, **kwargs: object) -> str:
+        quoted = {name: shlex.quote(str(value)) for name, value in kwargs.items()}
+        return super().format(*(shlex.quote(str(value)) for value in args), **quoted)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors; shows each default in the help."""
+    """argparse with one-line errors and the flag --verbose."""
 
     def __init__(self, description: str) -> None:
         accept_any_text()  # --help is printed before `run` is called
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--verbose", action="store_true", help="show the libraries' own log and full tracebacks")
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"error: {message} (see --help)\n")
 
-    def exit(self, status: int = EXIT_OK, message: str | None = None):
+    def exit(self, status: int = EXIT_OK, message: str | None = None) -> NoReturn:
         if message:
             sys.stderr.write(message)
         raise SystemExit(status if flush_output() else EXIT_CLOSED_OUTPUT)
@@ -52,12 +58,14 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Run `main(args)` and turn what it raises into one line on stderr and an exit status.
 
-    CheckError gives 1. ValueError and OSError are how the code below reports input it cannot use: they give 2.
-    Anything else is a defect of this program or of a library: 1, with the traceback under --verbose.
-    An output that is closed early ends the script quietly, with the status that a shell gives SIGPIPE.
+    CheckError gives 1. ValueError and OSError report input that cannot be used and give 2. Anything else is a defect
+    of this program or of a library and gives 1. --verbose prints the traceback. An output that is closed early ends the
+    script without a message, with the status that a shell gives for SIGPIPE. A KeyboardInterrupt may carry a message on
+    what is kept.
     """
     accept_any_text()
-    quiet_libraries(args.verbose)
+    if not args.verbose:
+        quiet_libraries()
     try:
         status = _run(main, args)
     except BrokenPipeError:
@@ -71,22 +79,22 @@ def _run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -
         if sys.stdout:
             sys.stdout.flush()  # a disk that is full shows here, and not when the interpreter ends
         return EXIT_OK
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except CheckError as error:
-        return _report("check failed", error, EXIT_CHECK, args.verbose)
+        return _report("check failed", error, EXIT_CHECK, verbose=args.verbose)
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
-        return _report("error", error, EXIT_USAGE, args.verbose)
+        return _report("error", error, EXIT_USAGE, verbose=args.verbose)
     except ImportError as error:
-        return _report("error", f"{error}; run: {INSTALL_COMMAND}", EXIT_USAGE, args.verbose)
+        return _report("error", f"{error}; run: {INSTALL_COMMAND}", EXIT_USAGE, verbose=args.verbose)
     except Exception as error:
-        return _report(f"unexpected {type(error).__name__}", error, EXIT_CHECK, args.verbose)
+        return _report(f"unexpected {type(error).__name__}", error, EXIT_CHECK, verbose=args.verbose)
 
 
-def _report(kind: str, error: BaseException | str, status: int, verbose: bool) -> int:
+def _report(kind: str, error: BaseException | str, status: int, *, verbose: bool) -> int:
     if verbose:
         traceback.print_exc()
     print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -94,7 +102,7 @@ def _report(kind: str, error: BaseException | str, status: int, verbose: bool) -
 
 
 def report_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A sys.excepthook: what is not installed, and imported before `run` is called, is one line and exit status 2."""
+    """A sys.excepthook: report in one line a package that is missing as a script starts; status 2."""
     if not issubclass(kind, ImportError) or "--verbose" in sys.argv:
         sys.__excepthook__(kind, error, trace)
     else:
@@ -104,20 +112,23 @@ def report_missing_package(kind: type[BaseException], error: BaseException, trac
 
 
 def warn(message: str) -> None:
-    """One line on stderr; the work goes on."""
+    """Print one line on stderr; the script continues."""
     print(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def accept_any_text() -> None:
-    """Print `?` for what the terminal, or a Windows pipe, has no letter for: no Greek transcript ends an export."""
+    """Print `?` for a character that the terminal or a Windows pipe cannot encode, instead of ending with an error."""
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
 
 
 def flush_output() -> bool:
-    """Write what is still buffered; whether somebody reads it. If not, the interpreter's own flush, when it ends, goes
-    nowhere instead of ending in a traceback."""
+    """Write what is still buffered, and return whether the reader is still there.
+
+    Where it is not, the stream is redirected to the null device, so that the interpreter's own flush at the end does not
+    print a traceback.
+    """
     read = True
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
         try:
@@ -130,10 +141,8 @@ def flush_output() -> bool:
     return read
 
 
-def quiet_libraries(verbose: bool) -> None:
-    """Hide the log and warnings of NeMo, torch and ONNX Runtime unless `verbose`."""
-    if verbose:
-        return
+def quiet_libraries() -> None:
+    """Hide the log and the warnings of NeMo, torch and ONNX Runtime."""
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)  # what NeMo logs as an error it also raises
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
@@ -141,9 +150,10 @@ def quiet_libraries(verbose: bool) -> None:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Hide what C libraries write to the error output themselves (libmpg123 comments on every broken frame)."""
+    """Hide what C libraries write to the standard error themselves (libmpg123 comments on every broken frame)."""
     sys.stderr.flush()
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    saved = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 2)
         yield
@@ -154,10 +164,12 @@ def silent_stderr() -> Iterator[None]:
 
 
 class Stages:
-    """Numbered one-line reports: `[2/4] encoder.onnx  max|Δ| 3e-05 ≤ 1e-03  2.4 GB  19 s`."""
+    """Numbered one-line reports: `[2/4]  encoder.onnx  max|Δ| 3e-05 ≤ 1e-03  2.4 GB  19 s`."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.done, self.since = total, 0, time.perf_counter()
+        self.total = total
+        self.done = 0
+        self.since = time.perf_counter()
 
     def report(self, *fields: str) -> None:
         """Close the current stage: print its fields and the seconds since the previous one ended."""
@@ -168,7 +180,7 @@ class Stages:
 
 
 def size_text(num_bytes: float) -> str:
-    """Bytes in the unit a person would choose: `2.4 GB`, `368 MB`, `12 kB` (powers of ten)."""
+    """Bytes in a readable unit: `2.4 GB`, `368 MB`, `12 kB` (powers of ten)."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= scale:
             value = num_bytes / scale

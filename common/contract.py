@@ -22,17 +22,17 @@ DYNAMIC_AXES = {"B": "batch", "T": "time", "S": "frames", "U": "targets"}
 
 @dataclass(frozen=True)
 class Tensor:
-    """One input or output: ONNX name, axes (an int is a fixed size), GenAI's key for it, element type, and in a View
-    the tensor that it is, where that has another name."""
+    """One input or output of a graph."""
 
-    name: str
-    axes: tuple[str | int, ...]
-    genai_key: str = ""
+    name: str  # in ONNX
+    axes: tuple[str | int, ...]  # an int is a fixed size
+    genai_key: str = ""  # in genai_config.json
     dtype: str = "float32"
-    of: str = ""
+    of: str = ""  # in a View: the name of the part's tensor, where it differs
 
     @property
     def source(self) -> str:
+        """The name of the tensor in the graph that a View is made from."""
         return self.of or self.name
 
     def dynamic_axes(self) -> dict[int, str]:
@@ -83,9 +83,11 @@ class Graph:
 
 @dataclass(frozen=True)
 class View(Graph):
-    """One graph as another runtime wants it, or several in one file; each tensor is one of theirs under another name,
-    with its axes in another order or of another type. An input of a part that an earlier part puts out is joined to
-    it."""
+    """One graph as another runtime expects it, or several in one file.
+
+    Each tensor is one of a part's under another name, with its axes in another order, or of another type. An input of a
+    part that is an output of an earlier part is connected to it.
+    """
 
     parts: tuple[Graph, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Progress bars: one form for everything that takes more than a few seconds. None is drawn where output is a pipe."""
+"""Progress bars of one form for everything that takes more than a few seconds; none is drawn where stderr is a pipe."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar

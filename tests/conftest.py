@@ -15,7 +15,7 @@ def tiny_model():
     from common.checkpoint.nemo import load_model
     from common.cli import quiet_libraries
 
-    quiet_libraries(False)
+    quiet_libraries()
     return load_model(TINY)
 
 

@@ -127,9 +127,9 @@ class TestManifests:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ('{"audio_filepath": "a"}\n{"audio_filepath": "b"}'.encode("utf-16"), ":1 is not UTF-8"),
-            ('{"audio_filepath": "a"}\n{"audio_filepath": "b"}'.encode("utf-16-le"), ":1 is not UTF-8"),
-            ('{"audio_filepath": "a"}\n{"audio_filepath": "café"}'.encode("latin-1"), ":2 is not UTF-8"),
+            ('{"audio_filepath": "a"}\n{"audio_filepath": "b"}'.encode("utf-16"), ":1: expected UTF-8"),
+            ('{"audio_filepath": "a"}\n{"audio_filepath": "b"}'.encode("utf-16-le"), ":1: expected UTF-8"),
+            ('{"audio_filepath": "a"}\n{"audio_filepath": "café"}'.encode("latin-1"), ":2: expected UTF-8"),
             (b'{"audio_filepath": 5}', ":1: expected a string as audio_filepath, got 5"),
             (b'{"audio_filepath": ["a"]}', ":1: expected a string as audio_filepath"),
             (b'{"audio_filepath": ""}', ":1: expected a path as audio_filepath"),
@@ -147,7 +147,7 @@ class TestManifests:
             (b"[" * 100_000, ":1: expected a JSON object"),
             (b"\n\n[1]", ":3: expected a JSON object"),
             (b'{"audio_filepath": "a"', ":1: expected a JSON object"),
-            (b"\n \n", "lists no clips"),
+            (b"\n \n", "expected a line for each clip"),
         ],
     )  # fmt: skip
     def test_that_are_not_are_refused_with_their_line(self, content, message, tmp_path):
@@ -282,7 +282,7 @@ class TestChannels:
         path = tmp_path / "clip.wav"
         for other in (-samples, -0.999 * samples):
             soundfile.write(path, np.stack([samples, other], axis=1), rate)
-            with pytest.raises(ValueError, match=r"the channels of .*clip\.wav cancel each other out"):
+            with pytest.raises(ValueError, match=r"in .*clip\.wav, got channels that cancel each other out"):
                 load_audio(path, 16000, 1)
 
     def test_that_do_not_are_averaged(self, tmp_path):

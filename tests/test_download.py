@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pty
+import re
 import resource
 import shutil
 import signal
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
-import common.checkpoint.download
-from common.checkpoint.download import DEFAULT_MODEL, checksum, find_checkpoint, hub_name
+import common.checkpoint.digest
+from common.checkpoint.digest import file_digest
+from common.checkpoint.download import find_checkpoint
+from common.checkpoint.hub import DEFAULT_MODEL, hub_name
 from common.checkpoint.source import source_record
 from tests.helpers import ROOT, TINY
 from tests.hub import COMMIT, Hub, serve
@@ -60,6 +63,14 @@ class Shell:
 
     def tokenizer(self, *argv, model=NAME, **variables) -> subprocess.CompletedProcess:
         return self.run(TOKENIZER, "--model_name", model, *argv, **variables)
+
+    def tokenizer_after(self, change: str) -> subprocess.CompletedProcess:
+        """A tokenizer export in a process in which the statement `change` has been run first."""
+        script = f"import sys; from common.checkpoint import transfer; {change}; "
+        script += "import export_tokenizer; sys.exit(export_tokenizer.main())"
+        command = [sys.executable, "-c", script, "--model_name", NAME]
+        environment = self.environment | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
 
     def rejected(self, *argv, **variables) -> str:
         """The one line of a tokenizer export that must fail as input does."""
@@ -158,12 +169,31 @@ class TestInterrupted:
         assert HALF // 2 < int(hub.ranges()[-1].removeprefix("bytes=").rstrip("-")) <= HALF
         shell.downloaded()
 
+    def test_an_interrupted_run_says_what_is_kept_and_is_continued_by_the_next(self, shell, hub):
+        hub.gets.append(("stall", HALF))
+        command = [sys.executable, str(ROOT / TOKENIZER), "--model_name", NAME]
+        environment = shell.environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+        process = subprocess.Popen(command, cwd=shell.folder, env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 30
+        while not any(path.stat().st_size > HALF // 2 for path in shell.cache.rglob("*.incomplete")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130
+        (kept,) = shell.cache.rglob("*.incomplete")
+        assert re.fullmatch(
+            r"interrupted; [\d.]+ MB of [\d.]+ MB of model.nemo are kept in .*; run .* again .*\n", errors
+        )
+        size = kept.stat().st_size
+        assert size > HALF // 2
+        assert "continuing the download at" in succeeded(shell.tokenizer())
+        assert hub.ranges()[-1] == f"bytes={size}-"
+        shell.downloaded()
+
     def test_a_run_that_gives_up_is_continued_by_the_next(self, shell, hub):
         hub.gets += [("drop", HALF), *[("drop", 0)] * 6]
-        script = "import sys, common.checkpoint.download as d; d.WAITS = (0.1,) * 5; import export_tokenizer as e; sys.exit(e.main())"
-        command = [sys.executable, "-c", script, "--model_name", NAME]
-        environment = shell.environment | {"PYTHONPATH": str(ROOT)}
-        outcome = subprocess.run(command, cwd=shell.folder, env=environment, capture_output=True, text=True)
+        outcome = shell.tokenizer_after("transfer.WAITS = (0.1,) * 5")
         assert outcome.returncode == 2
         assert outcome.stderr.count("\n") == 1
         assert "a download is continued" in outcome.stderr
@@ -218,10 +248,7 @@ class TestProgress:
 
     def test_lines_in_a_pipe(self, shell, hub):
         hub.gets.append(("slow", HALF))
-        script = "import sys, common.checkpoint.download as d; d.LINE_SECONDS = 0.3; import export_tokenizer as e; sys.exit(e.main())"
-        command = [sys.executable, "-c", script, "--model_name", NAME]
-        environment = shell.environment | {"PYTHONPATH": str(ROOT)}
-        outcome = subprocess.run(command, cwd=shell.folder, env=environment, capture_output=True, text=True)
+        outcome = shell.tokenizer_after("transfer.LINE_SECONDS = 0.3")
         lines = [line for line in succeeded(outcome).splitlines() if line.startswith("model.nemo: ")]
         assert 3 <= len(lines) <= 8
         assert all(" of " in line and line.endswith("B/s") for line in lines)
@@ -379,8 +406,8 @@ class TestDamagedCache:
 
 def test_a_checkpoint_is_hashed_once(monkeypatch, tmp_path):
     read = []
-    real = common.checkpoint.download.sha256
-    monkeypatch.setattr(common.checkpoint.download, "sha256", lambda path: read.append(path) or real(path))
+    real = common.checkpoint.digest.sha256
+    monkeypatch.setattr(common.checkpoint.digest, "sha256", lambda path: read.append(path) or real(path))
     path = tmp_path / "copy.nemo"
     shutil.copy(TINY, path)
     for _ in range(3):
@@ -389,7 +416,7 @@ def test_a_checkpoint_is_hashed_once(monkeypatch, tmp_path):
     assert read == [path]
     with path.open("ab") as file:
         file.write(b"\0")
-    assert checksum(path) != record["sha256"]
+    assert file_digest(path) != record["sha256"]
 
 
 def test_names_and_addresses(tmp_path, monkeypatch):

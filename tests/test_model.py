@@ -1,12 +1,16 @@
 """Reading checkpoints and configs: every number from the checkpoint, refusals by name."""
 
 import contextlib
+import hashlib
 import json
 import shutil
 
 import pytest
 
-from common.checkpoint.nemo import load_model, read_config, require_tdt
+import export_tokenizer
+from common.checkpoint import format as formats
+from common.checkpoint.format import CheckpointFormat, format_of, register
+from common.checkpoint.nemo import NEMO, load_model, read_config, require_tdt
 from common.checkpoint.spec import ModelSpec, _feature_differences
 from common.layouts.features import NO_SYMBOL_LIMIT
 from common.layouts.genai import Window, audio_processor_config, check_genai_supports, genai_config
@@ -207,7 +211,7 @@ def test_a_checkpoint_is_unpacked_where_there_is_room(monkeypatch, tmp_path, cap
     assert unpacked
     assert all(folder.startswith(str(work)) for folder in unpacked)
     free[work] = 1000
-    with pytest.raises(OSError, match=r"to unpack the checkpoint, found 1.0 kB in .*temporary and 1.0 kB in .*TMPDIR"):
+    with pytest.raises(OSError, match=r"to unpack the checkpoint, got 1.0 kB in .*temporary and 1.0 kB in .*TMPDIR"):
         load_model(TINY)
 
 
@@ -220,3 +224,48 @@ def test_other_families_are_refused(change, tmp_path):
     with pytest.raises(ValueError, match="not a TDT model: "):
         require_tdt(rewrite_config(tmp_path / "other.nemo", change))
     require_tdt(TINY)
+
+
+class TestFormats:
+    def test_a_format_is_one_object_that_the_scripts_find(self, tmp_path, monkeypatch):
+        """A folder with a checkpoint inside, which is a format of its own as soon as it is registered."""
+        folder = tmp_path / "checkpoint"
+        folder.mkdir()
+        shutil.copy(TINY, folder / "model.nemo")
+        (folder / "notes.txt").write_text("a second file")
+        argv = ["--model_name", str(folder), "--output_dir"]
+        assert export_tokenizer.main([*argv, str(tmp_path / "unknown")]) == 2
+        assert not (tmp_path / "unknown").exists()
+
+        monkeypatch.setattr(formats, "FORMATS", [*formats.FORMATS])
+        inside = "model.nemo"
+        toy = register(
+            CheckpointFormat(
+                name="folder",
+                matches=lambda path: (path / inside).is_file(),
+                files=lambda path: sorted(path.iterdir()),
+                check=lambda path: NEMO.check(path / inside),
+                read_tokenizer=lambda path: NEMO.read_tokenizer(path / inside),
+                load_model=lambda path, device="cpu", scratch=None: NEMO.load_model(path / inside, device, scratch),
+            )
+        )
+        assert format_of(folder) is toy
+        assert format_of(folder / inside) is NEMO
+        assert export_tokenizer.main([*argv, str(tmp_path / "toy")]) == 0
+        assert export_tokenizer.main(["--model_name", str(TINY), "--output_dir", str(tmp_path / "nemo")]) == 0
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+            assert (tmp_path / "toy" / name).read_bytes() == (tmp_path / "nemo" / name).read_bytes()
+
+        # Both files are in the size and in the digest, which is that of what `sha256sum model.nemo notes.txt` prints.
+        source = json.loads((tmp_path / "toy" / "manifest.json").read_text())["tokenizer"]["source"]
+        digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+        printed = "".join(f"{digests[name]}  {name}\n" for name in ("model.nemo", "notes.txt"))
+        assert source == {"file": "checkpoint", "sha256": hashlib.sha256(printed.encode()).hexdigest()}
+        assert toy.size(folder) == TINY.stat().st_size + len("a second file")
+
+        (folder / inside).write_bytes(TINY.read_bytes()[:1000])
+        assert export_tokenizer.main([*argv, str(tmp_path / "damaged")]) == 2
+
+    def test_a_name_is_taken_once(self):
+        with pytest.raises(ValueError, match=r"expected a new name for a checkpoint format, got \.nemo again"):
+            register(NEMO)

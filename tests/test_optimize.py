@@ -358,7 +358,7 @@ def test_unusable_input_is_one_line_and_leaves_nothing(case, tiny_export, tmp_pa
 
 def test_output_must_be_another_folder(tiny_export, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    for target, message in ((tiny_export, "twice"), (tmp_path / "file", "found the file")):
+    for target, message in ((tiny_export, "twice"), (tmp_path / "file", "got the file")):
         before = sorted((path.name, path.stat().st_mtime_ns) for path in tiny_export.iterdir())
         assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(target)]) == 2
         assert message in capsys.readouterr().err

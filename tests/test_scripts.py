@@ -116,7 +116,7 @@ def test_output_path_is_a_file(script, capsys, tmp_path, tiny_export):
     (tmp_path / "taken").write_text("mine")
     source = ("--model_dir", tiny_export) if script is optimize_encoder else ("--model_name", TINY)
     for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        assert "found the file" in rejected(capsys, script, *source, "--output_dir", path)
+        assert "got the file" in rejected(capsys, script, *source, "--output_dir", path)
     assert (tmp_path / "taken").read_text() == "mine"
 
 
@@ -157,7 +157,7 @@ def bad_audio(tmp_path):
     (tmp_path / "folder.wav").mkdir()
     return {
         "missing.wav": "found nothing", "empty.wav": "not audio", "text.wav": "not audio", "none.wav": "0.000 s",
-        "short.wav": "wanted", "nan.wav": "not finite", "folder.wav": "got a folder",
+        "short.wav": "expected", "nan.wav": "not finite", "folder.wav": "got a folder",
     }  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def test_bad_audio(script, capsys, tmp_path, tiny_export):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("", "lists no clips"),
+        ("", "expected a line for each clip"),
         ("not json\n", "manifest.jsonl:1"),
         ('{"audio_filepath": "a.flac"}\n{"text": "b"}\n', "manifest.jsonl:2"),
         ("[1]\n", "manifest.jsonl:1"),
@@ -257,12 +257,12 @@ def test_real_speech_notices_another_checkpoint(tiny_export, tmp_path, capsys):
 def test_the_recorded_checkpoint_has_changed(tiny_export, tmp_path, capsys):
     folder = tmp_path / "moved" / "models"
     shutil.copytree(tiny_export, folder)
-    assert "is gone; pass --model_name or --skip_nemo" in rejected(
-        capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP
-    )
+    assert "found nothing at" in rejected(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
     write_locations(folder, folder, checkpoint=folder / "changed.nemo")
     (folder / "changed.nemo").write_bytes(b"other")
-    assert "is not the file" in rejected(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
+    assert "was exported from, got another file" in rejected(
+        capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP
+    )
 
 
 # Runs a script as on a machine where these packages are not installed.
@@ -647,7 +647,7 @@ MANIFESTS = {
 @pytest.mark.parametrize("content", MANIFESTS.values(), ids=MANIFESTS)
 def test_a_manifest_of_another_shape_is_one_line_in_every_script(content, tiny_export, tmp_path, capsys, monkeypatch):
     """Before the work, and nothing is changed."""
-    monkeypatch.setattr("common.checkpoint.nemo.load_model", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("common.checkpoint.nemo.require_tdt", lambda *_, **__: pytest.fail("the work began"))
     folder = tmp_path / "models"
     shutil.copytree(tiny_export, folder)
     (folder / "manifest.json").write_text(json.dumps(content))

@@ -1,0 +1,6 @@
+"""Checkpoints, treated as untrusted input. Importing this package registers every format, `.nemo` first."""
+
+from common.checkpoint.format import format_of
+from common.checkpoint.nemo import NEMO
+
+__all__ = ["NEMO", "format_of"]

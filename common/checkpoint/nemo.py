@@ -1,6 +1,7 @@
-"""A checkpoint: what it says of itself, the NeMo model it holds, and what a manifest says of it.
+"""The format `.nemo`: its config, its SentencePiece model, and the model that NeMo builds from it.
 
-NeMo is imported inside the functions that build a model; its import alone takes ten seconds.
+Every function checks the archive first (archive.py). NeMo and torch are imported inside the functions that build a
+model, since their import takes ten seconds.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from common.checkpoint.archive import (
     CONFIG_MEMBER,
@@ -20,18 +22,26 @@ from common.checkpoint.archive import (
     read_member,
     unpacked_bytes,
 )
+from common.checkpoint.format import CheckpointFormat, register
 from common.cli import size_text
 
 # Bytes. The configs of checkpoints with 8192 pieces are under 1 MB, SentencePiece models of 256,000 pieces under 8 MB.
-MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES = 10_000_000, 100_000_000
-# What a preprocessor computes with, and a checkpoint stores though its config says it all.
+MAX_CONFIG_BYTES = 10_000_000
+MAX_TOKENIZER_BYTES = 100_000_000
+# Tensors of a preprocessor that a checkpoint stores, although they follow from its config.
 FEATURE_BUFFERS = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb")
-# Tensors may share storage (tied weights); all of them twice is already more than any model does.
+# Tensors may share storage (tied weights). No model shares more than to have every one twice.
 MAX_SHARING = 2
 
 
-def read_config(checkpoint: Path) -> dict:
-    """The checkpoint's YAML. Raises ValueError where it is not a config, or one that would do harm (common/archive)."""
+def check(checkpoint: Path) -> None:
+    """Raise ValueError unless the file is a complete NeMo checkpoint that is safe to unpack."""
+    with open_archive(checkpoint):
+        pass
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """The content of the checkpoint's YAML. Raises ValueError where it is not a config or is unsafe (archive.py)."""
     with open_archive(checkpoint) as archive:
         names = set(archive.members)
         text = read_member(archive, CONFIG_MEMBER, MAX_CONFIG_BYTES)
@@ -50,7 +60,7 @@ def read_tokenizer(checkpoint: Path) -> bytes:
     model_path = tokenizer.get("model_path")
     if not model_path:
         kind = tokenizer.get("type", "no tokenizer")
-        raise ValueError(f"wanted a SentencePiece tokenizer, found {kind!r} in {checkpoint}; this model has no export")
+        raise ValueError(f"expected a SentencePiece tokenizer in {checkpoint}, got {kind!r}; this model has no export")
     with open_archive(checkpoint) as archive:
         return read_member(archive, model_path.removeprefix("nemo:"), MAX_TOKENIZER_BYTES)
 
@@ -71,58 +81,31 @@ def require_tdt(checkpoint: Path) -> None:
 
 
 def require_device(device: str) -> None:
-    """Raise ValueError for a device that is not there."""
+    """Raise ValueError for a device that torch cannot use."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "expected a CUDA device for --device cuda, found none that this torch can use; use --device cpu"
-        )
+        raise ValueError("expected a CUDA device for --device cuda, got none that this torch can use; use --device cpu")
 
 
-def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = None):
+def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = None) -> Any:
     """Build the NeMo model in evaluation mode. Weights are mapped from disk, not copied over random ones.
 
     NeMo unpacks the checkpoint into a temporary folder, in `scratch` if that is given, else where there is room. Raises
-    ValueError for a checkpoint that is not TDT, does not fit its config or would do harm, or a device that is not
-    there; OSError where there is no room.
+    ValueError for a checkpoint that is not TDT, does not fit its config or is unsafe, or a device that torch cannot
+    use; OSError where there is no room.
     """
     require_device(device)
     require_tdt(checkpoint)
     with open_archive(checkpoint) as archive:
         check_weights(archive)
         scratch = scratch or _folder_with_room(unpacked_bytes(archive))
-    import torch
     from nemo.collections.asr.models import ASRModel
-    from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
-
-    class AssigningConnector(SaveRestoreConnector):
-        """Puts the checkpoint's tensors in place of the model's own instead of copying them: half the memory."""
-
-        @staticmethod
-        def _load_state_dict_from_disk(model_weights, map_location="cpu"):
-            # weights_only: a pickle that wants to run code is refused. A mapped file cannot be deleted on Windows.
-            mapped = os.name == "posix"
-            state_dict = torch.load(model_weights, map_location=map_location, weights_only=True, mmap=mapped)
-            size = sum(tensor.nbytes for tensor in state_dict.values())
-            if size > MAX_SHARING * Path(model_weights).stat().st_size:  # views that repeat a few stored numbers
-                raise ValueError(f"its tensors claim {size} bytes, which its weights do not hold")
-            return state_dict
-
-        def load_instance_with_state_dict(self, instance, state_dict, strict):
-            state_dict = {name: tensor.float() if tensor.is_floating_point() else tensor
-                          for name, tensor in state_dict.items()}  # fmt: skip
-            state_dict |= _exact_features(checkpoint, instance, state_dict)
-            wrong = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
-            if wrong:
-                raise ValueError(f"{wrong[0]} and {len(wrong) - 1} more of its tensors hold values that are not finite")
-            instance.load_state_dict(state_dict, strict=strict, assign=True)
-            instance._set_model_restore_state(is_being_restored=False)
 
     try:
         with _no_initialization(), _temporary_files_in(scratch):
             model = ASRModel.restore_from(
-                str(checkpoint), map_location=device, save_restore_connector=AssigningConnector()
+                str(checkpoint), map_location=device, save_restore_connector=_assigning_connector(checkpoint)
             )
     except OSError:
         raise
@@ -130,31 +113,81 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
         raise ValueError(
             f"{checkpoint}: {WEIGHTS_MEMBER} holds more than tensors, which might run code; refused"
         ) from error
-    except Exception as error:  # of a config that it cannot build NeMo raises whatever its constructors raise
+    except Exception as error:  # NeMo raises whatever the constructors raise that it calls
         # After a failure NeMo tries its abstract base class; its log, shown by --verbose, has the reason.
         reason = "NeMo cannot build it from its config" if "abstract class" in str(error) else error
         raise ValueError(f"{checkpoint} does not load: {reason}") from error
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(requires_grad=False)
 
 
-def _exact_features(checkpoint: Path, instance, state_dict: dict) -> dict:
-    """The window and filter bank that NeMo has made from the config, where those stored are these, rounded to half
-    precision (`model.half()` rounds them like weights): runtimes compute theirs from the config as well. What rounding
-    does not explain stays, and ModelSpec says how it differs."""
+NEMO = register(
+    CheckpointFormat(
+        name=".nemo",
+        matches=Path.is_file,
+        files=lambda checkpoint: (checkpoint,),
+        check=check,
+        read_tokenizer=read_tokenizer,
+        load_model=load_model,
+    )
+)
+
+
+def _assigning_connector(checkpoint: Path) -> Any:
+    """A SaveRestoreConnector of NeMo's that uses the checkpoint's tensors instead of copying them: half the memory."""
+    import torch
+    from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
+
+    class AssigningConnector(SaveRestoreConnector):  # type: ignore[misc]
+        @staticmethod
+        def _load_state_dict_from_disk(model_weights: str, map_location: Any = "cpu") -> dict[str, Any]:
+            # weights_only does not run code in a pickle. A mapped file cannot be deleted on Windows.
+            state_dict: dict[str, Any] = torch.load(
+                model_weights, map_location=map_location, weights_only=True, mmap=os.name == "posix"
+            )
+            size = sum(tensor.nbytes for tensor in state_dict.values())
+            if size > MAX_SHARING * Path(model_weights).stat().st_size:  # views that repeat a few stored numbers
+                raise ValueError(f"its tensors claim {size} bytes, which its weights do not hold")
+            return state_dict
+
+        def load_instance_with_state_dict(self, instance: Any, state_dict: dict[str, Any], strict: bool) -> None:  # noqa: FBT001  NeMo's signature
+            state_dict = {
+                name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()
+            }
+            state_dict |= _exact_features(checkpoint, instance, state_dict)
+            wrong = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
+            if wrong:
+                raise ValueError(f"{wrong[0]} and {len(wrong) - 1} more of its tensors hold values that are not finite")
+            instance.load_state_dict(state_dict, strict=strict, assign=True)
+            instance._set_model_restore_state(is_being_restored=False)
+
+    return AssigningConnector()
+
+
+def _exact_features(checkpoint: Path, instance: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The window and filter bank that NeMo has made from the config, where the stored ones are these rounded.
+
+    `model.half()` rounds them like weights, and runtimes compute theirs from the config. Stored values that rounding
+    does not explain are kept, and ModelSpec reports how they differ.
+    """
     import torch
 
     exact = {}
     for name in FEATURE_BUFFERS:
-        own, stored = instance.state_dict().get(name), state_dict.get(name)
+        own = instance.state_dict().get(name)
+        stored = state_dict.get(name)
         if own is None or stored is None or own.shape != stored.shape or torch.equal(own.cpu(), stored.cpu()):
             continue
-        own, stored = own.float().cpu(), stored.cpu()
+        own = own.float().cpu()
+        stored = stored.cpu()
         for dtype in (torch.float16, torch.bfloat16):
             # Half a unit in the last place, and what versions of librosa and torch differ by before the rounding.
             bound = (torch.finfo(dtype).eps / 2 + 1e-5) * own.abs() + torch.finfo(dtype).smallest_normal * 2**-10
             if torch.equal(stored, stored.to(dtype).float()) and bool(((stored - own).abs() <= bound).all()):
-                print(f"{checkpoint.name}: {name} is rounded to {str(dtype).removeprefix('torch.')}; the exact one of "
-                      "its config is used instead", flush=True)  # fmt: skip
+                rounded = str(dtype).removeprefix("torch.")
+                print(
+                    f"{checkpoint.name}: {name} is rounded to {rounded}; the exact one of its config is used instead",
+                    flush=True,
+                )
                 exact[name] = own.to(state_dict[name].device)
                 break
     return exact
@@ -167,14 +200,16 @@ def _folder_with_room(size: int) -> Path:
     roomy = [folder for folder in free if free[folder] >= size]
     if not roomy:
         found = " and ".join(f"{size_text(count)} in {folder}" for folder, count in free.items())
-        raise OSError(f"expected {size_text(size)} of disk to unpack the checkpoint, found {found}; make room, or set "
-                      "TMPDIR to a folder that has it")  # fmt: skip
+        raise OSError(
+            f"expected {size_text(size)} of disk to unpack the checkpoint, got {found}; make room, or set TMPDIR to a "
+            "folder that has it"
+        )
     return roomy[0]
 
 
 @contextlib.contextmanager
 def _temporary_files_in(folder: Path | None) -> Iterator[None]:
-    """Let NeMo, which has no option for it, unpack where what a killed run leaves is found and removed."""
+    """Let NeMo, which has no option for it, unpack into `folder`; the next run removes what a killed one leaves."""
     saved = tempfile.tempdir
     try:
         tempfile.tempdir = saved if folder is None else str(folder)
@@ -185,7 +220,7 @@ def _temporary_files_in(folder: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_initialization() -> Iterator[None]:
-    """Skip torch's random initialisation, most of the time of building a large model: every value is loaded after."""
+    """Skip torch's random initialisation, most of the time of building a large model; every value is loaded later."""
     import torch
 
     names = [name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_")]

@@ -1,20 +1,31 @@
-"""XXX docstring of checkpoint.source"""
+"""The record of a checkpoint in a manifest, and the checkpoint that a manifest records."""
 
 from pathlib import Path
+from typing import Any
 
-from common.checkpoint.download import DEFAULT_REVISION, checksum, commit_of, find_checkpoint, hub_name
+from common.checkpoint.download import find_checkpoint
+from common.checkpoint.format import format_of
+from common.checkpoint.hub import DEFAULT_REVISION, commit_of, hub_name
 from common.folder.locations import CHECKPOINT, read_location
 from common.folder.manifest import read_manifest
 
 
-def source_record(checkpoint: Path, model_name: str, *, revision: str | None = None) -> dict:
-    """What a manifest says of the source: its Hugging Face `name`, the `revision` asked for and the `commit` used, or
-    the name of its `file`; and its `sha256`. Where the file lies is not published (files.write_locations)."""
+def source_record(checkpoint: Path, model_name: str, *, revision: str | None = None) -> dict[str, Any]:
+    """The record of a checkpoint that was found by `model_name`.
+
+    Its Hugging Face `name`, the `revision` asked for and the `commit` used, or the name of its `file`; and its
+    `sha256`. Its path is not published (common/folder/locations.py).
+    """
+    digest = format_of(checkpoint).digest(checkpoint)
     name = hub_name(model_name)
-    source = {"file": checkpoint.name}
-    if name is not None:
-        source = {"name": name, "revision": revision or DEFAULT_REVISION, "commit": commit_of(checkpoint)}
-    return {**source, "sha256": checksum(checkpoint)}
+    if name is None:
+        return {"file": checkpoint.name, "sha256": digest}
+    return {
+        "name": name,
+        "revision": revision or DEFAULT_REVISION,
+        "commit": commit_of(checkpoint),
+        "sha256": digest,
+    }
 
 
 def recorded_checkpoint(folder: Path) -> Path:
@@ -24,13 +35,21 @@ def recorded_checkpoint(folder: Path) -> Path:
     """
     source = read_manifest(folder).get("export", {}).get("source")
     if source is None:
-        raise FileNotFoundError(f"{folder} has no manifest that names its checkpoint; pass --model_name or --skip_nemo")
+        raise FileNotFoundError(
+            f"expected a manifest that names its checkpoint in {folder}, found none; pass --model_name or --skip_nemo"
+        )
     if "name" in source:
         checkpoint = find_checkpoint(source["name"], source.get("commit"))
     else:
         checkpoint = read_location(folder, CHECKPOINT) or folder / source.get("file", "its checkpoint")
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint}, recorded in {folder}, is gone; pass --model_name or --skip_nemo")
-    if checksum(checkpoint) != source["sha256"]:
-        raise ValueError(f"{checkpoint} is not the file that {folder} was exported from; pass --model_name")
+    if not checkpoint.exists():
+        raise FileNotFoundError(
+            f"expected the checkpoint that {folder} records, found nothing at {checkpoint}; pass --model_name or "
+            "--skip_nemo"
+        )
+    if format_of(checkpoint).digest(checkpoint) != source["sha256"]:
+        raise ValueError(
+            f"expected the checkpoint that {folder} was exported from, got another file at {checkpoint}; pass "
+            "--model_name"
+        )
     return checkpoint

@@ -1,7 +1,8 @@
-"""XXX docstring of checkpoint.spec"""
+"""The numbers of a checkpoint, read from the modules that NeMo has built; nothing later assumes one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 # NeMo adds this to the standard deviation (`CONSTANT` in nemo/collections/asr/parts/preprocessing/features.py).
 NEMO_NORM_EPS = 1e-5
@@ -9,9 +10,9 @@ NEMO_NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Every number of a checkpoint that a graph or a config needs, as the model NeMo built has it.
+    """Every number of a checkpoint that a graph or a configuration file needs.
 
-    A key absent from the checkpoint's YAML has its effective value in the built module, so the module is asked.
+    They are read from the built modules, since a key that is absent from the checkpoint's YAML has a value there.
     """
 
     num_mels: int  # M
@@ -42,9 +43,12 @@ class ModelSpec:
         return self.hop_length * self.subsampling_factor
 
     @classmethod
-    def of(cls, model) -> "ModelSpec":
-        """Read a loaded NeMo model. Raises ValueError where its parts contradict each other."""
-        features, encoder, decoder, joint = model.preprocessor.featurizer, model.encoder, model.decoder, model.joint
+    def of(cls, model: Any) -> "ModelSpec":
+        """The numbers of a model of NeMo's. Raises ValueError where its parts contradict each other."""
+        features = model.preprocessor.featurizer
+        encoder = model.encoder
+        decoder = model.decoder
+        joint = model.joint
         greedy = model.decoding.decoding
         durations = tuple(int(duration) for duration in model.cfg.decoding.durations)
         vocab_size = decoder.blank_idx + 1
@@ -52,8 +56,8 @@ class ModelSpec:
         joint_tokens = joint.num_classes_with_blank - joint_durations  # NeMo counts both
         if (joint_tokens, joint_durations) != (vocab_size, len(durations)):
             raise ValueError(
-                f"the joint has {joint_tokens} tokens and {joint_durations} durations, the decoder {vocab_size} and "
-                f"the decoding {len(durations)}: the checkpoint contradicts itself"
+                f"expected a joint with the decoder's {vocab_size} tokens and the decoding's {len(durations)} "
+                f"durations, got {joint_tokens} and {joint_durations}: the checkpoint contradicts itself"
             )
         import torch
 
@@ -77,13 +81,16 @@ class ModelSpec:
         )
 
 
-def _feature_differences(features) -> Iterator[str]:
-    """What sets a NeMo FilterbankFeatures apart from the log-mel features that runtimes compute
-    (nemo_mel_spectrogram.cc of onnxruntime-extensions: Slaney mels over the whole band, symmetric Hann window)."""
+def _feature_differences(features: Any) -> Iterator[str]:
+    """How a FilterbankFeatures of NeMo's differs from the log-mel features that runtimes compute.
+
+    Theirs have Slaney mels over the whole band and a symmetric Hann window (nemo_mel_spectrogram.cc of
+    onnxruntime-extensions).
+    """
     import torch
     from librosa.filters import mel
 
-    wanted = {
+    expected = {
         "normalize": "per_feature",
         "mag_power": 2.0,
         "log": True,
@@ -91,10 +98,10 @@ def _feature_differences(features) -> Iterator[str]:
         "frame_splicing": 1,
         "exact_pad": False,
     }
-    for name, value in wanted.items():
-        found = getattr(features, name)
-        if found != value:
-            yield f"{name} is {found!r}, not {value!r}"
+    for name, value in expected.items():
+        actual = getattr(features, name)
+        if actual != value:
+            yield f"{name} is {actual!r}, not {value!r}"
     hann = torch.hann_window(features.win_length, periodic=False)
     if features.window is None or not torch.allclose(features.window.float().cpu(), hann, atol=1e-4):
         yield "window is not the symmetric Hann window"

@@ -1,9 +1,9 @@
-"""A SentencePiece model as the tokenizer files of Hugging Face and ORT Extensions; pure functions, no torch, no NeMo.
+"""A SentencePiece model → the tokenizer files of Hugging Face and ONNX Runtime Extensions. Needs no torch and no NeMo.
 
-Three readers must show the same text for the same ids: SentencePiece itself, Hugging Face `tokenizers` and the
-Unigram reader of ORT Extensions that ORT GenAI uses (`SpmUgmTokenizer`, `SpmUgmDecoder` in
-operators/tokenizer/ugm_kernels.hpp, observed with onnxruntime-genai 0.18.0). The last one has four habits that decide
-how the files are written:
+Three readers must show the same text for the same ids: SentencePiece itself, Hugging Face `tokenizers` and the Unigram
+reader of ORT Extensions that ORT GenAI uses (`SpmUgmTokenizer`, `SpmUgmDecoder` in
+operators/tokenizer/ugm_kernels.hpp, observed with onnxruntime-genai 0.18.0). The last one has four properties that
+decide how the files are written:
 
 * Any piece of six bytes whose fourth and fifth are upper-case hexadecimal digits becomes one byte, not only `<0x41>`:
   `▁100` would show as `\x10` and `▁FBI` as the byte FB. With a plain space for `▁` such a piece is four bytes long; it
@@ -22,15 +22,16 @@ import math
 import random
 import re
 import string
+from typing import Any, TypeAlias
 
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-PLAIN_BLANK = "<blk>"  # by which onnx-asr and sherpa-onnx find it
+PLAIN_BLANK = "<blk>"  # the name by which onnx-asr and sherpa-onnx find the blank
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
-Piece = ModelProto.SentencePiece
-MARK = re.compile(rf"{SPACE}?(<.+>|\[.+\])", re.DOTALL)  # how a user-defined piece that is no text is spelt
+Piece: TypeAlias = ModelProto.SentencePiece
+MARK = re.compile(rf"{SPACE}?(<.+>|\[.+\])", re.DOTALL)  # the spelling of a user-defined piece that is not text
 WHITE_SPACE = set(string.whitespace)  # of ASCII: what sherpa-onnx splits and trims a line at
 LAST_BYTE_BPE = 0xC6  # the largest byte of icefall's byte-level pieces, which are spelt up to U+01BF
 UTF8_LENGTHS = ((0x80, 0x800), (0x800, 0xD800), (0x10000, 0x110000))  # code points of 2, 3, 4 bytes
@@ -43,17 +44,18 @@ def parse_model(model: bytes) -> ModelProto:
         SentencePieceProcessor().LoadFromSerializedProto(model)
         proto = ModelProto.FromString(model)
     except (RuntimeError, DecodeError) as error:
-        raise ValueError(f"wanted a SentencePiece model, found {len(model)} other bytes ({error})") from None
-    for index, piece in enumerate(proto.pieces):  # protobuf gives bytes for a string that is not UTF-8
+        raise ValueError(f"expected a SentencePiece model, got {len(model)} other bytes ({error})") from None
+    for index, piece in enumerate(proto.pieces):  # protobuf returns bytes for a string that is not UTF-8
         if not isinstance(piece.piece, str) or not math.isfinite(piece.score):
             raise ValueError(
-                f"piece {index} of the SentencePiece model, {piece.piece!r}, is damaged; download it again"
+                f"expected text with a finite score as piece {index} of the SentencePiece model, got "
+                f"{piece.piece!r}, {piece.score}; download it again"
             )
     return proto
 
 
 def special_ids(proto: ModelProto) -> list[int]:
-    """Ids that no transcript shows: unknown and control pieces, user-defined marks, bytes without a use, the blank.
+    """Ids that no transcript shows: unknown and control pieces, user-defined marks, unused bytes, the blank.
 
     A user-defined piece is a mark if it is spelt like one, `<|en|>` or `[noise]`. All others are text: v3 has its
     digits as user-defined pieces, and no other digit pieces. The unknown piece stands for what the vocabulary cannot
@@ -70,11 +72,11 @@ def special_ids(proto: ModelProto) -> list[int]:
     return [*hidden, len(proto.pieces)]
 
 
-def vocabulary(proto: ModelProto) -> list[list]:
-    """[piece, score] of each id, the blank last; SentencePiece's own but where ORT Extensions would misread them.
+def vocabulary(proto: ModelProto) -> list[list[Any]]:
+    """[piece, score] of each id, the blank last; SentencePiece's own except where ORT Extensions would misread them.
 
     Raises ValueError naming the pieces that ORT Extensions cannot show: `IMPACT`, six bytes with `AC` as the fourth and
-    fifth, is a byte to it, and it offers no other spelling.
+    fifth, is read as a byte, and there is no other spelling of it.
     """
     hidden = set(special_ids(proto))
     entries = []
@@ -102,8 +104,8 @@ def _in_brackets(name: str, proto: ModelProto) -> str:
     return name
 
 
-def tokenizer_json(proto: ModelProto) -> dict:
-    """The content of tokenizer.json: a Hugging Face Unigram tokenizer. Raises ValueError like `vocabulary`."""
+def tokenizer_json(proto: ModelProto) -> dict[str, Any]:
+    """The content of tokenizer.json: a Hugging Face Unigram tokenizer. Raises ValueError as `vocabulary` does."""
     entries = vocabulary(proto)
     return {
         "version": "1.0",
@@ -128,7 +130,7 @@ def tokenizer_json(proto: ModelProto) -> dict:
     }
 
 
-def tokenizer_config(proto: ModelProto) -> dict:
+def tokenizer_config(proto: ModelProto) -> dict[str, Any]:
     """The content of tokenizer_config.json. ORT Extensions picks its Unigram reader by the class name T5Tokenizer."""
     return {
         "tokenizer_class": "T5Tokenizer",
@@ -148,15 +150,15 @@ def vocab_text(proto: ModelProto) -> str:
     pieces = [*(piece.piece for piece in proto.pieces), blank_name(proto)]
     broken = [piece for piece in pieces if "\n" in piece]
     if broken:
-        raise ValueError(f"wanted pieces of one line for vocab.txt, found a line break in {_named(broken)}")
+        raise ValueError(f"expected pieces of one line for vocab.txt, got a line break in {_named(broken)}")
     return "".join(f"{piece}\n" for piece in pieces)
 
 
 def tokens_text(proto: ModelProto) -> str:
-    """onnx-asr's vocab.txt and sherpa-onnx's tokens.txt: piece, space, id, one a line, the blank `<blk>` last.
+    """onnx-asr's vocab.txt and sherpa-onnx's tokens.txt: piece, space and id on each line, the blank `<blk>` last.
 
-    Raises ValueError naming the pieces that either would misread: with white space in them, or named like the blank;
-    and a vocabulary that sherpa-onnx takes for one of bytes in disguise (IsByteBPE in csrc/symbol-table.cc).
+    Raises ValueError naming the pieces that either would misread, with white space in them or named like the blank; and
+    for a vocabulary that sherpa-onnx takes for byte-level BPE (IsByteBPE in csrc/symbol-table.cc).
     """
     pieces = [piece.piece for piece in proto.pieces]
     wrong = [piece for piece in pieces if not piece or piece == PLAIN_BLANK or set(piece) & WHITE_SPACE]
@@ -170,10 +172,11 @@ def tokens_text(proto: ModelProto) -> str:
 def probe_sequences(proto: ModelProto, length: int, seed: int = 0) -> list[list[int]]:
     """Shuffled id sequences of about `length` ids that hold every piece, bytes as whole UTF-8 characters.
 
-    Of a broken byte run SentencePiece shows U+FFFD for each broken byte, `tokenizers` for each byte of the run, and
-    ORT GenAI raises UnicodeDecodeError. Where SentencePiece drops all spaces at the beginning, no sequence starts with
-    several, since ORT GenAI always drops one. NUL, and bytes whose character is a piece by SentencePiece's own lookup,
-    are left out, being shown by SentencePiece alone. On all other sequences the three agree.
+    For invalid UTF-8 SentencePiece shows U+FFFD for each wrong byte, `tokenizers` for each byte of the run, and ORT
+    GenAI raises UnicodeDecodeError, so no sequence has it. Where SentencePiece drops all spaces at the beginning, no
+    sequence starts with several, since ORT GenAI always drops one. NUL, and bytes whose character is a piece by
+    SentencePiece's own lookup, are left out, since SentencePiece alone shows them. On all other sequences the three
+    agree.
     """
     processor = SentencePieceProcessor(model_proto=proto.SerializeToString())
     draw = random.Random(seed)
@@ -193,7 +196,8 @@ def probe_sequences(proto: ModelProto, length: int, seed: int = 0) -> list[list[
     sequences = [[index for unit in group for index in unit] for group in groups]
     if not proto.normalizer_spec.remove_extra_whitespaces:
         return sequences
-    special, spaces = set(special_ids(proto)), _space_ids(proto)
+    special = set(special_ids(proto))
+    spaces = _space_ids(proto)
     return [_without_leading(spaces, sequence, special) for sequence in sequences]
 
 
@@ -223,14 +227,22 @@ def _is_useless_byte(value: int, taken: set[str]) -> bool:
     return value == 0 or (value < 0x80 and chr(value).replace(" ", SPACE) in taken)
 
 
-def _special_token(index: int, content: str) -> dict:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": index, "content": content, **flags, "special": True}
+def _special_token(index: int, content: str) -> dict[str, Any]:
+    return {
+        "id": index,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
 
 
-def _normalizer(proto: ModelProto) -> dict | None:
+def _normalizer(proto: ModelProto) -> dict[str, Any] | None:
     """SentencePiece's own character map, then its handling of spaces."""
-    spec, steps = proto.normalizer_spec, []
+    spec = proto.normalizer_spec
+    steps: list[dict[str, Any]] = []
     if spec.precompiled_charsmap:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode("ascii")
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
@@ -240,7 +252,7 @@ def _normalizer(proto: ModelProto) -> dict | None:
     return {"type": "Sequence", "normalizers": steps} if steps else None
 
 
-def _decoder(proto: ModelProto) -> dict:
+def _decoder(proto: ModelProto) -> dict[str, Any]:
     """Spaces, bytes, and the spaces that `SentencePieceProcessor::Decode` drops at the beginning: all, one or none."""
     spec = proto.normalizer_spec
     dropped = 2**31 - 1 if spec.remove_extra_whitespaces else int(spec.add_dummy_prefix)
@@ -254,7 +266,7 @@ def _decoder(proto: ModelProto) -> dict:
 
 
 def _readable(text: str) -> str:
-    """`text` as it is where ORT Extensions shows it right, else with plain spaces, which it passes on untouched."""
+    """`text` as it is where ORT Extensions shows it right, else with plain spaces, which it does not change."""
     plain = text.replace(SPACE, " ")
     return text if _runtime_text(_runtime_key(text)) == plain.encode() else plain
 
@@ -264,7 +276,7 @@ def _is_read_as_byte(text: str) -> bool:
 
 
 def _runtime_key(text: str) -> bytes:
-    """What `SpmUgmTokenizer::Load` files a piece under."""
+    """The key under which `SpmUgmTokenizer::Load` stores a piece."""
     raw = text.encode()
     match = SIX_BYTES_READ_AS_ONE.fullmatch(raw)
     return bytes([int(match[1], 16)]) if match else raw
@@ -278,8 +290,8 @@ def _runtime_text(key: bytes) -> bytes:
     return key.removesuffix(space) + b" " if key.count(space) == 1 and key.endswith(space) else key
 
 
-def _require_readable(proto: ModelProto, entries: list[list]) -> None:
-    """Raise ValueError naming the pieces that ORT Extensions, loading `entries`, shows otherwise than SentencePiece."""
+def _require_readable(proto: ModelProto, entries: list[list[Any]]) -> None:
+    """Raise ValueError naming the pieces of which ORT Extensions, loading `entries`, shows another text."""
     ids: dict[bytes, int] = {}
     count = 0
     for text, score in entries:  # the loop of `SpmUgmTokenizer::Load`
@@ -295,7 +307,9 @@ def _require_readable(proto: ModelProto, entries: list[list]) -> None:
         if index not in hidden and shown.get(index) != _sentencepiece_text(piece)
     ]
     if wrong:
-        raise ValueError(f"ONNX Runtime GenAI would misread {len(wrong)} pieces, and cannot be told: {_named(wrong)}")
+        raise ValueError(
+            f"ONNX Runtime GenAI would misread {len(wrong)} pieces, which have no other spelling: {_named(wrong)}"
+        )
 
 
 def _sentencepiece_text(piece: Piece) -> bytes:

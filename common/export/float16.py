@@ -18,8 +18,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from common.contract import Graph
-from common.export.typed_graph import FLOATS, exact_session, float_values, load_typed, name_of, release, weight_of
+from common.export.typed_graph import FLOATS, exact_session, float_values, load_typed, name_of
 from common.folder.onnx_files import save_model
+from common.folder.onnx_graph import add_initializer, release, tensor_of
 from common.run.ort import OrtGraph
 
 LARGEST_FLOAT16 = 65504.0
@@ -174,7 +175,7 @@ class _Casts:
         return output
 
     def _weight(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
-        tensor = weight_of(value)
+        tensor = tensor_of(value)
         shape = cast(ir.Shape, tensor.shape)
 
         def converted() -> ir.TensorProtocol:
@@ -184,9 +185,7 @@ class _Casts:
                 release(tensor)
 
         lazy = ir.LazyTensor(converted, dtype, shape, name=name)
-        made = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=lazy)
-        self.graph.register_initializer(made)
-        return made
+        return add_initializer(self.graph, lazy)
 
 
 def _forget_types(model: ir.Model) -> None:

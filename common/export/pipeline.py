@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.checkpoint.nemo import load_model
+from common.checkpoint.format import format_of
 from common.checkpoint.spec import ModelSpec
 from common.cli import size_text
 from common.contract import GRAPHS, Graph
@@ -46,7 +46,7 @@ def export_checkpoint(
     """
     float32 = scratch / "float32" if options.is_float16 else target
     float32.mkdir(exist_ok=True)
-    model = load_model(checkpoint, options.device, scratch=scratch)
+    model = format_of(checkpoint).load_model(checkpoint, options.device, scratch)
     spec = ModelSpec.of(model)
     configure(spec, float32)
     parameters = sum(parameter.numel() for parameter in model.parameters())

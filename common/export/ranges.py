@@ -8,7 +8,8 @@ import onnx_ir as ir
 
 from common.contract import ENCODER, GRAPHS, Graph
 from common.export.float16 import Ranges
-from common.export.typed_graph import exact_session, load_typed, name_of, release, weight_of
+from common.export.typed_graph import exact_session, load_typed, name_of
+from common.folder.onnx_graph import computed_from, input_of
 from common.run.baseline import RawOrt
 from common.run.ort import OrtGraph
 
@@ -64,9 +65,7 @@ def _largest_weights(model: ir.Model) -> dict[str, float]:
     largest = {}
     for name, value in model.graph.initializers.items():
         if value.dtype == ir.DataType.FLOAT:
-            tensor = weight_of(value)
-            largest[name] = float(np.max(np.abs(tensor.numpy()), initial=0.0))
-            release(tensor)
+            largest[name] = computed_from(value, lambda weight: float(np.max(np.abs(weight), initial=0.0)))
     return largest
 
 
@@ -97,12 +96,12 @@ class _Probes:
 
     def _probe_sums(self, node: ir.Node) -> None:
         """Probe the sums inside `node` if it is a product."""
-        if node.op_type in ("MatMul", "Conv") and _input(node, 0).dtype == ir.DataType.FLOAT:
-            terms = [self._magnitude(_input(node, 0)), self._magnitude(_input(node, 1))]
+        if node.op_type in ("MatMul", "Conv") and input_of(node, 0).dtype == ir.DataType.FLOAT:
+            terms = [self._magnitude(input_of(node, 0)), self._magnitude(input_of(node, 1))]
             self._probe(self._add(node.op_type, terms, *node.attributes.values()), name_of(node))
         elif node.op_type == "LSTM":
-            by_input = self._lstm_product(_input(node, 0), _input(node, 1))
-            by_state = self._lstm_product(_input(node, 5), _input(node, 2))  # of the first step
+            by_input = self._lstm_product(input_of(node, 0), input_of(node, 1))
+            by_state = self._lstm_product(input_of(node, 5), input_of(node, 2))  # of the first step
             self._probe(self._add("Add", [by_input, by_state]), name_of(node))
 
     def _lstm_product(self, rows: ir.Value, weight: ir.Value) -> ir.Value:
@@ -127,10 +126,3 @@ class _Probes:
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         self._added.append(node)
         return node.outputs[0]
-
-
-def _input(node: ir.Node, index: int) -> ir.Value:
-    """An input that the operator cannot do without."""
-    value = node.inputs[index]
-    assert value is not None
-    return value

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from common.folder.onnx_files import load
-from common.run.ort import ERRORS_AND_WORSE
+from common.run.session import open_session
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
@@ -36,18 +36,6 @@ def name_of(item: ir.Node | ir.Value) -> str:
     return item.name
 
 
-def weight_of(value: ir.Value) -> ir.TensorProtocol:
-    """The tensor of an initializer."""
-    assert value.const_value is not None
-    return value.const_value
-
-
-def release(tensor: ir.TensorProtocol) -> None:
-    """Unmap the data file of a tensor that was read from one."""
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
-
-
 def exact_session(model: ir.Model, folder: Path, *, fold: bool = False) -> Any:
     """An ONNX Runtime session of `model`, whose weights are in `folder`, that changes nothing in the graph.
 
@@ -58,11 +46,11 @@ def exact_session(model: ir.Model, folder: Path, *, fold: bool = False) -> Any:
 
     levels = ort.GraphOptimizationLevel
     options = ort.SessionOptions()
-    options.log_severity_level = ERRORS_AND_WORSE
     options.graph_optimization_level = levels.ORT_ENABLE_BASIC if fold else levels.ORT_DISABLE_ALL
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # the order of the file
     options.enable_cpu_mem_arena = fold
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    content = ir.to_proto(model).SerializeToString()
-    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    entries = {
+        "session.disable_prepacking": "1",
+        "session.model_external_initializers_file_folder_path": str(folder),
+    }
+    return open_session(ir.to_proto(model).SerializeToString(), entries=entries, options=options)

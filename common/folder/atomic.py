@@ -6,7 +6,7 @@ While a run writes the folder NAME, these are beside it:
     .NAME.old       the old folder, about to be removed: for a moment, where the system cannot exchange two folders
 
 So whatever the holder of the lock finds there was left by a run that was killed. `lock` removes it; where the old
-folder had been moved away and the new one was not yet in its place, it moves the old one back.
+folder had been moved away and the new one was not yet in its place, `lock` moves the old one back.
 """
 
 import contextlib

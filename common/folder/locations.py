@@ -1,26 +1,34 @@
-"""XXX docstring of folder.locations"""
+"""Where the checkpoint and the exported folder of a model folder lie on this machine.
+
+Written as relative paths to `.cache/huggingface/parakeet_onnx.json` in the model folder. The manifest is published with
+the folder, and local paths are not: huggingface_hub never uploads that subfolder (its DEFAULT_IGNORE_PATTERNS).
+"""
 
 import os
 from pathlib import Path
 
 from common.folder.outputs import read_json, write_json
 
-# What only this machine needs to know: where the checkpoint and the exported folder lie, as seen from this one. In a
-# folder that huggingface_hub never uploads (its DEFAULT_IGNORE_PATTERNS), so that no folder name is published.
 LOCATIONS = Path(".cache", "huggingface", "parakeet_onnx.json")
-CHECKPOINT, EXPORTED = "checkpoint", "exported"
+CHECKPOINT = "checkpoint"
+EXPORTED = "exported"
 
 
 def write_locations(stage: Path, target: Path, **paths: Path | None) -> None:
-    """Write into `stage`, which becomes `target`, where the files and folders `paths` lie: relative, so that all of
-    them may move together."""
+    """Write into `stage`, which becomes `target`, where the files and folders `paths` lie, None left out.
+
+    The paths are relative to `target`, so that all of them may be moved together.
+    """
     known = {name: _relative(path, target) for name, path in paths.items() if path is not None}
     (stage / LOCATIONS).parent.mkdir(parents=True, exist_ok=True)
     write_json(stage / LOCATIONS, known)
 
 
 def read_location(folder: Path, name: str) -> Path | None:
-    """Where the file or folder `name` of write_locations lay when `folder` was made."""
+    """Where the file or folder `name` of write_locations was when `folder` was made; None where that is not recorded.
+
+    Raises ValueError where the record is not JSON.
+    """
     path = folder / LOCATIONS
     known = read_json(path, "python export_parakeet_to_onnx.py") if path.is_file() else {}
     return folder / known[name] if name in known else None

@@ -1,9 +1,14 @@
-"""Outputs appear whole or not at all; `manifest.json` says what a model folder holds and where it came from."""
+"""`manifest.json` of a model folder: where it came from, the flags and versions it was made with, what was measured.
+
+One section for each script that writes into the folder (`export`, `tokenizer`, `optimize`), and `files`, the size and
+SHA-256 of every file. It is written last, into the staged folder, and read with its types checked.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from common.folder.outputs import read_json, write_json
 
@@ -11,17 +16,18 @@ MANIFEST = "manifest.json"
 FILES = "files"  # section of the manifest: name → bytes and sha256
 # Packages whose version decides what an exported folder contains.
 RECORDED_PACKAGES = ("nemo_toolkit", "torch", "onnx", "onnxruntime", "onnxruntime-genai", "sentencepiece", "tokenizers")
-# The types of what is read of a manifest, where it is there at all; "*": of every entry, each of which has all keys.
+# The types of the values that are read from a manifest. A key may be absent; "*" stands for every entry of a mapping,
+# and such an entry has all of its keys.
 NUMBER = int | float | None
 _SOURCE = {"name": str, "revision": str, "commit": str | None, "file": str, "sha256": str}
 _PARITY = {"*": {"max_abs": NUMBER, "max_rel": NUMBER, "cases": int}}
-_SECTION = {
+_SECTION: dict[str, Any] = {
     "source": _SOURCE,
     "flags": {"precision": str, "device": str, "decoder_joint_precision": str},
     "versions": {"*": str},
     "wer": {"*": {"errors": int, "words": int, "low": NUMBER, "high": NUMBER}},
 }
-MANIFEST_TYPES = {
+MANIFEST_TYPES: dict[str, Any] = {
     "export": {
         **_SECTION,
         "parity": _PARITY,
@@ -39,8 +45,11 @@ MANIFEST_TYPES = {
 }
 
 
-def read_manifest(folder: Path) -> dict:
-    """The folder's manifest, or an empty one where there is none yet. Raises ValueError where it is another's."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The folder's manifest, or an empty one where there is none yet.
+
+    Raises ValueError where the file is not a manifest of this project.
+    """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return {}
@@ -50,53 +59,56 @@ def read_manifest(folder: Path) -> dict:
     return content
 
 
-def _wrong_types(types: dict, content: object, name: str) -> Iterator[str]:
-    """What of `content` has other types than these."""
+def _wrong_types(types: dict[str, Any], content: object, name: str) -> Iterator[str]:
+    """A message for each value of `content`, called `name`, that has another type than `types` gives it."""
     if not isinstance(content, dict):
         yield f"expected an object as {name}, got {content!r}"
         return
     for key, value in content.items():
-        wanted, place = types.get(key, types.get("*", object)), f"{name}.{key}".lstrip(".")
-        if isinstance(wanted, dict):
-            yield from _wrong_types(wanted, value, place)
+        expected = types.get(key, types.get("*", object))
+        place = f"{name}.{key}".lstrip(".")
+        if isinstance(expected, dict):
+            yield from _wrong_types(expected, value, place)
             if key not in types and isinstance(value, dict):
-                yield from (f"{place} has no {missing}" for missing in wanted if missing not in value)
-        elif not isinstance(value, wanted):
+                yield from (f"{place} has no {missing}" for missing in expected if missing not in value)
+        elif not isinstance(value, expected):
             yield f"expected another kind of value as {place}, got {value!r}"
 
 
-def is_float16(manifest: dict) -> bool:
+def is_float16(manifest: dict[str, Any]) -> bool:
     """Whether the folder was exported with --precision fp16."""
-    return manifest.get("export", {}).get("flags", {}).get("precision") == "fp16"
+    return bool(manifest.get("export", {}).get("flags", {}).get("precision") == "fp16")
 
 
-def write_manifest(stage: Path, manifest: dict, section: str, content: dict) -> None:
-    """Write `manifest` into `stage`, `section` of it replaced by `content` and the versions of today, and the size and
-    SHA-256 of each file of `stage` beside those that it lists already. Call it last."""
+def write_manifest(stage: Path, manifest: dict[str, Any], section: str, content: dict[str, Any]) -> None:
+    """Write `manifest` into `stage` with `section` replaced by `content` and the versions of the installed packages.
+
+    The size and SHA-256 of each file of `stage` are added to those that it lists already, so call it last.
+    """
     written = {
         path.name: fingerprint(path) for path in sorted(stage.iterdir()) if path.is_file() and path.name != MANIFEST
     }
-    found = {**manifest, section: {**content, "versions": package_versions()}}
-    found[FILES] = dict(sorted({**manifest.get(FILES, {}), **written}.items()))
-    write_json(stage / MANIFEST, found)
+    files = dict(sorted({**manifest.get(FILES, {}), **written}.items()))
+    write_json(stage / MANIFEST, {**manifest, section: {**content, "versions": package_versions()}, FILES: files})
 
 
-def fingerprint(path: Path) -> dict:
+def fingerprint(path: Path) -> dict[str, Any]:
     """Size in bytes and SHA-256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_files(folder: Path, names: Iterable[str]) -> int:
-    """Compare the files `names` of a folder with its manifest; return how many were (an old manifest lists none).
+    """Compare the files `names` of a folder with its manifest; return how many it lists (an old manifest lists none).
 
-    A configuration may be edited by hand; a graph and its data belong together byte for byte, and a runtime that loads
-    one with another's notices nothing. A file that is missing is its reader's to report. Raises ValueError naming each
-    file and what is wrong with it.
+    A configuration may be edited by hand. A graph and its data belong together byte for byte, and a runtime that loads
+    a graph with the data of another does not notice. A missing file is not reported here but by what reads it. Raises
+    ValueError naming each file and what is wrong with it.
     """
     listed = read_manifest(folder).get(FILES, {})
     checked = [name for name in names if name in listed and (folder / name).is_file()]
@@ -106,17 +118,18 @@ def verify_files(folder: Path, names: Iterable[str]) -> int:
     return len(checked)
 
 
-def _problem(path: Path, listed: dict) -> str | None:
-    """What is wrong with a file by its manifest, or None."""
-    wanted, size = listed[path.name], path.stat().st_size
+def _problem(path: Path, listed: dict[str, Any]) -> str | None:
+    """What is wrong with a file by the section `files` of its manifest, or None."""
+    expected = listed[path.name]
+    size = path.stat().st_size
     found = sha256(path)
-    if found == wanted["sha256"]:
+    if found == expected["sha256"]:
         return None
     same = next((name for name, other in listed.items() if other["sha256"] == found), None)
     if same:
         return f"{path.name} is {same} under another name"
-    if size < wanted["bytes"]:
-        return f"{path.name} is truncated: {size} bytes of {wanted['bytes']}"
+    if size < expected["bytes"]:
+        return f"{path.name} is truncated: {size} bytes of {expected['bytes']}"
     return f"{path.name} is another file than the one {MANIFEST} lists: it was changed, or comes from another folder"
 
 

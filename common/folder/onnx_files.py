@@ -1,4 +1,8 @@
-"""XXX docstring of folder.onnx_files"""
+"""ONNX files with external data: `NAME.onnx`, the graph, and `NAME.onnx.data`, its large tensors.
+
+Graphs are read with their tensors left on disk and mapped when they are needed, so that a model of gigabytes takes
+little memory; graphs from disk are checked before that. Operations on a graph are in onnx_graph.py.
+"""
 
 import shutil
 from collections.abc import Iterable
@@ -19,12 +23,15 @@ EXTERNAL_DATA_ALIGNMENT = 65536  # bytes; the allocation granularity of Windows,
 EXTERNAL_DATA_ALIGNED_FROM = 2**20  # bytes; onnx_ir's default
 
 
-def save_model(model, path: Path) -> None:
-    """Write an onnx_ir model as `path` and `path`.data, large tensors on boundaries that every system can map."""
-    import onnx_ir as ir
-
-    external = {"size_threshold_bytes": EXTERNAL_DATA_THRESHOLD, "alignment": EXTERNAL_DATA_ALIGNMENT}
-    ir.save(model, path, external_data=f"{path.name}.data", **external)
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write a model as `path` and `path`.data, large tensors at offsets that every system can map."""
+    ir.save(
+        model,
+        path,
+        external_data=f"{path.name}.data",
+        size_threshold_bytes=EXTERNAL_DATA_THRESHOLD,
+        alignment=EXTERNAL_DATA_ALIGNMENT,
+    )
 
 
 def data_bytes(sizes: Iterable[int]) -> int:
@@ -32,14 +39,17 @@ def data_bytes(sizes: Iterable[int]) -> int:
     offset = 0
     for size in sizes:
         if size > EXTERNAL_DATA_ALIGNED_FROM:
-            offset = -(-offset // EXTERNAL_DATA_ALIGNMENT) * EXTERNAL_DATA_ALIGNMENT
+            offset += -offset % EXTERNAL_DATA_ALIGNMENT  # up to the next boundary
         offset += size
     return offset
 
 
 def of_one_name(source: Path, names: Iterable[str], scratch: Path) -> Path:
-    """The folder `source`, or, where one of its files `names` is shared with another folder by hard link, the new
-    folder `scratch` with copies of them: onnx and onnx_ir take such a file for an attack, and read none."""
+    """A folder that holds the files `names` of `source` under one name each.
+
+    That is `source` itself, or, where one of them is shared with another folder by a hard link, the new folder
+    `scratch` with copies: onnx and onnx_ir do not read external data with several hard links, for safety.
+    """
     names = list(names)
     if all((source / name).stat().st_nlink == 1 for name in names):
         return source
@@ -50,8 +60,10 @@ def of_one_name(source: Path, names: Iterable[str], scratch: Path) -> Path:
 
 
 def share_equal_data(folders: Iterable[Path]) -> None:
-    """Make the weights of several folders that are equal by their manifests one file under several names, where hard
-    links are to be had."""
+    """Store the data files of several folders that are equal by their manifests once, under several names.
+
+    Where the file system has no hard links, they stay copies.
+    """
     first: dict[str, Path] = {}
     for folder in folders:
         for path in sorted(folder.glob("*.data")):
@@ -62,12 +74,15 @@ def share_equal_data(folders: Iterable[Path]) -> None:
 
 
 def load(path: Path) -> ir.Model:
-    """The model at `path`, its large weights on disk. Raises ValueError if it is no ONNX model."""
+    """The model at `path`, its large tensors on disk. Raises ValueError as read_proto does."""
     return model_of(read_proto(path), path.parent)
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
-    """The graph alone. Raises ValueError if it is none, or if the data file ends before its tensors do."""
+    """The graph at `path` without its external data.
+
+    Raises ValueError if it is not an ONNX model, or if the data file ends before its tensors do.
+    """
     try:
         proto = onnx.load(path, load_external_data=False)
     except DecodeError as error:
@@ -75,13 +90,15 @@ def read_proto(path: Path) -> onnx.ModelProto:
     for tensor in filter(uses_external_data, proto.graph.initializer):
         place = ExternalDataInfo(tensor)
         data = path.parent / place.location
-        wanted, found = (place.offset or 0) + (place.length or 0), data.stat().st_size
-        if found < wanted:
-            raise ValueError(f"{data} ends after {found} bytes, {tensor.name} at {wanted}; export it again")
+        end = (place.offset or 0) + (place.length or 0)
+        size = data.stat().st_size
+        if size < end:
+            raise ValueError(f"expected {end} bytes or more in {data} for {tensor.name}, got {size}; export it again")
     return proto
 
 
 def model_of(proto: onnx.ModelProto, folder: Path) -> ir.Model:
+    """The model of a graph whose external data lies in `folder`; it may use ONNX Runtime's own operators."""
     model = ir.from_proto(proto)
     model.graph.opset_imports.setdefault(MICROSOFT, 1)
     ir.external_data.set_base_dir(model.graph, folder)

@@ -1,11 +1,15 @@
-"""XXX docstring of folder.outputs"""
+"""Files that a user names: checks before the work, atomic writing of text and JSON, reading of JSON.
+
+An output is checked before the work that leads to it, so that a mistyped path does not cost an hour. `-` is the
+standard output. A regular file is replaced by one rename once its whole content is on the disk.
+"""
 
 import json
 import os
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from common.folder.atomic import fsync
 
@@ -14,21 +18,28 @@ KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: 
 
 
 def kind_of_file(mode: int) -> str:
+    """What a file that is not a regular one is, in words, by its st_mode."""
     return KINDS.get(stat.S_IFMT(mode), "a device")
 
 
-def require_file(path: Path, wanted: str) -> None:
-    """Raise FileNotFoundError where there is nothing at `path`, ValueError where it is not a regular file."""
+def require_file(path: Path, expected: str) -> None:
+    """Raise FileNotFoundError where there is nothing at `path`, ValueError where it is not a regular file.
+
+    expected: what the file should be, for the message, such as "a manifest".
+    """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name that holds a null byte
-        raise FileNotFoundError(f"expected {wanted}, found nothing at {path}") from None
+        raise FileNotFoundError(f"expected {expected}, found nothing at {path}") from None
     if not stat.S_ISREG(mode):
-        raise ValueError(f"expected {wanted}, got {kind_of_file(mode)}, {path}; name a regular file")
+        raise ValueError(f"expected {expected}, got {kind_of_file(mode)}, {path}; name a regular file")
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
-    """Raise before the work where a file of a user's cannot be written, is one of `inputs`, or another output."""
+    """Raise before the work where an output cannot be written, is one of `inputs`, or is named twice.
+
+    Raises ValueError, or what check_output_file raises.
+    """
     read = [os.path.realpath(path) for path in inputs]
     for number, path in enumerate(outputs):
         if any(is_standard_output(path) and is_standard_output(other) for other in outputs[:number]):
@@ -36,17 +47,19 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
         if is_standard_output(path):
             continue
         check_output_file(path)
-        for other in read:
-            if _same_file(path, other):
-                raise ValueError(f"expected a file to write, got {path}, which is read ({other}); give another name")
+        for source in read:
+            if _same_file(path, source):
+                raise ValueError(f"expected a file to write, got {path}, which is read ({source}); give another name")
         for other in outputs[:number]:
             if _same_file(path, other):
                 raise ValueError(f"expected a file for each result, got {other} and {path}, which are one")
 
 
 def check_output_file(path: Path) -> None:
-    """Raise IsADirectoryError, FileNotFoundError, PermissionError or ValueError if `path` cannot be written as a file;
-    a device of characters and a named pipe can."""
+    """Raise IsADirectoryError, FileNotFoundError, PermissionError or ValueError if `path` cannot be written to.
+
+    A character device and a named pipe can be.
+    """
     folder = Path(os.path.realpath(path)).parent
     if path.is_dir():
         raise IsADirectoryError(f"expected a file to write, got the folder {path}")
@@ -59,7 +72,7 @@ def check_output_file(path: Path) -> None:
 
 
 def is_standard_output(path: Path) -> bool:
-    """Whether `path` is `-`, or another name of what this process prints to: /dev/stdout, or the file of `> FILE`."""
+    """Whether `path` is `-`, or another name of the standard output: /dev/stdout, or the file of `> FILE`."""
     try:
         return path == STANDARD_OUTPUT or os.path.samestat(path.stat(), os.fstat(1))
     except OSError:  # nothing there as yet, or no standard output
@@ -76,19 +89,21 @@ def _same_file(path: Path, other: str | Path) -> bool:
         return False
 
 
-def json_text(content: dict) -> str:
+def json_text(content: dict[str, Any]) -> str:
     """Readable JSON that ends in a newline."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write readable UTF-8 JSON, whole or not at all."""
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write readable UTF-8 JSON atomically."""
     write_text(path, json_text(content))
 
 
 def write_output(path: Path, content: str, stdout: TextIO) -> None:
-    """Write UTF-8 where a user asked for it: to `stdout`, into a device or a pipe as it is, and a file whole or not at
-    all; a link stays a link, and the file that it leads to is replaced."""
+    """Write UTF-8 to `stdout`, to a device or a named pipe, or atomically to a regular file.
+
+    A symbolic link is kept, and the file that it points to is replaced.
+    """
     if is_standard_output(path):
         stdout.flush()
         stdout.buffer.write(content.encode())
@@ -100,7 +115,7 @@ def write_output(path: Path, content: str, stdout: TextIO) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write UTF-8, whole or not at all."""
+    """Write UTF-8 atomically: to a file beside `path`, which is then renamed."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(content, encoding="utf-8")
@@ -111,13 +126,13 @@ def write_text(path: Path, content: str) -> None:
     fsync(path.parent)
 
 
-def read_json(path: Path, made_by: str) -> dict:
+def read_json(path: Path, made_by: str) -> dict[str, Any]:
     """Read a JSON file of a model folder.
 
     Raises FileNotFoundError naming the command `made_by` that writes it, ValueError if it is not a JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"wanted {path}, found no such file; first run: {made_by}")
+        raise FileNotFoundError(f"expected {path}, found no such file; first run: {made_by}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

@@ -1,4 +1,8 @@
-"""XXX docstring of folder.staging"""
+"""Staged output folders: a script writes into an empty folder beside its output, which replaces the output at the end.
+
+The output is checked before the work, and the memory and disk that the work takes are stated. A run that fails or is
+killed leaves the output as it was (common/folder/atomic.py).
+"""
 
 import contextlib
 import errno
@@ -11,42 +15,45 @@ from common.cli import size_text
 from common.folder.atomic import lock, replace_folder
 from common.folder.manifest import read_manifest
 
-# A disk, or a quota, that is full; NumPy says only how much it wrote.
-DISK_ERRORS, SHORT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "requested and"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk or a quota is full
+SHORT_WRITE = "requested and"  # NumPy's message for a full disk gives only how much it wrote
 
 
 def check_output_dir(target: Path) -> None:
-    """Raise NotADirectoryError if `target`, or what it would lie in, is a file; PermissionError if it is read-only,
-    ValueError if it cannot be replaced, or has a manifest that is none."""
+    """Check that the folder `target` can be written, before the work.
+
+    Raises NotADirectoryError if it or one of its parents is a file, PermissionError if it is read-only, ValueError if
+    it cannot be replaced or its manifest is not one of this project.
+    """
     for path in (target, *target.parents):
         if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"wanted a folder to write to, found the file {path}; give another --output_dir")
+            raise NotADirectoryError(f"expected a folder to write to, got the file {path}; give another --output_dir")
     real = target.resolve()
     if real.is_dir() and not os.access(real, os.W_OK):
         raise PermissionError(
-            f"wanted a folder to write to, found {target}, which is read-only; give another --output_dir"
+            f"expected a folder to write to, got {target}, which is read-only; give another --output_dir"
         )
     if os.path.ismount(real) or Path.cwd().is_relative_to(real):
         kind = "the working directory or above it" if Path.cwd().is_relative_to(real) else "a mount point"
         raise ValueError(
-            f"wanted a folder that can be replaced as a whole, found {target}, {kind}; give a folder below it"
+            f"expected a folder that can be replaced as a whole, got {target}, {kind}; give a folder below it"
         )
     read_manifest(target)
 
 
 def require_free(disk: float, target: Path) -> int:
-    """Bytes free where `target` will be. Raises OSError where that is less than `disk`."""
+    """Bytes free on the disk where `target` will be. Raises OSError where that is less than `disk` bytes."""
     existing = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < disk:
-        raise OSError(f"wanted {size_text(disk)} of disk for {target}, found {size_text(free)} free; make room")
+        raise OSError(f"expected {size_text(disk)} of free disk for {target}, got {size_text(free)}; make room")
     return free
 
 
 def state_needs(what: str, memory: float, disk: float, target: Path) -> None:
-    """Say before long work what it takes, in bytes of memory and of disk where `target` will be.
+    """Print before long work how many bytes of memory it needs, and of disk where `target` will be.
 
-    Raises OSError as require_free does.
+    what: the name of the input. Raises OSError as require_free does.
     """
     free = require_free(disk, target)
     print(f"{what}: about {size_text(memory)} of memory, {size_text(disk)} of disk ({size_text(free)} free)")
@@ -54,12 +61,12 @@ def state_needs(what: str, memory: float, disk: float, target: Path) -> None:
 
 @contextlib.contextmanager
 def staged_folder(target: Path, removed: Collection[str] = ()) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; when the block ends well `target` has its files too, else it is as it was.
+    """Yield an empty folder beside `target`, whose files are in `target` once the block has ended without an exception.
 
-    The new folder is complete, and on the disk, before one rename puts it in the place of the old one (common/swap.py);
-    files of `target` that the block did not write are in both, but for the relative paths `removed`, which belong to
-    what is replaced. `stage.parent` is scratch space that vanishes with the stage; what a killed run left of both is
-    removed by the next one. Raises as check_output_dir and swap.lock do.
+    After an exception `target` is as it was. The new folder is complete, and on the disk, before one rename puts it in
+    the place of the old one. It keeps the files of `target` that the block did not write, except those at the relative
+    paths `removed`. `stage.parent` is scratch space, which is removed with the stage; what a killed run left of both is
+    removed by the next run. Raises as check_output_dir and atomic.lock do, and OSError where the disk is full.
     """
     check_output_dir(target)
     target = target.resolve()  # a link to the folder stays one

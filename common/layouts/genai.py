@@ -41,14 +41,16 @@ def genai_config(spec: ModelSpec, window: Window, device: str = "cpu") -> dict[s
     The joint has the decoder's session options: providers that a section of its own names are not registered
     (Config::Config in src/config.cpp fills in those of encoder and decoder alone), and it would run on the CPU.
     """
-    sections = {graph.genai_section: {"filename": graph.file, **graph.name_maps()} for graph in GRAPHS}
+    sections: dict[str, dict[str, Any]] = {
+        graph.genai_section: {"filename": graph.file, **graph.name_maps()} for graph in GRAPHS
+    }
     for graph, options in ((ENCODER, ENCODER_SESSION), (DECODER, TOKEN_SESSION)):
         sections[graph.genai_section]["session_options"] = dict(options)
     sections[ENCODER.genai_section] |= {"hidden_size": spec.encoder_dim, "num_hidden_layers": spec.encoder_layers}
     sections[DECODER.genai_section] |= {"hidden_size": spec.decoder_dim, "num_hidden_layers": spec.decoder_layers}
     if device == "cuda":
-        for graph, options in ((ENCODER, CUDA_ENCODER_OPTIONS), (DECODER, {})):
-            sections[graph.genai_section]["session_options"]["provider_options"] = [{"cuda": options}]
+        for graph, cuda_options in ((ENCODER, CUDA_ENCODER_OPTIONS), (DECODER, {})):
+            sections[graph.genai_section]["session_options"]["provider_options"] = [{"cuda": cuda_options}]
     return {
         "model": {
             "type": "parakeet_tdt",

@@ -1,15 +1,17 @@
-"""Whether the parts of a model folder are of one checkpoint: the graphs, their configuration and the tokenizer.
+"""Whether the parts of a model folder belong to one checkpoint: the graphs, their configuration and the tokenizer.
 
-The manifest has the SHA-256 of the checkpoint that step 1 (section `export`) and step 2 (section `tokenizer`) read.
-Where it lacks one of them, as in a folder that was copied without its manifest, only sizes are compared: those of the
-vocabulary in each file, and what the graph that gives the logits puts out.
+The manifest has the SHA-256 of the checkpoint from which the graphs were exported (section `export`) and of the one
+whose tokenizer was exported (section `tokenizer`). Where it lacks one, as in a folder that was copied without its
+manifest, only sizes are compared: the vocabulary in each file, and the logits of the last graph.
 """
 
-import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from common.cli import EXPORT_COMMAND, TOKENIZER_COMMAND
-from common.contract import JOINT, TOKENIZER_FILES
+from common.checkpoint.hub import hub_name
+from common.cli import EXPORT_COMMAND, TOKENIZER_COMMAND, Command
+from common.contract import GENAI_CONFIG, JOINT, TOKENIZER_FILES
 from common.folder.locations import CHECKPOINT, read_location
 from common.folder.manifest import FILES, read_manifest
 from common.folder.outputs import read_json
@@ -18,16 +20,19 @@ from common.layouts.layout import Layout
 from common.run.config import RuntimeConfig
 from common.run.ort import MAPPED
 
-OPTIMIZE_COMMAND = "python optimize_encoder.py --model_dir {} --output_dir {}"
+OPTIMIZE_COMMAND = Command("python optimize_encoder.py --model_dir {} --output_dir {}")
 REPORT_FILES = ("optimization_report.json", "optimization_report.html")
-# More durations than a TDT has (published ones have 5): beyond, the vocabulary is of another model.
+# The most durations that a TDT may have (published ones have 5); with more, the vocabulary is of another model.
 MAX_DURATIONS = 32
 
 
 def check_one_checkpoint(folder: Path, layout: Layout = GENAI) -> None:
-    """Raise ValueError naming the command that repairs it where parts of `folder` are of different checkpoints; and
-    FileNotFoundError where one is missing."""
-    graphs, tokenizer = (_source(folder, section) for section in ("export", "tokenizer"))
+    """Raise ValueError where parts of `folder` are of different checkpoints, FileNotFoundError where one is missing.
+
+    The message names the command that repairs the folder.
+    """
+    graphs = _source(folder, "export")
+    tokenizer = _source(folder, "tokenizer")
     if graphs and tokenizer and graphs["sha256"] != tokenizer["sha256"]:
         raise ValueError(
             f"expected graphs and tokenizer of one checkpoint in {folder}, got graphs of {_named(graphs)} and a "
@@ -51,24 +56,26 @@ def _check_sizes(folder: Path, layout: Layout) -> None:
     if tokens + len(config.durations) != width:
         raise ValueError(
             f"expected {tokens} + {len(config.durations)} logits by genai_config.json in {folder}, got {width} from "
-            f"{JOINT.file}: they are of different checkpoints; run: {EXPORT_COMMAND.format(shlex.quote(str(folder)))}"
+            f"{JOINT.file}: they are of different checkpoints; run: {EXPORT_COMMAND.format(folder)}"
         )
-    for file, found in _tokenizer_sizes(folder).items():
-        if found != tokens:
+    for file, size in _tokenizer_sizes(folder).items():
+        if size != tokens:
             raise ValueError(
-                f"expected a tokenizer of {tokens} tokens, blank included, for the graphs in {folder}, got {found} in "
+                f"expected a tokenizer of {tokens} tokens, blank included, for the graphs in {folder}, got {size} in "
                 f"{file}: they are of different checkpoints; run: {_tokenizer_command(folder)}"
             )
 
 
 def _tokenizer_sizes(folder: Path) -> dict[str, int]:
-    """Tokens, blank included, by the files that list them; a copied folder may do without vocab.txt."""
+    """Tokens, blank included, in each file that lists them; a copied folder may lack vocab.txt."""
     path = folder / "tokenizer.json"
     content = read_json(path, TOKENIZER_COMMAND.format(folder))
     try:
         sizes = {path.name: len(content["model"]["vocab"])}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a Unigram tokenizer of this project's ({error!r})") from None
+        raise ValueError(
+            f"expected a Unigram tokenizer of this project in {path}, got another file ({error!r})"
+        ) from None
     if (folder / "vocab.txt").is_file():
         sizes["vocab.txt"] = GENAI.vocabulary_size(folder)
     return sizes
@@ -76,37 +83,42 @@ def _tokenizer_sizes(folder: Path) -> dict[str, int]:
 
 def check_same_checkpoint(folder: Path, exported: Path) -> None:
     """Raise ValueError where `folder` was optimized from graphs of another checkpoint than `exported` has now."""
-    one, other = _source(folder, "export"), _source(exported, "export")
-    if one and other and one["sha256"] != other["sha256"]:
-        command = OPTIMIZE_COMMAND.format(shlex.quote(str(exported)), shlex.quote(str(folder)))
+    optimized = _source(folder, "export")
+    source = _source(exported, "export")
+    if optimized and source and optimized["sha256"] != source["sha256"]:
+        command = OPTIMIZE_COMMAND.format(exported, folder)
         raise ValueError(
             f"expected {folder} and {exported}, which it was optimized from, to be of one checkpoint, got "
-            f"{_named(one)} and {_named(other)}; run: {command}"
+            f"{_named(optimized)} and {_named(source)}; run: {command}"
         )
 
 
 def check_name_for_graphs(folder: Path, model_name: str) -> None:
-    """Raise ValueError where a tokenizer of `model_name`, which is to be downloaded, cannot belong to the graphs that
-    lie in `folder` by what its manifest says. Before the download, which may take an hour."""
+    """Raise ValueError where a tokenizer of `model_name` on Hugging Face cannot belong to the graphs in `folder`.
+
+    By the name in the manifest, before the download, which may take an hour. A path is not checked here.
+    """
     graphs = _source(folder, "export")
-    to_download = not Path(model_name).exists() and Path(model_name).suffix != ".nemo"
-    if graphs and to_download and graphs.get("name") != model_name:
+    name = hub_name(model_name)
+    if graphs and name is not None and graphs.get("name") != name:
         raise ValueError(
             f"expected --model_name of the checkpoint that {folder} was exported from, {_named(graphs)}, got "
             f"{model_name}; run: {_tokenizer_command(folder)}"
         )
 
 
-def check_tokenizer_for_graphs(folder: Path, source: dict, tokens: int) -> None:
-    """Raise ValueError where a tokenizer of `tokens` tokens, blank included, from the checkpoint `source` does not
-    belong to the graphs that lie in `folder`; where there are none it may be the first part."""
+def check_tokenizer_for_graphs(folder: Path, source: Mapping[str, Any], tokens: int) -> None:
+    """Raise ValueError where a tokenizer does not belong to the graphs in `folder`, if there are any.
+
+    source: the record of its checkpoint. tokens: their number, blank included.
+    """
     graphs = _source(folder, "export")
     if graphs and graphs["sha256"] != source["sha256"]:
         raise ValueError(
             f"expected the checkpoint that {folder} was exported from, {_named(graphs)}, got {_named(source)}; run: "
             f"{_tokenizer_command(folder)}"
         )
-    if not (folder / "genai_config.json").is_file():
+    if not (folder / GENAI_CONFIG).is_file():
         return
     expected = RuntimeConfig.read(folder).blank_id + 1
     if tokens != expected:
@@ -116,14 +128,17 @@ def check_tokenizer_for_graphs(folder: Path, source: dict, tokens: int) -> None:
         )
 
 
-def kept_by_export(folder: Path, source: dict, layout: Layout = GENAI) -> tuple[dict, tuple[str, ...]]:
-    """What an export of the checkpoint `source` into `folder` goes on with: its manifest, and the files to remove.
+def kept_by_export(
+    folder: Path, source: Mapping[str, Any], layout: Layout = GENAI
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What remains in `folder` when the checkpoint `source` is exported into it: a manifest, and the files to remove.
 
-    New graphs end what an optimization said of the old ones. A tokenizer stays if the manifest says that it is of the
-    same checkpoint; one of unknown origin (an older manifest, or none) goes, since step 2, which writes it, comes next.
-    The export writes the vocabulary of other layouts itself.
+    The report of an optimization is about the former graphs and is removed. A tokenizer is kept if the manifest says
+    that it is of the same checkpoint; one of unknown origin (an older manifest, or none) is removed, since exporting
+    the tokenizer is the next step. The export writes the vocabulary of other layouts itself.
     """
-    manifest, removed = dict(read_manifest(folder)), set(REPORT_FILES)
+    manifest = dict(read_manifest(folder))
+    removed = set(REPORT_FILES)
     manifest.pop("optimize", None)
     tokenizer = _source(folder, "tokenizer")
     if layout is GENAI and (tokenizer is None or tokenizer["sha256"] != source["sha256"]):
@@ -134,21 +149,20 @@ def kept_by_export(folder: Path, source: dict, layout: Layout = GENAI) -> tuple[
     return manifest, tuple(sorted(name for name in removed if (folder / name).is_file()))
 
 
-def _source(folder: Path, section: str) -> dict | None:
-    """Where the parts that `section` of the manifest is about came from; None where it does not say so."""
-    source = read_manifest(folder).get(section, {}).get("source")
-    return source if source and "sha256" in source else None
+def _source(folder: Path, section: str) -> dict[str, Any] | None:
+    """The record of the checkpoint in a section of the manifest, or None where there is none."""
+    source: dict[str, Any] = read_manifest(folder).get(section, {}).get("source") or {}
+    return source if "sha256" in source else None
 
 
-def _named(source: dict) -> str:
+def _named(source: Mapping[str, Any]) -> str:
     return f"{source.get('name') or source.get('file')} (SHA-256 {source['sha256'][:8]}…)"
 
 
 def _tokenizer_command(folder: Path) -> str:
-    """The command that gives `folder` the tokenizer of its graphs."""
+    """The command that exports the tokenizer of the graphs in `folder`."""
     graphs = _source(folder, "export") or {}
     path = read_location(folder, CHECKPOINT)
     name = graphs.get("name") or (str(path.resolve()) if path else "CHECKPOINT_OF_THE_GRAPHS")
-    revision = f" --revision {shlex.quote(graphs['revision'])}" if "revision" in graphs else ""
-    output = TOKENIZER_COMMAND.format(shlex.quote(str(folder)))
-    return f"{output} --model_name {shlex.quote(name)}{revision}"
+    command = Command(f"{TOKENIZER_COMMAND} --model_name {{}}").format(folder, name)
+    return command + Command(" --revision {}").format(graphs["revision"]) if "revision" in graphs else command

@@ -1,4 +1,8 @@
-"""XXX docstring of run.baseline"""
+"""The baseline: a model folder in plain ONNX Runtime sessions and the greedy loop of `common.run.decode`.
+
+It reads genai_config.json and the three graphs, cuts long clips into windows as ONNX Runtime GenAI does, and follows
+either runtime's rule. It shares no code with GenAI, so that each checks the other.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +16,7 @@ from common.run.ort import OpenGraph, OrtGraph
 
 
 class RawOrt:
-    """The baseline: three ONNX Runtime sessions and the greedy loop of `common.run.decode`, windows as GenAI cuts them."""
+    """A model folder in three ONNX Runtime sessions, with windows as GenAI cuts them."""
 
     def __init__(self, folder: Path, open_graph: OpenGraph = OrtGraph) -> None:
         self.config = RuntimeConfig.read(folder)
@@ -21,7 +25,7 @@ class RawOrt:
         self.encoder, self.decoder, self.joint = (open_graph(folder, graph) for graph in (ENCODER, DECODER, JOINT))
 
     def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """features [M, T] of each, run together, padded to the longest → [S, D] of each, valid frames only"""
+        """features [M, T] of each clip, run together, padded to the longest → [S, D] of each, valid frames only"""
         lengths = np.array([one.shape[1] for one in features])
         padded = np.zeros((len(features), len(features[0]), lengths.max()), dtype=np.float32)
         for row, one in zip(padded, features, strict=True):
@@ -30,33 +34,36 @@ class RawOrt:
         return [np.ascontiguousarray(row[:, :length].T) for row, length in zip(outputs, lengths, strict=True)]
 
     def transcribe(self, features: np.ndarray, rule: BlankZero = GENAI_RULE, *, whole: bool = False) -> Hypothesis:
-        """features [M, T], normalised over the clip → what was decoded; `whole`: in one window, however long."""
-        return self._transcribe_batch([features], rule, whole)[0]
+        """features [M, T], normalised over the clip → the decoded steps.
+
+        whole: encode the clip in one window, however long it is.
+        """
+        return self._transcribe_batch([features], rule, whole=whole)[0]
 
     def transcribe_all(
         self, features: Sequence[np.ndarray], rule: BlankZero = GENAI_RULE, batch_size: int = 1
     ) -> list[Hypothesis]:
-        """`transcribe` each, clips of like length together, which pads least; the results are in the order given.
+        """`transcribe` for each clip, clips of similar length together, which pads least; results in the order given.
 
-        Memory goes with `batch_size` times the longest clip of a batch, or the window where that is shorter; and a
-        batch's encoder frames are held until it is decoded, 0.4 GB for an hour of audio at D = 1024.
+        Memory is proportional to `batch_size` times the longest clip of a batch, or the window where that is shorter.
+        The encoder frames of a batch are kept until it is decoded, 0.4 GB for an hour of audio at D = 1024.
         """
         by_length = sorted(range(len(features)), key=lambda clip: features[clip].shape[1])
-        found = {}
+        results: dict[int, Hypothesis] = {}
         for first in range(0, len(features), batch_size):
             batch = by_length[first : first + batch_size]
-            found |= zip(batch, self._transcribe_batch([features[clip] for clip in batch], rule), strict=True)
-        return [found[clip] for clip in range(len(features))]
+            results |= zip(batch, self._transcribe_batch([features[clip] for clip in batch], rule), strict=True)
+        return [results[clip] for clip in range(len(features))]
 
     def _transcribe_batch(
-        self, features: Sequence[np.ndarray], rule: BlankZero, whole: bool = False
+        self, features: Sequence[np.ndarray], rule: BlankZero, *, whole: bool = False
     ) -> list[Hypothesis]:
-        """Encode the windows of all clips, no more at once than there are clips; then decode the clips together."""
+        """Encode the windows of all clips, as many at once as there are clips; then decode the clips together."""
         config = self.config
         pieces = [[Piece(0, one.shape[1], 0, None)] if whole else [*windows(config, one.shape[1])] for one in features]
         cuts = [(clip, piece) for clip, own in enumerate(pieces) for piece in own]
         cuts.sort(key=lambda cut: cut[1].end - cut[1].begin)
-        encoded = {}
+        encoded: dict[tuple[int, Piece], np.ndarray] = {}
         for first in range(0, len(cuts), len(features)):
             group = cuts[first : first + len(features)]
             runs = self.encode([features[clip][:, piece.begin : piece.end] for clip, piece in group])

@@ -1,5 +1,8 @@
-"""The clips of a NeMo manifest: JSON lines with audio_filepath (relative to the manifest), and perhaps text, lang, and
-the segment of the file that is meant, as offset and duration in seconds."""
+"""The clips of a NeMo manifest, a file of JSON lines.
+
+Each line has `audio_filepath`, relative to the manifest, and may have `text`, `lang`, and a segment of the file as
+`offset` and `duration` in seconds.
+"""
 
 import contextlib
 import json
@@ -7,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.folder.outputs import require_file
 
@@ -15,18 +19,18 @@ MAX_NUMBER = 1e9  # seconds; 31 years
 
 @dataclass
 class Clip:
-    """One line of a manifest; `text` is its transcript, `lang` its language, as the manifest names it."""
+    """One line of a manifest, or a whole file."""
 
     path: Path
-    text: str | None = None
-    lang: str | None = None
+    text: str | None = None  # the transcript; empty for silence
+    lang: str | None = None  # the language, as the manifest names it
     offset: float = 0.0  # seconds; where the clip begins in the file
     duration: float | None = None  # seconds; None: to the end of the file
     line: str | None = None  # manifest:number, for messages
 
     @property
     def segment(self) -> str:
-        """What to write behind the name of the file, where the clip may be a part of it."""
+        """For messages, behind the name of the file: ` [1.5–3 s]`, or nothing for a whole file."""
         end = "" if self.duration is None else f"{self.offset + self.duration:g}"
         return f" [{self.offset:g}–{end} s]" if self.offset or end else ""
 
@@ -37,7 +41,7 @@ class Clip:
 
     @contextlib.contextmanager
     def located(self) -> Iterator[None]:
-        """Name the line of the manifest in what is raised about the clip."""
+        """Put the line of the manifest in front of what is raised inside the block, as a ValueError."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -47,9 +51,10 @@ class Clip:
 
 
 def read_clips(manifest: Path, *, with_text: bool = False) -> list[Clip]:
-    """The clips of a manifest in its order; their files are not looked at. An empty text means silence.
+    """The clips of a manifest in its order; their files are not read.
 
-    Raises FileNotFoundError, or ValueError naming the line that is not JSON of this kind, or `with_text` has no text.
+    Raises FileNotFoundError, or ValueError naming the line that is not such JSON, or that has no text where `with_text`
+    asks for one.
     """
     require_file(manifest, "a manifest")
     clips = []
@@ -65,21 +70,22 @@ def read_clips(manifest: Path, *, with_text: bool = False) -> list[Clip]:
         clip.line = f"{manifest}:{number}"
         clips.append(clip)
     if not clips:
-        raise ValueError(f"{manifest} lists no clips")
+        raise ValueError(f"expected a line for each clip in {manifest}, got none")
     return clips
 
 
 def _read_utf8(manifest: Path) -> str:
-    """Its text, without a byte order mark. Raises ValueError naming the line that is in another encoding."""
+    """The text of a manifest, without a byte order mark. Raises ValueError naming the line in another encoding."""
     content = manifest.read_bytes()
     try:
         text = content.decode("utf-8-sig")
-        wrong = text.find("\0")  # UTF-16 of English is UTF-8 as well, every second character of it being this
+        wrong = text.find("\0")  # every second byte of English in UTF-16, which is valid UTF-8 as well
     except UnicodeDecodeError as error:
-        text, wrong = content[: error.start].decode("utf-8", "replace"), error.start
+        text = content[: error.start].decode("utf-8", "replace")
+        wrong = error.start
     if wrong >= 0:
         line = text[:wrong].count("\n") + 1
-        raise ValueError(f"{manifest}:{line} is not UTF-8, the encoding of JSON; save the manifest as UTF-8")
+        raise ValueError(f"{manifest}:{line}: expected UTF-8, got another encoding; save the manifest as UTF-8")
     return text
 
 
@@ -106,18 +112,18 @@ def _read_clip(line: str, folder: Path) -> Clip:
     return Clip(folder / row["audio_filepath"], row.get("text"), row.get("lang"), offset or 0.0, duration)
 
 
-def _seconds(row: dict, key: str) -> float | None:
+def _seconds(row: dict[str, Any], key: str) -> float | None:
     value = row.get(key)
     if value is None:
         return None
-    # `not <=` holds for NaN, which JSON of Python's has; True is an int.
+    # `not <=` rejects NaN, which Python's JSON reader accepts; True is an int.
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= MAX_NUMBER:
         raise ValueError(f"expected a number of seconds, 0 or more, as {key}, got {value!r}")
     return float(value)
 
 
 def shared_clips(clips: Iterable[Clip], others: Iterable[Clip]) -> list[Clip]:
-    """Those of `clips` whose samples are, in part at least, in one of `others`: of one file, links followed."""
+    """Those of `clips` that have samples in common with one of `others`; links to one file are followed."""
     by_file: dict[str, list[Clip]] = {}
     for other in others:
         by_file.setdefault(os.path.realpath(other.path), []).append(other)

@@ -1,4 +1,7 @@
-"""XXX docstring of run.config"""
+"""genai_config.json as the engines read it: the numbers of decoding, and the windows in which GenAI encodes a clip.
+
+The baseline takes its numbers from the same file as GenAI, so that a wrong one shows as a difference from NeMo.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,30 +15,33 @@ from common.folder.outputs import read_json
 from common.run.audio import check_audio, load_clip
 from common.run.clips import Clip
 
-# NeMo's features need two frames for a standard deviation; a shorter clip holds no speech anyway.
+# NeMo's features need two frames for a standard deviation.
 MIN_FRAMES = 2
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """What genai_config.json says of decoding: the raw baseline is bound to the same numbers as GenAI."""
+    """The numbers of genai_config.json that decoding needs."""
 
-    sample_rate: int
-    hop_length: int
-    subsampling_factor: int
-    chunk: int  # samples
-    left: int
-    right: int
+    sample_rate: int  # Hz
+    hop_length: int  # samples
+    subsampling_factor: int  # mel frames to an encoder frame
+    chunk: int  # samples decoded by one run of the encoder
+    left: int  # samples of context before the chunk
+    right: int  # samples of context after the chunk
     blank_id: int
-    durations: tuple[int, ...]
-    max_symbols: int
-    decoder_layers: int
-    decoder_dim: int
+    durations: tuple[int, ...]  # encoder frames, by index
+    max_symbols: int  # tokens on one frame before a step of one frame is forced
+    decoder_layers: int  # L
+    decoder_dim: int  # H
 
     @classmethod
     def read(cls, folder: Path) -> "RuntimeConfig":
-        """Raises FileNotFoundError, or ValueError where the file is no such config, or has a number that cannot be:
-        with chunk_samples of 0 GenAI never ends."""
+        """Read genai_config.json of a folder.
+
+        Raises FileNotFoundError, or ValueError where a number is missing or impossible: with chunk_samples of 0 GenAI
+        does not end.
+        """
         path = Path(folder) / GENAI_CONFIG
         config = read_json(path, EXPORT_COMMAND.format(folder))
         again = f"make it again: {EXPORT_COMMAND.format(folder)}"
@@ -46,41 +52,46 @@ class RuntimeConfig:
             return value
 
         try:
-            model, decoder = config["model"], config["model"]["decoder"]
+            model = config["model"]
+            decoder = model["decoder"]
             hop = whole(model["hop_length"], "hop_length")
             subsampling = whole(model["subsampling_factor"], "subsampling_factor")
             return cls(
-                whole(model["sample_rate"], "sample_rate"),
-                hop,
-                subsampling,
-                whole(model["chunk_samples"], "chunk_samples", hop * subsampling),  # an encoder frame
-                whole(model["left_context_samples"], "left_context_samples", 0),
-                whole(model["right_context_samples"], "right_context_samples", 0),
-                whole(model["blank_id"], "blank_id", 0),
-                tuple(whole(duration, "each of tdt_durations", 0) for duration in model["tdt_durations"]),
-                whole(model["max_symbols_per_step"], "max_symbols_per_step"),
-                whole(decoder["num_hidden_layers"], "num_hidden_layers of the decoder"),
-                whole(decoder["hidden_size"], "hidden_size of the decoder"),
+                sample_rate=whole(model["sample_rate"], "sample_rate"),
+                hop_length=hop,
+                subsampling_factor=subsampling,
+                chunk=whole(model["chunk_samples"], "chunk_samples", hop * subsampling),  # an encoder frame or more
+                left=whole(model["left_context_samples"], "left_context_samples", 0),
+                right=whole(model["right_context_samples"], "right_context_samples", 0),
+                blank_id=whole(model["blank_id"], "blank_id", 0),
+                durations=tuple(whole(duration, "each of tdt_durations", 0) for duration in model["tdt_durations"]),
+                max_symbols=whole(model["max_symbols_per_step"], "max_symbols_per_step"),
+                decoder_layers=whole(decoder["num_hidden_layers"], "num_hidden_layers of the decoder"),
+                decoder_dim=whole(decoder["hidden_size"], "hidden_size of the decoder"),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} lacks a setting ({error}); {again}") from None
 
     @property
     def frame_seconds(self) -> float:
-        """Length of an encoder frame."""
+        """Length of an encoder frame in seconds."""
         return self.hop_length * self.subsampling_factor / self.sample_rate
 
     @property
     def min_samples(self) -> int:
+        """Samples of the shortest clip that has features."""
         return MIN_FRAMES * self.hop_length
 
     def fits_one_window(self, seconds: float) -> bool:
-        """Whether the encoder sees a clip of that length whole, as NeMo's does."""
+        """Whether a clip of that length is encoded in one run, as NeMo does."""
         return seconds * self.sample_rate <= self.chunk
 
     def check_clips(self, clips: Iterable[Clip]) -> float:
-        """Seconds of all clips by the headers of their files. Raises as check_audio does, before the work, for one that
-        is missing, too short or a segment outside of its file, naming its line."""
+        """Seconds of all clips by the headers of their files.
+
+        Raises before the work, as check_audio does, for a clip that is missing, too short or outside of its file; the
+        message names its line of the manifest.
+        """
         seconds = 0.0
         for clip in clips:
             with clip.located():
@@ -88,14 +99,14 @@ class RuntimeConfig:
         return seconds
 
     def read_audio(self, path: Path) -> np.ndarray:
-        """The samples of a whole file, as read_clip gives them."""
+        """The samples of a whole file, as read_clip returns them."""
         return self.read_clip(Clip(Path(path)))
 
     def read_clip(self, clip: Clip) -> np.ndarray:
-        """Mono samples at the model's rate, a whole number of hops of them.
+        """Mono samples at the model's rate, [N] float32, a whole number of hops.
 
-        Up to 10 ms are cut off the end: there GenAI may compute one frame more than NeMo, the window's last 9 ms being
-        enough for it (NemoStreamingMelExtractor in nemo_mel_spectrogram.cc), and both normalise over their frames.
+        Up to 10 ms are cut off the end. With them GenAI may compute one frame more than NeMo, since 9 ms of a window
+        are enough for it (NemoStreamingMelExtractor in nemo_mel_spectrogram.cc), and both normalise over their frames.
         """
         with clip.located():
             samples = load_clip(clip, self.sample_rate, self.min_samples)
@@ -113,8 +124,9 @@ class Piece:
 
 
 def windows(config: RuntimeConfig, mel_frames: int) -> Iterator[Piece]:
-    """How GenAI cuts a clip of `mel_frames` (EncodeNextChunk in src/models/parakeet.cpp): integer divisions and all."""
-    hop, sub = config.hop_length, config.subsampling_factor
+    """The windows of a clip of `mel_frames`, cut as GenAI cuts it (EncodeNextChunk in src/models/parakeet.cpp)."""
+    hop = config.hop_length
+    sub = config.subsampling_factor
     total = mel_frames * hop
     chunk_begin = 0
     while chunk_begin < total:

@@ -107,8 +107,9 @@ def greedy_tdt_decode(
 ) -> list[Hypothesis]:
     """Decode utterances together.
 
-    encoded: [S, D] of each utterance, or [B, S, D] padded. ends: for each utterance, the frames at which its windows
-    end, in ascending order, the last of them its length; the rest of a duration is dropped at the end of a window.
+    encoded: [S, D] of each utterance, or [B, S, D] padded.
+    ends: for each utterance, the frames at which its windows end, in ascending order, the last of them its length; the
+        rest of a duration is dropped at the end of a window.
 
     Raises ValueError for logits that are NaN.
     """

@@ -1,7 +1,8 @@
-"""XXX docstring of run.genai"""
+"""A model folder in ONNX Runtime GenAI, as an application runs it: features, graphs, greedy loop and text by GenAI."""
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,17 +11,20 @@ from common.run.config import RuntimeConfig
 
 
 class GenAI:
-    """A model folder in ONNX Runtime GenAI."""
+    """A model folder in ONNX Runtime GenAI.
+
+    Raises FileNotFoundError where a file of the folder is missing, ValueError where GenAI does not load it.
+    """
 
     def __init__(self, folder: Path) -> None:
         import onnxruntime_genai as og
 
-        og.disable_telemetry_events()  # a local tool calls nobody
+        og.disable_telemetry_events()
         folder = Path(folder)
         self.config = RuntimeConfig.read(folder)
         if not (folder / "tokenizer.json").is_file():
             command = TOKENIZER_COMMAND.format(folder)
-            raise FileNotFoundError(f"wanted {folder / 'tokenizer.json'}, found no such file; first run: {command}")
+            raise FileNotFoundError(f"expected {folder / 'tokenizer.json'}, found no such file; first run: {command}")
         try:
             self.model = og.Model(str(folder))
             self.processor = self.model.create_multimodal_processor()
@@ -28,21 +32,22 @@ class GenAI:
         except RuntimeError as error:
             raise ValueError(f"ONNX Runtime GenAI does not load {folder}: {error}") from error
 
-    def inputs(self, samples: np.ndarray):
-        """The processor's tensors for one clip of mono samples at the model's rate."""
+    def inputs(self, samples: np.ndarray) -> Any:
+        """The processor's named tensors for one clip of mono samples [N] at the model's rate."""
         import onnxruntime_genai as og
         import soundfile
 
-        buffer = io.BytesIO()  # float WAV: what the other engines are given, bit for bit
+        buffer = io.BytesIO()  # float WAV keeps the samples bit for bit as the other engines get them
         soundfile.write(buffer, samples, self.config.sample_rate, format="WAV", subtype="FLOAT")
         return self.processor("", audios=og.Audios.open_bytes(buffer.getvalue()))
 
     def features(self, samples: np.ndarray) -> np.ndarray:
-        """The features GenAI computes, [M, T]."""
-        return self.inputs(samples)["audio_features"].as_numpy()[0].copy()
+        """The features that GenAI computes, [M, T]."""
+        features: np.ndarray = self.inputs(samples)["audio_features"].as_numpy()[0].copy()
+        return features
 
     def transcribe(self, samples: np.ndarray) -> list[int]:
-        """Token ids of one clip."""
+        """Token ids of one clip of mono samples [N] at the model's rate."""
         import onnxruntime_genai as og
 
         generator = og.Generator(self.model, og.GeneratorParams(self.model))
@@ -52,4 +57,5 @@ class GenAI:
         return [int(token) for token in generator.get_sequence(0)]
 
     def text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(np.array(tokens, dtype=np.int32)).strip() if tokens else ""
+        """The text of token ids by GenAI's own tokenizer."""
+        return str(self.tokenizer.decode(np.array(tokens, dtype=np.int32))).strip() if tokens else ""
