@@ -109,7 +109,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     if len(clips) > 1 or args.manifest:
         print_corpus(comparison)
     if args.json:
-        write_output(args.json, json_text(comparison.record()), stdout)
+        write_output(args.json, json_text(comparison.as_json()), stdout)
     if args.srt:
         words = clips[0].transcripts[folders[0].engines.raw].words or []
         write_output(args.srt, srt(words, config.frame_seconds), stdout)

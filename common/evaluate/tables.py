@@ -131,9 +131,7 @@ def print_corpus(comparison: Comparison) -> None:
     print(f"WER: word error rate against the clips' texts, with its {CONFIDENCE} % bootstrap interval over clips")
     print("normalised WER: without case and punctuation (whisper_normalizer)")
     if comparison.with_nemo:
-        print(
-            "against NeMo: WER against NeMo's own text, on clips of one window; what differs by a listed rule is no error"
-        )
+        print("against NeMo: WER against NeMo's own text, on clips of one window, without what differs by rule")
         print("clips with other tokens: those of one window whose tokens differ from NeMo's")
     print_table([CORPUS_HEADER, *(_corpus_row(*item) for item in comparison.figures.items())])
 

@@ -138,31 +138,31 @@ class Comparison:
             wer_against_nemo_of_several_windows=_error_rate([clip.texts(engine, self.rules) for clip in cut]),
         )
 
-    def record(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Every transcript, figure and difference, for --json."""
         return {
             "engines": {
                 engine: {key: value for key, value in asdict(figures).items() if value is not None}
                 for engine, figures in self.figures.items()
             },
-            "clips": [self._clip_record(clip) for clip in self.clips],
-            "differences": [_difference_record(each) for each in self.differences],
+            "clips": [self._clip_json(clip) for clip in self.clips],
+            "differences": [_difference_json(each) for each in self.differences],
         }
 
-    def _clip_record(self, clip: ComparedClip) -> dict[str, Any]:
+    def _clip_json(self, clip: ComparedClip) -> dict[str, Any]:
         return {
             "audio_filepath": str(clip.path),
             "offset": clip.offset,
             "seconds": clip.seconds,
             "text": clip.text,
-            "engines": {engine: self._transcript_record(made) for engine, made in clip.transcripts.items()},
+            "engines": {engine: self._transcript_json(made) for engine, made in clip.transcripts.items()},
         }
 
-    def _transcript_record(self, transcript: Transcript) -> dict[str, Any]:
-        words = None if transcript.words is None else [self._word_record(word) for word in transcript.words]
+    def _transcript_json(self, transcript: Transcript) -> dict[str, Any]:
+        words = None if transcript.words is None else [self._word_json(word) for word in transcript.words]
         return {**asdict(transcript), "words": words}
 
-    def _word_record(self, word: TimedWord) -> dict[str, Any]:
+    def _word_json(self, word: TimedWord) -> dict[str, Any]:
         start, end = (round(frame * self.frame_seconds, 3) for frame in (word.start, word.end))
         return {"text": word.text, "start": start, "end": end}
 
@@ -174,7 +174,7 @@ def _error_rate(pairs: Sequence[tuple[str, str]]) -> WordErrorRate | None:
     return word_error_rate([reference for reference, _ in pairs], [transcript for _, transcript in pairs])
 
 
-def _difference_record(each: EngineDifference) -> dict[str, Any]:
+def _difference_json(each: EngineDifference) -> dict[str, Any]:
     difference = each.difference
     return {
         "audio_filepath": str(each.clip.path),
