@@ -23,8 +23,8 @@ MAX_SAMPLE_RATE = 768_000
 # Full scale is 1, or 2^31 where a program stored integers as floats. The power of the features is finite up to there.
 MAX_AMPLITUDE = 2.0**31
 BLOCK_VALUES = 2**20  # samples times channels decoded at a time, 4 MB
-# Subtypes in which libsndfile seeks to the exact sample; FLAC's is PCM. After a seek in the others the decoder lacks what
-# went before: samples of Opus are up to 0.002 off, those of MP3 audibly.
+# Subtypes in which libsndfile seeks to the exact sample; FLAC's is PCM. After a seek in the others the decoder lacks
+# what went before: samples of Opus are up to 0.002 off, those of MP3 audibly.
 SEEKABLE = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 # Manifests round durations: a segment that ends this close to the end of the file ends there.
 SEGMENT_TOLERANCE = 0.05  # seconds
