@@ -198,8 +198,8 @@ class TestBeforeTheWork:
     def test_clips_that_are_missing_too_short_or_no_files(self, command, tiny_export, tmp_path, capsys):
         short = tmp_path / "short.wav"
         soundfile.write(short, np.zeros(150), 16000)
-        (tmp_path / "text.wav").write_text("not audio")
-        cases = {**odd_places(tmp_path), "0.009 s": short, "not audio": tmp_path / "text.wav"}
+        (tmp_path / "text.wav").write_text("that libsndfile reads")
+        cases = {**odd_places(tmp_path), "0.009 s": short, "that libsndfile reads": tmp_path / "text.wav"}
         for message, path in cases.items():
             rows = [{"audio_filepath": str(path), "text": "a"} for path in (CLIPS[0], path)]
             manifest = manifest_of(tmp_path / "m.jsonl", *rows)
