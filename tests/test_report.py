@@ -192,7 +192,7 @@ def test_a_language_whose_clips_are_silent_has_no_rate(folder, report, tmp_path)
     assert silent["optimized"] == {"errors": 1, "percent": 100.0, "low": None, "high": None}
     page_writer()(tmp_path / "page.html", {**report, "evaluation": evaluation}, clips)
     text = " ".join(Page((tmp_path / "page.html").read_text()).text.split())
-    assert "fr– – 0 inserted– 1 inserted01" in text
+    assert "fr–– 0 inserted– 1 inserted01" in text
     assert "en+50.00" in text
 
 
@@ -259,7 +259,7 @@ def test_a_ruined_encoder_fails_on_words(ruin, tiny_export, tmp_path, monkeypatc
     assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 1
     output, error = capsys.readouterr()
     assert re.search(r"on noise  SQNR -?\d+\.\d dB", output)
-    assert re.search(r"  clips/\w+\.flac: \d+ → \d+ errors  .*\[.* → .*\]", output)
+    assert re.search(r"  clips/\w+\.flac \[\S+ s\]: \d+ → \d+ errors  .*\[.* → .*\]", output)
     found = re.fullmatch(r"check failed: the word error rate rises by \S+ points \((\d+) of 66 words\).*\n", error)
     assert int(found[1]) >= 3
     assert list(tmp_path.iterdir()) == []
