@@ -16,7 +16,6 @@ import pytest
 from tokenizers import Tokenizer
 
 import export_tokenizer
-from common.cli import EXIT_CHECK
 from common.checkpoint.tokenizer import (
     ModelProto,
     Piece,
@@ -27,6 +26,7 @@ from common.checkpoint.tokenizer import (
     vocab_text,
     vocabulary,
 )
+from common.cli import EXIT_CHECK
 from tests.helpers import MARKS, RECIPES, ROOT, SENTENCES, TINY, handmade, trained
 from tests.readers import Readers, write_stub_model
 
