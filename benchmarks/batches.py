@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, help="only as many, the first of the manifest")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="(%(default)s)")
     args = parser.parse_args(argv)
-    quiet_libraries(False)
+    quiet_libraries()
     genai = GenAI(args.model_dir)
     samples = [genai.config.read_clip(clip) for clip in read_clips(args.manifest)[: args.clips]]
     features = [genai.features(one) for one in samples]

@@ -37,7 +37,7 @@ def process(initializer: Callable | None = None, *arguments) -> ProcessPoolExecu
 
 
 def _begin(initializer: Callable | None, arguments: tuple) -> None:
-    quiet_libraries(False)
+    quiet_libraries()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what scripts and libraries print is not part of the report
     if initializer:
         initializer(*arguments)

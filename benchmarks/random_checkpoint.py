@@ -43,7 +43,7 @@ TOPOLOGIES = {
 def write_checkpoint(path: Path, topology: dict, seed: int = 0) -> None:
     """Write a random checkpoint of `topology`: mels, encoder (keys of its config), predictor (width),
     predictor_layers, pieces, durations, hybrid (a TDT-CTC model), preprocessor (keys of its config)."""
-    quiet_libraries(False)
+    quiet_libraries()
     import torch
     from nemo.collections.asr.models import EncDecHybridRNNTCTCBPEModel, EncDecRNNTBPEModel
     from omegaconf import DictConfig, OmegaConf

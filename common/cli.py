@@ -126,8 +126,8 @@ def accept_any_text() -> None:
 def flush_output() -> bool:
     """Write what is still buffered, and return whether the reader is still there.
 
-    Where it is not, the stream is redirected to the null device, so that the interpreter's own flush at the end does
-    not print a traceback.
+    Where it is not, the stream is redirected to the null device, so that the interpreter's own flush at its end prints
+    no traceback.
     """
     read = True
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed

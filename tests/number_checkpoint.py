@@ -29,7 +29,7 @@ def write_number_checkpoint(path: Path) -> None:
 
     Which digit follows is decided by those before it, in the prediction network; how many there are, by the frames.
     """
-    quiet_libraries(False)
+    quiet_libraries()
     import torch
     from nemo.collections.asr.models import EncDecRNNTBPEModel
     from omegaconf import DictConfig, open_dict

@@ -156,7 +156,8 @@ def bad_audio(tmp_path):
     soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
     (tmp_path / "folder.wav").mkdir()
     return {
-        "missing.wav": "found nothing", "empty.wav": "that libsndfile reads", "text.wav": "that libsndfile reads", "none.wav": "0.000 s",
+        "missing.wav": "found nothing", "empty.wav": "that libsndfile reads", "text.wav": "that libsndfile reads",
+        "none.wav": "0.000 s",
         "short.wav": "expected", "nan.wav": "not finite", "folder.wav": "got a folder",
     }  # fmt: skip
 

@@ -16,8 +16,6 @@ import pytest
 from tokenizers import Tokenizer
 
 import export_tokenizer
-from common import cli as console
-from common.checkpoint import tokenizer
 from common.checkpoint.tokenizer import (
     ModelProto,
     Piece,
@@ -28,6 +26,7 @@ from common.checkpoint.tokenizer import (
     vocab_text,
     vocabulary,
 )
+from common.cli import EXIT_CHECK
 from tests.helpers import MARKS, RECIPES, ROOT, SENTENCES, TINY, handmade, trained
 from tests.readers import Readers, write_stub_model
 
@@ -295,10 +294,10 @@ def test_script_catches_a_wrong_tokenizer(tmp_path, monkeypatch, capsys, damage)
         damage(content)
         return content
 
-    monkeypatch.setattr(tokenizer, "tokenizer_json", wrong)
+    monkeypatch.setattr(export_tokenizer, "tokenizer_json", wrong)
     checkpoint = write_checkpoint(tmp_path / "model.nemo", trained("unigram bytes"))
     out = tmp_path / "out"
-    assert export_tokenizer.main(["--model_name", str(checkpoint), "--output_dir", str(out)]) == console.EXIT_CHECK
+    assert export_tokenizer.main(["--model_name", str(checkpoint), "--output_dir", str(out)]) == EXIT_CHECK
     assert "SentencePiece" in capsys.readouterr().err
     assert not out.exists()
 

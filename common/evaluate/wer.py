@@ -79,7 +79,7 @@ def word_error_rate(references: list[str], hypotheses: list[str], baseline: list
 
 def high_error_warning(float32: WordErrorRate) -> str | None:
     """A line for a float32 model whose error rate, normalised, is too high for a model that works; None below."""
-    if float32.percent <= SUSPICIOUS_WER:
+    if not float32.words or float32.percent <= SUSPICIOUS_WER:
         return None
     return (
         f"warning: the float32 model has {float32.percent:.0f} % of the words wrong, more than {SUSPICIOUS_WER} %: the "

@@ -38,7 +38,7 @@ CLIP = audio.SPEECH
 KILLS, SHORT_KILLS = 60, 3
 FUZZED, SHORT_FUZZED = 40, 2  # files of each format
 LIMIT_S = 300  # the slowest case, 30 minutes of audio, takes a sixth of it
-# One clip and a model of 5 MB: a child that takes more has believed a header. NeMo and torch alone take 0.7 GB.
+# One clip and a model of 5 MB: a child that takes more has trusted a header. NeMo and torch alone take 0.7 GB.
 LIMIT_MEMORY = 3e9
 SMALL_DISK, HALF_FULL_DISK = 300_000, 11_500_000  # refused at once; full in the middle of an export
 WRITES_THAT_FAIL = (
@@ -494,7 +494,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _import_heavy_modules() -> None:
     """What a child would otherwise import for ten seconds; nothing is run, since threads do not survive a fork."""
-    quiet_libraries(False)
+    quiet_libraries()
     import nemo.collections.asr.models  # noqa: F401
     import onnxruntime  # noqa: F401
     import onnxruntime_genai  # noqa: F401
