@@ -556,11 +556,7 @@ class TestResults:
         folder, checkpoint = tmp_path / "models", tmp_path / "a.nemo"
         shutil.copytree(tiny_export, folder)
         shutil.copy(TINY, checkpoint)
-        assert export_tokenizer.main(["--model_name", str(checkpoint), "--output_dir", str(folder)]) == 0
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["export"]["source"] = manifest["tokenizer"]["source"]
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        capsys.readouterr()
+        write_locations(folder, folder, checkpoint=checkpoint)
         argv = ("--model_dir", folder, "--audio", CLIP, "--json", checkpoint)
         assert "which is read" in rejected(capsys, test_real_speech, *argv)
 
