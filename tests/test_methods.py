@@ -208,7 +208,7 @@ def renamed(tiny_export: Path, folder: Path, old: str, new: str) -> Path:
     """A copy of the exported folder whose encoder calls a module of every layer something else."""
     folder.mkdir()
     for path in tiny_export.iterdir():
-        if path.name != MANIFEST:  # which would notice the change
+        if path.is_file() and path.name != MANIFEST:  # which would notice the change
             (folder / path.name).write_bytes(path.read_bytes())
     proto = onnx.load(folder / ENCODER.file, load_external_data=False)
     for node in proto.graph.node:
