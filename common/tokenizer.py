@@ -9,10 +9,10 @@ how the files are written:
   `▁100` would show as `\\x10` and `▁FBI` as the byte FB. With a plain space for `▁` such a piece is four bytes long; it
   decodes right, and the encoders spell its text with other pieces.
 * `▁` becomes a space where the piece starts with it, else where it ends with it, and nowhere besides.
-* Ids are counted, not read: a piece of score 0 whose string was seen before (`<0x25>` after a piece `%`) gets no id,
-  and all later ids shift.
-* A string has one id. Where `A` is a piece, `<0x41>` has no text of its own; SentencePiece's encoder never uses such a
-  byte, so no model learned to emit it, and it is marked special.
+* Ids are counted, not read: a piece of score 0 whose string was seen before gets no id, and all later ids shift.
+* A string has one id, that of the last piece with it. Where `%` is a piece, `<0x25>` would share its string and take or
+  lose the id. SentencePiece's encoder never uses such a byte, so no model learned to emit it: it is marked special, and
+  written in further brackets, `<<0x25>>`, which is the string of no other piece.
 
 V counts the blank, which SentencePiece does not have: it is the last id, V - 1.
 """
@@ -28,16 +28,14 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
-BLANK = "<blank>"
 PLAIN_BLANK = "<blk>"  # by which onnx-asr and sherpa-onnx find it
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
-NOT_ZERO = -1e-9  # a score that keeps an id where ORT Extensions would skip one of 0; too small to choose a path
 
 Piece = ModelProto.SentencePiece
 MARK = re.compile(rf"{SPACE}?(<.+>|\[.+\])", re.DOTALL)  # how a user-defined piece that is no text is spelt
 WHITE_SPACE = set(string.whitespace)  # of ASCII: what sherpa-onnx splits and trims a line at
 LAST_BYTE_BPE = 0xC6  # the largest byte of icefall's byte-level pieces, which are spelt up to U+01BF
-UTF8_LENGTHS = ((0x01, 0x80), (0x80, 0x800), (0x800, 0xD800), (0x10000, 0x110000))  # code points of 1, 2, 3, 4 bytes
+UTF8_LENGTHS = ((0x80, 0x800), (0x800, 0xD800), (0x10000, 0x110000))  # code points of 2, 3, 4 bytes
 SIX_BYTES_READ_AS_ONE = re.compile(rb"...([0-9A-F]{2}).", re.DOTALL)
 
 
@@ -59,8 +57,9 @@ def parse_model(model: bytes) -> ModelProto:
 def special_ids(proto: ModelProto) -> list[int]:
     """Ids that no transcript shows: unknown and control pieces, user-defined marks, bytes without a use, the blank.
 
-    A user-defined piece is a mark if it is spelt like one, `<|en|>` or `[noise]`. All others are text: v3 has its digits
-    as user-defined pieces, and no other digit pieces.
+    A user-defined piece is a mark if it is spelt like one, `<|en|>` or `[noise]`. All others are text: v3 has its
+    digits as user-defined pieces, and no other digit pieces. The unknown piece stands for what the vocabulary cannot
+    spell; SentencePiece and NeMo show ` ⁇ ` for it, which is no text either.
     """
     taken = {piece.piece for piece in proto.pieces}
     hidden = [
@@ -79,14 +78,13 @@ def vocabulary(proto: ModelProto) -> list[list]:
     Raises ValueError naming the pieces that ORT Extensions cannot show: `IMPACT`, six bytes with `AC` as the fourth and
     fifth, is a byte to it, and it offers no other spelling.
     """
-    entries, seen = [], set()
-    for piece in proto.pieces:
+    hidden = set(special_ids(proto))
+    entries = []
+    for index, piece in enumerate(proto.pieces):
         text = piece.piece if piece.type == Piece.BYTE else _readable(piece.piece)
-        score = piece.score
-        if score == 0 and _runtime_key(text) in seen:
-            score = NOT_ZERO
-        seen.add(_runtime_key(text))
-        entries.append([text, score])
+        if index in hidden and _is_read_as_byte(text):
+            text = _in_brackets(text, proto)
+        entries.append([text, piece.score])
     entries.append([blank_name(proto), 0.0])
     _require_readable(proto, entries)
     return entries
@@ -94,7 +92,13 @@ def vocabulary(proto: ModelProto) -> list[list]:
 
 def blank_name(proto: ModelProto) -> str:
     """`<blank>`, in further brackets while the model has a piece of that name."""
-    taken, name = {piece.piece for piece in proto.pieces}, BLANK
+    return _in_brackets("blank", proto)
+
+
+def _in_brackets(name: str, proto: ModelProto) -> str:
+    """`name` in brackets, as many as it takes until no piece of the model has that name."""
+    taken = {piece.piece for piece in proto.pieces}
+    name = f"<{name}>"
     while name in taken:
         name = f"<{name}>"
     return name
@@ -165,19 +169,25 @@ def tokens_text(proto: ModelProto) -> str:
     return "".join(f"{piece} {index}\n" for index, piece in enumerate([*pieces, PLAIN_BLANK]))
 
 
-def probe_sequences(proto: ModelProto, length: int = 32, seed: int = 0) -> list[list[int]]:
+def probe_sequences(proto: ModelProto, length: int, seed: int = 0) -> list[list[int]]:
     """Shuffled id sequences of about `length` ids that hold every piece, bytes as whole UTF-8 characters.
 
     Of a broken byte run SentencePiece shows U+FFFD for each broken byte, `tokenizers` for each byte of the run, and
     ORT GenAI raises UnicodeDecodeError. Where SentencePiece drops all spaces at the beginning, no sequence starts with
-    several, since ORT GenAI always drops one. On all other sequences the three agree.
+    several, since ORT GenAI always drops one. NUL, and bytes whose character is a piece by SentencePiece's own lookup,
+    are left out, being shown by SentencePiece alone. On all other sequences the three agree.
     """
+    processor = SentencePieceProcessor(model_proto=proto.SerializeToString())
     draw = random.Random(seed)
     of_byte = {_byte(piece): index for index, piece in enumerate(proto.pieces) if piece.type == Piece.BYTE}
     bytes_used = set(of_byte.values())
     units = [[index] for index in range(len(proto.pieces) + 1) if index not in bytes_used]
     if of_byte:  # SentencePiece loads a model with all 256 or none
-        units += [[of_byte[value]] for value in range(0x80)]
+        units += [
+            [of_byte[value]]
+            for value in range(1, 0x80)
+            if processor.piece_to_id(chr(value).replace(" ", SPACE)) == processor.unk_id()
+        ]
         characters = [chr(draw.randrange(*limits)) for limits in UTF8_LENGTHS for _ in range(length)]
         units += [[of_byte[value] for value in character.encode()] for character in characters]
     draw.shuffle(units)
@@ -249,6 +259,10 @@ def _readable(text: str) -> str:
     """`text` as it is where ORT Extensions shows it right, else with plain spaces, which it passes on untouched."""
     plain = text.replace(SPACE, " ")
     return text if _runtime_text(_runtime_key(text)) == plain.encode() else plain
+
+
+def _is_read_as_byte(text: str) -> bool:
+    return SIX_BYTES_READ_AS_ONE.fullmatch(text.encode()) is not None
 
 
 def _runtime_key(text: str) -> bytes:

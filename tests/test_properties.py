@@ -171,9 +171,13 @@ pieces = st.text(alphabet="abzAF019▁.'éж語😀", min_size=1, max_size=8)
 
 
 @settings(QUICK, max_examples=60)
-@given(names=st.lists(pieces, min_size=1, max_size=30, unique=True), draw=st.data())
-def test_any_vocabulary_reads_the_same_in_sentencepiece_and_hugging_face(names, draw):
-    model = handmade(*((name, -float(index), Piece.NORMAL) for index, name in enumerate(names)))
+@given(
+    names=st.lists(pieces, min_size=1, max_size=30, unique=True),
+    kind=st.sampled_from([Piece.NORMAL, Piece.USER_DEFINED]),
+    draw=st.data(),
+)
+def test_any_vocabulary_reads_the_same_in_sentencepiece_and_hugging_face(names, kind, draw):
+    model = handmade(*((name, -float(index), kind) for index, name in enumerate(names)))
     proto = tokenizer.parse_model(model)
     try:
         content = tokenizer.tokenizer_json(proto)
@@ -181,9 +185,8 @@ def test_any_vocabulary_reads_the_same_in_sentencepiece_and_hugging_face(names, 
         reject() if "would misread" in str(error) else pytest.fail(str(error))
     assert len(content["model"]["vocab"]) == len(proto.pieces) + 1
     processor, exported = SentencePieceProcessor(model_proto=model), Tokenizer.from_str(json.dumps(content))
-    special = set(tokenizer.special_ids(proto))
-    ids = draw.draw(st.lists(st.integers(0, len(proto.pieces)), max_size=20))
-    assert exported.decode(ids) == processor.decode([index for index in ids if index not in special])
+    ids = draw.draw(st.lists(st.integers(1, len(proto.pieces) - 1), max_size=20))
+    assert exported.decode([0, *ids, len(proto.pieces)]) == processor.decode(ids)  # around them `<unk>` and the blank
     assert tokenizer.vocab_text(proto).count("\n") == len(proto.pieces) + 1
 
 
