@@ -92,7 +92,7 @@ def _recover(target: Path, scratch: Path, aside: Path) -> None:
 
 
 def replace_folder(target: Path, new: Path, removed: Collection[Path] = ()) -> None:
-    """Put the folder `new` in the place of `target`, with every entry of `target` that it lacks, except those in `removed`.
+    """Put the folder `new` in the place of `target`, with every entry of `target` that it lacks except `removed`.
 
     Entries are hard links where the file system has them, so nothing is copied and nothing can be lost with the old
     folder. All of `new` is on the disk before the rename, and the rename before this returns.

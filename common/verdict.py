@@ -154,23 +154,29 @@ def judge_texts(clips: list[HeardClip], engines: list[Engines], rules: Sequence[
     with_nemo = NEMO in clips[0].heard
     pairs = [(NEMO, name) for each in engines for name in (each.genai, each.raw)] if with_nemo else []
     pairs += [(each.raw, each.genai) for each in engines]
-    compared, by_rule, wrong = Counter(), Counter(), []
+    same, explained, by_rule, wrong = 0, 0, Counter(), []
     for clip in clips:
         for reference, engine in pairs:
             expected, got = clip.heard[reference], clip.heard[engine]
-            if expected.tokens != got.tokens:
+            if not expected.tokens or expected.tokens != got.tokens:
                 continue
-            compared[reference == NEMO] += bool(got.tokens)
             names = explaining_rules(expected.text, got.text, rules if reference == NEMO else ())
             if names is None:
-                wrong.append(f"{clip.path}: for {reference}'s own tokens {engine} shows {got.text!r}, {reference} "
-                             f"{expected.text!r}; no rule explains it")  # fmt: skip
-            by_rule.update(names or ())
-    if with_nemo and not compared[True]:
-        print("no text was compared with NeMo's own: no transcript has the tokens of NeMo's")
+                wrong.append(
+                    f"{clip.path}: {reference} shows its tokens as {expected.text!r}, {engine} the same tokens as "
+                    f"{got.text!r}; no rule explains it"
+                )
+            elif reference == NEMO:
+                same, explained = same + (not names), explained + bool(names)
+                by_rule.update(names)
+    if with_nemo and not (same or explained or wrong):
+        print("no text was compared with NeMo's own: no transcript has tokens, and those of NeMo's")
     elif with_nemo:
-        print(f"{compared[True]} transcripts have NeMo's tokens, and NeMo's own text but for these rules: "
-              + ("; ".join(f"{name} ({count})" for name, count in by_rule.items()) or "none was needed"))  # fmt: skip
+        named = "; ".join(f"{name} ({count})" for name, count in by_rule.items())
+        print(
+            f"of the transcripts with NeMo's tokens {same} are NeMo's own text letter for letter"
+            + (f", {explained} by rule: {named}" if explained else "")
+        )
     if wrong:
         print("\n".join(wrong))
         raise CheckError(
@@ -201,6 +207,8 @@ def print_verdict(
         engine = "float32 ONNX" if with_nemo else "GenAI in float32"
         kind = " of one window" if with_nemo else ""
         print(f"{engine} equals {reference} token for token on {equal} of {len(compared)} clips{kind}")
+    else:
+        print(f"no clip was compared with NeMo token for token: none fits a window of {window_seconds:g} s")
     rows = {engine: corpus_row(clips, engine, rules) for engine in clips[0].heard}
     cut = {engine: row[SEVERAL_WINDOWS] for engine, row in rows.items() if SEVERAL_WINDOWS in row}
     if cut:
