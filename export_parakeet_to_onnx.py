@@ -29,8 +29,9 @@ from common.configs import (
     genai_config,
 )
 from common.console import Parser, Stages, run, size_text
-from common.files import check_output_dir, read_manifest, staged_folder, state_needs, write_json, write_manifest
+from common.files import check_output_dir, staged_folder, state_needs, write_json, write_manifest
 from common.graphs import DECODER, ENCODER, JOINT, Graph
+from common.identity import kept_by_export
 from common.layouts import GENAI, LAYOUTS, Layout, check_same_shape, check_supports, write_layout
 from common.model import DEFAULT_MODEL, ModelSpec, find_checkpoint, load_model, read_tokenizer, source_record
 from common.runtime import MAPPED, Nemo, RuntimeConfig
@@ -92,8 +93,14 @@ def _export(args: argparse.Namespace) -> None:
     disk_factor = DISK_FACTOR + (FLOAT16_DISK_FACTOR if args.precision == FP16 else 0)
     needs = MEMORY_FACTOR * size + MEMORY_OF_NEMO, disk_factor * size
     state_needs(f"{checkpoint.name} ({size_text(size)})", *needs, args.output_dir)
-    with staged_folder(args.output_dir) as stage:
-        _export_to(stage, folders, checkpoint, args)
+    sources = {name: source_record(checkpoint, args.model_name, args.output_dir / name) for name in folders.values()}
+    kept = {name: kept_by_export(args.output_dir / name, source) for name, source in sources.items()}
+    removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
+    with staged_folder(args.output_dir, removed) as stage:
+        records = {name: (source, kept[name][0]) for name, source in sources.items()}
+        _export_to(stage, folders, checkpoint, records, args)
+    if removed:
+        print(f"removed from {args.output_dir}, since they belonged to the former graphs: {', '.join(removed)}")
     if GENAI in folders:
         tokenizer_flags = f"--model_name {args.model_name} --output_dir {args.output_dir / folders[GENAI]}"
         following = f"python export_tokenizer.py {tokenizer_flags}"
@@ -102,8 +109,17 @@ def _export(args: argparse.Namespace) -> None:
     print(f"wrote {args.output_dir}; next: {following}")
 
 
-def _export_to(stage: Path, folders: dict[Layout, str], checkpoint: Path, args: argparse.Namespace) -> None:
-    """Export into the folder `stage`, verified, each layout in its subfolder; the checkpoint is unpacked beside it."""
+def _export_to(
+    stage: Path,
+    folders: dict[Layout, str],
+    checkpoint: Path,
+    records: dict[str, tuple[dict, dict]],
+    args: argparse.Namespace,
+) -> None:
+    """Export into the folder `stage`, verified, each layout in its subfolder; the checkpoint is unpacked beside it.
+
+    records: by subfolder, what its manifest is to say of the source, and what it says already.
+    """
     others, float16 = [layout for layout in folders if layout is not GENAI], args.precision == FP16
     tokens = tokens_text(parse_model(read_tokenizer(checkpoint))) if others else ""
     base = stage / folders[GENAI] if GENAI in folders else stage.parent / "base"  # the graphs that others are views of
@@ -135,9 +151,8 @@ def _export_to(stage: Path, folders: dict[Layout, str], checkpoint: Path, args: 
     for layout, name in folders.items():
         if layout is not GENAI:
             write_layout(layout, base, stage / name, spec, tokens)
-        source = source_record(checkpoint, args.model_name, args.output_dir / name)
-        record = {"source": source, "flags": flags, **content}
-        write_manifest(stage / name, read_manifest(args.output_dir / name), "export", record)
+        source, manifest = records[name]
+        write_manifest(stage / name, manifest, "export", {"source": source, "flags": flags, **content})
         write_card(stage / name, args.output_dir / name, layout)
         stages.report(*([name] if name else []), *layout.config_files, "manifest.json", CARD)
 

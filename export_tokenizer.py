@@ -32,6 +32,7 @@ from common.files import (
     write_json,
     write_manifest,
 )
+from common.identity import check_name_for_graphs, check_tokenizer_for_graphs
 from common.layouts import GENAI, genai_folder
 from common.model import DEFAULT_MODEL, find_checkpoint, read_tokenizer, source_record
 
@@ -58,9 +59,12 @@ def _export(args: argparse.Namespace) -> None:
     check_output_dir(args.output_dir)
     args.output_dir = genai_folder(args.output_dir)
     stages = console.Stages(2)
+    check_name_for_graphs(args.output_dir, args.model_name)
     checkpoint = find_checkpoint(args.model_name)
     model = read_tokenizer(checkpoint)
     proto = tokenizer.parse_model(model)
+    source = source_record(checkpoint, args.model_name, args.output_dir)
+    check_tokenizer_for_graphs(args.output_dir, source, len(proto.pieces) + 1)
     content = tokenizer.tokenizer_json(proto)
     sequences = [ids for length in (1, 32) for ids in tokenizer.probe_sequences(proto, length)]
     check_decoding(model, content, sequences)
@@ -71,7 +75,6 @@ def _export(args: argparse.Namespace) -> None:
         write_json(stage / "tokenizer.json", content)
         write_json(stage / "tokenizer_config.json", tokenizer.tokenizer_config(proto))
         (stage / "vocab.txt").write_text(tokenizer.vocab_text(proto), encoding="utf-8", newline="\n")
-        source = source_record(checkpoint, args.model_name, args.output_dir)
         write_manifest(stage, read_manifest(args.output_dir), "tokenizer", {"source": source})
         write_card(stage, args.output_dir, GENAI)
     stages.report("tokenizer.json", "tokenizer_config.json", "vocab.txt", "manifest.json", CARD)

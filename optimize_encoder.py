@@ -47,6 +47,7 @@ from common.files import (
     verify_files,
     write_manifest,
 )
+from common.identity import check_one_checkpoint
 from common.int8 import Columns
 from common.layouts import GENAI, Layout, check_same_shape, layouts_in
 from common.optimize import (
@@ -329,7 +330,8 @@ def _fit_to_speech(
 
 def _check_folders(source: Path, target: Path, layouts: dict[str, Layout]) -> None:
     """Raise FileNotFoundError naming the command that makes what `source` lacks, or ValueError if `target` is it,
-    a file of `source` is not the one that its manifest lists, or its weights are float16."""
+    a file of `source` is not the one that its manifest lists, its weights are float16, or its parts are of different
+    checkpoints."""
     check_output_dir(target)
     if target.resolve() == source.resolve():
         raise ValueError(
@@ -350,6 +352,7 @@ def _check_folders(source: Path, target: Path, layouts: dict[str, Layout]) -> No
                 f"wanted float32 weights to quantize, found {folder}, exported with --precision fp16; export it without"
             )
         verify_files(folder, (*layout.graph_files, *layout.vocabulary))
+        check_one_checkpoint(folder, layout)
 
 
 def _read_eval_manifest(args: argparse.Namespace) -> list[Clip]:

@@ -4,8 +4,10 @@ In: a model folder; clips (any format, rate and channels that libsndfile reads),
 Out: per clip, or per corpus, a table: engine, speed, word error rate against the text and against NeMo, transcript.
 Every engine gets the same samples: mono, resampled once to the model's rate. NeMo computes its features itself and raw
 ONNX Runtime is given those (with --skip_nemo: GenAI's); GenAI computes its own. An optimized folder brings along the
-exported one that it was made from. Exit status 1 when float32 ONNX differs from NeMo in a token for no listed reason,
-or in a word's time by more than an encoder frame.
+exported one that it was made from. NeMo's row is NeMo's own text, GenAI's rows are GenAI's, and those of plain ONNX
+Runtime are what Hugging Face's `tokenizers` makes of its tokens. Exit status 1 when float32 ONNX differs from NeMo in a
+token for no listed reason, or in a word's time by more than an encoder frame, or when an engine shows NeMo's own tokens
+as another text than NeMo does and no rule in common/transcripts.py explains it.
 
 Engines are loaded when their turn comes, and a line is printed when it is there: with --skip_nemo, the first as soon as
 GenAI has it. Speed is that of a warm engine, features included; of a batch's time each clip has its share by length.
@@ -17,16 +19,17 @@ GenAI has it. Speed is that of a warm engine, features included; of a batch's ti
 
 import argparse
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from common.clips import Clip, read_clips
-from common.console import CheckError, Parser, run
+from common.console import Parser, run
 from common.decode import GENAI_RULE, NEMO_RULE, Hypothesis
 from common.files import (
     MODEL_DIR_HELP,
@@ -37,28 +40,35 @@ from common.files import (
     write_json,
     write_text,
 )
+from common.identity import check_one_checkpoint, check_same_checkpoint
 from common.layouts import genai_folder
 from common.model import find_checkpoint, load_model, recorded_checkpoint
 from common.runtime import GenAI, Nemo, RawOrt, RuntimeConfig
-from common.timestamps import Pieces, Word, furthest_apart, srt, words
-from common.transcripts import (
-    CONFIDENCE,
-    Difference,
-    first_difference,
-    first_token_difference,
-    normalize,
-    word_error_rate,
-    word_errors,
+from common.timestamps import Pieces, Word, srt, words
+from common.transcripts import TextRule, first_difference, first_token_difference, ids_of_other_words, text_rules
+from common.verdict import (
+    NEMO,
+    Engines,
+    FoundDifference,
+    Heard,
+    HeardClip,
+    clip_notes,
+    corpus_row,
+    judge_texts,
+    judge_times,
+    judge_tokens,
+    percent,
+    percent_against_nemo,
+    print_corpus,
+    print_verdict,
+    print_warnings,
 )
 
 SAMPLE = Path(__file__).resolve().parent / "samples" / "jfk.wav"
-NEMO = "NeMo"
 # More transcripts than a person reads; they are in the --json file.
 MAX_PRINTED_CLIPS = 20
 # Of as much audio clips are sorted by length into batches: more pad less, and take more memory, 8 MB a minute.
 POOL_SECONDS = 1200
-# Furthest that a word's time may be from NeMo's, in encoder frames.
-TIMES_TOLERANCE = 1
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -92,24 +102,6 @@ def main(argv: list[str] | None = None) -> int:
     return run(_compare, parse_args(argv))
 
 
-@dataclass
-class HeardClip(Clip):
-    """One clip and what each engine made of it."""
-
-    seconds: float = 0.0
-    heard: dict[str, "Heard"] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Heard:
-    """One engine's result on one clip; `seconds` is the time it took, features included."""
-
-    tokens: list[int]
-    text: str
-    seconds: float
-    words: list[Word] | None = None  # where times were asked for, of the engines that tell them
-
-
 class Folder:
     """A model folder in both of its runtimes, each loaded and warm (its first run allocates) when it is asked for."""
 
@@ -120,6 +112,7 @@ class Folder:
         unquantized = flags["skip_quantization"] and flags.get("decoder_joint_precision", "fp32") == "fp32"
         self.is_float32 = unquantized and not is_float16(manifest)
         self.genai_name, self.raw_name = f"GenAI {path.name}", f"ONNX Runtime {path.name}"
+        self.engines = Engines(self.genai_name, self.raw_name, self.is_float32)
 
     @cached_property
     def genai(self) -> GenAI:
@@ -136,6 +129,14 @@ class Folder:
     @cached_property
     def pieces(self) -> Pieces:
         return Pieces.read(self.path)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Hugging Face's reader of tokenizer.json, for plain ONNX Runtime; GenAI has its own."""
+        return Tokenizer.from_file(str(self.path / "tokenizer.json"))
+
+    def raw_text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens).strip()
 
     @property
     def noise(self) -> np.ndarray:
@@ -164,10 +165,17 @@ def _compare(args: argparse.Namespace) -> None:
         check_output_file(output)
     listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
     clips = [HeardClip(**vars(clip)) for clip in listed]
-    folders = [Folder(path) for path in _folders(genai_folder(args.model_dir or default_model_dir()))]
+    paths = _folders(genai_folder(args.model_dir or default_model_dir()))
+    for path in paths:
+        check_one_checkpoint(path)
+        check_same_checkpoint(paths[0], path)
+    folders = [Folder(path) for path in paths]
     config = folders[0].genai.config  # loads GenAI: what a folder lacks shows before NeMo takes its time
     nemo = None if args.skip_nemo else _load_nemo(args.model_name, folders[0])
     times = args.timestamps or args.srt is not None
+    rules = text_rules(nemo.sentencepiece_model) if nemo else ()
+    engines_of = [folder.engines for folder in folders]
+    window = config.chunk / config.sample_rate
 
     differences = []
     few, alone = len(clips) <= MAX_PRINTED_CLIPS, args.batch_size == 1
@@ -175,27 +183,30 @@ def _compare(args: argparse.Namespace) -> None:
         for pool in read_pools(clips, config, alone):
             engines = transcribe(pool, folders, nemo, args.batch_size, times)
             if few and alone:
-                print_clip(pool[0].clip, engines, folders)
+                print_clip(pool[0].clip, engines, folders, rules)
             for _ in engines:
                 pass
             for recording in pool:
                 if few and not alone:
-                    print_clip(recording.clip, recording.clip.heard, folders)
+                    print_clip(recording.clip, recording.clip.heard, folders, rules)
+                for note in clip_notes(recording.clip, rules, window) if few else ():
+                    print(f"  {note}")
                 if few and args.timestamps:
                     print_words(recording.clip.heard[folders[0].raw_name].words, config.frame_seconds)
                 differences += compare(recording, folders, nemo, alone)
             progress.update(len(pool))
     if len(clips) > 1 or args.manifest:
-        print_corpus(clips)
+        print_corpus(clips, rules)
     if args.json:
-        write_json(args.json, results(clips, differences, config.frame_seconds))
+        write_json(args.json, results(clips, differences, rules, config.frame_seconds))
     if args.srt:
         write_text(args.srt, srt(clips[0].heard[folders[0].raw_name].words, config.frame_seconds))
-    judge(differences)
-    if nemo:
-        print_verdict(clips, folders, differences)
+    print_warnings(clips, engines_of, rules)
+    print_verdict(clips, engines_of, differences, rules, window)
+    judge_tokens(differences)
+    judge_texts(clips, engines_of, rules)
     if nemo and times:
-        judge_times(clips, folders)
+        judge_times(clips, engines_of, ids_of_other_words(nemo.sentencepiece_model))
 
 
 def _load_nemo(model_name: str | None, folder: Folder) -> Nemo:
@@ -220,6 +231,7 @@ def read_pools(clips: list[HeardClip], config: RuntimeConfig, alone: bool) -> It
     for clip in clips:
         pool.append(Recording(clip, config.read_audio(clip.path)))
         clip.seconds = len(pool[-1].samples) / config.sample_rate
+        clip.one_window = config.fits_one_window(clip.seconds)
         seconds += clip.seconds
         if alone or seconds >= POOL_SECONDS or clip is clips[-1]:
             yield pool
@@ -230,21 +242,20 @@ def transcribe(
     pool: list[Recording], folders: list[Folder], nemo: Nemo | None, batch_size: int, times: bool
 ) -> Iterator[str]:
     """Let each engine hear the whole pool; yield its name when every clip's `heard` has it. times: of words, too."""
-    text = folders[0].genai.text
     if nemo:
         for recording in pool:
             recording.compute_features(nemo)
             reference, seconds = _timed(nemo.transcribe, recording.features)
             spoken = [Word(*word) for word in nemo.words(recording.features)] if times else None
             seconds += recording.features_seconds
-            recording.clip.heard[NEMO] = Heard(reference[0], text(reference[0]), seconds, spoken)
-            if folders[0].config.fits_one_window(recording.clip.seconds):
-                recording.reference = reference  # a window of a longer clip may well say something else
+            recording.clip.heard[NEMO] = Heard(reference.tokens, reference.text, seconds, spoken)
+            if recording.clip.one_window:  # a window of a longer clip may well say something else
+                recording.reference = reference.tokens, reference.frames
         yield NEMO
     for folder in folders:
         for recording in pool:
             tokens, seconds = _timed(folder.genai.transcribe, recording.samples)
-            recording.clip.heard[folder.genai_name] = Heard(tokens, text(tokens), seconds)
+            recording.clip.heard[folder.genai_name] = Heard(tokens, folder.genai.text(tokens), seconds)
         yield folder.genai_name
         for recording in pool:
             recording.compute_features(folder.genai)
@@ -255,14 +266,12 @@ def transcribe(
         for recording, found in zip(pool, traced, strict=True):
             seconds = recording.features_seconds + per_second * recording.clip.seconds
             spoken = words(found.emitted, folder.pieces) if times else None
-            recording.clip.heard[folder.raw_name] = Heard(found.tokens, text(found.tokens), seconds, spoken)
+            recording.clip.heard[folder.raw_name] = Heard(found.tokens, folder.raw_text(found.tokens), seconds, spoken)
             recording.traced[folder.raw_name] = found
         yield folder.raw_name
 
 
-def compare(
-    recording: Recording, folders: list[Folder], nemo: Nemo | None, alone: bool
-) -> list[tuple[HeardClip, str, Difference]]:
+def compare(recording: Recording, folders: list[Folder], nemo: Nemo | None, alone: bool) -> list[FoundDifference]:
     """Where a float32 engine parts from NeMo, or GenAI from the raw baseline, given its features alone in a batch."""
     clip, reference, differences = recording.clip, recording.reference, []
     for folder in folders:
@@ -289,7 +298,7 @@ def _timed(function, *args):
     return result, time.perf_counter() - start
 
 
-def print_clip(clip: HeardClip, engines: Iterable[str], folders: list[Folder]) -> None:
+def print_clip(clip: HeardClip, engines: Iterable[str], folders: list[Folder], rules: Sequence[TextRule]) -> None:
     """A table for one clip, a line an engine, as they come; WER in %, as written."""
     print(f"{clip.path}  {clip.seconds:.1f} s" + ("" if clip.text is None else f"  {clip.text!r}"))
     width = max(len(name) for folder in folders for name in (folder.genai_name, folder.raw_name))
@@ -297,8 +306,7 @@ def print_clip(clip: HeardClip, engines: Iterable[str], folders: list[Folder]) -
     print(row("engine", "RTFx", "WER", "against NeMo", "transcript"), flush=True)
     for engine in engines:
         heard = clip.heard[engine]
-        nemo = clip.heard[NEMO].text if NEMO in clip.heard and engine != NEMO else None
-        rates = (_percent(reference, heard.text) for reference in (clip.text, nemo))
+        rates = percent(clip.text, heard.text), percent_against_nemo(clip, engine, rules)
         print(row(engine, f"{clip.seconds / heard.seconds:.1f}", *rates, heard.text), flush=True)
 
 
@@ -308,51 +316,9 @@ def print_words(words: list[Word], frame_seconds: float) -> None:
         print(f"  {word.start * frame_seconds:8.2f} {word.end * frame_seconds:8.2f}  {word.text}")
 
 
-def _percent(reference: str | None, hypothesis: str) -> str:
-    if reference is None:
-        return "–"
-    errors, words = word_errors(reference, hypothesis)
-    return f"{100 * errors / max(words, 1):.1f}"
-
-
-def print_corpus(clips: list[HeardClip]) -> None:
-    """One table over all clips, a line an engine."""
-    seconds = sum(clip.seconds for clip in clips)
-    print(
-        f"{len(clips)} clips, {seconds:.0f} s; WER with its {CONFIDENCE} % bootstrap interval over clips; normalised:"
-    )
-    print("without case and punctuation (whisper_normalizer); against NeMo: as written")
-    rows = [("engine", "RTFx", "WER", "normalised WER", "against NeMo", "clips unlike NeMo")]
-    for engine in clips[0].heard:
-        row = corpus_row(clips, engine)
-        rates = (str(row.get(key, "–")) for key in ("wer", "normalised_wer", "wer_against_nemo", "clips_unlike_nemo"))
-        rows.append((engine, f"{row['rtfx']:.1f}", *rates))
-    _print_table(rows)
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def corpus_row(clips: list[HeardClip], engine: str) -> dict:
-    """One engine's figures over the clips; a WER only where there is something to compare with."""
-    heard = [clip.heard[engine] for clip in clips]
-    row = {"rtfx": sum(clip.seconds for clip in clips) / sum(one.seconds for one in heard)}
-    pairs = [(clip.text, one.text) for clip, one in zip(clips, heard, strict=True) if clip.text is not None]
-    if pairs:
-        references, hypotheses = zip(*pairs, strict=True)
-        row["wer"] = word_error_rate(references, hypotheses)
-        row["normalised_wer"] = word_error_rate([*map(normalize, references)], [*map(normalize, hypotheses)])
-    if NEMO in clips[0].heard and engine != NEMO:
-        nemo = [clip.heard[NEMO] for clip in clips]
-        row["wer_against_nemo"] = word_error_rate([one.text for one in nemo], [one.text for one in heard])
-        row["clips_unlike_nemo"] = sum(one.tokens != other.tokens for one, other in zip(nemo, heard, strict=True))
-    return row
-
-
-def results(clips: list[HeardClip], differences: list[tuple[HeardClip, str, Difference]], frame_seconds: float) -> dict:
+def results(
+    clips: list[HeardClip], differences: list[FoundDifference], rules: Sequence[TextRule], frame_seconds: float
+) -> dict:
     """Everything, for --json."""
 
     def plain(heard: Heard) -> dict:
@@ -360,7 +326,7 @@ def results(clips: list[HeardClip], differences: list[tuple[HeardClip, str, Diff
         spoken = [{"text": text, "start": round(start, 3), "end": round(end, 3)} for text, start, end in times]
         return asdict(heard) | {"words": None if heard.words is None else spoken}
 
-    rows = {engine: corpus_row(clips, engine) for engine in clips[0].heard}
+    rows = {engine: corpus_row(clips, engine, rules) for engine in clips[0].heard}
     return {
         "engines": {
             engine: {key: asdict(value) if is_dataclass(value) else value for key, value in row.items()}
@@ -380,49 +346,6 @@ def results(clips: list[HeardClip], differences: list[tuple[HeardClip, str, Diff
             for clip, engine, difference in differences
         ],
     }
-
-
-def judge(differences: list[tuple[HeardClip, str, Difference]]) -> None:
-    """List every difference of a float32 engine; raise CheckError if one has no excuse."""
-    for clip, engine, difference in differences:
-        print(
-            f"{clip.path}: {engine} parts at emission {difference.index}, frame {difference.frame}: token "
-            f"{difference.found} for {difference.wanted}; {difference.excuse or 'nothing excuses it'}"
-        )
-    unexcused = [difference for *_, difference in differences if difference.excuse is None]
-    if unexcused:
-        raise CheckError(f"float32 ONNX differs from its reference in {len(unexcused)} cases, listed above")
-
-
-def print_verdict(
-    clips: list[HeardClip], folders: list[Folder], differences: list[tuple[HeardClip, str, Difference]]
-) -> None:
-    """Say in one line what the comparison of float32 with NeMo came to."""
-    config = folders[0].genai.config
-    compared = [clip for clip in clips if config.fits_one_window(clip.seconds)]
-    if any(folder.is_float32 for folder in folders) and compared:
-        unlike = {clip.path for clip, *_ in differences}
-        equal = sum(clip.path not in unlike for clip in compared)
-        print(f"float32 ONNX equals NeMo token for token on {equal} of {len(compared)} clips of one window")
-
-
-def judge_times(clips: list[HeardClip], folders: list[Folder]) -> None:
-    """Say how far the words of float32 ONNX are from NeMo's own times; raise CheckError if further than the tolerance.
-
-    Compared are clips of one window whose tokens are the same, without bytes, of which NeMo makes other words.
-    """
-    for folder in (folder for folder in folders if folder.is_float32):
-        count = furthest = 0
-        for clip in clips:
-            wanted, found = clip.heard[NEMO], clip.heard[folder.raw_name]
-            odd = (folder.pieces.byte_ids | folder.pieces.special).intersection(wanted.tokens)
-            if odd or wanted.tokens != found.tokens or not folder.config.fits_one_window(clip.seconds):
-                continue
-            count += len(wanted.words)
-            furthest = max(furthest, furthest_apart(wanted.words, found.words))
-        print(f"{folder.raw_name}: {count} words, none further from NeMo's own times than {furthest} encoder frames")
-        if furthest > TIMES_TOLERANCE:
-            raise CheckError(f"wanted words within {TIMES_TOLERANCE} encoder frame of NeMo's own, found {furthest}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -70,12 +70,13 @@ def state_needs(what: str, memory: float, disk: float, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, removed: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty folder beside `target`; when the block ends well `target` has its files too, else it is as it was.
 
     The new folder is complete, and on the disk, before one rename puts it in the place of the old one (common/swap.py);
-    files of `target` that the block did not write are in both. `stage.parent` is scratch space that vanishes with the
-    stage; what a killed run left of both is removed by the next one. Raises as check_output_dir and swap.lock do.
+    files of `target` that the block did not write are in both, but for the relative paths `removed`, which belong to
+    what is replaced. `stage.parent` is scratch space that vanishes with the stage; what a killed run left of both is
+    removed by the next one. Raises as check_output_dir and swap.lock do.
     """
     check_output_dir(target)
     target = target.resolve()  # a link to the folder stays one
@@ -85,7 +86,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         try:
             stage.mkdir()
             yield stage
-            replace_folder(target, stage)
+            replace_folder(target, stage, {target / path for path in removed})
         except OSError as error:
             if error.errno in DISK_ERRORS or SHORT_WRITE in str(error):
                 raise OSError(f"cannot write to {target} ({error}); nothing was changed; make room") from error

@@ -14,7 +14,14 @@ from common.clips import Clip
 from common.console import CheckError
 from common.optimize import sqnr_db
 from common.runtime import MAPPED, GenAI, RawOrt
-from common.transcripts import WordErrorRate, normalize, word_changes, word_error_rate, word_errors
+from common.transcripts import (
+    WordErrorRate,
+    high_error_warning,
+    normalize,
+    word_changes,
+    word_error_rate,
+    word_errors,
+)
 
 CONTEXT = 4  # words shown before and after a change
 MAX_PRINTED_CLIPS = 20  # more than a person reads; they are all in the report
@@ -155,6 +162,12 @@ def print_words(table: list[Words], heard: list[Heard]) -> None:
     """A line a language, and the clips that changed: [old → new], with their errors before and after."""
     for words in table[1:]:
         print(f"  {words.lang}: {words.clips} clips  {words}")
+    warning = high_error_warning(table[0].float32)
+    if warning:
+        print(warning)
+    for side in ("float32", "optimized"):
+        if not any(getattr(clip, side).strip() for clip in heard):
+            print(f"warning: every transcript of the {side} model is empty, so nothing can be said of its words")
     unlike = changed(heard)
     for clip in unlike[:MAX_PRINTED_CLIPS]:
         text = " ".join(one if one == other else f"[{one or '–'} → {other or '–'}]" for one, other in marked(clip))

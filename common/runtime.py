@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,6 +60,11 @@ class OrtGraph:
         """Outputs in the order of the declaration."""
         names = self.graph.input_names
         return self.session.run(self.graph.output_names, dict(zip(names, inputs, strict=True)))
+
+    @property
+    def output_width(self) -> int:
+        """The size of the first output's last axis."""
+        return self.session.get_outputs()[0].shape[-1]
 
     def noise(self, vocabulary: int, **sizes: int) -> list[np.ndarray]:
         """Inputs to compare two graphs on: noise, tokens below `vocabulary`, whole lengths. sizes: of the axes that are
@@ -341,6 +347,14 @@ class GenAI:
         return self.tokenizer.decode(np.array(tokens, dtype=np.int32)).strip() if tokens else ""
 
 
+class NemoTranscript(NamedTuple):
+    """What NeMo's own decoding gives of a clip; `text` is what `transcribe()` of NeMo shows."""
+
+    tokens: list[int]
+    frames: list[int]  # the encoder frame that each token was emitted at
+    text: str
+
+
 class Nemo:
     """The reference: NeMo's own preprocessing, encoder and batched greedy decoding."""
 
@@ -361,10 +375,16 @@ class Nemo:
             features, lengths = self.model.preprocessor(input_signal=signal.to(device), length=length.to(device))
         return features[0, :, : int(lengths[0])].cpu().numpy()
 
-    def transcribe(self, features: np.ndarray) -> tuple[list[int], list[int]]:
-        """features [M, T] → token ids, and the encoder frame that each was emitted at"""
+    @property
+    def sentencepiece_model(self) -> bytes:
+        """The checkpoint's own, as NeMo has loaded it."""
+        return self.model.tokenizer.tokenizer.serialized_model_proto()
+
+    def transcribe(self, features: np.ndarray) -> NemoTranscript:
+        """features [M, T] → tokens, frames and text, all NeMo's"""
         found = self._decode(self.model.decoding, features)
-        return [int(token) for token in found.y_sequence], [int(frame) for frame in found.timestamp]
+        tokens, frames = ([int(number) for number in numbers] for numbers in (found.y_sequence, found.timestamp))
+        return NemoTranscript(tokens, frames, found.text)
 
     def words(self, features: np.ndarray) -> list[tuple[str, int, int]]:
         """features [M, T] → each word with NeMo's own start and end, in encoder frames"""

@@ -15,7 +15,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
@@ -91,15 +91,15 @@ def _recover(target: Path, scratch: Path, aside: Path) -> None:
         _remove(scratch)
 
 
-def replace_folder(target: Path, new: Path) -> None:
-    """Put the folder `new` in the place of `target`, with every entry of `target` that it lacks.
+def replace_folder(target: Path, new: Path, removed: Collection[Path] = ()) -> None:
+    """Put the folder `new` in the place of `target`, with every entry of `target` that it lacks except `removed`.
 
     Entries are hard links where the file system has them, so nothing is copied and nothing can be lost with the old
     folder. All of `new` is on the disk before the rename, and the rename before this returns.
     """
     written = list(new.rglob("*"))
     if target.exists():
-        _keep_entries(target, new)
+        _keep_entries(target, new, removed)
     else:
         new.chmod(0o777 & ~_umask())
     for path in (*written, new):
@@ -117,13 +117,16 @@ def replace_folder(target: Path, new: Path) -> None:
     fsync(new.parent)
 
 
-def _keep_entries(old: Path, new: Path) -> None:
-    """Give `new` the mode of `old` and the entries that only `old` has, in the folders that both have as well."""
+def _keep_entries(old: Path, new: Path, removed: Collection[Path]) -> None:
+    """Give `new` the mode of `old` and the entries that only `old` has, in the folders that both have as well, except
+    those in `removed`."""
     for entry in old.iterdir():
+        if entry in removed:
+            continue
         kept, folder = new / entry.name, entry.is_dir() and not entry.is_symlink()
         if os.path.lexists(kept):
             if folder and kept.is_dir():
-                _keep_entries(entry, kept)
+                _keep_entries(entry, kept, removed)
         elif folder:
             shutil.copytree(entry, kept, symlinks=True, copy_function=link)
         else:

@@ -1,5 +1,9 @@
-"""Comparing what engines heard: token by token with the reason for a difference, and word by word as an error rate."""
+"""Comparing transcripts: token by token with the reason for a difference, text by text with the rule that explains one,
+and word by word as an error rate."""
 
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +14,11 @@ from common.graphs import PARITY_TOLERANCE
 BOOTSTRAP_SAMPLES = 2000
 CONFIDENCE = 95  # per cent
 PARENTHESES = str.maketrans("()", "  ")
+# Of a float32 model's words, per cent, normalised; the published checkpoints stay far below on languages they know.
+SUSPICIOUS_WER = 60
+# How a user-defined piece that is no text is spelt. Written here anew, apart from the tokenizer's export: what that
+# hides is checked against it.
+_MARK = re.compile(r"▁?(<.+>|\[.+\])", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,96 @@ def first_token_difference(wanted: Hypothesis, found: list[int]) -> Difference |
     )
 
 
+def _unchanged(text: str) -> str:
+    return text
+
+
+@dataclass(frozen=True)
+class TextRule:
+    """A difference between NeMo's text and an exported folder's that is no error, and both texts without it."""
+
+    name: str
+    nemo: Callable[[str], str]
+    exported: Callable[[str], str] = _unchanged
+
+
+def text_rules(sentencepiece_model: bytes) -> tuple[TextRule, ...]:
+    """How NeMo's text differs from GenAI's for the same tokens, in the order in which the rules are applied.
+
+    `sentencepiece_model` is the checkpoint's own. Read from decode_tokens_to_str_with_strip_punctuation in
+    nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0. README.md lists them for readers.
+    """
+    proto = _parsed(sentencepiece_model)
+    spellings = [_spelling(piece.piece) for piece in proto.pieces if _is_mark(piece)]
+    # NeMo may have deleted the space after it, which then stood before a punctuation mark.
+    unknown = " ?" + re.escape(proto.trainer_spec.unk_surface.strip()) + " ?"
+    return (
+        TextRule("NeMo shows marks such as <|en|>", _remover("|".join(spellings) or "(?!)")),
+        TextRule(f"NeMo shows{proto.trainer_spec.unk_surface}for <unk>", _remover(unknown)),
+        TextRule("NeMo keeps spaces at both ends", str.strip, str.strip),
+        TextRule("NeMo deletes the space before punctuation", _close_up, _close_up),
+    )
+
+
+def ids_of_other_words(sentencepiece_model: bytes) -> frozenset[int]:
+    """Tokens of which NeMo's timestamps make words of their own: the unknown piece, marks, and each byte."""
+    proto = _parsed(sentencepiece_model)
+    return frozenset(
+        index
+        for index, piece in enumerate(proto.pieces)
+        if piece.type in (piece.UNKNOWN, piece.CONTROL, piece.BYTE) or _is_mark(piece)
+    )
+
+
+def _parsed(sentencepiece_model: bytes):
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    return ModelProto.FromString(sentencepiece_model)
+
+
+def _is_mark(piece) -> bool:
+    return piece.type == piece.USER_DEFINED and _MARK.fullmatch(piece.piece) is not None
+
+
+def _spelling(piece: str) -> str:
+    """A pattern of how a mark is shown: its space is gone where it is the first piece."""
+    text = re.escape(piece.removeprefix("▁"))
+    return f" ?{text}" if piece.startswith("▁") else text
+
+
+def _remover(pattern: str) -> Callable[[str], str]:
+    compiled = re.compile(pattern)
+    return lambda text: compiled.sub("", text)
+
+
+def _close_up(text: str) -> str:
+    """`text` without spaces before punctuation marks. NeMo deletes one space, before the marks of its vocabulary; of
+    several, and before any mark, both texts are left without."""
+    marks = {character for character in text if unicodedata.category(character).startswith("P")}
+    return re.sub(rf"\s+(?=[{re.escape(''.join(sorted(marks)))}])", "", text) if marks else text
+
+
+def explaining_rules(nemo: str, exported: str, rules: Sequence[TextRule]) -> list[str] | None:
+    """The rules by which two texts of the same tokens differ, none where they are equal; None where no rule explains
+    the difference."""
+    names = []
+    for rule in rules:
+        if nemo == exported:
+            break
+        without = rule.nemo(nemo), rule.exported(exported)
+        if without != (nemo, exported):
+            names.append(rule.name)
+        nemo, exported = without
+    return names if nemo == exported else None
+
+
+def comparable(nemo: str, exported: str, rules: Sequence[TextRule]) -> tuple[str, str]:
+    """Both texts without what differs by rule, to count words in."""
+    for rule in rules:
+        nemo, exported = rule.nemo(nemo), rule.exported(exported)
+    return nemo, exported
+
+
 @dataclass(frozen=True)
 class WordErrorRate:
     """Corpus word error rate in per cent, with the interval that resampling the clips gives."""
@@ -120,6 +219,17 @@ def word_error_rate(references: list[str], hypotheses: list[str], baseline: list
     tail = (100 - CONFIDENCE) / 2
     low, high = np.percentile(100 * errors / np.maximum(words, 1), [tail, 100 - tail])
     return WordErrorRate(int(counts[:, 0].sum()), int(counts[:, 1].sum()), float(low), float(high))
+
+
+def high_error_warning(float32: WordErrorRate) -> str | None:
+    """A line for a float32 model whose error rate, normalised, is too high for a model that works; None below."""
+    if float32.percent <= SUSPICIOUS_WER:
+        return None
+    return (
+        f"warning: the float32 model has {float32.percent:.0f} % of the words wrong, more than {SUSPICIOUS_WER} %: the "
+        "clips may be in a language that it does not know, their texts may be wrong, or its folder may hold parts of "
+        "different checkpoints"
+    )
 
 
 def _counts(references: list[str], hypotheses: list[str]) -> np.ndarray:

@@ -1,0 +1,301 @@
+"""NeMo's own text beside the exported folder's, where what no rule explains is an error; parts of different checkpoints."""
+
+import io
+import json
+import random
+import re
+import shutil
+import tarfile
+
+import pytest
+
+import export_parakeet_to_onnx
+import export_tokenizer
+import optimize_encoder
+import test_e2e
+import test_real_speech
+from common.files import read_manifest, staged_folder, write_json
+from common.identity import check_one_checkpoint, check_same_checkpoint, kept_by_export
+from common.runtime import Nemo, load_audio
+from common.tokenizer import TOKENIZER_FILES
+from common.transcripts import explaining_rules, high_error_warning, text_rules, word_error_rate
+from common.verdict import (
+    NEMO,
+    Engines,
+    Heard,
+    HeardClip,
+    clip_notes,
+    judge_texts,
+    judge_times,
+    print_verdict,
+    print_warnings,
+)
+from tests.conftest import SAMPLES, TINY
+from tests.test_scripts import refused
+
+CLIPS = [SAMPLES / "clips" / f"{name}.flac" for name in ("029_hibari", "049_kal16", "105_slt")]
+# Pieces that the bundled checkpoint emits on CLIPS, and those that take their places, whose text differs by rule.
+SWAPS = {"▁b": "▁¿", "3": "<unk>", "th": "<|es|>", "8": "%"}
+
+
+@pytest.fixture(scope="module")
+def swapped(tmp_path_factory):
+    """The bundled checkpoint with pieces that change places: it emits `▁¿`, `<unk>`, `<|es|>`, and `▁` before `%`."""
+    import torch
+
+    path = tmp_path_factory.mktemp("swapped") / "swapped.nemo"
+    with tarfile.open(TINY) as source, tarfile.open(path, "w") as target:
+        members = {member.name: source.extractfile(member).read() for member in source if member.isfile()}
+        names = [line.split("\t")[0] for line in _ending(members, ".vocab").decode().splitlines()]
+        weights = next(name for name in members if name.endswith(".ckpt"))
+        state = torch.load(io.BytesIO(members[weights]), weights_only=True)
+        for one, other in SWAPS.items():
+            pair = [names.index(one), names.index(other)]
+            for name in ("decoder.prediction.embed.weight", "joint.joint_net.2.weight", "joint.joint_net.2.bias"):
+                state[name][pair] = state[name][pair[::-1]]
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        members[weights] = buffer.getvalue()
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            target.addfile(info, io.BytesIO(content))
+    return path
+
+
+def _ending(members, suffix):
+    return next(content for name, content in members.items() if name.endswith(suffix))
+
+
+@pytest.fixture(scope="module")
+def exported_over(swapped, tiny_export, tmp_path_factory):
+    """The swapped checkpoint's graphs, exported into a folder that held the bundled one's graphs and tokenizer."""
+    folder = tmp_path_factory.mktemp("over") / "models"
+    shutil.copytree(tiny_export, folder)
+    (folder / "notes.txt").write_text("mine")
+    argv = ["--model_name", str(swapped), "--output_dir", str(folder), "--skip_verify"]
+    assert export_parakeet_to_onnx.main(argv) == 0
+    return folder
+
+
+@pytest.fixture
+def both_parts(exported_over, swapped, tmp_path):
+    folder = tmp_path / "both" / "models"
+    shutil.copytree(exported_over, folder)
+    assert export_tokenizer.main(["--model_name", str(swapped), "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def compare(folder, checkpoint, *argv):
+    clips = map(str, CLIPS)
+    return test_real_speech.main(
+        ["--model_dir", str(folder), "--model_name", str(checkpoint), *argv, "--audio", *clips]
+    )
+
+
+def test_nemos_row_is_what_nemo_transcribes(tiny_model):
+    nemo = Nemo(tiny_model)
+    samples = [load_audio(clip, 16000, 1) for clip in CLIPS]
+    try:
+        own = [hypothesis.text for hypothesis in tiny_model.transcribe(samples, batch_size=1, verbose=False)]
+    finally:
+        tiny_model.eval()  # NeMo's transcribe leaves the decoder and the joint in training mode
+    assert [nemo.transcribe(nemo.features(one)).text for one in samples] == own
+    assert all(own)
+
+
+def test_what_differs_by_rule_is_named_and_no_failure(both_parts, swapped, capsys):
+    assert compare(both_parts, swapped, "--timestamps") == 0
+    output = capsys.readouterr().out
+    rows = re.findall(r"^  NeMo  .*?–  +(?:\d\S*  +)?(.*)$", output, re.M)
+    assert rows == ["We have 1 ⁇¿lack fans.", "Wake me on Tuesday, February the 6<|es|>.", "We have% blue doors."]
+    genai = re.findall(r"^  GenAI models  .*?  0\.0  +(.*)$", output, re.M)  # no error against NeMo
+    assert genai == ["We have 1 ¿lack fans.", "Wake me on Tuesday, February the 6.", "We have % blue doors."]
+    for name in (
+        "NeMo shows ⁇ for <unk>",
+        "NeMo shows marks such as <|en|>",
+        "NeMo deletes the space before punctuation",
+    ):
+        assert f"{name} (2)" in output or f"{name} (4)" in output  # GenAI and plain ONNX Runtime
+    assert "0 are NeMo's own text letter for letter, 6 by rule" in output
+    assert "clips left out: 2 with bytes, marks or unknown pieces" in output
+
+
+def test_a_tokenizer_that_hides_digits_is_noticed(both_parts, swapped, capsys):
+    """Digits marked special, as all user-defined pieces once were: the tokens are NeMo's, the text is not."""
+    path = both_parts / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = [name for name, _ in content["model"]["vocab"]]
+    like = content["added_tokens"][0]
+    content["added_tokens"] += [{**like, "id": vocabulary.index(d), "content": d} for d in "0123456789"]
+    path.write_text(json.dumps(content))
+    assert compare(both_parts, swapped) == 1
+    captured = capsys.readouterr()
+    assert "equals NeMo token for token on 3 of 3 clips" in captured.out
+    assert "the same tokens as 'We have ¿lack fans.'; no rule explains it" in captured.out
+    assert captured.err.startswith("check failed: expected one text for the same tokens, got another in ")
+
+
+def test_rules_explain_every_text_of_random_tokens_and_nothing_else(tiny_model, tiny_export):
+    """NeMo's own function renders the tokens; the exported tokenizer.json renders them too. Marks, the unknown piece,
+    lone spaces and punctuation are drawn often."""
+    from tokenizers import Tokenizer
+
+    decoding = tiny_model.decoding
+    model = tiny_model.tokenizer.tokenizer
+    rules = text_rules(model.serialized_model_proto())
+    exported = Tokenizer.from_file(str(tiny_export / "tokenizer.json"))
+    names = [model.id_to_piece(index) for index in range(model.get_piece_size())]
+    often = [names.index(name) for name in ("▁", "▁¿", "¿", ".", "'", "-", "1", "%", "<unk>", "<|en|>", "<pad>")]
+    draw, named, unexplained = random.Random(0), set(), 0
+    for _ in range(3000):
+        tokens = [
+            draw.choice(often) if draw.random() < 0.8 else draw.randrange(len(names))
+            for _ in range(draw.randrange(1, 9))
+        ]
+        nemo = decoding.decode_tokens_to_str_with_strip_punctuation(tokens)
+        found = explaining_rules(nemo, exported.decode(tokens).strip(), rules)
+        assert found is not None, tokens
+        named |= set(found)
+        without = exported.decode([token for token in tokens if not names[token].isdigit()]).strip()
+        unexplained += explaining_rules(nemo, without, rules) is None
+    assert named == {rule.name for rule in rules}
+    assert unexplained > 1000  # of texts without their digits
+
+
+def heard(text, tokens=(1,), words=None):
+    return Heard(list(tokens), text, 1.0, words)
+
+
+def clip_of(nemo, genai, raw, **fields):
+    return HeardClip(SAMPLES / "a.wav", seconds=1.0, heard={NEMO: nemo, "G": genai, "R": raw}, **fields)
+
+
+ENGINES = [Engines("G", "R", is_float32=True)]
+
+
+def test_nothing_compared_is_said(capsys):
+    one = clip_of(heard("a", (1,)), heard("b", (2,)), heard("b", (2,)), one_window=False)
+    print_verdict([one], ENGINES, [], (), 60)
+    judge_texts([one], ENGINES, ())
+    judge_times([one], ENGINES, frozenset())
+    output = capsys.readouterr().out
+    assert "NeMo transcribed them whole, GenAI and ONNX Runtime did not; word errors against NeMo: G 100.00 %" in output
+    assert "no clip was compared" in output
+    assert "no text was compared with NeMo's own" in output
+    assert "R: no word's times were compared with NeMo's own; clips left out: 1 of several windows" in output
+    assert "0 of 0" not in output
+    assert clip_notes(one, (), 60) == ["NeMo transcribed this clip whole, GenAI and ONNX Runtime in windows of 60 s"]
+    print_verdict([one], [Engines("G", "R", is_float32=False)], [], (), 60)
+    assert "no float32 engine was compared" in capsys.readouterr().out
+
+
+def test_empty_transcripts_are_flagged(capsys):
+    empty = heard("", ())
+    one = clip_of(empty, empty, empty)
+    print_warnings([one], ENGINES, ())
+    judge_texts([one], ENGINES, ())
+    output = capsys.readouterr().out
+    assert [f"every transcript of {name} is empty" in output for name in (NEMO, "G", "R")] == [True] * 3
+    assert "no text was compared" in output
+
+
+def test_genai_and_tokenizers_show_the_same_tokens_alike(capsys):
+    from common.console import CheckError
+
+    one = clip_of(heard("a"), heard("a"), heard("a"))
+    del one.heard[NEMO]
+    judge_texts([one], ENGINES, ())
+    one.heard["G"] = heard("b")
+    with pytest.raises(CheckError, match="expected one text for the same tokens"):
+        judge_texts([one], ENGINES, ())
+    assert "no rule explains it" in capsys.readouterr().out
+
+
+def test_a_high_error_rate_is_flagged(capsys):
+    assert high_error_warning(word_error_rate(["a b c d e"], ["a b x y z"])) is None
+    assert "different checkpoints" in high_error_warning(word_error_rate(["a b c d e"], ["a v x y z"]))
+    one = clip_of(*[heard("a v x y z")] * 3, text="a b c d e")
+    print_warnings([one], ENGINES, ())
+    assert "the float32 model has 80 % of the words wrong" in capsys.readouterr().out
+
+
+class TestPartsOfDifferentCheckpoints:
+    def test_exporting_anew_drops_the_other_tokenizer(self, exported_over, tiny_export):
+        assert not [name for name in TOKENIZER_FILES if (exported_over / name).exists()]
+        manifest = read_manifest(exported_over)
+        assert "tokenizer" not in manifest
+        assert not set(TOKENIZER_FILES) & set(manifest["files"])
+        assert (exported_over / "notes.txt").read_text() == "mine"
+        assert "tokenizer" in read_manifest(tiny_export)
+
+    def test_exporting_the_same_anew_keeps_the_tokenizer(self, tiny_export):
+        source = read_manifest(tiny_export)["export"]["source"]
+        manifest, removed = kept_by_export(tiny_export, source)
+        assert removed == ()
+        assert manifest["tokenizer"] == read_manifest(tiny_export)["tokenizer"]
+        assert set(TOKENIZER_FILES) <= set(manifest["files"])
+
+    def test_only_what_is_named_is_removed(self, tmp_path):
+        (tmp_path / "models" / "sub").mkdir(parents=True)
+        for name in ("a", "b", "sub/a", "sub/b"):
+            (tmp_path / "models" / name).write_text("old")
+        with staged_folder(tmp_path / "models", ["a", "sub/b"]) as stage:
+            (stage / "sub").mkdir()
+            (stage / "sub" / "c").write_text("new")
+        found = sorted(str(path.relative_to(tmp_path / "models")) for path in (tmp_path / "models").rglob("*"))
+        assert found == ["b", "sub", "sub/a", "sub/c"]
+
+    def test_the_tokenizer_of_another_checkpoint_is_not_exported(self, exported_over, swapped, capsys):
+        before = sorted(exported_over.iterdir())
+        for argv in (("--model_name", TINY), ()):  # another, and step 1's flag forgotten: no download either
+            error = refused(capsys, export_tokenizer, "--output_dir", exported_over, *argv)
+            assert f"run: python export_tokenizer.py --output_dir {exported_over} --model_name {swapped}" in error
+        assert sorted(exported_over.iterdir()) == before
+
+    @pytest.mark.parametrize(
+        "script", [optimize_encoder, test_e2e, test_real_speech], ids=lambda module: module.__name__
+    )
+    def test_every_reader_refuses_them(self, script, tiny_export, tmp_path, capsys):
+        folder = tmp_path / "models"
+        shutil.copytree(tiny_export, folder)
+        manifest = read_manifest(folder)
+        manifest["tokenizer"]["source"] |= {"path": "other.nemo", "sha256": "0" * 64}
+        write_json(folder / "manifest.json", manifest)
+        argv = ("--output_dir", tmp_path / "out") if script is optimize_encoder else ()
+        error = refused(capsys, script, "--model_dir", folder, *argv)
+        assert "expected graphs and tokenizer of one checkpoint" in error
+        assert "other.nemo (SHA-256 00000000…)" in error
+        assert f"run: python export_tokenizer.py --output_dir {folder} --model_name " in error
+
+    @pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt", "genai_config.json"])
+    def test_without_a_manifest_sizes_are_compared(self, file, tiny_export, tmp_path):
+        folder = tmp_path / "models"
+        shutil.copytree(tiny_export, folder)
+        (folder / "manifest.json").unlink()
+        check_one_checkpoint(folder)
+        if file == "vocab.txt":
+            (folder / file).write_text("a\nb\n")
+        else:
+            content = json.loads((folder / file).read_text())
+            if file == "tokenizer.json":
+                content["model"]["vocab"].pop()
+            else:
+                content["model"]["blank_id"] -= 1
+            write_json(folder / file, content)
+        with pytest.raises(ValueError, match="they are of different checkpoints; run: python export_"):
+            check_one_checkpoint(folder)
+
+    def test_a_manifest_that_says_nothing_of_the_tokenizer_leaves_sizes(self, tiny_export, tmp_path):
+        folder = tmp_path / "models"
+        shutil.copytree(tiny_export, folder)
+        manifest = read_manifest(folder)
+        del manifest["tokenizer"]
+        write_json(folder / "manifest.json", manifest)
+        check_one_checkpoint(folder)
+        assert kept_by_export(folder, manifest["export"]["source"])[1] == tuple(sorted(TOKENIZER_FILES))
+
+    def test_an_optimized_folder_and_new_graphs(self, tiny_export, exported_over):
+        check_same_checkpoint(tiny_export, tiny_export)
+        with pytest.raises(ValueError, match=r"to be of one checkpoint, got .* run: python optimize_encoder\.py"):
+            check_same_checkpoint(tiny_export, exported_over)
