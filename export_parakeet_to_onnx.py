@@ -14,9 +14,15 @@ With --runtime: the same weights as onnx-asr or sherpa-onnx expect them, vocabul
 
 import argparse
 import gc
+import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+# First of all, since a package that is missing below is then reported in one line (common/__init__.py).
+from common.console import Parser, Stages, run, size_text
+
+# isort: split
 
 import numpy as np
 
@@ -28,7 +34,6 @@ from common.configs import (
     audio_processor_config,
     genai_config,
 )
-from common.console import Parser, Stages, run, size_text
 from common.files import check_output_dir, read_manifest, staged_folder, state_needs, write_json, write_manifest
 from common.graphs import DECODER, ENCODER, JOINT, Graph
 from common.layouts import GENAI, LAYOUTS, Layout, check_same_shape, check_supports, write_layout
@@ -95,11 +100,11 @@ def _export(args: argparse.Namespace) -> None:
     with staged_folder(args.output_dir) as stage:
         _export_to(stage, folders, checkpoint, args)
     if GENAI in folders:
-        tokenizer_flags = f"--model_name {args.model_name} --output_dir {args.output_dir / folders[GENAI]}"
-        following = f"python export_tokenizer.py {tokenizer_flags}"
+        folder = args.output_dir / folders[GENAI]
+        following = ["export_tokenizer.py", "--model_name", args.model_name, "--output_dir", str(folder)]
     else:
-        following = f"python optimize_encoder.py --model_dir {args.output_dir}"
-    print(f"wrote {args.output_dir}; next: {following}")
+        following = ["optimize_encoder.py", "--model_dir", str(args.output_dir)]
+    print(f"wrote {args.output_dir}; next: python {shlex.join(following)}")
 
 
 def _export_to(stage: Path, folders: dict[Layout, str], checkpoint: Path, args: argparse.Namespace) -> None:
