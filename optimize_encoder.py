@@ -104,8 +104,8 @@ DECODER_JOINT_HELP = (
 )
 SKIP_FUSION_HELP = """leave the graph as exported, as quantized encoders for a CPU always are: the fused operator is
 slower there"""
-EVAL_HELP = """JSON lines with audio_filepath, text and perhaps lang: count the words that float32 and the optimized
-model get wrong on these clips"""
+EVAL_HELP = """NeMo manifest (JSON lines with audio_filepath, text and perhaps lang, offset and duration): count the
+words that float32 and the optimized model get wrong on these clips"""
 INCREASE_HELP = """points of word error rate, normalised, by which the optimized model may be worse than float32, over
 all clips and in each language; beyond, nothing is written (no limit)"""
 REDUCE_RANGE_HELP = """int8 with weights of 7 bits, for a CPU without VNNI (AVX2 before 2021), where sums of larger
