@@ -19,10 +19,15 @@ import argparse
 import json
 from pathlib import Path
 
+# First of all, since a package that is missing below is then reported in one line (common/__init__.py).
+from common import console
+
+# isort: split
+
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from common import console, tokenizer
+from common import tokenizer
 from common.card import CARD, write_card
 from common.files import (
     check_output_dir,
@@ -78,7 +83,8 @@ def _export(args: argparse.Namespace) -> None:
         write_manifest(stage, read_manifest(args.output_dir), "tokenizer", {"source": source})
         write_card(stage, args.output_dir, GENAI)
     stages.report("tokenizer.json", "tokenizer_config.json", "vocab.txt", "manifest.json", CARD)
-    print(f"wrote {args.output_dir}; next: python optimize_encoder.py --model_dir {args.output_dir}")
+    following = console.Command("python optimize_encoder.py --model_dir {}").format(args.output_dir)
+    print(f"wrote {args.output_dir}; next: {following}")
 
 
 def check_decoding(model: bytes, content: dict, sequences: list[list[int]]) -> None:

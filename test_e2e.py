@@ -17,7 +17,7 @@ from common.files import MODEL_DIR_HELP, default_model_dir, verify_files
 from common.graphs import GRAPH_FILES
 from common.identity import check_one_checkpoint
 from common.layouts import genai_folder
-from common.runtime import GenAI, RawOrt
+from common.runtime import GenAI, RawOrt, RuntimeConfig
 from common.tokenizer import TOKENIZER_FILES
 
 SAMPLE = Path(__file__).resolve().parent / "samples" / "clips" / "029_hibari.flac"
@@ -39,8 +39,8 @@ def _test(args: argparse.Namespace) -> None:
     stages = Stages(4)
     listed = verify_files(folder, (*GRAPH_FILES, *TOKENIZER_FILES))
     check_one_checkpoint(folder)
+    samples = RuntimeConfig.read(folder).read_audio(args.audio)
     genai = GenAI(folder)
-    samples = genai.config.read_audio(args.audio)
     stages.report("GenAI loads", str(folder), f"{listed} files are those of its manifest" if listed else "no checksums")
 
     tokens = genai.transcribe(samples)

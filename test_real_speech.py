@@ -18,30 +18,40 @@ GenAI has it. Speed is that of a warm engine, features included; of a batch's ti
 """
 
 import argparse
+import contextlib
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TextIO
+
+# First of all, since a package that is missing below is then reported in one line (common/__init__.py).
+from common.console import Parser, run
+
+# isort: split
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from common.clips import Clip, read_clips
-from common.console import Parser, run
 from common.decode import GENAI_RULE, NEMO_RULE, Hypothesis
 from common.files import (
+    FILES,
+    MANIFEST,
     MODEL_DIR_HELP,
-    check_output_file,
+    check_outputs,
     default_model_dir,
     is_float16,
+    is_standard_output,
+    json_text,
     read_manifest,
-    write_json,
-    write_text,
+    write_output,
 )
 from common.identity import check_one_checkpoint, check_same_checkpoint
-from common.layouts import genai_folder
+from common.layouts import GENAI, genai_folder
 from common.model import find_checkpoint, load_model, recorded_checkpoint
 from common.runtime import GenAI, Nemo, RawOrt, RuntimeConfig
 from common.timestamps import Pieces, Word, srt, words
@@ -71,6 +81,13 @@ MAX_PRINTED_CLIPS = 20
 POOL_SECONDS = 1200
 
 
+MANIFEST_HELP = """NeMo manifest: JSON lines with audio_filepath and text, and offset and duration in seconds where a
+clip is a segment of its file"""
+JSON_HELP = """write every transcript and figure to FILE; - is the standard output, and all else is then printed to
+the error output"""
+SRT_HELP = "write the words of one clip as subtitles to FILE; - as for --json"
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model_dir", type=Path, help=MODEL_DIR_HELP)
@@ -79,8 +96,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     reference.add_argument("--skip_nemo", action="store_true", help="do without NeMo, which is then not even imported")
     clips = parser.add_mutually_exclusive_group()
     clips.add_argument("--audio", type=Path, nargs="+", default=[SAMPLE], help="clips (samples/jfk.wav)")
-    clips.add_argument("--manifest", type=Path, help="NeMo manifest: JSON lines with audio_filepath and text")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every transcript and figure to FILE")
+    clips.add_argument("--manifest", type=Path, help=MANIFEST_HELP)
+    parser.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP)
     parser.add_argument(
         "--batch_size", type=int, default=1, help="clips that plain ONNX Runtime takes at a time (%(default)s)"
     )
@@ -89,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="print each word with its start and end in seconds, by plain ONNX Runtime (GenAI tells no times); with "
         "NeMo, compare them with its own",
     )  # fmt: skip
-    parser.add_argument("--srt", type=Path, metavar="FILE", help="write the words of one clip as subtitles to FILE")
+    parser.add_argument("--srt", type=Path, metavar="FILE", help=SRT_HELP)
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"argument --batch_size: wanted 1 or more, found {args.batch_size}")
@@ -99,7 +116,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(_compare, parse_args(argv))
+    return run(_compare_beside_output, parse_args(argv))
+
+
+def _compare_beside_output(args: argparse.Namespace) -> None:
+    """Compare; where a result goes to the standard output, to be read by a program, print to the error output."""
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if any(map(is_standard_output, _outputs(args))) else stdout):
+        _compare(args, stdout)
+
+
+def _outputs(args: argparse.Namespace) -> list[Path]:
+    return [path for path in (args.json, args.srt) if path]
 
 
 class Folder:
@@ -108,8 +136,8 @@ class Folder:
     def __init__(self, path: Path):
         self.path, self.config, manifest = path, RuntimeConfig.read(path), read_manifest(path)
         optimized = manifest.get("optimize")
-        flags = optimized["flags"] if optimized else {"skip_quantization": True}
-        unquantized = flags["skip_quantization"] and flags.get("decoder_joint_precision", "fp32") == "fp32"
+        flags = {"skip_quantization": True} if optimized is None else optimized.get("flags", {})
+        unquantized = flags.get("skip_quantization") and flags.get("decoder_joint_precision", "fp32") == "fp32"
         self.is_float32 = unquantized and not is_float16(manifest)
         self.genai_name, self.raw_name = f"GenAI {path.name}", f"ONNX Runtime {path.name}"
         self.engines = Engines(self.genai_name, self.raw_name, self.is_float32)
@@ -160,9 +188,7 @@ class Recording:
             self.features, self.features_seconds = _timed(source.features, self.samples)
 
 
-def _compare(args: argparse.Namespace) -> None:
-    for output in filter(None, (args.json, args.srt)):
-        check_output_file(output)
+def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
     clips = [HeardClip(**vars(clip)) for clip in listed]
     paths = _folders(genai_folder(args.model_dir or default_model_dir()))
@@ -170,6 +196,8 @@ def _compare(args: argparse.Namespace) -> None:
         check_one_checkpoint(path)
         check_same_checkpoint(paths[0], path)
     folders = [Folder(path) for path in paths]
+    check_outputs(_outputs(args), [*_inputs(args, folders), *(clip.path for clip in clips)])
+    folders[0].config.check_clips(clips)
     config = folders[0].genai.config  # loads GenAI: what a folder lacks shows before NeMo takes its time
     nemo = None if args.skip_nemo else _load_nemo(args.model_name, folders[0])
     times = args.timestamps or args.srt is not None
@@ -198,15 +226,28 @@ def _compare(args: argparse.Namespace) -> None:
     if len(clips) > 1 or args.manifest:
         print_corpus(clips, rules)
     if args.json:
-        write_json(args.json, results(clips, differences, rules, config.frame_seconds))
+        write_output(args.json, json_text(results(clips, differences, rules, config.frame_seconds)), stdout)
     if args.srt:
-        write_text(args.srt, srt(clips[0].heard[folders[0].raw_name].words, config.frame_seconds))
+        write_output(args.srt, srt(clips[0].heard[folders[0].raw_name].words, config.frame_seconds), stdout)
     print_warnings(clips, engines_of, rules)
     print_verdict(clips, engines_of, differences, rules, window)
     judge_tokens(differences)
     judge_texts(clips, engines_of, rules)
     if nemo and times:
         judge_times(clips, engines_of, ids_of_other_words(nemo.sentencepiece_model))
+
+
+def _inputs(args: argparse.Namespace, folders: list[Folder]) -> Iterator[Path]:
+    """What is read, clips aside, and must not be written over."""
+    if args.manifest:
+        yield args.manifest
+    if args.model_name:
+        yield Path(args.model_name)
+    for folder in folders:
+        manifest = read_manifest(folder.path)
+        yield from (folder.path / name for name in {MANIFEST, *GENAI.files, *manifest.get(FILES, {})})
+        if checkpoint := manifest.get("export", {}).get("source", {}).get("path"):
+            yield folder.path / checkpoint
 
 
 def _load_nemo(model_name: str | None, folder: Folder) -> Nemo:
@@ -226,10 +267,10 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def read_pools(clips: list[HeardClip], config: RuntimeConfig, alone: bool) -> Iterator[list[Recording]]:
-    """The clips with their samples: one at a time, or pools to make batches of. Raises as read_audio does."""
+    """The clips with their samples: one at a time, or pools to make batches of. Raises as read_clip does."""
     pool, seconds = [], 0.0
     for clip in clips:
-        pool.append(Recording(clip, config.read_audio(clip.path)))
+        pool.append(Recording(clip, config.read_clip(clip)))
         clip.seconds = len(pool[-1].samples) / config.sample_rate
         clip.one_window = config.fits_one_window(clip.seconds)
         seconds += clip.seconds
@@ -300,7 +341,7 @@ def _timed(function, *args):
 
 def print_clip(clip: HeardClip, engines: Iterable[str], folders: list[Folder], rules: Sequence[TextRule]) -> None:
     """A table for one clip, a line an engine, as they come; WER in %, as written."""
-    print(f"{clip.path}  {clip.seconds:.1f} s" + ("" if clip.text is None else f"  {clip.text!r}"))
+    print(f"{clip.path}{clip.segment}  {clip.seconds:.1f} s" + ("" if clip.text is None else f"  {clip.text!r}"))
     width = max(len(name) for folder in folders for name in (folder.genai_name, folder.raw_name))
     row = f"  {{:{width}}}  {{:<6}}  {{:<5}}  {{:<12}}  {{}}".format
     print(row("engine", "RTFx", "WER", "against NeMo", "transcript"), flush=True)
@@ -335,6 +376,7 @@ def results(
         "clips": [
             {
                 "audio_filepath": str(clip.path),
+                "offset": clip.offset,
                 "seconds": clip.seconds,
                 "text": clip.text,
                 "engines": {engine: plain(heard) for engine, heard in clip.heard.items()},
@@ -342,7 +384,7 @@ def results(
             for clip in clips
         ],
         "differences": [
-            {"audio_filepath": str(clip.path), "engine": engine, **asdict(difference)}
+            {"audio_filepath": str(clip.path), "offset": clip.offset, "engine": engine, **asdict(difference)}
             for clip, engine, difference in differences
         ],
     }

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet_libraries(False)
     genai = GenAI(args.model_dir)
-    samples = [genai.config.read_audio(clip.path) for clip in read_clips(args.manifest)[: args.clips]]
+    samples = [genai.config.read_clip(clip) for clip in read_clips(args.manifest)[: args.clips]]
     features = [genai.features(one) for one in samples]
     audio = sum(map(len, samples)) / genai.config.sample_rate
     del genai

@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     genai = GenAI(folders[FLOAT32.name])
     features = []
     for i, clip in enumerate(tqdm(clips, leave=False, disable=None)):
-        samples = genai.config.read_audio(clip.path)
+        samples = genai.config.read_clip(clip)
         samples = samples if args.snr_db is None else with_noise(samples, args.snr_db, i)
         features.append(genai.features(samples))
     texts = [clip.text for clip in clips]

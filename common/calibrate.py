@@ -93,7 +93,7 @@ def read_speech(folder: Path, clips: list[Clip]) -> Speech:
         wanted = int(MAX_SECONDS * frame_rate) - frames
         if wanted <= 0:
             break
-        features.append(genai.features(genai.config.read_audio(clips[i].path))[:, :wanted])
+        features.append(genai.features(genai.config.read_clip(clips[i]))[:, :wanted])
         frames += features[-1].shape[1]
     seconds = frames / frame_rate
     if seconds < MIN_SECONDS:

@@ -3,6 +3,8 @@
 The same manifest gives the same bytes. What the manifest does not know is left open, the licence above all.
 """
 
+import itertools
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import yaml
 from common.console import size_text
 from common.files import FILES, MANIFEST, fingerprint, is_float16, read_manifest, sha256, write_json
 from common.layouts import GENAI, Layout, usage
+from common.transcripts import WordErrorRate
 
 CARD = "README.md"
 
@@ -102,8 +105,10 @@ def wer_table(rows: dict[str, dict]) -> str:
     """Engine → `errors`, `words` and the interval `low`, `high` in per cent (common.transcripts.WordErrorRate)."""
     lines = ["| | WER | 95 % interval | words |", "|---|---|---|---|"]
     for engine, row in rows.items():
-        percent = 100 * row["errors"] / max(row["words"], 1)
-        lines.append(f"| {engine} | {percent:.2f} % | {row['low']:.2f} – {row['high']:.2f} % | {row['words']} |")
+        rate = WordErrorRate(row["errors"], row["words"], row["low"], row["high"])
+        interval = f"{rate.low:.2f} – {rate.high:.2f} %" if rate.words else "–"
+        percent = f"{rate.percent:.2f} %" if rate.words else str(rate)
+        lines.append(f"| {engine} | {percent} | {interval} | {rate.words} |")
     return "\n".join(lines)
 
 
@@ -133,12 +138,13 @@ def _origin(manifest: dict) -> str:
 
 
 def _usage(manifest: dict, layout: Layout) -> str:
-    section, package = manifest.get("export", {}), layout.package
+    section, (package, *others) = manifest.get("export", {}), layout.packages
     version = section.get("versions", {}).get(package)
     if layout is GENAI and section.get("flags", {}).get("device") == "cuda":
         package += "-cuda"
     pinned = f"{package}=={version}" if version else package
-    return f"In this folder, with `pip install {pinned}`:\n\n```python\n{usage(layout.runtime, '.')}```"
+    packages = " ".join((pinned, *others))
+    return f"In this folder, with `pip install {packages}`:\n\n```python\n{usage(layout.runtime, '.')}```"
 
 
 def _files(listed: dict) -> str:
@@ -156,8 +162,8 @@ def _commands(manifest: dict) -> str:
         if section != "optimize":
             flags = {"model_name": _source_name(manifest), **flags}
         given = {name: value for name, value in flags.items() if value is not None and value is not False}
-        words = (f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
-        lines.append(" ".join(("python", script, *words)))
+        flags = ([f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in given.items())
+        lines.append(shlex.join(("python", script, *itertools.chain(*flags))))
         versions |= manifest[section].get("versions", {})
     used = ", ".join(f"{package} {version}" for package, version in sorted(versions.items()))
     return "\n".join(("```bash", *lines, "```", "", f"With {used}."))
@@ -205,11 +211,11 @@ def _float16(manifest: dict) -> str:
 
 
 def _quantization(section: dict) -> str:
-    if not section:
+    if "encoder_bytes" not in section:
         return ""
-    before, after = section["encoder_bytes"]["exported"], section["encoder_bytes"]["optimized"]
-    widths = ", ".join(f"{count} at {bits} bits" for bits, count in section["weights_by_bits"].items())
+    before, after = (section["encoder_bytes"].get(side, 0) for side in ("exported", "optimized"))
+    widths = ", ".join(f"{count} at {bits} bits" for bits, count in section.get("weights_by_bits", {}).items())
     text = f"Weights of the encoder: {widths or 'not quantized'}; {size_text(before)} became {size_text(after)}."
-    ratios = {"encoder": section["sqnr_db_on_noise"], **section["token_sqnr_db_on_noise"]}
+    ratios = {"encoder": section.get("sqnr_db_on_noise"), **section.get("token_sqnr_db_on_noise", {})}
     found = ", ".join(f"{name} {ratio} dB" for name, ratio in ratios.items() if ratio is not None)
     return text + (f" Signal to quantization noise ratio on noise: {found}." if found else "")

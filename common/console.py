@@ -1,33 +1,51 @@
-"""How every script speaks: one line a stage, one line an error, exit status 0, 1 or 2."""
+"""What every script prints: one line a stage, one line an error; and its exit status."""
 
 import argparse
 import contextlib
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from types import TracebackType
 
 EXIT_OK = 0
 EXIT_CHECK = 1  # a check ran and failed, or the program itself did
 EXIT_USAGE = 2  # the command line or an input file is not usable
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+EXIT_CLOSED_OUTPUT = 141  # 128 + SIGPIPE: whoever read the output, such as `head`, has ended
+INSTALL_COMMAND = "pip install -r requirements.txt"
 
 
 class CheckError(Exception):
     """A verification ran to its end and failed; the script exits with status 1."""
 
 
+class Command(str):
+    """A command to print, with `{}` for each path, which `format` quotes for a shell where it needs quotes."""
+
+    def format(self, *paths: object) -> str:
+        return super().format(*(shlex.quote(str(path)) for path in paths))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors; shows each default in the help."""
 
     def __init__(self, description: str):
+        accept_any_text()  # --help is printed before `run` is called
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--verbose", action="store_true", help="show the libraries' own log and full tracebacks")
 
     def error(self, message: str):
         self.exit(EXIT_USAGE, f"error: {message} (see --help)\n")
+
+    def exit(self, status: int = EXIT_OK, message: str | None = None):
+        if message:
+            sys.stderr.write(message)
+        raise SystemExit(status if flush_output() else EXIT_CLOSED_OUTPUT)
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
@@ -35,20 +53,32 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
     CheckError gives 1. ValueError and OSError are how the code below reports input it cannot use: they give 2.
     Anything else is a defect of this program or of a library: 1, with the traceback under --verbose.
+    An output that is closed early ends the script quietly, with the status that a shell gives SIGPIPE.
     """
+    accept_any_text()
     quiet_libraries(args.verbose)
+    try:
+        status = _run(main, args)
+    except BrokenPipeError:
+        status = EXIT_CLOSED_OUTPUT
+    return status if flush_output() else EXIT_CLOSED_OUTPUT
+
+
+def _run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     try:
         main(args)
         return EXIT_OK
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     except CheckError as error:
         return _report("check failed", error, EXIT_CHECK, args.verbose)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return _report("error", error, EXIT_USAGE, args.verbose)
-    except ModuleNotFoundError as error:
-        return _report("error", f"{error}; run: pip install -r requirements.txt", EXIT_USAGE, args.verbose)
+    except ImportError as error:
+        return _report("error", f"{error}; run: {INSTALL_COMMAND}", EXIT_USAGE, args.verbose)
     except Exception as error:
         return _report(f"unexpected {type(error).__name__}", error, EXIT_CHECK, args.verbose)
 
@@ -58,6 +88,43 @@ def _report(kind: str, error: BaseException | str, status: int, verbose: bool) -
         traceback.print_exc()
     print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
     return status
+
+
+def report_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A sys.excepthook: what is not installed, and imported before `run` is called, is one line and exit status 2."""
+    if not issubclass(kind, ImportError) or "--verbose" in sys.argv:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        sys.stderr.write(f"error: {error}; run: {INSTALL_COMMAND}\n")
+    if issubclass(kind, ImportError):
+        raise SystemExit(EXIT_USAGE)
+
+
+def warn(message: str) -> None:
+    """One line on stderr; the work goes on."""
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+def accept_any_text() -> None:
+    """Print `?` for what the terminal, or a Windows pipe, has no letter for: no Greek transcript ends an export."""
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")
+
+
+def flush_output() -> bool:
+    """Write what is still buffered; whether somebody reads it. If not, the interpreter's own flush, when it ends, goes
+    nowhere instead of ending in a traceback."""
+    read = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            read = False
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+    return read
 
 
 def quiet_libraries(verbose: bool) -> None:

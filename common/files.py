@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+import stat
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TextIO
 
 from common.console import size_text
 from common.swap import fsync, link, lock, replace_folder
 
+STANDARD_OUTPUT = Path("-")
 MANIFEST = "manifest.json"
 FILES = "files"  # section of the manifest: name → bytes and sha256
 # A disk, or a quota, that is full; NumPy says only how much it wrote.
@@ -27,7 +30,7 @@ RECORDED_PACKAGES = ("nemo_toolkit", "torch", "onnx", "onnxruntime", "onnxruntim
 
 def check_output_dir(target: Path) -> None:
     """Raise NotADirectoryError if `target`, or what it would lie in, is a file; PermissionError if it is read-only,
-    ValueError if it cannot be replaced."""
+    ValueError if it cannot be replaced, or has a manifest that is none."""
     for path in (target, *target.parents):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"wanted a folder to write to, found the file {path}; give another --output_dir")
@@ -41,14 +44,73 @@ def check_output_dir(target: Path) -> None:
         raise ValueError(
             f"wanted a folder that can be replaced as a whole, found {target}, {kind}; give a folder below it"
         )
+    read_manifest(target)
+
+
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+
+
+def _kind(mode: int) -> str:
+    return KINDS.get(stat.S_IFMT(mode), "a device")
+
+
+def require_file(path: Path, wanted: str) -> None:
+    """Raise FileNotFoundError where there is nothing at `path`, ValueError where it is not a regular file."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name that holds a null byte
+        raise FileNotFoundError(f"expected {wanted}, found nothing at {path}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"expected {wanted}, got {_kind(mode)}, {path}; name a regular file")
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
+    """Raise before the work where a file of a user's cannot be written, is one of `inputs`, or another output."""
+    read = [os.path.realpath(path) for path in inputs]
+    for number, path in enumerate(outputs):
+        if any(is_standard_output(path) and is_standard_output(other) for other in outputs[:number]):
+            raise ValueError(f"expected one result on the standard output, got {outputs[0]} and {path}")
+        if is_standard_output(path):
+            continue
+        check_output_file(path)
+        for other in read:
+            if _same_file(path, other):
+                raise ValueError(f"expected a file to write, got {path}, which is read ({other}); give another name")
+        for other in outputs[:number]:
+            if _same_file(path, other):
+                raise ValueError(f"expected a file for each result, got {other} and {path}, which are one")
 
 
 def check_output_file(path: Path) -> None:
-    """Raise IsADirectoryError or FileNotFoundError if `path` cannot become a file."""
+    """Raise IsADirectoryError, FileNotFoundError, PermissionError or ValueError if `path` cannot be written as a file;
+    a device of characters and a named pipe can."""
+    folder = Path(os.path.realpath(path)).parent
     if path.is_dir():
-        raise IsADirectoryError(f"wanted a file to write, found the folder {path}")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"wanted a folder for {path}, found no {path.absolute().parent}; make it first")
+        raise IsADirectoryError(f"expected a file to write, got the folder {path}")
+    if path.is_block_device() or path.is_socket():
+        raise ValueError(f"expected a file to write, got {_kind(path.stat().st_mode)}, {path}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"expected a folder for {path}, found no {folder}; make it first")
+    if not os.access(folder if path.is_file() or not path.exists() else path, os.W_OK):
+        raise PermissionError(f"expected a file to write, got {path}, where writing is not permitted")
+
+
+def is_standard_output(path: Path) -> bool:
+    """Whether `path` is `-`, or another name of what this process prints to: /dev/stdout, or the file of `> FILE`."""
+    try:
+        return path == STANDARD_OUTPUT or os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:  # nothing there as yet, or no standard output
+        return False
+
+
+def _same_file(path: Path, other: str | Path) -> bool:
+    """Whether two names are one regular file, or will be."""
+    if path.exists() and not path.is_file():
+        return False
+    try:
+        return os.path.realpath(path) == os.path.realpath(other) or path.samefile(other)
+    except OSError:
+        return False
 
 
 def require_free(disk: float, target: Path) -> int:
@@ -93,9 +155,27 @@ def staged_folder(target: Path, removed: Collection[str] = ()) -> Iterator[Path]
             raise
 
 
+def json_text(content: dict) -> str:
+    """Readable JSON that ends in a newline."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, content: dict) -> None:
-    """Write readable UTF-8 JSON that ends in a newline, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write readable UTF-8 JSON, whole or not at all."""
+    write_text(path, json_text(content))
+
+
+def write_output(path: Path, content: str, stdout: TextIO) -> None:
+    """Write UTF-8 where a user asked for it: to `stdout`, into a device or a pipe as it is, and a file whole or not at
+    all; a link stays a link, and the file that it leads to is replaced."""
+    if is_standard_output(path):
+        stdout.flush()
+        stdout.buffer.write(content.encode())
+        stdout.buffer.flush()
+    elif path.exists() and not path.is_file():
+        path.write_text(content, encoding="utf-8")
+    else:
+        write_text(Path(os.path.realpath(path)), content)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -172,15 +252,64 @@ MODEL_DIR_HELP = "model folder (./onnx_models_optimized, or ./onnx_models where 
 
 
 def default_model_dir() -> Path:
-    """The optimized folder, or the exported one where that is missing."""
+    """The optimized folder, or the exported one where that is missing or empty."""
     optimized = Path("onnx_models_optimized")
-    return optimized if optimized.is_dir() else Path("onnx_models")
+    return optimized if optimized.is_dir() and any(optimized.iterdir()) else Path("onnx_models")
+
+
+# The types of what is read of a manifest, where it is there at all; "*": of every entry, each of which has all keys.
+NUMBER = int | float | None
+_SOURCE = {"name": str, "path": str, "file": str, "sha256": str}
+_PARITY = {"*": {"max_abs": NUMBER, "max_rel": NUMBER, "cases": int}}
+_SECTION = {
+    "source": _SOURCE,
+    "flags": {"precision": str, "device": str, "decoder_joint_precision": str},
+    "versions": {"*": str},
+    "wer": {"*": {"errors": int, "words": int, "low": NUMBER, "high": NUMBER}},
+}
+MANIFEST_TYPES = {
+    "export": {
+        **_SECTION,
+        "parity": _PARITY,
+        "float16": {"*": {"limit": NUMBER, "kept_float32": list | dict, "kept_exact": list | dict}},
+    },
+    "tokenizer": _SECTION,
+    "optimize": {
+        **_SECTION,
+        "model_dir": str,
+        "encoder_bytes": {"exported": int, "optimized": int},
+        "weights_by_bits": {"*": int},
+        "sqnr_db_on_noise": NUMBER,
+        "token_sqnr_db_on_noise": {"*": NUMBER},
+    },
+    FILES: {"*": {"bytes": int, "sha256": str}},
+}
 
 
 def read_manifest(folder: Path) -> dict:
-    """The folder's manifest, or an empty one where there is none yet."""
+    """The folder's manifest, or an empty one where there is none yet. Raises ValueError where it is another's."""
     path = Path(folder) / MANIFEST
-    return read_json(path, "python export_parakeet_to_onnx.py") if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    content = read_json(path, "python export_parakeet_to_onnx.py")
+    if wrong := next(_wrong_types({"*": dict, **MANIFEST_TYPES}, content, ""), None):
+        raise ValueError(f"{path} is not a manifest of this project: {wrong}; delete it, or make the folder again")
+    return content
+
+
+def _wrong_types(types: dict, content: object, name: str) -> Iterator[str]:
+    """What of `content` has other types than these."""
+    if not isinstance(content, dict):
+        yield f"expected an object as {name}, got {content!r}"
+        return
+    for key, value in content.items():
+        wanted, place = types.get(key, types.get("*", object)), f"{name}.{key}".lstrip(".")
+        if isinstance(wanted, dict):
+            yield from _wrong_types(wanted, value, place)
+            if key not in types and isinstance(value, dict):
+                yield from (f"{place} has no {missing}" for missing in wanted if missing not in value)
+        elif not isinstance(value, wanted):
+            yield f"expected another kind of value as {place}, got {value!r}"
 
 
 def is_float16(manifest: dict) -> bool:

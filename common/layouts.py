@@ -19,7 +19,7 @@ from common.configs import (
     onnx_asr_config,
     sherpa_onnx_metadata,
 )
-from common.files import MANIFEST, write_json
+from common.files import MANIFEST, read_manifest, write_json
 from common.graphs import GRAPHS, ONNX_ASR_GRAPHS, SHERPA_ONNX_GRAPHS, Graph
 from common.model import ModelSpec
 from common.runtime import EXPORT_COMMAND
@@ -31,11 +31,15 @@ class Layout:
     """A folder as one runtime reads it. `graphs`: the encoder, then those that run once a token."""
 
     runtime: str  # as --runtime has it; also the name of the folder, where there are several
-    package: str  # on PyPI
+    packages: tuple[str, ...]  # on PyPI, what `usage` imports and what that does not bring along; the runtime first
     graphs: tuple[Graph, ...]
     config_files: tuple[str, ...]
     vocabulary: tuple[str, ...]  # the first has a line for each token
     usage: str  # Python; {folder} and {audio} are to be filled in
+
+    @property
+    def package(self) -> str:
+        return self.packages[0]
 
     @property
     def encoder(self) -> Graph:
@@ -60,13 +64,15 @@ class Layout:
 
 GENAI = Layout(
     "genai",
-    "onnxruntime-genai",
+    ("onnxruntime-genai",),
     GRAPHS,
     (GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG),
     ("vocab.txt", *(file for file in TOKENIZER_FILES if file != "vocab.txt")),
     """\
 import onnxruntime_genai as og
 
+# GenAI reads WAV, FLAC and MP3 of 16 kHz and more, mono or stereo, of which it takes the average. It does not resample
+# upwards, such as telephone audio of 8 kHz, and misreads more than two channels: convert those to 16 kHz mono first.
 model = og.Model("{folder}")
 processor, tokenizer = model.create_multimodal_processor(), og.Tokenizer(model)
 generator = og.Generator(model, og.GeneratorParams(model))
@@ -79,7 +85,7 @@ print(tokenizer.decode(generator.get_sequence(0)))
 
 ONNX_ASR = Layout(
     "onnx-asr",
-    "onnx-asr",
+    ("onnx-asr", "onnxruntime", "soundfile"),
     ONNX_ASR_GRAPHS,
     (ONNX_ASR_CONFIG,),
     ("vocab.txt",),
@@ -88,14 +94,15 @@ import onnx_asr
 import soundfile
 
 model = onnx_asr.load_model("nemo-conformer-tdt", "{folder}")
-samples, sample_rate = soundfile.read("{audio}", dtype="float32")
-print(model.recognize(samples, sample_rate=sample_rate))
+samples, sample_rate = soundfile.read("{audio}", dtype="float32", always_2d=True)
+# The average of the channels. onnx-asr resamples from 8, 11.025, 16, 22.05, 24, 32, 44.1 and 48 kHz.
+print(model.recognize(samples.mean(axis=1), sample_rate=sample_rate))
 """,
 )
 
 SHERPA_ONNX = Layout(
     "sherpa-onnx",
-    "sherpa-onnx",
+    ("sherpa-onnx", "soundfile"),
     SHERPA_ONNX_GRAPHS,
     (),
     ("tokens.txt",),
@@ -108,8 +115,8 @@ recognizer = sherpa_onnx.OfflineRecognizer.from_transducer(
     **files, tokens="{folder}/tokens.txt", model_type="nemo_transducer", num_threads=4
 )
 stream = recognizer.create_stream()
-samples, sample_rate = soundfile.read("{audio}", dtype="float32")
-stream.accept_waveform(sample_rate, samples)
+samples, sample_rate = soundfile.read("{audio}", dtype="float32", always_2d=True)
+stream.accept_waveform(sample_rate, samples.mean(axis=1))  # the average of the channels, at any sample rate
 recognizer.decode_stream(stream)
 print(stream.result.text)
 """,
@@ -121,7 +128,7 @@ LAYOUTS = {layout.runtime: layout for layout in (GENAI, ONNX_ASR, SHERPA_ONNX)}
 
 
 def usage(runtime: str, folder: str, audio: str = "audio.wav") -> str:
-    """Python that transcribes `audio`, mono, with the model in `folder`."""
+    """Python that transcribes `audio`, its channels averaged, with the model in `folder`."""
     return LAYOUTS[runtime].usage.format(folder=folder, audio=audio)
 
 
@@ -153,11 +160,13 @@ def genai_folder(folder: Path) -> Path:
 
 def check_same_shape(folder: Path, wanted: dict[str, Layout]) -> None:
     """Raise ValueError where `folder` is for one runtime and is to become that of another, or of several, or the other
-    way round: a reader would take one for the other."""
+    way round: a reader would take one for the other. Also where a manifest that is to be kept is another's."""
     found = layouts_in(folder)
     if ("" not in found or (folder / MANIFEST).is_file()) and found.get("") is not wanted.get(""):
         runtimes, others = (" and ".join(layout.runtime for layout in each.values()) for each in (wanted, found))
         raise ValueError(f"wanted a folder for {runtimes}, found one for {others} in {folder}; give another")
+    for name in wanted:
+        read_manifest(folder / name)  # raises where it is none, which later would be after the work
 
 
 def check_supports(spec: ModelSpec, runtime: str) -> None:

@@ -1,7 +1,8 @@
 """Running a model: audio in, then NeMo, ONNX Runtime sessions or ONNX Runtime GenAI, tokens out."""
 
+import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.clips import Clip
 from common.configs import GENAI_CONFIG
-from common.console import silent_stderr
+from common.console import Command, silent_stderr
 from common.decode import GENAI_RULE, BlankZero, Hypothesis, Prediction, greedy_tdt_decode
-from common.files import read_json
+from common.files import read_json, require_file
 from common.graphs import DECODER, ENCODER, JOINT, Graph
 
-EXPORT_COMMAND = "python export_parakeet_to_onnx.py --output_dir {}"
-TOKENIZER_COMMAND = "python export_tokenizer.py --output_dir {}"
+EXPORT_COMMAND = Command("python export_parakeet_to_onnx.py --output_dir {}")
+TOKENIZER_COMMAND = Command("python export_tokenizer.py --output_dir {}")
 # NeMo's features need two frames for a standard deviation; a shorter clip holds no speech anyway.
 MIN_FRAMES = 2
 # GenAI computes a clip's features at once, in 2 GB an hour; the encoder then runs chunk by chunk.
@@ -25,6 +27,13 @@ MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4_000, 768_000  # Hz: what converters have; a
 # Full scale is 1, or 2^31 where a program stored integers as floats. Powers of features stay finite up to there.
 MAX_AMPLITUDE = 2.0**31
 BLOCK_VALUES = 2**20  # samples times channels decoded at a time, 4 MB
+# Formats in which libsndfile finds a sample by its number. In the others it is near it, or audibly beginning anew.
+SEEKABLE = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")  # subtypes; FLAC's is PCM
+# Manifests round durations; the end of a segment that is as near to the end of the file is that.
+SEGMENT_TOLERANCE = 0.05  # seconds
+# Of the energy of the channels, what their average has at least: 1/channels where they have nothing to do with each
+# other, next to nothing where one is the other upside down.
+MIN_MONO_ENERGY = 1e-4
 ERRORS_AND_WORSE = 3  # a severity of OrtLoggingLevel
 
 
@@ -88,50 +97,113 @@ MAPPED: OpenGraph = partial(OrtGraph, mapped=True)
 
 
 def load_audio(path: Path, sample_rate: int, min_samples: int) -> np.ndarray:
-    """Any file libsndfile reads, as mono float32 at `sample_rate`; channels are averaged, resampling is soxr's HQ.
+    """A whole file, as load_clip gives it."""
+    return load_clip(Clip(Path(path)), sample_rate, min_samples)
 
-    Raises FileNotFoundError, or ValueError for a file that is no audio, is not finite, is under `min_samples` or longer
-    than MAX_SECONDS.
+
+def load_clip(clip: Clip, sample_rate: int, min_samples: int) -> np.ndarray:
+    """Any file libsndfile reads, or the segment of it that is the clip, as mono float32 at `sample_rate`; channels are
+    averaged, resampling is soxr's HQ.
+
+    Raises FileNotFoundError, or ValueError for a file that is no audio or no regular file, for a segment outside of it,
+    and for samples that are not finite, cancel each other out, are under `min_samples` or longer than MAX_SECONDS.
     """
-    import soundfile
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"wanted an audio file, found nothing at {path}")
-    try:
-        with silent_stderr(), soundfile.SoundFile(path) as file:
-            # After each read soundfile seeks to where it is already, and an MP3 starts anew there, audibly.
-            file.seekable = lambda: False
-            mono = np.concatenate([np.zeros(0, np.float32), *_mono_blocks(path, file, sample_rate)])
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path} is not audio that libsndfile reads ({error.error_string})") from None
-    if len(mono) < min_samples:
-        raise ValueError(
-            f"{path} holds {len(mono) / sample_rate:.3f} s of audio, wanted {min_samples / sample_rate:.3f} s or more"
-        )
+    with _open_audio(clip.path) as file:
+        begin, end = _segment(clip, file)
+        blocks = _mono_blocks(clip, _blocks(clip, file, begin, end))
+        parts = blocks if file.samplerate == sample_rate else _resampled(blocks, file.samplerate, sample_rate)
+        mono = np.concatenate([np.zeros(0, np.float32), *parts])
+    _require_length(clip, len(mono) / sample_rate, min_samples / sample_rate)
     return mono
 
 
-def _mono_blocks(path: Path, file, sample_rate: int) -> Iterator[np.ndarray]:
-    """The blocks of an open sound file as mono at `sample_rate`: memory for one block, whatever the header claims."""
+def check_audio(clip: Clip, sample_rate: int, min_samples: int) -> float:
+    """Seconds of the clip by the header of its file, and nothing read but that. Raises as load_clip does where that
+    is enough to know."""
+    with _open_audio(clip.path) as file:
+        begin, end = _segment(clip, file)
+        seconds = ((file.frames if end is None else end) - begin) / file.samplerate
+    _require_length(clip, seconds, min_samples / sample_rate)
+    return seconds
+
+
+@contextlib.contextmanager
+def _open_audio(path: Path) -> Iterator:
+    import soundfile
+
+    require_file(path, "an audio file")
+    try:
+        with silent_stderr(), soundfile.SoundFile(path) as file:
+            if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
+                limits = f"{MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
+                raise ValueError(f"{path} has a sample rate of {file.samplerate} Hz, wanted {limits}")
+            # After each read soundfile seeks to where it is already, and an MP3 starts anew there, audibly.
+            file.seekable = lambda: False
+            yield file
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path} is not audio that libsndfile reads ({error.error_string})") from None
+
+
+def _segment(clip: Clip, file) -> tuple[int, int | None]:
+    """First frame of the clip in an open sound file, and the one after its last; None: the end of the file, wherever
+    that is. Raises ValueError where it is outside."""
+    begin, length = round(clip.offset * file.samplerate), file.frames / file.samplerate
+    end = length if clip.duration is None else clip.offset + clip.duration
+    if (begin and begin >= file.frames) or end > length + SEGMENT_TOLERANCE:
+        raise ValueError(f"expected a segment of {clip.path}, which is {length:g} s long, got{clip.segment}")
+    return begin, None if end >= length - SEGMENT_TOLERANCE else round(end * file.samplerate)
+
+
+def _require_length(clip: Clip, seconds: float, least: float) -> None:
+    if seconds < least:
+        raise ValueError(f"{clip.path}{clip.segment} holds {seconds:.3f} s of audio, wanted {least:.3f} s or more")
+
+
+def _blocks(clip: Clip, file, begin: int, end: int | None) -> Iterator[np.ndarray]:
+    """The frames from `begin` up to `end` of an open sound file, in blocks [N, channels]: memory for one block,
+    whatever the header claims."""
+    size, position = max(BLOCK_VALUES // file.channels, 1), 0  # frames
+    if begin and file.subtype.startswith(SEEKABLE):
+        position = file.seek(begin)
+    last = begin + MAX_SECONDS * file.samplerate
+    while end is None or position < end:
+        read = file.read(size if end is None else min(size, end - position), dtype="float32", always_2d=True)
+        if not len(read):
+            break
+        skipped = max(begin - position, 0)  # frames that only lead to those that are asked for
+        position += len(read)
+        if position > last:
+            raise ValueError(f"{clip.path} is longer than {MAX_SECONDS / 3600:.0f} h; cut it into parts")
+        if skipped < len(read):
+            yield read[skipped:]
+    if end is not None and position < end:
+        raise ValueError(f"{clip.path} ends after {position / file.samplerate:.3f} s, before{clip.segment}; is it cut?")
+
+
+def _mono_blocks(clip: Clip, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The average of the channels of each block."""
+    energy = mono_energy = 0.0
+    for block in blocks:
+        mono = block.mean(axis=1)
+        if not np.abs(mono).max() <= MAX_AMPLITUDE:  # NaN is not, either
+            raise ValueError(f"{clip.path} holds samples that are not finite numbers, or beyond any scale of audio")
+        energy += float(np.square(block, dtype=np.float64).sum()) / block.shape[1]
+        mono_energy += float(np.square(mono, dtype=np.float64).sum())
+        yield mono
+    if mono_energy < MIN_MONO_ENERGY * energy:
+        raise ValueError(
+            f"the channels of {clip.path}{clip.segment} cancel each other out when they are averaged, so its speech "
+            "would be lost; one is the other upside down: save one of them as mono"
+        )
+
+
+def _resampled(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
     import soxr
 
-    rate = file.samplerate
-    if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
-        raise ValueError(f"{path} has a sample rate of {rate} Hz, wanted {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}")
-    resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32") if rate != sample_rate else None
-    block = max(BLOCK_VALUES // file.channels, 1)  # frames
-    frames = 0
-    while len(read := file.read(block, dtype="float32", always_2d=True)):
-        frames += len(read)
-        if frames > MAX_SECONDS * rate:
-            raise ValueError(f"{path} is longer than {MAX_SECONDS / 3600:.0f} h; cut it into parts")
-        mono = read.mean(axis=1)
-        if not np.abs(mono).max() <= MAX_AMPLITUDE:  # NaN is not, either
-            raise ValueError(f"{path} holds samples that are not finite numbers, or beyond any scale of audio")
-        yield mono if resampler is None else resampler.resample_chunk(mono)
-    if resampler is not None:
-        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+    resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
+    for block in blocks:
+        yield resampler.resample_chunk(block)
+    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
 @dataclass(frozen=True)
@@ -152,28 +224,36 @@ class RuntimeConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "RuntimeConfig":
-        """Raises FileNotFoundError, or ValueError where the file is no such config."""
+        """Raises FileNotFoundError, or ValueError where the file is no such config, or has a number that cannot be:
+        with chunk_samples of 0 GenAI never ends."""
         path = Path(folder) / GENAI_CONFIG
         config = read_json(path, EXPORT_COMMAND.format(folder))
+        again = f"make it again: {EXPORT_COMMAND.format(folder)}"
+
+        def whole(value: object, key: str, least: int = 1) -> int:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{path}: expected {key} as a whole number of {least} or more, got {value!r}; {again}")
+            return value
+
         try:
-            model = config["model"]
+            model, decoder = config["model"], config["model"]["decoder"]
+            hop = whole(model["hop_length"], "hop_length")
+            subsampling = whole(model["subsampling_factor"], "subsampling_factor")
             return cls(
-                model["sample_rate"],
-                model["hop_length"],
-                model["subsampling_factor"],
-                model["chunk_samples"],
-                model["left_context_samples"],
-                model["right_context_samples"],
-                model["blank_id"],
-                tuple(model["tdt_durations"]),
-                model["max_symbols_per_step"],
-                model["decoder"]["num_hidden_layers"],
-                model["decoder"]["hidden_size"],
+                whole(model["sample_rate"], "sample_rate"),
+                hop,
+                subsampling,
+                whole(model["chunk_samples"], "chunk_samples", hop * subsampling),  # an encoder frame
+                whole(model["left_context_samples"], "left_context_samples", 0),
+                whole(model["right_context_samples"], "right_context_samples", 0),
+                whole(model["blank_id"], "blank_id", 0),
+                tuple(whole(duration, "each of tdt_durations", 0) for duration in model["tdt_durations"]),
+                whole(model["max_symbols_per_step"], "max_symbols_per_step"),
+                whole(decoder["num_hidden_layers"], "num_hidden_layers of the decoder"),
+                whole(decoder["hidden_size"], "hidden_size of the decoder"),
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} lacks a setting ({error}); make it again: {EXPORT_COMMAND.format(folder)}"
-            ) from None
+            raise ValueError(f"{path} lacks a setting ({error}); {again}") from None
 
     @property
     def frame_seconds(self) -> float:
@@ -188,13 +268,27 @@ class RuntimeConfig:
         """Whether the encoder sees a clip of that length whole, as NeMo's does."""
         return seconds * self.sample_rate <= self.chunk
 
+    def check_clips(self, clips: Iterable[Clip]) -> float:
+        """Seconds of all clips by the headers of their files. Raises as check_audio does, before the work, for one that
+        is missing, too short or a segment outside of its file, naming its line."""
+        seconds = 0.0
+        for clip in clips:
+            with clip.located():
+                seconds += check_audio(clip, self.sample_rate, self.min_samples)
+        return seconds
+
     def read_audio(self, path: Path) -> np.ndarray:
+        """The samples of a whole file, as read_clip gives them."""
+        return self.read_clip(Clip(Path(path)))
+
+    def read_clip(self, clip: Clip) -> np.ndarray:
         """Mono samples at the model's rate, a whole number of hops of them.
 
         Up to 10 ms are cut off the end: there GenAI may compute one frame more than NeMo, the window's last 9 ms being
         enough for it (NemoStreamingMelExtractor in nemo_mel_spectrogram.cc), and both normalise over their frames.
         """
-        samples = load_audio(path, self.sample_rate, self.min_samples)
+        with clip.located():
+            samples = load_clip(clip, self.sample_rate, self.min_samples)
         return samples[: len(samples) // self.hop_length * self.hop_length]
 
 

@@ -167,19 +167,26 @@ def comparable(nemo: str, exported: str, rules: Sequence[TextRule]) -> tuple[str
 
 @dataclass(frozen=True)
 class WordErrorRate:
-    """Corpus word error rate in per cent, with the interval that resampling the clips gives."""
+    """Corpus word error rate in per cent, with the interval that resampling the clips gives; none of no words."""
 
     errors: int
     words: int
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     @property
     def percent(self) -> float:
         return 100 * self.errors / max(self.words, 1)
 
     def __str__(self) -> str:
+        if not self.words:
+            return no_rate(self.errors)
         return f"{self.percent:.2f} % [{self.low:.2f}, {self.high:.2f}]"
+
+
+def no_rate(errors: int) -> str:
+    """What stands for an error rate where the reference has no words: every error is a word inserted."""
+    return f"– ({errors} inserted)" if errors else "–"
 
 
 def normalize(text: str) -> str:
@@ -215,10 +222,13 @@ def word_error_rate(references: list[str], hypotheses: list[str], baseline: list
         counts[:, 0] -= _counts(references, baseline)[:, 0]
     rng, n = np.random.default_rng(0), len(counts)
     draws = (counts[rng.integers(n, size=n)].sum(axis=0) for _ in range(BOOTSTRAP_SAMPLES))
-    errors, words = np.array(list(draws)).T
+    total_errors, total_words = map(int, counts.sum(axis=0))
+    if not total_words:
+        return WordErrorRate(total_errors, total_words, None, None)
+    errors, words = np.array([draw for draw in draws if draw[1]]).T  # of silent clips alone there is no rate
     tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(100 * errors / np.maximum(words, 1), [tail, 100 - tail])
-    return WordErrorRate(int(counts[:, 0].sum()), int(counts[:, 1].sum()), float(low), float(high))
+    low, high = np.percentile(100 * errors / words, [tail, 100 - tail])
+    return WordErrorRate(total_errors, total_words, float(low), float(high))
 
 
 def high_error_warning(float32: WordErrorRate) -> str | None:

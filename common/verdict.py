@@ -15,6 +15,7 @@ from common.transcripts import (
     comparable,
     explaining_rules,
     high_error_warning,
+    no_rate,
     normalize,
     word_error_rate,
     word_errors,
@@ -63,7 +64,7 @@ def percent(reference: str | None, hypothesis: str) -> str:
     if reference is None:
         return "–"
     errors, words = word_errors(reference, hypothesis)
-    return f"{100 * errors / max(words, 1):.1f}"
+    return f"{100 * errors / words:.1f}" if words else no_rate(errors)
 
 
 def percent_against_nemo(clip: HeardClip, engine: str, rules: Sequence[TextRule]) -> str:
@@ -135,7 +136,7 @@ def print_differences(differences: list[FoundDifference]) -> None:
     """A line for each difference of a float32 engine."""
     for clip, engine, difference in differences:
         print(
-            f"{clip.path}: {engine} parts at emission {difference.index}, frame {difference.frame}: token "
+            f"{clip.path}{clip.segment}: {engine} parts at emission {difference.index}, frame {difference.frame}: token "
             f"{difference.found} for {difference.wanted}; {difference.excuse or 'nothing excuses it'}"
         )
 
@@ -163,7 +164,7 @@ def judge_texts(clips: list[HeardClip], engines: list[Engines], rules: Sequence[
             names = explaining_rules(expected.text, got.text, rules if reference == NEMO else ())
             if names is None:
                 wrong.append(
-                    f"{clip.path}: {reference} shows its tokens as {expected.text!r}, {engine} the same tokens as "
+                    f"{clip.path}{clip.segment}: {reference} shows its tokens as {expected.text!r}, {engine} the same tokens as "
                     f"{got.text!r}; no rule explains it"
                 )
             elif reference == NEMO:
@@ -202,8 +203,8 @@ def print_verdict(
     if not float32:
         print("no float32 engine was compared: the folder is optimized, and the exported one is not beside it")
     elif compared:
-        differing = {clip.path for clip, *_ in differences}
-        equal = sum(clip.path not in differing for clip in compared)
+        differing = {id(clip) for clip, *_ in differences}  # not the path: a file may have several segments
+        equal = sum(id(clip) not in differing for clip in compared)
         engine = "float32 ONNX" if with_nemo else "GenAI in float32"
         kind = " of one window" if with_nemo else ""
         print(f"{engine} equals {reference} token for token on {equal} of {len(compared)} clips{kind}")
@@ -247,7 +248,7 @@ def judge_times(clips: list[HeardClip], engines: list[Engines], of_other_words: 
                 continue
             apart = furthest_apart(expected.words, got.words)
             if apart > TIMES_TOLERANCE:
-                raise CheckError(f"{clip.path}: {_times_error(expected.words, got.words, apart)}")
+                raise CheckError(f"{clip.path}{clip.segment}: {_times_error(expected.words, got.words, apart)}")
             words += len(expected.words)
             furthest = max(furthest, apart)
         without = ", ".join(f"{count} {reason}" for reason, count in left_out.items())

@@ -1,11 +1,13 @@
 """The scripts as a user meets them: bad input gives one line and status 2, and leaves nothing half-written."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,7 +167,7 @@ def bad_audio(tmp_path):
     (tmp_path / "folder.wav").mkdir()
     return {
         "missing.wav": "found nothing", "empty.wav": "not audio", "text.wav": "not audio", "none.wav": "0.000 s",
-        "short.wav": "wanted", "nan.wav": "not finite", "folder.wav": "found nothing",
+        "short.wav": "wanted", "nan.wav": "not finite", "folder.wav": "got a folder",
     }  # fmt: skip
 
 
@@ -185,7 +187,7 @@ def test_bad_audio(script, capsys, tmp_path, tiny_export):
         ("not json\n", "manifest.jsonl:1"),
         ('{"audio_filepath": "a.flac"}\n{"text": "b"}\n', "manifest.jsonl:2"),
         ("[1]\n", "manifest.jsonl:1"),
-        ('{"audio_filepath": "a.flac", "text": 5}\n', "manifest.jsonl:1 has the text 5"),
+        ('{"audio_filepath": "a.flac", "text": 5}\n', "manifest.jsonl:1: expected a string as text, got 5"),
         ('{"audio_filepath": "gone.flac", "text": "a"}\n', "gone.flac"),
     ],
 )
@@ -341,6 +343,7 @@ def test_batches_say_the_same_in_the_order_of_the_manifest(tiny_export, tmp_path
         (("--audio", CLIP, CLIP, "--srt", "a.srt"), "--srt: wanted one clip"),
         (("--manifest", str(SAMPLES / "manifest.jsonl"), "--srt", "a.srt"), "--srt: wanted one clip"),
         (("--srt", "none/a.srt"), "found no"),
+        (("--json", "-", "--srt", "-"), "expected one result on the standard output"),
     ],
 )
 def test_batches_and_subtitles_that_cannot_be(argv, message, capsys, tiny_export):
@@ -376,6 +379,318 @@ def test_every_quantization_loads_in_genai_and_is_understood(method, block, tiny
 def test_a_missing_package_is_named(tiny_export, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
     assert "pip install -r requirements.txt" in refused(capsys, test_e2e, "--model_dir", tiny_export)
+
+
+def python(*argv, **options) -> subprocess.CompletedProcess:
+    """A process of its own, as a shell starts it."""
+    command = [sys.executable, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, check=False, **{"cwd": ROOT, "text": True, **options})
+
+
+def imported_packages(name: str) -> set[str]:
+    """What a script imports before its first line runs, and what that imports: packages that are not Python's own."""
+    code = f"import sys; import {name}; print(*(module.partition('.')[0] for module in sys.modules))"
+    found = set(python("-c", code).stdout.split())
+    top_level = {"numpy", "onnx_ir", "tqdm", "sentencepiece", "tokenizers", "yaml", "omegaconf"}
+    return found & top_level
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+class TestBeforeTheScriptBegins:
+    def test_a_python_without_packages_is_one_line(self, name):
+        done = python("-S", f"{name}.py", "--help")  # no site-packages at all
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"error: No module named '\w+'; run: pip install -r requirements.txt\n", done.stderr)
+
+    def test_each_package_that_is_missing_is_one_line(self, name):
+        packages = imported_packages(name)
+        assert "numpy" in packages or "sentencepiece" in packages
+        code = "import runpy, sys; sys.modules[sys.argv.pop()] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+        for package in packages:
+            done = python("-c", code, f"{name}.py", package)
+            assert done.returncode == 2, package
+            assert re.fullmatch(rf"error: .*{package}.*; run: pip install -r requirements.txt\n", done.stderr), package
+
+    def test_an_old_python_is_one_line(self, name):
+        code = "import runpy, sys; sys.version_info = (3, 10, 12, 'final', 0); runpy.run_path(sys.argv[1])"
+        done = python("-c", code, f"{name}.py")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "error: expected Python 3.11 or newer, got 3.10.12; run this with a newer one\n"
+
+    def test_help_in_ascii_and_to_a_reader_that_has_left(self, name):
+        assert python(f"{name}.py", "--help", env={**os.environ, "PYTHONIOENCODING": "ascii"}).returncode == 0
+        done = into_a_closed_pipe(f"{name}.py", "--help")
+        assert done.returncode in (0, 141)  # 0 where argparse itself sees the error, and keeps it to itself
+        assert done.stderr == ""
+
+
+def into_a_closed_pipe(*argv, unbuffered: str = "") -> subprocess.CompletedProcess:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command, environment = [sys.executable, *map(str, argv)], {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writer)
+
+
+def commands(folder, target) -> dict[str, tuple]:
+    """Each script at its shortest on the tiny checkpoint."""
+    return {
+        "export_parakeet_to_onnx": ("--model_name", TINY, "--skip_verify", "--output_dir", target / "exported"),
+        "export_tokenizer": ("--model_name", TINY, "--output_dir", target / "tokenizer"),
+        "optimize_encoder": ("--model_dir", folder, "--output_dir", target / "optimized"),
+        "test_e2e": ("--model_dir", folder),
+        "test_real_speech": ("--model_dir", folder, "--skip_nemo", "--audio", CLIP),
+    }
+
+
+@pytest.fixture(scope="module")
+def foreign(tiny_export, tmp_path_factory):
+    """The tiny folder, whose tokenizer shows every word as one in Greek."""
+    folder = tmp_path_factory.mktemp("foreign") / "models"
+    shutil.copytree(tiny_export, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for piece in tokenizer["model"]["vocab"]:
+        piece[0] = piece[0].replace("a", "λ")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    (folder / "manifest.json").unlink()  # it has the checksum of the other
+    return folder
+
+
+class TestStandardOutput:
+    @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+    @pytest.mark.parametrize("name", SCRIPTS)
+    def test_in_another_encoding_is_written_with_replacements(self, name, encoding, tiny_export, tmp_path):
+        if encoding == "cp1252" and name != "optimize_encoder":
+            pytest.skip("ascii has the same, and more, that it cannot say")
+        argv = commands(tiny_export, tmp_path)[name]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        done = python(f"{name}.py", *argv, env=environment, text=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.decode(encoding)
+
+    def test_in_another_encoding_takes_transcripts_in_greek(self, foreign, tmp_path):
+        argv = ("--model_dir", foreign, "--skip_nemo", "--audio", CLIP, "--timestamps", "--json", tmp_path / "a.json")
+        environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+        done = python("test_real_speech.py", *argv, env=environment, text=False)
+        assert done.returncode == 0, done.stderr
+        transcript = json.loads((tmp_path / "a.json").read_text("utf-8"))["clips"][0]["engines"]
+        texts = {engine["text"] for engine in transcript.values()}
+        assert all("λ" in text for text in texts)
+        assert all(text.replace("λ", "?").encode("cp1252") in done.stdout for text in texts)
+
+    @pytest.mark.parametrize("name", SCRIPTS)
+    def test_that_nobody_reads_ends_the_script_quietly(self, name, tiny_export, tmp_path):
+        done = into_a_closed_pipe(f"{name}.py", *commands(tiny_export, tmp_path)[name])
+        assert (done.returncode, done.stderr) == (141, "")
+        assert not [path for path in tmp_path.glob("*") if path.is_dir() and not (path / "manifest.json").is_file()]
+        assert not list(tmp_path.glob(".*"))
+
+    def test_that_nobody_reads_and_that_is_not_buffered_ends_it_as_well(self, tiny_export):
+        done = into_a_closed_pipe("test_e2e.py", "--model_dir", tiny_export, unbuffered="1")
+        assert (done.returncode, done.stderr) == (141, "")
+
+
+class TestResults:
+    """--json and --srt of test_real_speech.py."""
+
+    def run(self, capsys, folder, *argv) -> str:
+        argv = ("--model_dir", folder, "--skip_nemo", "--audio", CLIP, *argv)
+        assert test_real_speech.main([str(argument) for argument in argv]) == 0
+        return capsys.readouterr()
+
+    def test_never_replace_what_is_read_or_each_other(self, tiny_export, tmp_path, capsys):
+        place = tmp_path / "place"
+        shutil.copytree(tiny_export, place / "models")
+        shutil.copy(CLIP, place / "clip.flac")
+        shutil.copy(TINY, place / "a.nemo")
+        (place / "m.jsonl").write_text('{"audio_filepath": "clip.flac", "text": "a"}')
+        (place / "link").symlink_to("m.jsonl")
+        os.link(place / "clip.flac", place / "hard link")
+        before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        base = ("--model_dir", place / "models")
+        clip = (*base, "--skip_nemo", "--audio", place / "clip.flac")
+        manifest = (*base, "--model_name", place / "a.nemo", "--manifest", place / "m.jsonl")
+        read = "which is read"
+        for argv, message in (
+            ((*clip, "--json", place / "clip.flac"), read),
+            ((*clip, "--srt", place / "models" / ".." / "clip.flac"), read),
+            ((*clip, "--srt", place / "hard link"), read),
+            ((*clip, "--json", place / "models" / "manifest.json"), read),
+            ((*clip, "--json", place / "models" / "joint.onnx.data"), read),
+            ((*manifest, "--json", place / "m.jsonl"), read),
+            ((*manifest, "--json", place / "link"), read),
+            ((*manifest, "--json", place / "clip.flac"), read),
+            ((*manifest, "--json", place / "a.nemo"), read),
+            ((*clip, "--json", place / "out", "--srt", place / "models" / ".." / "out"), "which are one"),
+            ((*clip, "--json", place / "models"), "the folder"),
+        ):
+            assert message in refused(capsys, test_real_speech, *argv)
+        assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+    def test_never_replace_the_recorded_checkpoint(self, tiny_export, tmp_path, capsys):
+        folder, checkpoint = tmp_path / "models", tmp_path / "a.nemo"
+        shutil.copytree(tiny_export, folder)
+        shutil.copy(TINY, checkpoint)
+        assert export_tokenizer.main(["--model_name", str(checkpoint), "--output_dir", str(folder)]) == 0
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["export"]["source"] = manifest["tokenizer"]["source"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        capsys.readouterr()
+        argv = ("--model_dir", folder, "--audio", CLIP, "--json", checkpoint)
+        assert "which is read" in refused(capsys, test_real_speech, *argv)
+
+    def test_follow_links_and_leave_them(self, tiny_export, tmp_path, capsys):
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "old.json").write_text("old")
+        for name, target in (("link", "sub/old.json"), ("dangling", "sub/new.json")):
+            (tmp_path / name).symlink_to(target)
+            self.run(capsys, tiny_export, "--json", tmp_path / name)
+            assert (tmp_path / name).is_symlink()
+            assert json.loads((tmp_path / target).read_text())["clips"]
+        assert {path.name for path in (tmp_path / "sub").iterdir()} == {"old.json", "new.json"}
+
+    def test_are_written_through_devices_and_pipes(self, tiny_export, tmp_path, capsys):
+        self.run(capsys, tiny_export, "--json", "/dev/null", "--srt", "/dev/null")
+        assert Path("/dev/null").is_char_device()
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+            self.run(capsys, tiny_export, "--json", pipe)
+            assert json.loads(reader.communicate(timeout=60)[0])["clips"]
+        assert pipe.is_fifo()
+
+    @pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+    def test_are_all_there_is_on_the_standard_output(self, name, foreign, tmp_path):
+        """Into a pipe and into a file; the tables are on the error output then, and the result is always UTF-8."""
+        argv = ("test_real_speech.py", "--model_dir", foreign, "--skip_nemo", "--audio", CLIP, "--json", name)
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        done = python(*argv, env=environment, text=False)
+        with (tmp_path / "out").open("wb") as file:
+            command = [sys.executable, *map(str, argv)]
+            subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.DEVNULL, check=True)
+        assert done.returncode == 0, done.stderr
+        for content in (done.stdout, (tmp_path / "out").read_bytes()):
+            assert "λ" in json.loads(content.decode())["clips"][0]["engines"]["GenAI models"]["text"]
+        assert b"transcript" in done.stderr
+
+    def test_of_subtitles_on_the_standard_output(self, tiny_export, capsys):
+        captured = self.run(capsys, tiny_export, "--srt", "-")
+        assert captured.out.startswith("1\n00:00:0")
+        assert "transcript" in captured.err
+
+
+def test_printed_commands_can_be_pasted(tiny_export, tmp_path, capsys):
+    """From folders whose names have spaces and quotes; what is printed is parsed as a shell would."""
+    place = tmp_path / "it's a folder; really"
+    shutil.copytree(tiny_export, place / "models")
+    shutil.copy(TINY, place / "a b.nemo")
+    optimized, tokenizer = place / "out put", place / "models"
+    assert export_tokenizer.main(["--model_name", str(place / "a b.nemo"), "--output_dir", str(tokenizer)]) == 0
+    assert optimize_encoder.main(["--model_dir", str(place / "models"), "--output_dir", str(optimized)]) == 0
+    printed = [line.partition("next: ")[2] for line in capsys.readouterr().out.splitlines() if "next: " in line]
+    (place / "models" / "tokenizer.json").unlink()
+    printed.append(refused(capsys, test_e2e, "--model_dir", place / "models").partition("first run: ")[2])
+    shutil.rmtree(place / "models")
+    (place / "models").mkdir()
+    printed.append(refused(capsys, test_e2e, "--model_dir", place / "models").partition("first run: ")[2])
+    assert [shlex.split(command) for command in printed] == [
+        ["python", "optimize_encoder.py", "--model_dir", str(place / "models")],
+        ["python", "test_e2e.py", "--model_dir", str(optimized)],
+        ["python", "export_tokenizer.py", "--output_dir", str(place / "models")],
+        ["python", "export_parakeet_to_onnx.py", "--output_dir", str(place / "models")],
+    ]
+
+
+MANIFESTS = {
+    "an export that is a list": {"export": []},
+    "a source that is a string": {"export": {"source": "x"}},
+    "a source whose path is a number": {"export": {"source": {"path": 3}}},
+    "flags that are a list": {"export": {"flags": []}},
+    "files that are a number": {"files": 3},
+    "a file that is a string": {"files": {"encoder.onnx": "x"}},
+    "a file without checksum": {"files": {"encoder.onnx": {"bytes": 3}}},
+    "an optimization that is a string": {"optimize": "x"},
+    "a section of another program": {"notes": 3},
+    "versions that are numbers": {"export": {"versions": {"onnx": 3}}},
+    "a parity that is a list": {"export": {"parity": {"encoder.onnx": []}}},
+}
+
+
+@pytest.mark.parametrize("content", MANIFESTS.values(), ids=MANIFESTS)
+def test_a_manifest_of_another_shape_is_one_line_in_every_script(content, tiny_export, tmp_path, capsys, monkeypatch):
+    """Before the work, and nothing is changed."""
+    monkeypatch.setattr("common.model.load_model", lambda *_, **__: pytest.fail("the work began"))
+    folder = tmp_path / "models"
+    shutil.copytree(tiny_export, folder)
+    (folder / "manifest.json").write_text(json.dumps(content))
+    checkpoint = ("--model_name", TINY, "--output_dir", folder)
+    for script, argv in (
+        (export_parakeet_to_onnx, checkpoint),
+        (export_tokenizer, checkpoint),
+        (optimize_encoder, ("--model_dir", folder, "--output_dir", tmp_path / "out")),
+        (test_e2e, ("--model_dir", folder)),
+        (test_real_speech, ("--model_dir", folder, "--audio", CLIP)),
+    ):
+        error = refused(capsys, script, *argv)
+        assert "manifest.json is not a manifest of this project: " in error, script.__name__
+    assert json.loads((folder / "manifest.json").read_text()) == content
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [{}, {"optimize": {}}, {"export": {}}, {"export": {"source": {}}}, {"files": {}}])
+def test_a_manifest_that_says_little_is_enough_to_transcribe_by(content, tiny_export, tmp_path):
+    folder = tmp_path / "models"
+    shutil.copytree(tiny_export, folder)
+    (folder / "manifest.json").write_text(json.dumps(content))
+    argv = ("--model_dir", str(folder), "--audio", CLIP, "--skip_nemo")
+    assert test_real_speech.main([*argv]) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("chunk_samples", 0), ("chunk_samples", -5), ("chunk_samples", 1), ("chunk_samples", 1e6), ("hop_length", 0),
+     ("left_context_samples", -1), ("subsampling_factor", "8"), ("tdt_durations", [0, -1]), ("sample_rate", None),
+     ("tdt_durations", 3), ("decoder", [])],
+)  # fmt: skip
+def test_a_config_edited_to_what_cannot_be_is_refused(key, value, tiny_export, tmp_path, capsys, monkeypatch):
+    """GenAI 0.18 never ends with chunk_samples of 0 or 1, so it is not even loaded."""
+    monkeypatch.setattr("onnxruntime_genai.Model", lambda *_: pytest.fail("GenAI was loaded"))
+    folder = tmp_path / "models"
+    shutil.copytree(tiny_export, folder)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"][key] = value
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    for script, *argv in ((test_e2e,), (test_real_speech, "--skip_nemo")):
+        assert "genai_config.json" in refused(capsys, script, "--model_dir", folder, *argv)
+
+
+def test_empty_model_folders(tmp_path, capsys, monkeypatch):
+    """Also where it is the default: an empty ./onnx_models_optimized does not hide ./onnx_models."""
+    (tmp_path / "onnx_models_optimized").mkdir()
+    empty = tmp_path / "onnx_models_optimized"
+    for script, *argv in ((optimize_encoder, "--output_dir", tmp_path / "out"), (test_e2e,), (test_real_speech,)):
+        message = f"first run: python export_parakeet_to_onnx.py --output_dir {empty}"
+        assert message in refused(capsys, script, "--model_dir", empty, *argv)
+    monkeypatch.chdir(tmp_path)
+    assert "--output_dir onnx_models\n" in refused(capsys, test_e2e)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_stated_memory_is_what_is_taken(tiny_export, tmp_path):
+    """Within a quarter, of a process of its own; by the kernel's count, which begins anew with each program."""
+    argv = ("--model_dir", tiny_export, "--output_dir", tmp_path / "out")
+    code = (
+        "import optimize_encoder, pathlib, sys; status = optimize_encoder.main(sys.argv[1:]); "
+        "print(pathlib.Path('/proc/self/status').read_text()); sys.exit(status)"
+    )
+    done = python("-c", code, *argv)
+    assert done.returncode == 0, done.stderr
+    stated = 1e6 * float(re.search(r"about (\d+) MB of memory", done.stdout)[1])
+    assert stated == pytest.approx(1024 * int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]), rel=0.25)
 
 
 README_COMMANDS = [

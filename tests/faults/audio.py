@@ -80,6 +80,7 @@ for rate in (8000, 22_050, 96_000, 192_000):
     clip(f"speech, {rate} Hz", speech(rate), rate)
 for channels in (2, 8):
     clip(f"speech, {channels} channels", np.stack([speech()] * channels, axis=1))
+clip("one channel upside down", np.stack([speech(), -speech()], axis=1))
 clip("noise, 512 channels", np.tile(0.1 * noise[:16_000, None], 512))
 clip("1 Hz", noise, 1)
 clip("10 MHz", noise, 10_000_000)

@@ -142,7 +142,7 @@ def snapshot(folder: Path) -> dict[str, str]:
         if path.is_symlink():
             found[name] = f"{mode} → {path.readlink()}"
         else:
-            found[name] = mode if path.is_dir() else f"{mode} {sha256(path)}"
+            found[name] = f"{mode} {sha256(path)}" if path.is_file() else mode
     return found
 
 
@@ -318,6 +318,11 @@ def bad_folders(report: Report, work: Path, models: Path, every: int) -> None:
         del config["model"]["hop_length"]
         write_json(folder / "genai_config.json", config)
 
+    def endless(folder: Path) -> None:
+        config = read_json(folder / "genai_config.json", "")
+        config["model"]["chunk_samples"] = 0
+        write_json(folder / "genai_config.json", config)
+
     cases: dict[str, Callable[[Path], object]] = {
         "encoder.onnx.data cut in half": lambda folder: truncate(folder / "encoder.onnx.data"),
         "encoder.onnx.data empty": lambda folder: (folder / "encoder.onnx.data").write_bytes(b""),
@@ -328,6 +333,9 @@ def bad_folders(report: Report, work: Path, models: Path, every: int) -> None:
         "tokenizer.json cut in half": lambda folder: truncate(folder / "tokenizer.json"),
         "manifest.json not JSON": lambda folder: (folder / MANIFEST).write_text("{"),
         "manifest.json a list": lambda folder: (folder / MANIFEST).write_text("[]"),
+        "manifest.json with a list for a section": lambda folder: (folder / MANIFEST).write_text('{"export": []}'),
+        "manifest.json with a number for its files": lambda folder: (folder / MANIFEST).write_text('{"files": 3}'),
+        "genai_config.json with chunk_samples of 0": endless,
         "genai_config.json not JSON": lambda folder: (folder / "genai_config.json").write_text("{"),
         "genai_config.json without hop_length": setting,
         "genai_config.json a folder": lambda folder: (
@@ -341,10 +349,7 @@ def bad_folders(report: Report, work: Path, models: Path, every: int) -> None:
         shutil.copytree(models, folder)
         damage(folder)
         before = snapshot(folder.parent)
-        scripts = [(test_e2e, ())]
-        if "genai_config" not in name:  # it is copied, not read
-            scripts.append((OPTIMIZE, ("--output_dir", "out")))
-        for script, flags in scripts:
+        for script, flags in ((test_e2e, ()), (OPTIMIZE, ("--output_dir", "out"))):
             outcome = run(script, "--model_dir", "models", *flags, folder=folder.parent)
             problem = outcome.problem((2,)) or (None if snapshot(folder.parent) == before else "something was written")
             report.add("model folder", f"{name}, to {script.__name__}", outcome.line, problem)
@@ -370,11 +375,55 @@ def bad_arguments(report: Report, work: Path, models: Path) -> None:
             outcome = run(script, *argv, "--output_dir", target, folder=folder)
             problem = outcome.problem((2,)) or (None if snapshot(place) == before else "something was written")
             report.add("output_dir", f"{name}, to {script.__name__}", outcome.line, problem)
-    heard = ("--model_dir", models, "--skip_nemo", "--audio", CLIP)
-    for name, target in (("a folder", "folder"), ("in no folder", "none/results.json")):
+    shutil.copy(CLIP, place / "clip.flac")
+    (place / "link").symlink_to("clip.flac")
+    os.mkfifo(place / "pipe")
+    before = snapshot(place)
+    heard = ("--model_dir", models, "--skip_nemo", "--audio", "clip.flac")
+    for name, target in (
+        ("a folder", "folder"),
+        ("in no folder", "none/results.json"),
+        ("the clip", "clip.flac"),
+        ("a link to the clip", "link"),
+        ("a file of the model", models / "joint.onnx"),
+    ):
         outcome = run(test_real_speech, *heard, "--json", target, folder=place)
         problem = outcome.problem((2,)) or (None if snapshot(place) == before else "something was written")
         report.add("--json", name, outcome.line, problem)
+    for name in ("folder", "pipe", "/dev/zero"):
+        outcome = run(test_real_speech, *heard[:-1], name, folder=place)
+        report.add("--audio", name, outcome.line, outcome.problem((2,)))
+
+
+def bad_manifests(report: Report, work: Path, models: Path, every: int) -> None:
+    """Manifests of other encodings and with lines that name no clip, to the scripts that read one."""
+    place = work / "manifests"
+    place.mkdir()
+    shutil.copy(CLIP, place / "clip.flac")
+    good = '{"audio_filepath": "clip.flac", "text": "café"}\n'
+    cases = {
+        "UTF-16": good.encode("utf-16"),
+        "Latin-1 in line 2": (good.replace("é", "e") + good).encode("latin-1"),
+        "a number as path": good.encode() + b'{"audio_filepath": 5, "text": "a"}',
+        "a device as path": b'{"audio_filepath": "/dev/zero", "text": "a"}',
+        "a folder as path": b'{"audio_filepath": ".", "text": "a"}',
+        "an offset behind the end": b'{"audio_filepath": "clip.flac", "text": "a", "offset": 60}',
+        "an offset of NaN": b'{"audio_filepath": "clip.flac", "text": "a", "offset": NaN}',
+        "a negative duration": b'{"audio_filepath": "clip.flac", "text": "a", "duration": -1}',
+        "100 000 brackets": b"[" * 100_000,
+        "random bytes": os.urandom(100_000),
+    }
+    for name, content in list(cases.items())[::every]:
+        (place / "m.jsonl").write_bytes(content)
+        before = snapshot(place)
+        for script, argv in (
+            (test_real_speech, ("--skip_nemo", "--manifest", "m.jsonl")),
+            (OPTIMIZE, ("--output_dir", "out", "--eval_manifest", "m.jsonl")),
+        ):
+            outcome = run(script, "--model_dir", models, *argv, folder=place)
+            problem = outcome.problem((2,)) or (None if snapshot(place) == before else "something was written")
+            problem = problem or (None if "m.jsonl:" in outcome.line else "the line is not named")
+            report.add("manifest", f"{name}, to {script.__name__}", outcome.line, problem)
 
 
 def odd_audio(report: Report, work: Path, models: Path, every: int, fuzzed: int) -> None:
@@ -435,6 +484,7 @@ def main(argv: list[str] | None = None) -> int:
         bad_checkpoints(report, work, every)
         bad_folders(report, work, models, every)
         bad_arguments(report, work, models)
+        bad_manifests(report, work, models, every)
         odd_audio(report, work, models, every, SHORT_FUZZED if args.short else FUZZED)
     print("\n" + ", ".join(f"{count} × {group}" for group, count in report.counts.items()))
     print("\n".join(report.wrong) or "nothing lost, nothing half-written, no traceback, no hang")
