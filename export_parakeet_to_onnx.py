@@ -14,6 +14,7 @@ With --runtime: the same weights as onnx-asr or sherpa-onnx expect them, vocabul
 
 import argparse
 import gc
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,10 +30,19 @@ from common.configs import (
     genai_config,
 )
 from common.console import Parser, Stages, run, size_text
-from common.files import check_output_dir, read_manifest, staged_folder, state_needs, write_json, write_manifest
+from common.download import DEFAULT_MODEL, REVISION_HELP, find_checkpoint
+from common.files import (
+    check_output_dir,
+    read_manifest,
+    staged_folder,
+    state_needs,
+    write_json,
+    write_locations,
+    write_manifest,
+)
 from common.graphs import DECODER, ENCODER, JOINT, Graph
 from common.layouts import GENAI, LAYOUTS, Layout, check_same_shape, check_supports, write_layout
-from common.model import DEFAULT_MODEL, ModelSpec, find_checkpoint, load_model, read_tokenizer, source_record
+from common.model import ModelSpec, load_model, read_tokenizer, require_device, source_record
 from common.runtime import MAPPED, Nemo, RuntimeConfig
 from common.tokenizer import parse_model, tokens_text
 
@@ -56,6 +66,7 @@ for each runtime, weights shared by hard link (%(default)s)"""
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model_name", default=DEFAULT_MODEL, help="Hugging Face name or .nemo path (%(default)s)")
+    parser.add_argument("--revision", help=REVISION_HELP)
     parser.add_argument("--output_dir", type=Path, default=Path("onnx_models"), help="folder to write (./%(default)s)")
     runtimes = (*LAYOUTS, "all")
     parser.add_argument("--runtime", choices=runtimes, default=GENAI.runtime, help=RUNTIME_HELP)
@@ -65,12 +76,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("left_context", "audio before the chunk that the encoder sees again", LEFT_CONTEXT_SECONDS),
         ("right_context", "audio after the chunk that the encoder sees already", RIGHT_CONTEXT_SECONDS),
     ):
-        parser.add_argument(f"--{name}_seconds", type=float, default=default, help=f"{help_text} (%(default)s)")
+        parser.add_argument(f"--{name}_seconds", type=_seconds, default=default, help=f"{help_text} (%(default)s)")
     device_help = "where to export and verify, and the provider that GenAI is told to use (%(default)s)"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=device_help)
     parser.add_argument("--precision", choices=(FP32, FP16), default=FP32, help=PRECISION_HELP)
     parser.add_argument("--skip_verify", action="store_true", help="do not run the graphs against NeMo")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.chunk_seconds == 0:
+        parser.error("argument --chunk_seconds: expected more than 0, got 0")
+    return args
+
+
+def _seconds(text: str) -> float:
+    """What can be a length before the checkpoint says how long a frame is."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, got {text}")
+    return float(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,7 +108,8 @@ def _export(args: argparse.Namespace) -> None:
     layouts = tuple(LAYOUTS.values()) if args.runtime == "all" else (LAYOUTS[args.runtime],)
     folders = {layout: "" if args.runtime == GENAI.runtime else layout.runtime for layout in layouts}
     check_same_shape(args.output_dir, {name: layout for layout, name in folders.items()})
-    checkpoint = find_checkpoint(args.model_name)
+    require_device(args.device)
+    checkpoint = find_checkpoint(args.model_name, args.revision)
     size = checkpoint.stat().st_size
     disk_factor = DISK_FACTOR + (FLOAT16_DISK_FACTOR if args.precision == FP16 else 0)
     needs = MEMORY_FACTOR * size + MEMORY_OF_NEMO, disk_factor * size
@@ -95,7 +117,8 @@ def _export(args: argparse.Namespace) -> None:
     with staged_folder(args.output_dir) as stage:
         _export_to(stage, folders, checkpoint, args)
     if GENAI in folders:
-        tokenizer_flags = f"--model_name {args.model_name} --output_dir {args.output_dir / folders[GENAI]}"
+        revision = f" --revision {args.revision}" if args.revision else ""
+        tokenizer_flags = f"--model_name {args.model_name}{revision} --output_dir {args.output_dir / folders[GENAI]}"
         following = f"python export_tokenizer.py {tokenizer_flags}"
     else:
         following = f"python optimize_encoder.py --model_dir {args.output_dir}"
@@ -135,7 +158,9 @@ def _export_to(stage: Path, folders: dict[Layout, str], checkpoint: Path, args: 
     for layout, name in folders.items():
         if layout is not GENAI:
             write_layout(layout, base, stage / name, spec, tokens)
-        source = source_record(checkpoint, args.model_name, args.output_dir / name)
+        source = source_record(checkpoint, args.model_name, revision=args.revision)
+        location = checkpoint if "file" in source else None  # the other is found by its name and commit
+        write_locations(stage / name, args.output_dir / name, checkpoint=location)
         record = {"source": source, "flags": flags, **content}
         write_manifest(stage / name, read_manifest(args.output_dir / name), "export", record)
         write_card(stage / name, args.output_dir / name, layout)

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from common import console, tokenizer
 from common.card import CARD, write_card
+from common.download import DEFAULT_MODEL, REVISION_HELP, find_checkpoint
 from common.files import (
     check_output_dir,
     read_manifest,
@@ -32,7 +33,7 @@ from common.files import (
     write_manifest,
 )
 from common.layouts import GENAI, genai_folder
-from common.model import DEFAULT_MODEL, find_checkpoint, read_tokenizer, source_record
+from common.model import read_tokenizer, source_record
 
 # The files beside tokenizer.json, as a multiple of its compact text: its own indentation, vocab.txt, the manifest.
 DISK_FACTOR = 4
@@ -43,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model_name", default=DEFAULT_MODEL, help=f"Hugging Face name or .nemo file (default: {DEFAULT_MODEL})"
     )
+    parser.add_argument("--revision", help=REVISION_HELP)
     parser.add_argument(
         "--output_dir", type=Path, default=Path("onnx_models"), help="model folder to write to (default: ./onnx_models)"
     )
@@ -57,7 +59,7 @@ def _export(args: argparse.Namespace) -> None:
     check_output_dir(args.output_dir)
     args.output_dir = genai_folder(args.output_dir)
     stages = console.Stages(2)
-    checkpoint = find_checkpoint(args.model_name)
+    checkpoint = find_checkpoint(args.model_name, args.revision)
     model = read_tokenizer(checkpoint)
     proto = tokenizer.parse_model(model)
     content = tokenizer.tokenizer_json(proto)
@@ -70,7 +72,7 @@ def _export(args: argparse.Namespace) -> None:
         write_json(stage / "tokenizer.json", content)
         write_json(stage / "tokenizer_config.json", tokenizer.tokenizer_config(proto))
         (stage / "vocab.txt").write_text(tokenizer.vocab_text(proto), encoding="utf-8", newline="\n")
-        source = source_record(checkpoint, args.model_name, args.output_dir)
+        source = source_record(checkpoint, args.model_name, revision=args.revision)
         write_manifest(stage, read_manifest(args.output_dir), "tokenizer", {"source": source})
         write_card(stage, args.output_dir, GENAI)
     stages.report("tokenizer.json", "tokenizer_config.json", "vocab.txt", "manifest.json", CARD)

@@ -28,17 +28,20 @@ from tqdm import tqdm
 from common.clips import Clip, read_clips
 from common.console import CheckError, Parser, run
 from common.decode import GENAI_RULE, NEMO_RULE, Hypothesis
+from common.download import find_checkpoint
 from common.files import (
+    EXPORTED,
     MODEL_DIR_HELP,
     check_output_file,
     default_model_dir,
     is_float16,
+    read_location,
     read_manifest,
     write_json,
     write_text,
 )
 from common.layouts import genai_folder
-from common.model import find_checkpoint, load_model, recorded_checkpoint
+from common.model import load_model, recorded_checkpoint
 from common.runtime import GenAI, Nemo, RawOrt, RuntimeConfig
 from common.timestamps import Pieces, Word, furthest_apart, srt, words
 from common.transcripts import (
@@ -209,9 +212,8 @@ def _load_nemo(model_name: str | None, folder: Folder) -> Nemo:
 
 def _folders(folder: Path) -> list[Path]:
     """`folder`, and the exported folder that it was optimized from, where that is still there."""
-    source = read_manifest(folder).get("optimize", {}).get("model_dir")
-    exported = folder / source if source else None
-    return [folder, Path(exported).resolve()] if exported and exported.is_dir() else [folder]
+    exported = read_location(folder, EXPORTED)
+    return [folder, exported.resolve()] if exported and exported.is_dir() else [folder]
 
 
 def read_pools(clips: list[HeardClip], config: RuntimeConfig, alone: bool) -> Iterator[list[Recording]]:
