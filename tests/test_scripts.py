@@ -16,6 +16,7 @@ import export_tokenizer
 import optimize_encoder
 import test_e2e
 import test_real_speech
+from common.files import write_locations
 from common.quantize import METHODS
 from tests.conftest import ROOT, SAMPLES, TINY
 from tests.test_model import ctc_only, plain_rnnt, rewrite_config
@@ -267,9 +268,7 @@ def test_the_recorded_checkpoint_has_changed(tiny_export, tmp_path, capsys):
     assert "is gone; pass --model_name or --skip_nemo" in refused(
         capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP
     )
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["export"]["source"]["path"] = "changed.nemo"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_locations(folder, folder, checkpoint=folder / "changed.nemo")
     (folder / "changed.nemo").write_bytes(b"other")
     assert "is not the file" in refused(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
 
