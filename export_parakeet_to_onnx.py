@@ -14,6 +14,7 @@ With --runtime: the same weights as onnx-asr or sherpa-onnx expect them, vocabul
 
 import argparse
 import gc
+import math
 import shlex
 import shutil
 from collections.abc import Callable, Iterable
@@ -34,11 +35,19 @@ from common.configs import (
     audio_processor_config,
     genai_config,
 )
-from common.files import check_output_dir, staged_folder, state_needs, write_json, write_manifest
+from common.download import DEFAULT_MODEL, REVISION_HELP, find_checkpoint
+from common.files import (
+    check_output_dir,
+    staged_folder,
+    state_needs,
+    write_json,
+    write_locations,
+    write_manifest,
+)
 from common.graphs import DECODER, ENCODER, JOINT, Graph
 from common.identity import kept_by_export
 from common.layouts import GENAI, LAYOUTS, Layout, check_same_shape, check_supports, write_layout
-from common.model import DEFAULT_MODEL, ModelSpec, find_checkpoint, load_model, read_tokenizer, source_record
+from common.model import ModelSpec, load_model, read_tokenizer, require_device, source_record
 from common.runtime import MAPPED, Nemo, RuntimeConfig
 from common.tokenizer import parse_model, tokens_text
 
@@ -63,6 +72,7 @@ for each runtime, weights shared by hard link (%(default)s)"""
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model_name", default=DEFAULT_MODEL, help="Hugging Face name or .nemo path (%(default)s)")
+    parser.add_argument("--revision", help=REVISION_HELP)
     parser.add_argument("--output_dir", type=Path, default=Path("onnx_models"), help="folder to write (./%(default)s)")
     runtimes = (*LAYOUTS, "all")
     parser.add_argument("--runtime", choices=runtimes, default=GENAI.runtime, help=RUNTIME_HELP)
@@ -72,12 +82,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("left_context", "audio before the chunk that the encoder sees again", LEFT_CONTEXT_SECONDS),
         ("right_context", "audio after the chunk that the encoder sees already", RIGHT_CONTEXT_SECONDS),
     ):
-        parser.add_argument(f"--{name}_seconds", type=float, default=default, help=f"{help_text} (%(default)s)")
+        parser.add_argument(f"--{name}_seconds", type=_seconds, default=default, help=f"{help_text} (%(default)s)")
     device_help = "where to export and verify, and the provider that GenAI is told to use (%(default)s)"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=device_help)
     parser.add_argument("--precision", choices=(FP32, FP16), default=FP32, help=PRECISION_HELP)
     parser.add_argument("--skip_verify", action="store_true", help="do not run the graphs against NeMo")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.chunk_seconds == 0:
+        parser.error("argument --chunk_seconds: expected more than 0, got 0")
+    return args
+
+
+def _seconds(text: str) -> float:
+    """What can be a length before the checkpoint says how long a frame is."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, got {text}")
+    return float(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,24 +115,27 @@ def _export(args: argparse.Namespace) -> None:
     layouts = tuple(LAYOUTS.values()) if args.runtime == "all" else (LAYOUTS[args.runtime],)
     folders = {layout: "" if args.runtime == GENAI.runtime else layout.runtime for layout in layouts}
     check_same_shape(args.output_dir, {name: layout for layout, name in folders.items()})
-    checkpoint = find_checkpoint(args.model_name)
+    require_device(args.device)
+    checkpoint = find_checkpoint(args.model_name, args.revision)
     size = checkpoint.stat().st_size
     disk_factor = DISK_FACTOR + (FLOAT16_DISK_FACTOR if args.precision == FP16 else 0)
     memory = MEMORY_FACTOR * size + MEMORY_OF_NEMO
     if not args.skip_verify and size <= LONG_CASE_MAX_PARAMETERS * np.float32().nbytes:
         memory += MEMORY_OF_LONG_CASE
     state_needs(f"{checkpoint.name} ({size_text(size)})", memory, disk_factor * size, args.output_dir)
-    sources = {name: source_record(checkpoint, args.model_name, args.output_dir / name) for name in folders.values()}
-    kept = {name: kept_by_export(args.output_dir / name, source) for name, source in sources.items()}
+    source = source_record(checkpoint, args.model_name, revision=args.revision)
+    kept = {name: kept_by_export(args.output_dir / name, source) for name in folders.values()}
     removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
     with staged_folder(args.output_dir, removed) as stage:
-        records = {name: (source, kept[name][0]) for name, source in sources.items()}
-        _export_to(stage, folders, checkpoint, records, args)
+        manifests = {name: manifest for name, (manifest, _) in kept.items()}
+        _export_to(stage, folders, checkpoint, source, manifests, args)
     if removed:
         print(f"removed from {args.output_dir}, since they belonged to the former graphs: {', '.join(removed)}")
     if GENAI in folders:
         folder = args.output_dir / folders[GENAI]
-        following = ["export_tokenizer.py", "--model_name", args.model_name, "--output_dir", str(folder)]
+        following = ["export_tokenizer.py", "--model_name", args.model_name]
+        following += ["--revision", args.revision] if args.revision else []
+        following += ["--output_dir", str(folder)]
     else:
         following = ["optimize_encoder.py", "--model_dir", str(args.output_dir)]
     print(f"wrote {args.output_dir}; next: python {shlex.join(following)}")
@@ -122,12 +145,13 @@ def _export_to(
     stage: Path,
     folders: dict[Layout, str],
     checkpoint: Path,
-    records: dict[str, tuple[dict, dict]],
+    source: dict,
+    manifests: dict[str, dict],
     args: argparse.Namespace,
 ) -> None:
     """Export into the folder `stage`, verified, each layout in its subfolder; the checkpoint is unpacked beside it.
 
-    records: by subfolder, what its manifest is to say of the source, and what it says already.
+    source: of the checkpoint, for the manifests. manifests: by subfolder, what its manifest says already.
     """
     others, float16 = [layout for layout in folders if layout is not GENAI], args.precision == FP16
     tokens = tokens_text(parse_model(read_tokenizer(checkpoint))) if others else ""
@@ -160,8 +184,9 @@ def _export_to(
     for layout, name in folders.items():
         if layout is not GENAI:
             write_layout(layout, base, stage / name, spec, tokens)
-        source, manifest = records[name]
-        write_manifest(stage / name, manifest, "export", {"source": source, "flags": flags, **content})
+        location = checkpoint if "file" in source else None  # the other is found by its name and commit
+        write_locations(stage / name, args.output_dir / name, checkpoint=location)
+        write_manifest(stage / name, manifests[name], "export", {"source": source, "flags": flags, **content})
         write_card(stage / name, args.output_dir / name, layout)
         stages.report(*([name] if name else []), *layout.config_files, "manifest.json", CARD)
 

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 
 from common import tokenizer
 from common.card import CARD, write_card
+from common.download import DEFAULT_MODEL, REVISION_HELP, find_checkpoint
 from common.files import (
     check_output_dir,
     read_manifest,
@@ -39,7 +40,7 @@ from common.files import (
 )
 from common.identity import check_name_for_graphs, check_tokenizer_for_graphs
 from common.layouts import GENAI, genai_folder
-from common.model import DEFAULT_MODEL, find_checkpoint, read_tokenizer, source_record
+from common.model import read_tokenizer, source_record
 
 # The files beside tokenizer.json, as a multiple of its compact text: its own indentation, vocab.txt, the manifest.
 DISK_FACTOR = 4
@@ -50,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model_name", default=DEFAULT_MODEL, help=f"Hugging Face name or .nemo file (default: {DEFAULT_MODEL})"
     )
+    parser.add_argument("--revision", help=REVISION_HELP)
     parser.add_argument(
         "--output_dir", type=Path, default=Path("onnx_models"), help="model folder to write to (default: ./onnx_models)"
     )
@@ -65,10 +67,10 @@ def _export(args: argparse.Namespace) -> None:
     args.output_dir = genai_folder(args.output_dir)
     stages = console.Stages(2)
     check_name_for_graphs(args.output_dir, args.model_name)
-    checkpoint = find_checkpoint(args.model_name)
+    checkpoint = find_checkpoint(args.model_name, args.revision)
     model = read_tokenizer(checkpoint)
     proto = tokenizer.parse_model(model)
-    source = source_record(checkpoint, args.model_name, args.output_dir)
+    source = source_record(checkpoint, args.model_name, revision=args.revision)
     check_tokenizer_for_graphs(args.output_dir, source, len(proto.pieces) + 1)
     content = tokenizer.tokenizer_json(proto)
     sequences = [ids for length in (1, 32) for ids in tokenizer.probe_sequences(proto, length)]

@@ -37,18 +37,19 @@ from common.calibrate import calibrate, calibrate_int8, read_speech
 from common.card import write_card
 from common.clips import Clip, read_clips, shared_clips
 from common.files import (
+    CHECKPOINT,
     check_output_dir,
     fingerprint,
     is_float16,
-    moved_manifest,
     of_one_name,
+    read_location,
     read_manifest,
-    relative_path,
     save_model,
     share_equal_data,
     staged_folder,
     state_needs,
     verify_files,
+    write_locations,
     write_manifest,
 )
 from common.identity import check_one_checkpoint
@@ -206,7 +207,7 @@ def _optimize_folder(
 ) -> None:
     """Optimize a model folder that lies as `layout` says."""
     source, stage, encoder = paths.source, paths.stage, layout.encoder
-    manifest, exported = moved_manifest(source, paths.target), paths.readable / encoder.file
+    manifest, exported = read_manifest(source), paths.readable / encoder.file
     before, int8_tokens = _bytes(source, encoder.files), args.decoder_joint_precision == INT8
     calibrated, evaluated = (layout is GENAI and bool(clips) for clips in (speech.calibration, speech.evaluation))
     stages = Stages(5 + int8_tokens + calibrated + evaluated)
@@ -256,7 +257,6 @@ def _optimize_folder(
         evaluation = make_evaluation(args.eval_manifest, heard, table, args.max_wer_increase)
         wer = {side: asdict(getattr(table[0], side)) for side in ("float32", "optimized")}
     record = {
-        "model_dir": relative_path(source, paths.target),
         "flags": {
             "quant_method": args.quant_method,
             "block_size": args.block_size,
@@ -279,7 +279,8 @@ def _optimize_folder(
     write_report(stage, report, heard, write_page)
     write_manifest(stage, manifest, "optimize", record)
     write_card(stage, paths.target, layout)
-    if moved_manifest(source, paths.target) != manifest:
+    write_locations(stage, paths.target, checkpoint=read_location(source, CHECKPOINT), exported=source)
+    if read_manifest(source) != manifest:
         raise ValueError(f"{source} was written anew while it was read; run this again")
     stages.report("report", str(paths.target / REPORT_HTML))
 

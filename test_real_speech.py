@@ -38,7 +38,10 @@ from tqdm import tqdm
 
 from common.clips import Clip, read_clips
 from common.decode import GENAI_RULE, NEMO_RULE, Hypothesis
+from common.download import find_checkpoint
 from common.files import (
+    CHECKPOINT,
+    EXPORTED,
     FILES,
     MANIFEST,
     MODEL_DIR_HELP,
@@ -47,12 +50,13 @@ from common.files import (
     is_float16,
     is_standard_output,
     json_text,
+    read_location,
     read_manifest,
     write_output,
 )
 from common.identity import check_one_checkpoint, check_same_checkpoint
 from common.layouts import GENAI, genai_folder
-from common.model import find_checkpoint, load_model, recorded_checkpoint
+from common.model import load_model, recorded_checkpoint
 from common.runtime import GenAI, Nemo, RawOrt, RuntimeConfig
 from common.timestamps import Pieces, Word, srt, words
 from common.transcripts import TextRule, first_difference, first_token_difference, ids_of_other_words, text_rules
@@ -246,8 +250,8 @@ def _inputs(args: argparse.Namespace, folders: list[Folder]) -> Iterator[Path]:
     for folder in folders:
         manifest = read_manifest(folder.path)
         yield from (folder.path / name for name in {MANIFEST, *GENAI.files, *manifest.get(FILES, {})})
-        if checkpoint := manifest.get("export", {}).get("source", {}).get("path"):
-            yield folder.path / checkpoint
+        if checkpoint := read_location(folder.path, CHECKPOINT):
+            yield checkpoint
 
 
 def _load_nemo(model_name: str | None, folder: Folder) -> Nemo:
@@ -261,9 +265,8 @@ def _load_nemo(model_name: str | None, folder: Folder) -> Nemo:
 
 def _folders(folder: Path) -> list[Path]:
     """`folder`, and the exported folder that it was optimized from, where that is still there."""
-    source = read_manifest(folder).get("optimize", {}).get("model_dir")
-    exported = folder / source if source else None
-    return [folder, Path(exported).resolve()] if exported and exported.is_dir() else [folder]
+    exported = read_location(folder, EXPORTED)
+    return [folder, exported.resolve()] if exported and exported.is_dir() else [folder]
 
 
 def read_pools(clips: list[HeardClip], config: RuntimeConfig, alone: bool) -> Iterator[list[Recording]]:

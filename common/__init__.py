@@ -1,8 +1,8 @@
 """What the five scripts share, in pipeline order.
 
-graphs, model, wrappers, export, parity, tokenizer, configs, optimize, runtime, decode; console and files serve all.
-Importing the package checks that this Python is new enough, and has a missing package reported in one line: the scripts
-import it before any other.
+graphs, download, model, wrappers, export, parity, tokenizer, configs, optimize, runtime, decode; console and files
+serve all. Importing the package checks that this Python is new enough, and has a missing package reported in one line:
+the scripts import it before any other.
 """
 
 import sys

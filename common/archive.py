@@ -106,6 +106,11 @@ def _checked_members(path: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarI
     return found
 
 
+def unpacked_bytes(archive: Archive) -> int:
+    """What the files take on a disk."""
+    return sum(member.size for member in archive.members.values())
+
+
 def read_member(archive: Archive, name: str, limit: int) -> bytes:
     """The content of a file of at most `limit` bytes. Raises ValueError."""
     member = archive.members.get(posixpath.normpath(name))

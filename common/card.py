@@ -119,7 +119,7 @@ def _source(manifest: dict) -> dict:
 def _source_name(manifest: dict) -> str:
     """The Hugging Face name, or the name of the file."""
     source = _source(manifest)
-    return source.get("name") or Path(source.get("path", "unknown")).name
+    return source.get("name") or source.get("file", "unknown")
 
 
 def _weights_by_bits(manifest: dict) -> dict[str, int]:
@@ -160,7 +160,7 @@ def _commands(manifest: dict) -> str:
             continue
         flags = dict(manifest[section].get("flags", {}))
         if section != "optimize":
-            flags = {"model_name": _source_name(manifest), **flags}
+            flags = {"model_name": _source_name(manifest), "revision": _source(manifest).get("commit"), **flags}
         given = {name: value for name, value in flags.items() if value is not None and value is not False}
         flags = ([f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in given.items())
         lines.append(shlex.join(("python", script, *itertools.chain(*flags))))

@@ -17,6 +17,10 @@ from common.swap import fsync, link, lock, replace_folder
 
 STANDARD_OUTPUT = Path("-")
 MANIFEST = "manifest.json"
+# What only this machine needs to know: where the checkpoint and the exported folder lie, as seen from this one. In a
+# folder that huggingface_hub never uploads (its DEFAULT_IGNORE_PATTERNS), so that no folder name is published.
+LOCATIONS = Path(".cache", "huggingface", "parakeet_onnx.json")
+CHECKPOINT, EXPORTED = "checkpoint", "exported"
 FILES = "files"  # section of the manifest: name → bytes and sha256
 # A disk, or a quota, that is full; NumPy says only how much it wrote.
 DISK_ERRORS, SHORT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "requested and"
@@ -259,7 +263,7 @@ def default_model_dir() -> Path:
 
 # The types of what is read of a manifest, where it is there at all; "*": of every entry, each of which has all keys.
 NUMBER = int | float | None
-_SOURCE = {"name": str, "path": str, "file": str, "sha256": str}
+_SOURCE = {"name": str, "revision": str, "commit": str | None, "file": str, "sha256": str}
 _PARITY = {"*": {"max_abs": NUMBER, "max_rel": NUMBER, "cases": int}}
 _SECTION = {
     "source": _SOURCE,
@@ -276,7 +280,6 @@ MANIFEST_TYPES = {
     "tokenizer": _SECTION,
     "optimize": {
         **_SECTION,
-        "model_dir": str,
         "encoder_bytes": {"exported": int, "optimized": int},
         "weights_by_bits": {"*": int},
         "sqnr_db_on_noise": NUMBER,
@@ -320,7 +323,9 @@ def is_float16(manifest: dict) -> bool:
 def write_manifest(stage: Path, manifest: dict, section: str, content: dict) -> None:
     """Write `manifest` into `stage`, `section` of it replaced by `content` and the versions of today, and the size and
     SHA-256 of each file of `stage` beside those that it lists already. Call it last."""
-    written = {path.name: fingerprint(path) for path in sorted(stage.iterdir()) if path.name != MANIFEST}
+    written = {
+        path.name: fingerprint(path) for path in sorted(stage.iterdir()) if path.is_file() and path.name != MANIFEST
+    }
     found = {**manifest, section: {**content, "versions": package_versions()}}
     found[FILES] = dict(sorted({**manifest.get(FILES, {}), **written}.items()))
     write_json(stage / MANIFEST, found)
@@ -365,18 +370,22 @@ def _problem(path: Path, listed: dict) -> str | None:
     return f"{path.name} is another file than the one {MANIFEST} lists: it was changed, or comes from another folder"
 
 
-def moved_manifest(source: Path, target: Path) -> dict:
-    """The manifest of folder `source` as it reads in folder `target`: relative paths lead to the same files."""
-    manifest = read_manifest(source)
-    for name, section in manifest.items():
-        origin = {} if name == FILES else section.get("source", {})
-        if "path" in origin:
-            origin["path"] = relative_path(source / origin["path"], target)
-    return manifest
+def write_locations(stage: Path, target: Path, **paths: Path | None) -> None:
+    """Write into `stage`, which becomes `target`, where the files and folders `paths` lie: relative, so that all of
+    them may move together."""
+    known = {name: _relative(path, target) for name, path in paths.items() if path is not None}
+    (stage / LOCATIONS).parent.mkdir(parents=True, exist_ok=True)
+    write_json(stage / LOCATIONS, known)
 
 
-def relative_path(path: Path, folder: Path) -> str:
-    """How to find `path` from inside `folder`, so that both may move together and no home directory is published."""
+def read_location(folder: Path, name: str) -> Path | None:
+    """Where the file or folder `name` of write_locations lay when `folder` was made."""
+    path = folder / LOCATIONS
+    known = read_json(path, "python export_parakeet_to_onnx.py") if path.is_file() else {}
+    return folder / known[name] if name in known else None
+
+
+def _relative(path: Path, folder: Path) -> str:
     try:
         return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
     except ValueError:  # another drive on Windows: no relative path

@@ -8,7 +8,7 @@ vocabulary in each file, and what the graph that gives the logits puts out.
 import shlex
 from pathlib import Path
 
-from common.files import FILES, read_json, read_manifest
+from common.files import CHECKPOINT, FILES, read_json, read_location, read_manifest
 from common.graphs import JOINT
 from common.layouts import GENAI, Layout
 from common.runtime import EXPORT_COMMAND, MAPPED, TOKENIZER_COMMAND, RuntimeConfig
@@ -136,13 +136,14 @@ def _source(folder: Path, section: str) -> dict | None:
 
 
 def _named(source: dict) -> str:
-    return f"{source.get('name') or source.get('path')} (SHA-256 {source['sha256'][:8]}…)"
+    return f"{source.get('name') or source.get('file')} (SHA-256 {source['sha256'][:8]}…)"
 
 
 def _tokenizer_command(folder: Path) -> str:
     """The command that gives `folder` the tokenizer of its graphs."""
     graphs = _source(folder, "export") or {}
-    path = folder / graphs["path"] if "path" in graphs else None
+    path = read_location(folder, CHECKPOINT)
     name = graphs.get("name") or (str(path.resolve()) if path else "CHECKPOINT_OF_THE_GRAPHS")
+    revision = f" --revision {shlex.quote(graphs['revision'])}" if "revision" in graphs else ""
     output = TOKENIZER_COMMAND.format(shlex.quote(str(folder)))
-    return f"{output} --model_name {shlex.quote(name)}"
+    return f"{output} --model_name {shlex.quote(name)}{revision}"

@@ -1,4 +1,4 @@
-"""A checkpoint: where it is, what it says of itself, and the NeMo model it holds.
+"""A checkpoint: what it says of itself, the NeMo model it holds, and what a manifest says of it.
 
 NeMo is imported inside the functions that build a model; its import alone takes ten seconds.
 """
@@ -6,62 +6,33 @@ NeMo is imported inside the functions that build a model; its import alone takes
 import contextlib
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.archive import CONFIG_MEMBER, WEIGHTS_MEMBER, check_weights, open_archive, parse_config, read_member
-from common.files import read_manifest, relative_path, sha256
-
-DEFAULT_MODEL = "nvidia/parakeet-tdt-0.6b-v3"
+from common.archive import (
+    CONFIG_MEMBER,
+    WEIGHTS_MEMBER,
+    check_weights,
+    open_archive,
+    parse_config,
+    read_member,
+    unpacked_bytes,
+)
+from common.console import size_text
+from common.download import DEFAULT_REVISION, checksum, commit_of, find_checkpoint, hub_name
+from common.files import CHECKPOINT, read_location, read_manifest
 
 # Bytes. The configs of checkpoints with 8192 pieces are under 1 MB, SentencePiece models of 256,000 pieces under 8 MB.
 MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES = 10_000_000, 100_000_000
 # NeMo adds this to the standard deviation (`CONSTANT` in nemo/collections/asr/parts/preprocessing/features.py).
 NEMO_NORM_EPS = 1e-5
+# What a preprocessor computes with, and a checkpoint stores though its config says it all.
+FEATURE_BUFFERS = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb")
 # Tensors may share storage (tied weights); all of them twice is already more than any model does.
 MAX_SHARING = 2
-
-
-def find_checkpoint(model_name: str) -> Path:
-    """The `.nemo` file for a path or a Hugging Face name (`owner/model`), downloaded if need be.
-
-    Raises FileNotFoundError for a path that is not there, ConnectionError when Hugging Face cannot be reached,
-    ValueError when it has no such model or the file is not a whole NeMo checkpoint.
-    """
-    path = Path(model_name)
-    if path.suffix != ".nemo" and not path.exists() and model_name.count("/") == 1:
-        path = _download(model_name)
-    if not path.is_file():
-        raise FileNotFoundError(f"wanted a .nemo file or a Hugging Face name, found nothing at {model_name}")
-    with open_archive(path):
-        return path
-
-
-def _download(model_name: str) -> Path:
-    """Fetch `owner/model`'s checkpoint; NVIDIA publishes it as `model.nemo` (nemo/core/classes/common.py)."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    filename = model_name.split("/")[1] + ".nemo"
-    print(f"looking for {filename} of {model_name}, in the local cache and on Hugging Face", flush=True)
-    try:
-        return Path(hf_hub_download(model_name, filename))
-    except LocalEntryNotFoundError:
-        raise ConnectionError(
-            f"wanted {filename} of {model_name}, but Hugging Face cannot be reached and it is not in the local cache; "
-            "check the network, or pass the path of a .nemo file as --model_name"
-        ) from None
-    except (RepositoryNotFoundError, EntryNotFoundError):
-        raise ValueError(f"Hugging Face has no {filename} in {model_name}; check --model_name") from None
-    except HfHubHTTPError as error:
-        raise ConnectionError(f"wanted {filename} of {model_name}, Hugging Face answered: {error}") from error
 
 
 def read_config(checkpoint: Path) -> dict:
@@ -104,21 +75,31 @@ def require_tdt(checkpoint: Path) -> None:
     raise ValueError(f"not a TDT model: {checkpoint.name}: {reason}; pass a Parakeet-TDT checkpoint")
 
 
+def require_device(device: str) -> None:
+    """Raise ValueError for a device that is not there."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "expected a CUDA device for --device cuda, found none that this torch can use; use --device cpu"
+        )
+
+
 def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = None):
     """Build the NeMo model in evaluation mode. Weights are mapped from disk, not copied over random ones.
 
-    NeMo unpacks the checkpoint into a temporary folder, in `scratch` if that is given. Raises ValueError for a
-    checkpoint that is not TDT, does not fit its config or would do harm, or a device that is not there.
+    NeMo unpacks the checkpoint into a temporary folder, in `scratch` if that is given, else where there is room. Raises
+    ValueError for a checkpoint that is not TDT, does not fit its config or would do harm, or a device that is not
+    there; OSError where there is no room.
     """
+    require_device(device)
     require_tdt(checkpoint)
     with open_archive(checkpoint) as archive:
         check_weights(archive)
+        scratch = scratch or _folder_with_room(unpacked_bytes(archive))
     import torch
     from nemo.collections.asr.models import ASRModel
     from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("wanted --device cuda, found no CUDA device that this torch can use; use --device cpu")
 
     class AssigningConnector(SaveRestoreConnector):
         """Puts the checkpoint's tensors in place of the model's own instead of copying them: half the memory."""
@@ -136,6 +117,7 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
         def load_instance_with_state_dict(self, instance, state_dict, strict):
             state_dict = {name: tensor.float() if tensor.is_floating_point() else tensor
                           for name, tensor in state_dict.items()}  # fmt: skip
+            state_dict |= _exact_features(checkpoint, instance, state_dict)
             wrong = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
             if wrong:
                 raise ValueError(f"{wrong[0]} and {len(wrong) - 1} more of its tensors hold values that are not finite")
@@ -158,6 +140,41 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
         reason = "NeMo cannot build it from its config" if "abstract class" in str(error) else error
         raise ValueError(f"{checkpoint} does not load: {reason}") from error
     return model.eval().requires_grad_(False)
+
+
+def _exact_features(checkpoint: Path, instance, state_dict: dict) -> dict:
+    """The window and filter bank that NeMo has made from the config, where those stored are these, rounded to half
+    precision (`model.half()` rounds them like weights): runtimes compute theirs from the config as well. What rounding
+    does not explain stays, and ModelSpec says how it differs."""
+    import torch
+
+    exact = {}
+    for name in FEATURE_BUFFERS:
+        own, stored = instance.state_dict().get(name), state_dict.get(name)
+        if own is None or stored is None or own.shape != stored.shape or torch.equal(own.cpu(), stored.cpu()):
+            continue
+        own, stored = own.float().cpu(), stored.cpu()
+        for dtype in (torch.float16, torch.bfloat16):
+            # Half a unit in the last place, and what versions of librosa and torch differ by before the rounding.
+            bound = (torch.finfo(dtype).eps / 2 + 1e-5) * own.abs() + torch.finfo(dtype).smallest_normal * 2**-10
+            if torch.equal(stored, stored.to(dtype).float()) and bool(((stored - own).abs() <= bound).all()):
+                print(f"{checkpoint.name}: {name} is rounded to {str(dtype).removeprefix('torch.')}; the exact one of "
+                      "its config is used instead", flush=True)  # fmt: skip
+                exact[name] = own.to(state_dict[name].device)
+                break
+    return exact
+
+
+def _folder_with_room(size: int) -> Path:
+    """The folder for temporary files, or the working directory where that one's disk has no `size` bytes free."""
+    folders = [Path(tempfile.gettempdir()), Path.cwd()]
+    free = {folder: shutil.disk_usage(folder).free for folder in folders if os.access(folder, os.W_OK)}
+    roomy = [folder for folder in free if free[folder] >= size]
+    if not roomy:
+        found = " and ".join(f"{size_text(count)} in {folder}" for folder, count in free.items())
+        raise OSError(f"expected {size_text(size)} of disk to unpack the checkpoint, found {found}; make room, or set "
+                      "TMPDIR to a folder that has it")  # fmt: skip
+    return roomy[0]
 
 
 @contextlib.contextmanager
@@ -283,11 +300,14 @@ def _feature_differences(features) -> Iterator[str]:
         yield "the mel filterbank is not Slaney's over the whole band"
 
 
-def source_record(checkpoint: Path, model_name: str, output_dir: Path) -> dict:
-    """What a manifest says of the source: its Hugging Face `name`, or its `path` relative to the folder; checksum."""
-    hub = Path(model_name) != checkpoint
-    source = {"name": model_name} if hub else {"path": relative_path(checkpoint, output_dir)}
-    return {**source, "sha256": sha256(checkpoint)}
+def source_record(checkpoint: Path, model_name: str, *, revision: str | None = None) -> dict:
+    """What a manifest says of the source: its Hugging Face `name`, the `revision` asked for and the `commit` used, or
+    the name of its `file`; and its `sha256`. Where the file lies is not published (files.write_locations)."""
+    name = hub_name(model_name)
+    source = {"file": checkpoint.name}
+    if name is not None:
+        source = {"name": name, "revision": revision or DEFAULT_REVISION, "commit": commit_of(checkpoint)}
+    return {**source, "sha256": checksum(checkpoint)}
 
 
 def recorded_checkpoint(folder: Path) -> Path:
@@ -298,9 +318,12 @@ def recorded_checkpoint(folder: Path) -> Path:
     source = read_manifest(folder).get("export", {}).get("source")
     if source is None:
         raise FileNotFoundError(f"{folder} has no manifest that names its checkpoint; pass --model_name or --skip_nemo")
-    checkpoint = find_checkpoint(source["name"]) if "name" in source else folder / source["path"]
+    if "name" in source:
+        checkpoint = find_checkpoint(source["name"], source.get("commit"))
+    else:
+        checkpoint = read_location(folder, CHECKPOINT) or folder / source.get("file", "its checkpoint")
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint}, recorded in {folder}, is gone; pass --model_name or --skip_nemo")
-    if sha256(checkpoint) != source["sha256"]:
+    if checksum(checkpoint) != source["sha256"]:
         raise ValueError(f"{checkpoint} is not the file that {folder} was exported from; pass --model_name")
     return checkpoint

@@ -103,8 +103,8 @@ def make_report(
         "sqnr_db_on_noise": {encoder.name: record["sqnr_db_on_noise"], **record["token_sqnr_db_on_noise"]},
         "evaluation": evaluation,
         "tensors": tensors,
-        "source": {  # not where it was: that differs from machine to machine, and the manifest has it
-            "checkpoint": source.get("name") or Path(source.get("path", "")).name or None,
+        "source": {
+            "checkpoint": source.get("name") or source.get("file"),
             "sha256": source.get("sha256"),
             "files": {name: listed["sha256"] for name, listed in manifest.get(FILES, {}).items() if name != CARD},
         },

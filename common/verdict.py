@@ -136,8 +136,8 @@ def print_differences(differences: list[FoundDifference]) -> None:
     """A line for each difference of a float32 engine."""
     for clip, engine, difference in differences:
         print(
-            f"{clip.path}{clip.segment}: {engine} parts at emission {difference.index}, frame {difference.frame}: token "
-            f"{difference.found} for {difference.wanted}; {difference.excuse or 'nothing excuses it'}"
+            f"{clip.path}{clip.segment}: {engine} parts at emission {difference.index}, frame {difference.frame}: "
+            f"token {difference.found} for {difference.wanted}; {difference.excuse or 'nothing excuses it'}"
         )
 
 
@@ -164,8 +164,8 @@ def judge_texts(clips: list[HeardClip], engines: list[Engines], rules: Sequence[
             names = explaining_rules(expected.text, got.text, rules if reference == NEMO else ())
             if names is None:
                 wrong.append(
-                    f"{clip.path}{clip.segment}: {reference} shows its tokens as {expected.text!r}, {engine} the same tokens as "
-                    f"{got.text!r}; no rule explains it"
+                    f"{clip.path}{clip.segment}: {reference} shows its tokens as {expected.text!r}, {engine} the same "
+                    f"tokens as {got.text!r}; no rule explains it"
                 )
             elif reference == NEMO:
                 same, explained = same + (not names), explained + bool(names)

@@ -11,6 +11,7 @@ import torch
 import export_parakeet_to_onnx
 from common import wrappers
 from common.export import MAX_OPSET, MIN_OPSET, export_graph
+from common.files import CHECKPOINT, read_location
 from common.graphs import DECODER, ENCODER, GRAPHS, JOINT
 from common.runtime import OrtGraph
 from tests.conftest import TINY
@@ -55,11 +56,12 @@ def test_files(tiny_export):
     assert {path.name for path in tiny_export.iterdir()} == {
         "encoder.onnx", "encoder.onnx.data", "decoder.onnx", "decoder.onnx.data", "joint.onnx", "joint.onnx.data",
         "genai_config.json", "audio_processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
-        "manifest.json", "README.md",
+        "manifest.json", "README.md", ".cache",
     }  # fmt: skip
     manifest = json.loads((tiny_export / "manifest.json").read_text())
     assert manifest["export"]["flags"]["opset_version"] == 17
-    assert (tiny_export / manifest["export"]["source"]["path"]).resolve() == TINY
+    assert manifest["export"]["source"]["file"] == TINY.name
+    assert read_location(tiny_export, CHECKPOINT).samefile(TINY)
     assert manifest["tokenizer"]["source"] == manifest["export"]["source"]
 
 

@@ -1,4 +1,4 @@
-"""NeMo's own text beside the exported folder's, where what no rule explains is an error; parts of different checkpoints."""
+"""NeMo's own text beside the exported folder's, and parts of different checkpoints."""
 
 import io
 import json

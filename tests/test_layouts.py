@@ -21,7 +21,7 @@ from common import tokenizer, views
 from common.card import CARD
 from common.configs import check_fixed_supports, check_genai_supports
 from common.console import CheckError
-from common.files import MANIFEST, read_manifest, staged_folder, verify_files
+from common.files import CHECKPOINT, MANIFEST, read_location, read_manifest, staged_folder, verify_files
 from common.graphs import SHERPA_ONNX_GRAPHS
 from common.layouts import GENAI, LAYOUTS, ONNX_ASR, SHERPA_ONNX, Layout, genai_folder, usage
 from common.model import ModelSpec
@@ -103,11 +103,12 @@ def test_says_what_nemo_says(layout, exported, nemo_texts):
 def test_every_runtime_has_its_folder_and_they_share_the_weights(exported):
     assert sorted(path.name for path in exported.iterdir()) == sorted(LAYOUTS)
     for name, layout in LAYOUTS.items():
-        files = sorted(path.name for path in (exported / name).iterdir())
+        files = sorted(path.name for path in (exported / name).iterdir() if path.is_file())
         assert files == sorted((*layout.files, MANIFEST, CARD))
         assert verify_files(exported / name, layout.files) == len(layout.files)
         manifest = read_manifest(exported / name)["export"]
-        assert (exported / name / manifest["source"]["path"]).samefile(TINY)
+        assert manifest["source"]["file"] == TINY.name
+        assert read_location(exported / name, CHECKPOINT).samefile(TINY)
         for graph in layout.graphs:
             session = ort.InferenceSession(exported / name / graph.file)
             assert [value.name for value in session.get_inputs()] == graph.input_names

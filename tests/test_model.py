@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from common.configs import NO_SYMBOL_LIMIT, Window, audio_processor_config, check_genai_supports, genai_config
-from common.model import ModelSpec, _feature_differences, read_config, require_tdt
-from common.runtime import GenAI
+from common.model import ModelSpec, _feature_differences, load_model, read_config, require_tdt
+from common.runtime import GenAI, Nemo
 from tests.conftest import TINY
 
 
@@ -133,6 +133,114 @@ def test_durations_that_genai_cannot_decode(durations, spec):
 
     with pytest.raises(ValueError, match="durations"):
         check_genai_supports(dataclasses.replace(spec, durations=durations))
+
+
+WINDOW, FILTER_BANK = "preprocessor.featurizer.window", "preprocessor.featurizer.fb"
+
+
+def rewrite_weights(path, change):
+    """Copy the bundled checkpoint to `path` with its weights changed by `change(name → tensor)`."""
+    import torch
+
+    with tarfile.open(TINY) as source, tarfile.open(path, "w") as target:
+        for member in source:
+            content = source.extractfile(member).read()
+            if member.name.endswith("model_weights.ckpt"):
+                weights = torch.load(io.BytesIO(content), weights_only=True)
+                change(weights)
+                buffer = io.BytesIO()
+                torch.save(weights, buffer)
+                content = buffer.getvalue()
+                member.size = len(content)
+            target.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("saved_as", ["half", "float32 again"])
+def test_a_checkpoint_saved_in_half_precision_has_the_features_of_its_config(dtype, saved_as, tiny_model, tmp_path):
+    """`model.half()` rounds window and filter bank, which stay rounded in a float32 checkpoint that is made of it."""
+    import numpy as np
+    import torch
+
+    half = getattr(torch, dtype)
+
+    def to_half(weights):
+        for name, tensor in weights.items():
+            rounded = tensor.to(half) if tensor.is_floating_point() else tensor
+            weights[name] = rounded.float() if saved_as != "half" and tensor.is_floating_point() else rounded
+        exact = tiny_model.preprocessor.featurizer.window
+        assert not torch.equal(weights[WINDOW].float(), exact)  # so that there is something to put right
+
+    model = load_model(rewrite_weights(tmp_path / "half.nemo", to_half))
+    assert ModelSpec.of(model).unsupported_features == ()
+    samples = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
+    np.testing.assert_array_equal(Nemo(model).features(samples), Nemo(tiny_model).features(samples))
+    # The weights are those stored, not those of the float32 checkpoint.
+    name, parameter = next(iter(model.named_parameters()))
+    assert torch.equal(parameter, dict(tiny_model.named_parameters())[name].to(half).float())
+
+
+def another_window(weights):
+    import torch
+
+    weights[WINDOW] = torch.hann_window(400, periodic=True)
+
+
+def a_window_beside_the_grid(weights):
+    """As far from Hann as float16 is at most, but not rounded."""
+    weights[WINDOW] = weights[WINDOW].float() * (1 + 4.5e-4)
+
+
+def a_rounded_hamming_window(weights):
+    import torch
+
+    weights[WINDOW] = torch.hamming_window(400, periodic=False).half()
+
+
+def a_filter_bank_of_other_values(weights):
+    weights[FILTER_BANK] = (weights[FILTER_BANK].float() * 1.05).half()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (another_window, "window"),
+        (a_window_beside_the_grid, "window"),
+        (a_rounded_hamming_window, "window"),
+        (a_filter_bank_of_other_values, "filterbank"),
+    ],
+)
+def test_what_rounding_does_not_explain_is_named(change, named, tmp_path):
+    found = ModelSpec.of(load_model(rewrite_weights(tmp_path / "odd.nemo", change))).unsupported_features
+    assert len(found) == 1
+    assert named in found[0]
+
+
+def test_a_checkpoint_is_unpacked_where_there_is_room(monkeypatch, tmp_path, capsys):
+    """The disk of temporary files is full, the working directory's is not, then both are."""
+    import tempfile
+    from collections import namedtuple
+
+    from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
+
+    temporary, work = tmp_path / "temporary", tmp_path / "work"
+    for folder in (temporary, work):
+        folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.chdir(work)
+    usage = namedtuple("usage", "total used free")
+    free = {temporary: 1000, work: 10**9}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, free[path]))
+    unpacked, real = [], SaveRestoreConnector._unpack_nemo_file
+    spy = lambda path2file, out_folder, *a, **k: unpacked.append(out_folder) or real(path2file, out_folder, *a, **k)  # noqa: E731
+    monkeypatch.setattr(SaveRestoreConnector, "_unpack_nemo_file", staticmethod(spy))
+    load_model(TINY)
+    assert unpacked
+    assert all(folder.startswith(str(work)) for folder in unpacked)
+    free[work] = 1000
+    with pytest.raises(OSError, match=r"to unpack the checkpoint, found 1.0 kB in .*temporary and 1.0 kB in .*TMPDIR"):
+        load_model(TINY)
 
 
 def plain_rnnt(config):

@@ -18,6 +18,7 @@ import export_tokenizer
 import optimize_encoder
 import test_e2e
 import test_real_speech
+from common.files import write_locations
 from common.quantize import METHODS
 from tests.conftest import ROOT, SAMPLES, TINY
 from tests.test_model import ctc_only, plain_rnnt, rewrite_config
@@ -269,9 +270,7 @@ def test_the_recorded_checkpoint_has_changed(tiny_export, tmp_path, capsys):
     assert "is gone; pass --model_name or --skip_nemo" in refused(
         capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP
     )
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["export"]["source"]["path"] = "changed.nemo"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_locations(folder, folder, checkpoint=folder / "changed.nemo")
     (folder / "changed.nemo").write_bytes(b"other")
     assert "is not the file" in refused(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
 
@@ -608,7 +607,7 @@ def test_printed_commands_can_be_pasted(tiny_export, tmp_path, capsys):
 MANIFESTS = {
     "an export that is a list": {"export": []},
     "a source that is a string": {"export": {"source": "x"}},
-    "a source whose path is a number": {"export": {"source": {"path": 3}}},
+    "a source whose file is a number": {"export": {"source": {"file": 3}}},
     "flags that are a list": {"export": {"flags": []}},
     "files that are a number": {"files": 3},
     "a file that is a string": {"files": {"encoder.onnx": "x"}},
