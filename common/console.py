@@ -67,6 +67,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 def _run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     try:
         main(args)
+        if sys.stdout:
+            sys.stdout.flush()  # a disk that is full shows here, and not when the interpreter ends
         return EXIT_OK
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
@@ -116,11 +118,11 @@ def flush_output() -> bool:
     """Write what is still buffered; whether somebody reads it. If not, the interpreter's own flush, when it ends, goes
     nowhere instead of ending in a traceback."""
     read = True
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
         try:
             stream.flush()
-        except BrokenPipeError:
-            read = False
+        except OSError as error:
+            read = read and not isinstance(error, BrokenPipeError)
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, stream.fileno())
             os.close(null)

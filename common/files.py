@@ -294,7 +294,7 @@ def read_manifest(folder: Path) -> dict:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return {}
-    content = read_json(path, "python export_parakeet_to_onnx.py")
+    content = read_json(path, "python export_parakeet_to_onnx.py, after you have deleted it")
     if wrong := next(_wrong_types({"*": dict, **MANIFEST_TYPES}, content, ""), None):
         raise ValueError(f"{path} is not a manifest of this project: {wrong}; delete it, or make the folder again")
     return content

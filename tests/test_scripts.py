@@ -488,6 +488,23 @@ class TestStandardOutput:
         assert not [path for path in tmp_path.glob("*") if path.is_dir() and not (path / "manifest.json").is_file()]
         assert not list(tmp_path.glob(".*"))
 
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is a full disk")
+    def test_that_is_full_or_closed_is_no_traceback(self, tiny_export):
+        for redirection, status, message in (
+            (">/dev/full", 2, "error: [Errno 28] No space left on device\n"),
+            (">&-", 0, ""),
+        ):
+            for unbuffered in ("", "1"):
+                script = f'"$0" test_e2e.py --model_dir "$1" {redirection}'
+                command, environment = (
+                    ["sh", "-c", script, sys.executable, str(tiny_export)],
+                    {**os.environ, "PYTHONUNBUFFERED": unbuffered},
+                )
+                done = subprocess.run(
+                    command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False
+                )
+                assert (done.returncode, done.stderr) == (status, message)
+
     def test_that_nobody_reads_and_that_is_not_buffered_ends_it_as_well(self, tiny_export):
         done = into_a_closed_pipe("test_e2e.py", "--model_dir", tiny_export, unbuffered="1")
         assert (done.returncode, done.stderr) == (141, "")
