@@ -260,7 +260,7 @@ class TestPartsOfDifferentCheckpoints:
         folder = tmp_path / "models"
         shutil.copytree(tiny_export, folder)
         manifest = read_manifest(folder)
-        manifest["tokenizer"]["source"] |= {"path": "other.nemo", "sha256": "0" * 64}
+        manifest["tokenizer"]["source"] |= {"file": "other.nemo", "sha256": "0" * 64}
         write_json(folder / "manifest.json", manifest)
         argv = ("--output_dir", tmp_path / "out") if script is optimize_encoder else ()
         error = refused(capsys, script, "--model_dir", folder, *argv)
