@@ -94,7 +94,7 @@ def _export(args: argparse.Namespace) -> None:
     needs = MEMORY_FACTOR * size + MEMORY_OF_NEMO, disk_factor * size
     state_needs(f"{checkpoint.name} ({size_text(size)})", *needs, args.output_dir)
     sources = {name: source_record(checkpoint, args.model_name, args.output_dir / name) for name in folders.values()}
-    kept = {name: kept_by_export(args.output_dir / name, source) for name, source in sources.items()}
+    kept = {name: kept_by_export(args.output_dir / name, sources[name], layout) for layout, name in folders.items()}
     removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
     with staged_folder(args.output_dir, removed) as stage:
         records = {name: (source, kept[name][0]) for name, source in sources.items()}
