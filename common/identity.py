@@ -137,7 +137,7 @@ def _source(folder: Path, section: str) -> dict | None:
 
 
 def _named(source: dict) -> str:
-    return f"{source.get('name') or source.get('path')} (SHA-256 {source['sha256'][:8]}…)"
+    return f"{source.get('name') or Path(source.get('path', 'a checkpoint')).name} (SHA-256 {source['sha256'][:8]}…)"
 
 
 def _tokenizer_command(folder: Path) -> str:

@@ -174,7 +174,7 @@ def test_rules_explain_every_text_of_random_tokens_and_nothing_else(tiny_model, 
         without = exported.decode([token for token in tokens if not names[token].isdigit()]).strip()
         unexplained += explaining_rules(nemo, without, rules) is None
     assert named == {rule.name for rule in rules}
-    assert unexplained > 1000  # of texts without their digits
+    assert unexplained > 500  # of texts without their digits
 
 
 def heard(text, tokens=(1,), words=None):
