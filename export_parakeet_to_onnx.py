@@ -124,7 +124,7 @@ def _export(args: argparse.Namespace) -> None:
         memory += MEMORY_OF_LONG_CASE
     state_needs(f"{checkpoint.name} ({size_text(size)})", memory, disk_factor * size, args.output_dir)
     source = source_record(checkpoint, args.model_name, revision=args.revision)
-    kept = {name: kept_by_export(args.output_dir / name, source) for name in folders.values()}
+    kept = {name: kept_by_export(args.output_dir / name, source, layout) for layout, name in folders.items()}
     removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
     with staged_folder(args.output_dir, removed) as stage:
         manifests = {name: manifest for name, (manifest, _) in kept.items()}

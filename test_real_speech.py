@@ -59,7 +59,15 @@ from common.layouts import GENAI, genai_folder
 from common.model import load_model, recorded_checkpoint
 from common.runtime import GenAI, Nemo, RawOrt, RuntimeConfig
 from common.timestamps import Pieces, Word, srt, words
-from common.transcripts import TextRule, first_difference, first_token_difference, ids_of_other_words, text_rules
+from common.transcripts import (
+    Difference,
+    TextRule,
+    excused_by,
+    first_difference,
+    first_token_difference,
+    ids_of_other_words,
+    text_rules,
+)
 from common.verdict import (
     NEMO,
     Engines,
@@ -318,22 +326,29 @@ def transcribe(
 def compare(recording: Recording, folders: list[Folder], nemo: Nemo | None, alone: bool) -> list[FoundDifference]:
     """Where a float32 engine parts from NeMo, or GenAI from the raw baseline, given its features alone in a batch."""
     clip, reference, differences = recording.clip, recording.reference, []
+
+    def add(engine: str, difference: Difference | None, found: Hypothesis) -> None:
+        if difference and difference.excuse and nemo:
+            difference = excused_by(nemo.trace(recording.features), difference, found)
+        if difference:
+            differences.append((clip, engine, difference))
+
     for folder in folders:
         if not folder.is_float32:
             continue
         traced, tokens = recording.traced[folder.raw_name], clip.heard[folder.genai_name].tokens
         if reference:
-            differences.append((folder.raw_name, first_difference(*reference, traced)))
+            add(folder.raw_name, first_difference(*reference, traced), traced)
         if tokens == (reference[0] if reference else None if nemo else traced.tokens):
             continue
         baseline = folder.raw.transcribe(folder.genai.features(recording.samples)) if nemo or not alone else traced
         difference = first_token_difference(baseline, tokens)
         if reference and difference is None:
             difference = first_difference(*reference, baseline)
-        differences.append((folder.genai_name, difference))
+        add(folder.genai_name, difference, baseline)
         if not nemo:  # the same features in a batch
-            differences.append((folder.raw_name, first_difference(baseline.tokens, baseline.frames, traced)))
-    return [(clip, engine, difference) for engine, difference in differences if difference]
+            add(folder.raw_name, first_difference(baseline.tokens, baseline.frames, traced), traced)
+    return differences
 
 
 def _timed(function, *args):

@@ -184,6 +184,8 @@ def judge(table: list[Words], limit: float) -> None:
     A language that got worse may hide in the whole, so each is held to the limit; where it has few words, one decides.
     Where its clips are silent it has no rate, and words that were inserted count in the whole.
     """
+    if not table[0].increase.words:
+        raise CheckError("expected texts with words to judge by, got none, so nothing was compared; nothing is written")
     beyond = [
         f"{words.increase.percent:+.2f} points{f' in {words.lang}' if words.lang else ''} "
         f"({words.increase.errors} of {words.increase.words} words)"

@@ -112,16 +112,17 @@ def check_tokenizer_for_graphs(folder: Path, source: dict, tokens: int) -> None:
         )
 
 
-def kept_by_export(folder: Path, source: dict) -> tuple[dict, tuple[str, ...]]:
+def kept_by_export(folder: Path, source: dict, layout: Layout = GENAI) -> tuple[dict, tuple[str, ...]]:
     """What an export of the checkpoint `source` into `folder` goes on with: its manifest, and the files to remove.
 
     New graphs end what an optimization said of the old ones. A tokenizer stays if the manifest says that it is of the
     same checkpoint; one of unknown origin (an older manifest, or none) goes, since step 2, which writes it, comes next.
+    The export writes the vocabulary of other layouts itself.
     """
     manifest, removed = dict(read_manifest(folder)), set(REPORT_FILES)
     manifest.pop("optimize", None)
     tokenizer = _source(folder, "tokenizer")
-    if tokenizer is None or tokenizer["sha256"] != source["sha256"]:
+    if layout is GENAI and (tokenizer is None or tokenizer["sha256"] != source["sha256"]):
         manifest.pop("tokenizer", None)
         removed |= set(TOKENIZER_FILES)
     files = manifest.get(FILES, {})

@@ -171,7 +171,7 @@ def judge_texts(clips: list[HeardClip], engines: list[Engines], rules: Sequence[
                 same, explained = same + (not names), explained + bool(names)
                 by_rule.update(names)
     if with_nemo and not (same or explained or wrong):
-        print("no text was compared with NeMo's own: no transcript has tokens, and those of NeMo's")
+        print("no text was compared with NeMo's own: no engine has NeMo's tokens on a clip with words")
     elif with_nemo:
         named = "; ".join(f"{name} ({count})" for name, count in by_rule.items())
         print(

@@ -7,6 +7,7 @@ import re
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
 
 import export_parakeet_to_onnx
@@ -136,6 +137,19 @@ def test_a_tokenizer_that_hides_digits_is_noticed(both_parts, swapped, capsys):
     assert captured.err.startswith("check failed: expected one text for the same tokens, got another in ")
 
 
+def test_a_graph_that_cannot_decide_does_not_excuse_itself(tiny_export, tmp_path, capsys):
+    """All logits alike: each decision of the broken joint is a near tie, none of NeMo's is."""
+    folder = tmp_path / "models"
+    shutil.copytree(tiny_export, folder)
+    data = np.memmap(folder / "joint.onnx.data", dtype=np.float32, mode="r+")
+    data *= np.float32(1e-7)
+    data.flush()
+    assert compare(folder, TINY) == 1
+    captured = capsys.readouterr()
+    assert "nothing excuses it" in captured.out
+    assert "float32 ONNX differs from its reference" in captured.err
+
+
 def test_rules_explain_every_text_of_random_tokens_and_nothing_else(tiny_model, tiny_export):
     """NeMo's own function renders the tokens; the exported tokenizer.json renders them too. Marks, the unknown piece,
     lone spaces and punctuation are drawn often."""
@@ -160,7 +174,7 @@ def test_rules_explain_every_text_of_random_tokens_and_nothing_else(tiny_model, 
         without = exported.decode([token for token in tokens if not names[token].isdigit()]).strip()
         unexplained += explaining_rules(nemo, without, rules) is None
     assert named == {rule.name for rule in rules}
-    assert unexplained > 1000  # of texts without their digits
+    assert unexplained > 500  # of texts without their digits
 
 
 def heard(text, tokens=(1,), words=None):

@@ -20,7 +20,7 @@ from common.card import CARD
 from common.clips import read_clips
 from common.console import CheckError
 from common.files import verify_files
-from common.gate import Heard, judge, marked, word_table
+from common.gate import Heard, judge, marked, print_words, word_table
 from common.graphs import GRAPHS
 from common.report import REPORT_HTML, REPORT_JSON, make_evaluation, make_report, page_writer
 from tests.conftest import ROOT, SAMPLES
@@ -265,6 +265,21 @@ def test_a_language_cannot_hide_in_the_whole():
     assert word_table([heard("A b.", "A b.", "a B")], str)[0].increase.percent == 100
     with pytest.raises(CheckError, match=r"\+25.00 points \(1 of 4 words\)"):
         judge(word_table([heard("a b c d", "a b c d", "a b c", None)]), 0.5)
+
+
+def test_texts_without_words_judge_nothing():
+    heard = [Heard("a.wav", None, 1.0, "…", "a", "b", 30.0)]
+    with pytest.raises(CheckError, match="so nothing was compared"):
+        judge(word_table(heard), 0.5)
+
+
+def test_most_words_wrong_in_float32_is_flagged(capsys):
+    heard = [Heard("a.wav", None, 1.0, "one two three", "x y z", "", 30.0)]
+    print_words(word_table(heard), heard)
+    output = capsys.readouterr().out
+    assert "warning: the float32 model has 100 % of the words wrong" in output
+    assert "warning: every transcript of the optimized model is empty" in output
+    assert "of the float32 model is empty" not in output
 
 
 def test_changes_are_shown_in_context():

@@ -40,23 +40,26 @@ def speech(seconds: float) -> np.ndarray:
 def test_every_engine_says_the_same(clip, genai, raw, nemo):
     samples = genai.config.read_audio(clip)
     features = nemo.features(samples)
-    tokens, frames = nemo.transcribe(features)
+    tokens, frames, text = nemo.transcribe(features)
     assert tokens
     found = raw.transcribe(features, NEMO_RULE)
     assert found.tokens == tokens
     assert [step.frame for step in found.emitted] == frames
     np.testing.assert_allclose(genai.features(samples), features, atol=2e-3)
     assert genai.transcribe(samples) == tokens
-    assert genai.text(tokens) == nemo.model.tokenizer.ids_to_text(tokens)
+    assert genai.text(tokens) == text
+    traced = nemo.trace(features)
+    assert (traced.tokens, traced.frames) == (tokens, frames)
 
 
 def test_nemo_is_run_as_nemo_runs_itself(nemo):
     samples = speech(6)
     try:
-        own = nemo.model.transcribe([samples], verbose=False)[0].y_sequence.tolist()
+        own = nemo.model.transcribe([samples], verbose=False)[0]
     finally:
         nemo.model.eval()  # transcribe leaves the decoder and the joint in training mode
-    assert nemo.transcribe(nemo.features(samples))[0] == own
+    found = nemo.transcribe(nemo.features(samples))
+    assert (found.tokens, found.text) == (own.y_sequence.tolist(), own.text)
 
 
 def test_the_transcripts_are_right(genai):
