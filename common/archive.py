@@ -97,7 +97,7 @@ def _checked_members(path: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarI
             raise ValueError(f"{path} has more than {MAX_MEMBERS} members; refused")
         if total > limit:
             raise ValueError(
-                f"{path} has members of {total} bytes, which it cannot hold, up to {member.name!r}; refused"
+                f"{path} has members of {total} bytes up to {member.name!r}, more than it can hold; download it again"
             )
         if member.isreg():
             if name in found:

@@ -20,7 +20,7 @@ from common.files import MANIFEST, save_model
 from common.graphs import ENCODER
 from common.optimize import Format, sqnr_db
 from common.runtime import GenAI, OrtGraph
-from tests.conftest import SAMPLES
+from tests.conftest import BITS, REDUCED, SAMPLES
 from tests.test_optimize import MATRICES, dequantize
 
 BLOCK = 32
@@ -180,9 +180,9 @@ def test_calibrated_is_more_exact_than_rtn_and_no_larger(tiny_export, tmp_path, 
 
 
 def test_calibrated_int8_has_no_second_term_and_is_more_exact_without(tiny_export, tmp_path, unseen, monkeypatch):
-    flags = ("--quant_method", "int8")
+    flags = ("--quant_method", "int8", *REDUCED)
     fit = (*flags, "--calibration_manifest", str(CLIPS))
-    assert optimized(tiny_export, tmp_path / "fitted", *fit)["weights_by_bits"] == {"8": 56}
+    assert optimized(tiny_export, tmp_path / "fitted", *fit)["weights_by_bits"] == {str(BITS): 56}
     optimized(tiny_export, tmp_path / "two_terms", *flags)
     monkeypatch.setattr(int8, "TWO_TERM_ROLES", ())
     optimized(tiny_export, tmp_path / "one_term", *flags)

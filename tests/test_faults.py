@@ -318,7 +318,7 @@ class TestCheckpoints:
         path = tmp_path / "old.nemo"
         path.write_bytes(gzip.compress(TINY.read_bytes(), 1))
         assert read_config(path) == read_config(TINY)
-        assert load_model(path).decoder.blank_idx == 256
+        assert load_model(path).decoder.blank_idx == 8192
 
     def test_names_with_a_leading_dot_are_found(self, tmp_path):
         """NeMo's own save_to writes ./model_config.yaml."""
@@ -356,15 +356,15 @@ class TestAudio:
             runtime.load_audio(tmp_path / "long.wav", 16000, 1)
 
     @needs_fork
-    @pytest.mark.parametrize("token", [7, 256], ids=["a token", "the blank"])
+    @pytest.mark.parametrize("token", [7, 8192], ids=["a token", "the blank"])
     def test_a_model_that_loves_duration_0_ends(self, token, tiny_export, tmp_path):
         """The joint's biases say one token and duration 0 on every frame; after ten of them a step is forced."""
         folder = tmp_path / "models"
         shutil.copytree(tiny_export, folder)
         proto = onnx.load(folder / "joint.onnx")
-        bias = next(tensor for tensor in proto.graph.initializer if list(tensor.dims) == [262])
+        bias = next(tensor for tensor in proto.graph.initializer if list(tensor.dims) == [8198])
         values = onnx.numpy_helper.to_array(bias).copy()
-        values[[token, 257]] += 1000
+        values[[token, 8193]] += 1000
         bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
         onnx.save(proto, folder / "joint.onnx")
         signal.alarm(60)  # its default is to end the process: better than to hang
@@ -375,6 +375,6 @@ class TestAudio:
             found = genai.transcribe(samples)
             assert found == raw.transcribe(features).tokens
             frames = -(-features.shape[1] // 8)
-            assert found == ([] if token == 256 else [token] * 10 * frames)
+            assert found == ([] if token == 8192 else [token] * 10 * frames)
         finally:
             signal.alarm(0)

@@ -17,7 +17,7 @@ from common.files import MANIFEST, save_model
 from common.graphs import DECODER, ENCODER, JOINT
 from common.optimize import INT8, make_plan, quantizable, quantize_weights, sqnr_db
 from common.runtime import GenAI, OrtGraph, RawOrt
-from tests.conftest import SAMPLES
+from tests.conftest import BIT_DB, BITS, REDUCED, SAMPLES
 
 RNG = np.random.default_rng(0)
 K, N = 96, 64
@@ -35,7 +35,7 @@ def make_model(nodes: list, constants: dict[str, np.ndarray], opset: int = 17) -
     return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8))
 
 
-def int8_model(model: ir.Model, bits: int = 8) -> ir.Model:
+def int8_model(model: ir.Model, bits: int = BITS) -> ir.Model:
     quantize_weights(model, make_plan(quantizable(model), INT8, 32, bits == 7), INT8, 0)
     return model
 
@@ -54,8 +54,8 @@ def rounded_rows(x: np.ndarray, zero: int) -> np.ndarray:
     return (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
 
 
-def rounded_columns(weight: np.ndarray) -> np.ndarray:
-    codes, scales = int8.quantize_columns(weight, 8)
+def rounded_columns(weight: np.ndarray, bits: int = BITS) -> np.ndarray:
+    codes, scales = int8.quantize_columns(weight, bits)
     return codes * scales
 
 
@@ -88,7 +88,7 @@ def test_every_row_and_every_column_has_its_scale(source, opset):
     assert all(sqnr_db(*pair) > 45 for pair in zip(wanted.reshape(10, N), found.reshape(10, N), strict=True))
     exact = x @ WEIGHT
     # Where SiLU is nearly linear, in quiet rows, it is as negative as it is positive and its codes are few.
-    floor = 22 if source == "SiLU" else 33
+    floor = 22 if source == "SiLU" else 33 - BIT_DB
     assert all(sqnr_db(*pair) > floor for pair in zip(exact.reshape(10, N), found.reshape(10, N), strict=True))
     rows = np.abs(exact).max(axis=-1, keepdims=True)
     assert all(
@@ -99,7 +99,7 @@ def test_every_row_and_every_column_has_its_scale(source, opset):
 def test_the_error_of_a_weight_is_that_of_its_rounded_columns():
     model = make_model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": WEIGHT})
     stored = quantize_weights(model, make_plan(["w"], INT8, 32), INT8, 0)["w"]
-    wanted = np.sum((rounded_columns(WEIGHT) - WEIGHT) ** 2) / np.sum(WEIGHT**2)
+    wanted = np.sum((rounded_columns(WEIGHT, 8) - WEIGHT) ** 2) / np.sum(WEIGHT**2)
     assert stored.error == pytest.approx(wanted, rel=1e-3)
     assert 1e-6 < stored.error < 1e-4
 
@@ -137,7 +137,7 @@ def test_what_shares_an_input_shares_its_codes_and_factors_fold():
     assert (counts["QuantizeLinear"], counts["MatMulIntegerToFloat"], counts["MatMul"]) == (1, 2, 0)
     assert counts["Mul"] == 2 + 2  # two bounds of the row scale, and it, twice; not the half
     x = RNG.standard_normal((2, 5, K), dtype=np.float32)
-    assert sqnr_db(x @ (WEIGHT / 2 + other), run(model, x)) > 35
+    assert sqnr_db(x @ (WEIGHT / 2 + other), run(model, x)) > 35 - BIT_DB
 
 
 @pytest.mark.parametrize(("role", "floor"), [("attention.out", 35), ("convolution.expand", 39)])
@@ -147,7 +147,7 @@ def test_two_terms_leave_the_error_of_weights_alone(role, floor):
     x = RNG.standard_normal((2, 50, K), dtype=np.float32)
     exact_rows = sqnr_db(x @ rounded_columns(WEIGHT), run(model, x))
     assert (exact_rows > 70) == (role == "convolution.expand")
-    assert sqnr_db(x @ WEIGHT, run(model, x)) > floor
+    assert sqnr_db(x @ WEIGHT, run(model, x)) > floor - BIT_DB
 
 
 def test_even_rows_have_one_scale():
@@ -156,7 +156,7 @@ def test_even_rows_have_one_scale():
     assert [node.op_type for node in model.graph] == ["DynamicQuantizeLinear", "MatMulIntegerToFloat"]
     angles = RNG.standard_normal((1, 40, K // 2)) * 3
     x = np.concatenate((np.sin(angles), np.cos(angles)), axis=-1).astype(np.float32)
-    assert sqnr_db(x @ WEIGHT, run(model, x)) > 38
+    assert sqnr_db(x @ WEIGHT, run(model, x)) > 38 - BIT_DB
 
 
 def test_pairs_saturate_on_avx2_unless_the_range_is_reduced():
@@ -183,8 +183,8 @@ def optimized(source: Path, target: Path, *flags: str) -> dict:
 @pytest.fixture(scope="module")
 def int8_folder(tiny_export, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("int8") / "out"
-    record = optimized(tiny_export, folder, "--decoder_joint_precision", "int8")
-    assert record["weights_by_bits"] == {"8": 56}
+    record = optimized(tiny_export, folder, "--decoder_joint_precision", "int8", *REDUCED)
+    assert record["weights_by_bits"] == {str(BITS): 56}
     assert min(record["token_sqnr_db_on_noise"].values()) > 35
     return folder
 
@@ -220,7 +220,7 @@ def test_error_does_not_grow_with_length_or_batch(tiny_export, int8_folder):
         features = genai.features(np.resize(samples, seconds * genai.config.sample_rate))[None]
         length = np.array([features.shape[2]])
         ratios.append(sqnr_db(reference(features, length)[0], found(features, length)[0]))
-    assert min(ratios) > 36
+    assert min(ratios) > 36 - BIT_DB
     assert ratios[-1] > ratios[0] - 1
 
     short = features[:, :, :500]
@@ -240,6 +240,7 @@ def test_transcripts_and_genai(tiny_export, int8_folder):
         assert tokens == genai.transcribe(samples)
 
 
+@pytest.mark.skipif(BITS == 7, reason="without VNNI the reduced range is the more exact one")
 def test_reduced_range_costs_exactness(tiny_export, tmp_path, int8_folder):
     record = optimized(tiny_export, tmp_path / "out", "--reduce_range", "--decoder_joint_precision", "int8")
     full = json.loads((int8_folder / MANIFEST).read_text())["optimize"]

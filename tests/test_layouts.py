@@ -197,9 +197,9 @@ def test_a_swap_is_noticed(view, one, other, exported, tmp_path):
     for folder, each in ((right, view), (wrong, renamed(view, {one: other, other: one}))):
         folder.mkdir()
         views.write_view(each, source, folder, {})
-    views.check_view(view, source, right, 257)
+    views.check_view(view, source, right, 8193)
     with pytest.raises(CheckError, match=f"of {view.file} is not what"):
-        views.check_view(view, source, wrong, 257)
+        views.check_view(view, source, wrong, 8193)
 
 
 def test_without_hard_links_weights_are_copied(exported, tmp_path, monkeypatch):
@@ -209,16 +209,16 @@ def test_without_hard_links_weights_are_copied(exported, tmp_path, monkeypatch):
     monkeypatch.setattr("os.link", no_links)
     view, source = SHERPA_ONNX_GRAPHS[2], exported / GENAI.runtime
     views.write_view(view, source, tmp_path, {})
-    views.check_view(view, source, tmp_path, 257)
+    views.check_view(view, source, tmp_path, 8193)
     assert (tmp_path / view.data_file).stat().st_nlink == 1
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("vocab_size", "255", "<blk> is not the last token"),
-        ("url", "rnnt", "vocab_size: 257 != output_size: 262"),
-        ("pred_hidden", "64", "Got invalid dimensions for input"),
+        ("vocab_size", "8191", "<blk> is not the last token"),
+        ("url", "rnnt", "vocab_size: 8193 != output_size: 8198"),
+        ("pred_hidden", "128", "Got invalid dimensions for input"),
     ],
 )
 def test_sherpa_onnx_refuses_wrong_metadata(key, value, message, exported, tmp_path):

