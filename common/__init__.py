@@ -1,4 +1,5 @@
 """What the five scripts share, in pipeline order.
 
-graphs, model, wrappers, export, parity, tokenizer, configs, optimize, runtime, decode; console and files serve all.
+graphs, model, wrappers, export, parity, tokenizer, configs, identity, optimize, runtime, decode, transcripts, verdict;
+console and files serve all.
 """

@@ -108,10 +108,10 @@ def test_nemos_row_is_what_nemo_transcribes(tiny_model):
 def test_what_differs_by_rule_is_named_and_no_failure(both_parts, swapped, capsys):
     assert compare(both_parts, swapped, "--timestamps") == 0
     output = capsys.readouterr().out
-    rows = re.findall(r"^  NeMo  .*?–  +(?:\d\S*  +)?(.*)$", output, re.M)
-    assert rows == ["We have 1 ⁇¿lack fans.", "Wake me on Tuesday, February the 6<|es|>.", "We have% blue doors."]
+    rows = re.findall(r"^  NeMo  .*–  +(.*)$", output, re.M)
+    assert rows == ["We have 1 ⁇ ¿lack fans.", "Wake me on Tuesday, February the 6<|es|>.", "We have%¿lue doors."]
     genai = re.findall(r"^  GenAI models  .*?  0\.0  +(.*)$", output, re.M)  # no error against NeMo
-    assert genai == ["We have 1 ¿lack fans.", "Wake me on Tuesday, February the 6.", "We have % blue doors."]
+    assert genai == ["We have 1 ¿lack fans.", "Wake me on Tuesday, February the 6.", "We have % ¿lue doors."]
     for name in (
         "NeMo shows ⁇ for <unk>",
         "NeMo shows marks such as <|en|>",
@@ -133,7 +133,7 @@ def test_a_tokenizer_that_hides_digits_is_noticed(both_parts, swapped, capsys):
     assert compare(both_parts, swapped) == 1
     captured = capsys.readouterr()
     assert "equals NeMo token for token on 3 of 3 clips" in captured.out
-    assert "the same tokens as 'We have ¿lack fans.'; no rule explains it" in captured.out
+    assert re.search(r"the same tokens as 'We have +¿lack fans\.'; no rule explains it", captured.out)
     assert captured.err.startswith("check failed: expected one text for the same tokens, got another in ")
 
 
