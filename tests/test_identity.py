@@ -17,6 +17,7 @@ import test_e2e
 import test_real_speech
 from common.files import read_manifest, staged_folder, write_json
 from common.identity import check_one_checkpoint, check_same_checkpoint, kept_by_export
+from common.layouts import ONNX_ASR, SHERPA_ONNX
 from common.runtime import Nemo, load_audio
 from common.tokenizer import TOKENIZER_FILES
 from common.transcripts import explaining_rules, high_error_warning, text_rules, word_error_rate
@@ -31,6 +32,7 @@ from common.verdict import (
     print_verdict,
     print_warnings,
 )
+from common.views import write_view
 from tests.conftest import SAMPLES, TINY
 from tests.test_scripts import refused
 
@@ -313,3 +315,14 @@ class TestPartsOfDifferentCheckpoints:
         check_same_checkpoint(tiny_export, tiny_export)
         with pytest.raises(ValueError, match=r"to be of one checkpoint, got .* run: python optimize_encoder\.py"):
             check_same_checkpoint(tiny_export, exported_over)
+
+    @pytest.mark.parametrize("layout", [ONNX_ASR, SHERPA_ONNX], ids=lambda layout: layout.runtime)
+    def test_the_vocabulary_of_another_layout_fits_its_logits(self, layout, tiny_export, tmp_path):
+        write_view(layout.graphs[-1], tiny_export, tmp_path, {})
+        lines = (tiny_export / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        vocabulary = tmp_path / layout.vocabulary[0]
+        vocabulary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        check_one_checkpoint(tmp_path, layout)
+        vocabulary.write_text("\n".join([*lines[:100], ""]), encoding="utf-8")
+        with pytest.raises(ValueError, match="got 100 tokens in"):
+            check_one_checkpoint(tmp_path, layout)
