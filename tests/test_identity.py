@@ -17,6 +17,7 @@ import test_e2e
 import test_real_speech
 from common.files import read_manifest, staged_folder, write_json
 from common.identity import check_one_checkpoint, check_same_checkpoint, kept_by_export
+from common.layouts import ONNX_ASR, SHERPA_ONNX
 from common.runtime import Nemo, load_audio
 from common.tokenizer import TOKENIZER_FILES
 from common.transcripts import explaining_rules, high_error_warning, text_rules, word_error_rate
@@ -31,6 +32,7 @@ from common.verdict import (
     print_verdict,
     print_warnings,
 )
+from common.views import write_view
 from tests.conftest import SAMPLES, TINY
 from tests.test_scripts import refused
 
@@ -108,10 +110,10 @@ def test_nemos_row_is_what_nemo_transcribes(tiny_model):
 def test_what_differs_by_rule_is_named_and_no_failure(both_parts, swapped, capsys):
     assert compare(both_parts, swapped, "--timestamps") == 0
     output = capsys.readouterr().out
-    rows = re.findall(r"^  NeMo  .*?–  +(?:\d\S*  +)?(.*)$", output, re.M)
-    assert rows == ["We have 1 ⁇¿lack fans.", "Wake me on Tuesday, February the 6<|es|>.", "We have% blue doors."]
+    rows = re.findall(r"^  NeMo  .*–  +(.*)$", output, re.M)
+    assert rows == ["We have 1 ⁇ ¿lack fans.", "Wake me on Tuesday, February the 6<|es|>.", "We have%¿lue doors."]
     genai = re.findall(r"^  GenAI models  .*?  0\.0  +(.*)$", output, re.M)  # no error against NeMo
-    assert genai == ["We have 1 ¿lack fans.", "Wake me on Tuesday, February the 6.", "We have % blue doors."]
+    assert genai == ["We have 1 ¿lack fans.", "Wake me on Tuesday, February the 6.", "We have % ¿lue doors."]
     for name in (
         "NeMo shows ⁇ for <unk>",
         "NeMo shows marks such as <|en|>",
@@ -133,7 +135,7 @@ def test_a_tokenizer_that_hides_digits_is_noticed(both_parts, swapped, capsys):
     assert compare(both_parts, swapped) == 1
     captured = capsys.readouterr()
     assert "equals NeMo token for token on 3 of 3 clips" in captured.out
-    assert "the same tokens as 'We have ¿lack fans.'; no rule explains it" in captured.out
+    assert re.search(r"the same tokens as 'We have +¿lack fans\.'; no rule explains it", captured.out)
     assert captured.err.startswith("check failed: expected one text for the same tokens, got another in ")
 
 
@@ -313,3 +315,14 @@ class TestPartsOfDifferentCheckpoints:
         check_same_checkpoint(tiny_export, tiny_export)
         with pytest.raises(ValueError, match=r"to be of one checkpoint, got .* run: python optimize_encoder\.py"):
             check_same_checkpoint(tiny_export, exported_over)
+
+    @pytest.mark.parametrize("layout", [ONNX_ASR, SHERPA_ONNX], ids=lambda layout: layout.runtime)
+    def test_the_vocabulary_of_another_layout_fits_its_logits(self, layout, tiny_export, tmp_path):
+        write_view(layout.graphs[-1], tiny_export, tmp_path, {})
+        lines = (tiny_export / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        vocabulary = tmp_path / layout.vocabulary[0]
+        vocabulary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        check_one_checkpoint(tmp_path, layout)
+        vocabulary.write_text("\n".join([*lines[:100], ""]), encoding="utf-8")
+        with pytest.raises(ValueError, match="got 100 tokens in"):
+            check_one_checkpoint(tmp_path, layout)
