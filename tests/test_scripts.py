@@ -1,10 +1,12 @@
 """The scripts as a user meets them: bad input gives one line and status 2, and leaves nothing half-written."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -570,8 +572,12 @@ class TestResults:
         assert {path.name for path in (tmp_path / "sub").iterdir()} == {"old.json", "new.json"}
 
     def test_are_written_through_devices_and_pipes(self, tiny_export, tmp_path, capsys):
-        self.run(capsys, tiny_export, "--json", "/dev/null", "--srt", "/dev/null")
-        assert Path("/dev/null").is_char_device()
+        null = tmp_path / "null"  # one of our own: a fault must not replace the system's
+        with contextlib.suppress(PermissionError):  # only an administrator makes devices
+            os.mknod(null, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        if null.exists():
+            self.run(capsys, tiny_export, "--json", null, "--srt", null)
+            assert null.is_char_device()
         pipe = tmp_path / "pipe"
         os.mkfifo(pipe)
         with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
