@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import optimize_encoder
 from common import optimize, quantize
-from common.files import MANIFEST, save_model
+from common.files import LOCATIONS, MANIFEST, save_model
 from common.quantize import BITS, BLOCK_SIZES, METHODS
 from common.report import REPORT_HTML, REPORT_JSON
 
@@ -240,7 +240,7 @@ def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
     written_sections = json.loads((target / MANIFEST).read_text())
     for name in ("export", "tokenizer"):
         assert written_sections[name] == source_sections[name]
-    assert written_sections["files"].keys() == names - {MANIFEST}
+    assert written_sections["files"].keys() == names - {MANIFEST, LOCATIONS.parts[0]}
 
     quantized = 56  # 11 matrices in 5 layers and the subsampling's
     assert record["weights_by_bits"] == {"4": quantized}
