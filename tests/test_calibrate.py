@@ -253,7 +253,7 @@ REFUSED = {
         (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "nan"),
         "at most nan MB",
     ),
-    "no manifest there": ((*MIXED, "--calibration_manifest", "none.jsonl"), "wanted a manifest, found nothing"),
+    "no manifest there": ((*MIXED, "--calibration_manifest", "none.jsonl"), "expected a manifest, found nothing"),
 }
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
@@ -317,8 +318,12 @@ def test_a_second_run_keeps_what_it_did_not_write_in_a_subfolder(tmp_path):
 def test_the_usage_runs_and_is_in_the_readme(runtime, exported, nemo_texts, tmp_path):
     import soundfile
 
-    assert usage(runtime, f"onnx_models/{runtime}") in (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"`pip install {' '.join(LAYOUTS[runtime].packages)}`" in readme
+    assert usage(runtime, f"onnx_models/{runtime}") in readme
     samples, sample_rate = soundfile.read(CLIPS[0], dtype="float32")
-    soundfile.write(tmp_path / "audio.wav", samples[: len(samples) // 160 * 160], sample_rate)
+    samples = samples[: len(samples) // 160 * 160]
+    stereo = np.stack([1.5 * samples, 0.5 * samples], axis=1)
+    soundfile.write(tmp_path / "audio.wav", stereo, sample_rate, subtype="FLOAT")
     done = python(usage(runtime, str(exported / runtime), str(tmp_path / "audio.wav")))
     assert done.stdout.strip() == nemo_texts[0], done.stderr

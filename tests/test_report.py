@@ -305,7 +305,7 @@ def test_changes_are_shown_in_context():
         (("--eval_manifest", MANIFEST, "--max_wer_increase", "-1"), "found -1"),
         (("--eval_manifest", MANIFEST, "--max_wer_increase", "nan"), "found nan"),
         (("--eval_manifest", "none.jsonl"), "found nothing at none.jsonl"),
-        (("--eval_manifest", "{tmp}/no_text.jsonl"), "no_text.jsonl:2 has no text"),
+        (("--eval_manifest", "{tmp}/no_text.jsonl"), "no_text.jsonl:2: expected the text of"),
         (("--eval_manifest", "{tmp}/no_clip.jsonl"), "gone.flac"),
     ],
 )
