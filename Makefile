@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-# Before every commit: lint, types, and the tests that take less than about five seconds each; about a minute.
+# Before every commit: lint, types, and the tests that are not marked slow; about a minute.
 check: lint types
 	$(BIN)/python -m pytest -m "not slow"
 

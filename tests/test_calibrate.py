@@ -123,6 +123,7 @@ def test_batches_hold_no_padding_and_nearly_all_speech():
     assert 0.7 < kept / sum(clip.shape[1] for clip in clips) <= 1
 
 
+@pytest.mark.slow
 def test_damage_is_what_the_exported_graph_shows(tiny_export, tmp_path, speech, calibration):
     """Quantizing one weight alone, in MatMulNBits, inputs smoothed: on the batch that damage is measured on, and on all
     speech."""
@@ -174,6 +175,7 @@ def optimized(tiny_export: Path, target: Path, *flags: str) -> dict:
     return json.loads((target / MANIFEST).read_text())["optimize"]
 
 
+@pytest.mark.slow
 def test_calibrated_is_more_exact_than_rtn_and_no_larger(tiny_export, tmp_path, unseen, capsys):
     record = optimized(tiny_export, tmp_path / "rtn")
     size = record["encoder_bytes"]["optimized"]
@@ -186,6 +188,7 @@ def test_calibrated_is_more_exact_than_rtn_and_no_larger(tiny_export, tmp_path, 
     assert calibrated > rtn + 3  # 3.6 dB measured, fitted to 31 s of other clips
 
 
+@pytest.mark.slow
 def test_calibrated_int8_has_no_second_term_and_is_more_exact_without(tiny_export, tmp_path, unseen, monkeypatch):
     flags = ("--quant_method", "int8", *REDUCED)
     fit = (*flags, "--calibration_manifest", str(CLIPS))
@@ -202,6 +205,7 @@ def test_calibrated_int8_has_no_second_term_and_is_more_exact_without(tiny_expor
     assert ratios[1] > ratios[0] + 0.5  # 0.8 dB measured in 7 bits, fitted to 31 s of other clips
 
 
+@pytest.mark.slow
 def test_calibrated_int8_in_seven_bits(tiny_export, tmp_path, unseen):
     reduced = ("--quant_method", "int8", "--reduce_range", "--calibration_manifest", str(CLIPS))
     assert optimized(tiny_export, tmp_path / "seven", *reduced)["weights_by_bits"] == {"7": 56}

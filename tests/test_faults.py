@@ -36,6 +36,7 @@ from tests.helpers import ROOT, TINY, tiny_members, write_tar
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked child")
 
 
+@pytest.mark.slow
 @needs_fork
 def test_drills():
     """Kills, a full disk, hostile and odd input: a part of `make faults`, in a process that can fork."""
@@ -107,6 +108,7 @@ class TestReplacing:
         assert seen == {"old", "new"}
         assert found == self.NEW
 
+    @pytest.mark.slow
     @needs_fork
     @pytest.mark.skipif(sys.platform != "linux", reason="renameat2")
     def test_with_an_exchange_no_reader_meets_anything_but_the_whole(self, tmp_path):
@@ -235,6 +237,7 @@ class TestManifest:
         assert verify_files(folder, ["encoder.onnx"]) == 0
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(tiny_export, tmp_path):
     """In another process, with another hash seed, in a folder of another name."""
     folder = tmp_path / "again" / "onnx_models"

@@ -256,6 +256,7 @@ def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
         assert wanted in line
 
 
+@pytest.mark.slow
 def test_every_method_agrees_with_the_export(tiny_export, tmp_path):
     sqnr = {
         method: optimized(tiny_export, tmp_path / "out", "--quant_method", method)[1]["sqnr_db_on_noise"]

@@ -248,6 +248,7 @@ def shuffled_scales(real):
     return quantize_and_shuffle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ruin", [two_bits, shuffled_scales])
 def test_a_ruined_encoder_fails_on_words(ruin, tiny_export, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(matmul_nbits, "quantize", ruin(quantize.quantize))
@@ -265,6 +266,7 @@ def test_a_ruined_encoder_fails_on_words(ruin, tiny_export, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_gate_lets_a_good_encoder_pass(tiny_export, tmp_path, capsys):
     flags = ("--quant_method", "int8", "--eval_manifest", MANIFEST, "--max_wer_increase", "0")
     assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 0
@@ -351,6 +353,7 @@ def test_a_missing_package_is_named_before_the_work(package, tiny_export, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_gate_imports_neither_nemo_nor_torch(tiny_export, tmp_path):
     shutil.copy(SAMPLES / "clips" / "105_slt.flac", tmp_path)
     (tmp_path / "one.jsonl").write_text('{"audio_filepath": "105_slt.flac", "text": "We have 8 blue doors."}')
