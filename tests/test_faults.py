@@ -363,7 +363,7 @@ class TestAudio:
         soundfile.write(tmp_path / "long.wav", np.zeros(8000 * 3), 8000)
         soundfile.write(tmp_path / "right.wav", np.zeros(8000 * 2), 8000)
         assert len(load_audio(tmp_path / "right.wav", 16000, 1)) == 32_000
-        with pytest.raises(ValueError, match="or less in"):
+        with pytest.raises(ValueError, match=r"h of audio or less in .*, got more"):
             load_audio(tmp_path / "long.wav", 16000, 1)
 
     @needs_fork

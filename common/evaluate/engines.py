@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from common.checkpoint.download import find_checkpoint
-from common.checkpoint.nemo import load_model
+from common.checkpoint.format import format_of
 from common.checkpoint.source import recorded_checkpoint
 from common.evaluate.timestamps import Pieces
 from common.evaluate.transcripts import FolderEngines
@@ -106,7 +106,7 @@ def load_nemo(model_name: str | None, folder: ComparedFolder) -> Nemo:
     Raises ValueError where the vocabulary is not the folder's, and as find_checkpoint and recorded_checkpoint do.
     """
     checkpoint = find_checkpoint(model_name) if model_name else recorded_checkpoint(folder.path)
-    nemo = Nemo(load_model(checkpoint))
+    nemo = Nemo(format_of(checkpoint).load_model(checkpoint))
     if nemo.model.decoder.blank_idx != folder.config.blank_id:
         raise ValueError(
             f"expected the checkpoint that {folder.path} was exported from, got {checkpoint}, which has another "
