@@ -32,6 +32,15 @@ def test_normalize():
     assert normalize("Ça va ?") == normalize("ça va")
 
 
+def test_digits_count_in_the_normalised_rate_and_signs_in_the_other():
+    text = "In 2025 I paid $19.99 for 3 apples, 50% off."
+    assert normalize(text) == "in 2025 i paid 19 99 for 3 apples 50 off"
+    for wrong in ("In  I paid $. for  apples, % off.", "In 2024 I paid $19.99 for 3 apples, 50% off."):
+        assert word_errors(normalize(text), normalize(wrong))[0] > 0
+    assert word_errors("50% off", "50 off")[0] == 1
+    assert word_errors(normalize("50% off"), normalize("50 off"))[0] == 0
+
+
 def test_corpus_rate_weighs_by_words():
     rate = word_error_rate(["a b c d", "e"], ["a b c d", "x"])
     assert (rate.errors, rate.words) == (1, 5)
