@@ -173,8 +173,11 @@ class TestInterrupted:
         hub.gets.append(("stall", HALF))
         command = [sys.executable, str(ROOT / TOKENIZER), "--model_name", NAME]
         environment = shell.environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"}
-        process = subprocess.Popen(command, cwd=shell.folder, env=environment, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 30
+        process = subprocess.Popen(
+            command, cwd=shell.folder, env=environment, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
         while not any(path.stat().st_size > HALF // 2 for path in shell.cache.rglob("*.incomplete")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
