@@ -93,7 +93,9 @@ def _config(topology: dict, folder: Path) -> dict:
             },
             "decoding": {"strategy": "greedy"},
         }
-    del config["target"], config["nemo_version"]
+    # What NeMo writes itself, and data sets and optimizer, which it would set up.
+    for key in ("target", "nemo_version", "train_ds", "validation_ds", "test_ds", "optim"):
+        config.pop(key, None)
     return config
 
 

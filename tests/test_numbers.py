@@ -23,6 +23,7 @@ import test_real_speech
 from common.checkpoint.nemo import load_model, read_config
 from common.checkpoint.tokenizer import ModelProto
 from common.cli import EXIT_CHECK, CheckError
+from common.evaluate import word_limit
 from common.evaluate.wer import normalize, word_errors
 from common.evaluate.word_limit import EvaluatedClip, judge, word_table
 from common.layouts.genai import GENAI
@@ -232,19 +233,19 @@ def test_the_gate_counts_digits_that_optimizing_loses(exported, clip, nemo_text,
     """The tokenizer of the optimized folder hides them, that of the exported one does not."""
     manifest = tmp_path / "numbers.jsonl"
     manifest.write_text(json.dumps({"audio_filepath": str(clip), "text": nemo_text}), encoding="utf-8")
-    listen = optimize_encoder.gate.listen
+    transcribe = word_limit.transcribe_with_both
 
-    def listen_with_hidden_digits(source, stage, *args):
+    def transcribe_with_hidden_digits(source, stage, *args):
         shutil.copytree(stage, tmp_path / "stage")
         (tmp_path / "stage" / "manifest.json").write_text("{}")
         hide(tmp_path / "stage", "0123456789")
-        return listen(source, tmp_path / "stage", *args)
+        return transcribe(source, tmp_path / "stage", *args)
 
     argv = ["--model_dir", str(exported / GENAI.runtime), "--output_dir", str(tmp_path / "out"), "--skip_quantization",
             "--eval_manifest", str(manifest), "--max_wer_increase", "0"]  # fmt: skip
     assert optimize_encoder.main(argv) == 0, capsys.readouterr().err
     assert "WER 0.00 %" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr(optimize_encoder.gate, "listen", listen_with_hidden_digits)
+    monkeypatch.setattr(word_limit, "transcribe_with_both", transcribe_with_hidden_digits)
     assert optimize_encoder.main(argv) == EXIT_CHECK
     assert "the word error rate rises by +100.00 points" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from common.export.ranges import measure_ranges
 from common.quantize.fidelity import sqnr_db
 from common.run.baseline import RawOrt
 from common.run.genai import GenAI
-from tests.helpers import SAMPLES, SMALL, TOPOLOGIES
+from tests.helpers import BIT_DB, REDUCED, SAMPLES, SMALL, TOPOLOGIES
 
 pytestmark = pytest.mark.slow
 
@@ -56,11 +56,11 @@ def test_every_script_runs_on_every_topology(topology, tmp_path, capsys):
 
     manifest, fitted = tmp_path / "speech.jsonl", tmp_path / "fitted"
     manifest.write_text(json.dumps({"audio_filepath": str(SAMPLES / "jfk.wav")}))
-    flags = ["--quant_method", "int8", "--calibration_manifest", str(manifest), "--output_dir", str(fitted)]
+    flags = ["--quant_method", "int8", *REDUCED, "--calibration_manifest", str(manifest), "--output_dir", str(fitted)]
     assert optimize_encoder.main(["--model_dir", str(exported), *flags]) == 0, capsys.readouterr().err
     assert f"input channels of {6 * SMALL['n_layers']} weights scaled" in capsys.readouterr().out
     (expected,), (actual,) = (RawOrt(folder).encode([features]) for folder in (exported, fitted))
-    assert sqnr_db(expected, actual) > 30
+    assert sqnr_db(expected, actual) > 30 - BIT_DB
 
     ranges = measure_ranges(exported, [features])
     shutil.copyfile(exported / "genai_config.json", tmp_path / "genai_config.json")
