@@ -16,7 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from common.cli import size_text
 from common.contract import encoder_weights
 from common.folder.onnx_files import load
-from common.folder.onnx_graph import computed_from, input_of, name_of, remove_if_unused, tensor_of
+from common.folder.onnx_graph import computed_from, input_of, name_of, tensor_of
 from common.progress import progress
 from common.quantize.fusion import fuse
 from common.quantize.method import Calibrated, P, QuantMethod, WeightOptions
@@ -125,7 +125,6 @@ def quantize_weights(model: ir.Model, plan: Plan, method: QuantMethod[P], option
         packed_weights = progress(pool.map(pack, plan), total=len(plan), task="quantizing", unit="weight")
         for name, packed in zip(plan, packed_weights, strict=True):
             replace(products[name], name, packed, plan[name])
-            remove_if_unused(model.graph, weights[name])
             stored[name] = Stored(plan[name], packed.error)
-    RemoveUnusedNodesPass()(model)  # factors that went into scales, which onnxruntime would warn of one by one
+    RemoveUnusedNodesPass()(model)  # the float32 weights, and factors that went into scales
     return stored
