@@ -40,38 +40,38 @@ def truncated(path, share=0.5):
 
 @pytest.mark.parametrize("script", [export_parakeet_to_onnx, export_tokenizer], ids=lambda module: module.__name__)
 class TestBadCheckpoints:
-    def refuse(self, script, capsys, tmp_path, checkpoint) -> str:
+    def rejection(self, script, capsys, tmp_path, checkpoint) -> str:
         error = rejected(capsys, script, "--model_name", checkpoint, "--output_dir", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob(".*"))
         return error
 
     def test_missing(self, script, capsys, tmp_path):
-        assert "found nothing at" in self.refuse(script, capsys, tmp_path, tmp_path / "none.nemo")
+        assert "got nothing at" in self.rejection(script, capsys, tmp_path, tmp_path / "none.nemo")
 
     @pytest.mark.parametrize("share", [0, 0.001, 0.03, 0.5, 0.99])
     def test_truncated(self, script, share, capsys, tmp_path):
-        error = self.refuse(script, capsys, tmp_path, truncated(tmp_path / "cut.nemo", share))
+        error = self.rejection(script, capsys, tmp_path, truncated(tmp_path / "cut.nemo", share))
         assert "cut.nemo" in error
         assert "download it again" in error
 
     def test_not_an_archive(self, script, capsys, tmp_path):
         (tmp_path / "text.nemo").write_text("hello " * 1000)
-        assert "not a NeMo checkpoint" in self.refuse(script, capsys, tmp_path, tmp_path / "text.nemo")
+        assert "not a NeMo checkpoint" in self.rejection(script, capsys, tmp_path, tmp_path / "text.nemo")
 
     def test_folder(self, script, capsys, tmp_path):
         (tmp_path / "folder.nemo").mkdir()
-        assert "folder.nemo" in self.refuse(script, capsys, tmp_path, tmp_path / "folder.nemo")
+        assert "folder.nemo" in self.rejection(script, capsys, tmp_path, tmp_path / "folder.nemo")
 
     def test_broken_yaml(self, script, capsys, tmp_path):
         path = rewrite_config(tmp_path / "bad.nemo", lambda config: config.clear())
-        assert "bad.nemo" in self.refuse(script, capsys, tmp_path, path)
+        assert "bad.nemo" in self.rejection(script, capsys, tmp_path, path)
 
     def test_no_network_for_a_hub_name(self, script, capsys, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        error = self.refuse(script, capsys, tmp_path, "nvidia/parakeet-tdt-0.6b-v3")
+        error = self.rejection(script, capsys, tmp_path, "nvidia/parakeet-tdt-0.6b-v3")
         assert "Hugging Face cannot be reached" in error
         assert "--model_name" in error
 
@@ -156,7 +156,7 @@ def bad_audio(tmp_path):
     soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
     (tmp_path / "folder.wav").mkdir()
     return {
-        "missing.wav": "found nothing", "empty.wav": "that libsndfile reads", "text.wav": "that libsndfile reads",
+        "missing.wav": "got nothing", "empty.wav": "that libsndfile reads", "text.wav": "that libsndfile reads",
         "none.wav": "0.000 s",
         "short.wav": "got 0.009 s", "nan.wav": "not finite", "folder.wav": "got a folder",
     }  # fmt: skip
@@ -242,7 +242,7 @@ def test_real_speech_against_nemo(tiny_export, tmp_path, capsys):
 
 
 def test_real_speech_notices_another_checkpoint(tiny_export, tmp_path, capsys):
-    """One embedding changed in the exported decoder: float32 ONNX no longer says what NeMo says."""
+    """One embedding changed in the exported decoder: float32 ONNX no longer transcribes what NeMo does."""
     folder = tmp_path / "models"
     shutil.copytree(tiny_export, folder)
     data = np.memmap(folder / "joint.onnx.data", dtype=np.float32, mode="r+")
@@ -258,7 +258,7 @@ def test_real_speech_notices_another_checkpoint(tiny_export, tmp_path, capsys):
 def test_the_recorded_checkpoint_has_changed(tiny_export, tmp_path, capsys):
     folder = tmp_path / "moved" / "models"
     shutil.copytree(tiny_export, folder)
-    assert "found nothing at" in rejected(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
+    assert "got nothing at" in rejected(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
     write_locations(folder, folder, checkpoint=folder / "changed.nemo")
     (folder / "changed.nemo").write_bytes(b"other")
     assert "was exported from, got another file" in rejected(
@@ -677,7 +677,7 @@ def test_a_manifest_that_says_little_is_enough_to_transcribe_by(content, tiny_ex
      ("left_context_samples", -1), ("subsampling_factor", "8"), ("tdt_durations", [0, -1]), ("sample_rate", None),
      ("tdt_durations", 3), ("decoder", [])],
 )  # fmt: skip
-def test_a_config_edited_to_what_cannot_be_is_refused(key, value, tiny_export, tmp_path, capsys, monkeypatch):
+def test_a_config_edited_to_what_cannot_be_is_rejected(key, value, tiny_export, tmp_path, capsys, monkeypatch):
     """GenAI 0.18 never ends with chunk_samples of 0 or 1, so it is not even loaded."""
     monkeypatch.setattr("onnxruntime_genai.Model", lambda *_: pytest.fail("GenAI was loaded"))
     folder = tmp_path / "models"

@@ -51,7 +51,7 @@ def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
     """Substitutions + deletions + insertions (jiwer), and the words of the reference."""
     import jiwer
 
-    if not reference.split():  # jiwer refuses an empty reference; every word is an insertion
+    if not reference.split():  # jiwer does not accept an empty reference; every word is an insertion
         return len(hypothesis.split()), 0
     counts = jiwer.process_words(reference, hypothesis)
     return counts.substitutions + counts.deletions + counts.insertions, len(reference.split())
@@ -98,7 +98,7 @@ def word_changes(before: str, after: str) -> list[tuple[str, str]]:
     import jiwer
 
     one, other = before.split(), after.split()
-    if not one or not other:  # jiwer refuses an empty reference
+    if not one or not other:  # jiwer does not accept an empty reference
         return [(" ".join(one), " ".join(other))] if one or other else []
     chunks = jiwer.process_words(" ".join(one), " ".join(other)).alignments[0]
     return [
