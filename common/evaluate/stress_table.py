@@ -1,4 +1,4 @@
-"""The results of a stress test for a person: a table, the worst clips and their audio, and the limit on missed words."""
+"""The results of a stress test for a person: a table, the worst clips with their audio, the limit on missed words."""
 
 import itertools
 import re
@@ -97,8 +97,8 @@ def _seams(results: StressResults) -> Iterator[str]:
             in_windows, in_one = _sum_counts(cut), _sum_counts(whole.values())
             yield (
                 f"seams of windows of {config.chunk / config.sample_rate:g} s: {engine.whole_of} has "
-                f"{in_windows.errors} of {in_windows.words} words wrong in {len(cut)} joined clips, and {in_one.errors} "
-                "where each is one window"
+                f"{in_windows.errors} of {in_windows.words} words wrong in {len(cut)} joined clips, and "
+                f"{in_one.errors} where each is one window"
             )
 
 
