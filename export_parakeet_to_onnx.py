@@ -17,6 +17,7 @@ import argparse
 import math
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -31,19 +32,18 @@ from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
 from common.checkpoint.nemo import require_device
 from common.checkpoint.source import source_record
 from common.checkpoint.spec import ModelSpec
-from common.checkpoint.tokenizer import parse_model, tokens_text
 from common.export.options import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
 from common.export.pipeline import export_checkpoint, find_clips
 from common.folder.locations import write_locations
 from common.folder.manifest import MANIFEST, write_manifest
 from common.folder.staging import check_output_dir, staged_folder, state_needs
 from common.layouts import LAYOUTS, Layout, Window
+from common.layouts.folders import ALL, read_vocabulary, subfolders_of, write_layout
 from common.layouts.genai import GENAI
 from common.layouts.identity import kept_by_export
-from common.layouts.layout import check_same_layouts, write_configs, write_views
+from common.layouts.layout import check_same_layouts, write_configs
 from common.report.card import CARD, write_card
 
-ALL = "all"
 SPEECH = Path(__file__).resolve().parent / "samples"  # 40 s, on which --precision fp16 measures the values
 
 RUNTIME_HELP = """the runtime whose names, axes and files to write: genai into the folder itself, any other choice into
@@ -89,19 +89,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    options = ExportOptions(
-        runtime=args.runtime,
-        opset_version=args.opset_version,
-        precision=args.precision,
-        device=args.device,
-        chunk_seconds=args.chunk_seconds,
-        left_context_seconds=args.left_context_seconds,
-        right_context_seconds=args.right_context_seconds,
-        skip_verify=args.skip_verify,
-    )
+    options = ExportOptions(**{field.name: getattr(args, field.name) for field in fields(ExportOptions)})
     options.validate()
     check_output_dir(args.output_dir)
-    subfolders = _subfolders(options)
+    subfolders = subfolders_of(options.runtime, float16=options.is_float16)
     check_same_layouts(args.output_dir, {name: layout for layout, name in subfolders.items()})
     clips = find_clips(SPEECH) if options.is_float16 else []
     require_device(options.device)
@@ -109,47 +100,30 @@ def _export(args: argparse.Namespace) -> None:
     size = format_of(checkpoint).size(checkpoint)
     title = f"{checkpoint.name} ({size_text(size)})"
     state_needs(title, options.memory_bytes(size), options.disk_bytes(size), args.output_dir)
-    vocabulary = _vocabulary(checkpoint, subfolders)
+    vocabulary = read_vocabulary(checkpoint, subfolders)
     source = source_record(checkpoint, args.model_name, revision=args.revision)
     kept = {name: kept_by_export(args.output_dir / name, source, layout) for layout, name in subfolders.items()}
     removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
-    stages = Stages(options.stages + len(subfolders))
-    with staged_folder(args.output_dir, removed) as stage:
+    print_stage = Stages(options.stages + len(subfolders)).print_stage
+    with staged_folder(args.output_dir, removed) as staging:
         # The graphs that every layout shares; where GenAI is among the layouts, its folder is the place for them.
-        base = stage / subfolders[GENAI] if GENAI in subfolders else stage.parent / GENAI.runtime
+        base = staging / subfolders[GENAI] if GENAI in subfolders else staging.parent / GENAI.runtime
         base.mkdir(exist_ok=True)
         configure = partial(_configure, layouts=subfolders, options=options)
-        spec, results = export_checkpoint(checkpoint, base, options, stage.parent, clips, configure, stages.report)
+        spec, results = export_checkpoint(checkpoint, base, options, staging.parent, clips, configure, print_stage)
+        record = {"source": source, "flags": options.record(), **results}
         for layout, name in subfolders.items():
-            _write_layout(layout, base, stage / name, spec, options, vocabulary)
+            folder = staging / name
+            write_layout(layout, base, folder, spec, _window(spec, options), options.device, vocabulary)
             # A checkpoint of the Hub is found again by its name and commit.
-            write_locations(stage / name, args.output_dir / name, checkpoint=checkpoint if "file" in source else None)
+            write_locations(folder, args.output_dir / name, checkpoint=checkpoint if "file" in source else None)
             manifest, _ = kept[name]
-            record = {"source": source, "flags": options.record(), **results}
-            write_manifest(stage / name, manifest, "export", record)
-            write_card(stage / name, args.output_dir / name, layout)
-            stages.report(*([name] if name else []), *layout.config_files, MANIFEST, CARD)
+            write_manifest(folder, manifest, "export", record)
+            write_card(folder, args.output_dir / name, layout)
+            print_stage(*([name] if name else []), *layout.config_files, MANIFEST, CARD)
     if removed:
         print(f"removed from {args.output_dir}, since they belonged to the former graphs: {', '.join(removed)}")
     print(f"wrote {args.output_dir}; next: {_next_command(args, subfolders)}")
-
-
-def _subfolders(options: ExportOptions) -> dict[Layout, str]:
-    """Each layout to write and its subfolder, which is empty for a folder of GenAI alone. Raises ValueError."""
-    if options.is_float16 and options.runtime != GENAI.runtime:
-        raise ValueError(
-            f"expected --runtime {GENAI.runtime} with --precision fp16, got {options.runtime}; export them separately"
-        )
-    if options.runtime == GENAI.runtime:
-        return {GENAI: ""}
-    layouts = LAYOUTS.values() if options.runtime == ALL else (LAYOUTS[options.runtime],)
-    return {layout: layout.runtime for layout in layouts}
-
-
-def _vocabulary(checkpoint: Path, layouts: Iterable[Layout]) -> str:
-    """The vocabulary as the export writes it, read before the long work; empty where no layout needs it."""
-    needed = any(layout.exports_vocabulary for layout in layouts)
-    return tokens_text(parse_model(format_of(checkpoint).read_tokenizer(checkpoint))) if needed else ""
 
 
 def _configure(spec: ModelSpec, folder: Path, layouts: Iterable[Layout], options: ExportOptions) -> None:
@@ -157,17 +131,6 @@ def _configure(spec: ModelSpec, folder: Path, layouts: Iterable[Layout], options
     for layout in layouts:
         layout.check(spec)
     write_configs(GENAI, folder, spec, _window(spec, options), options.device)
-
-
-def _write_layout(
-    layout: Layout, base: Path, folder: Path, spec: ModelSpec, options: ExportOptions, vocabulary: str
-) -> None:
-    """Write what the runtime of `layout` reads, tokenizer excepted, into `folder`: views of the graphs in `base`."""
-    folder.mkdir(exist_ok=True)
-    write_views(layout, base, folder, spec)
-    write_configs(layout, folder, spec, _window(spec, options), options.device)
-    if layout.exports_vocabulary:
-        (folder / layout.vocabulary[0]).write_text(vocabulary, encoding="utf-8", newline="\n")
 
 
 def _window(spec: ModelSpec, options: ExportOptions) -> Window:

@@ -83,16 +83,16 @@ def _export(args: argparse.Namespace) -> None:
     content = tokenizer_json(proto)
     sequences = [ids for length in (1, 32) for ids in probe_sequences(proto, length)]
     check_decoding(model, content, sequences)
-    stages.report("tokenizer", *_counts(content), f"{len(sequences)} sequences decode like SentencePiece")
+    stages.print_stage("tokenizer", *_counts(content), f"{len(sequences)} sequences decode like SentencePiece")
 
     require_free(DISK_FACTOR * len(json.dumps(content)), folder)
-    with staged_folder(folder) as stage:
-        write_json(stage / "tokenizer.json", content)
-        write_json(stage / "tokenizer_config.json", tokenizer_config(proto))
-        (stage / "vocab.txt").write_text(vocab_text(proto), encoding="utf-8", newline="\n")
-        write_manifest(stage, read_manifest(folder), "tokenizer", {"source": source})
-        write_card(stage, folder, GENAI)
-    stages.report(*TOKENIZER_FILES, MANIFEST, CARD)
+    with staged_folder(folder) as staging:
+        write_json(staging / "tokenizer.json", content)
+        write_json(staging / "tokenizer_config.json", tokenizer_config(proto))
+        (staging / "vocab.txt").write_text(vocab_text(proto), encoding="utf-8", newline="\n")
+        write_manifest(staging, read_manifest(folder), "tokenizer", {"source": source})
+        write_card(staging, folder, GENAI)
+    stages.print_stage(*TOKENIZER_FILES, MANIFEST, CARD)
     print(f"wrote {folder}; next: {OPTIMIZE_COMMAND.format(folder)}")
 
 

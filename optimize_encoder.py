@@ -15,36 +15,34 @@ its turn; weights that turn out equal are shared again.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
 # First of all, since a package that is missing below is then reported in one line (common/__init__.py).
-from common.cli import Command, Parser, Stages, run, size_text, warn
+from common.cli import Command, Parser, PrintStage, Stages, run
 
 # isort: split
 
-from common.evaluate.wer import normalize
+from common.evaluate.manifests import read_speech_manifests
 from common.folder.onnx_files import share_equal_data
-from common.folder.staging import staged_folder, state_needs
-from common.layouts.layout import LAYOUTS, Layout, layouts_in
+from common.folder.staging import staged_folder
+from common.layouts.layout import layouts_in
 from common.quantize import METHODS
 from common.quantize.blocks import BLOCK_SIZES
 from common.quantize.calibration import read_speech
 from common.quantize.method import Calibrated, P, QuantMethod
 from common.quantize.options import TOKEN_PRECISIONS, OptimizeOptions
 from common.quantize.rewrite import optimize_graph
-from common.report.optimized_folder import ModelFolder, Report, check_folders, finish_folder, open_folder
+from common.report.optimized_folder import (
+    ModelFolder,
+    check_folders,
+    finish_folder,
+    open_folder,
+    state_needs_of_folders,
+)
 from common.report.report import page_writer
-from common.run.clips import Clip, read_clips, shared_clips
-from common.run.config import RuntimeConfig
+from common.run.clips import Clip
 
-# Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, when they are compared.
-MEMORY_FACTOR = 1.3
-CALIBRATION_MEMORY_FACTOR = 2.25
-# What the libraries take, measured on the tiny checkpoint, and those that read and transcribe speech in addition.
-MEMORY_OF_IMPORTS = 160e6  # bytes
-MEMORY_OF_SPEECH = 80e6  # bytes
 STAGES = 5  # of each folder: fusion, quantization, size, comparison, report
 
 
@@ -107,24 +105,23 @@ def _optimize(args: argparse.Namespace) -> None:
     speech_folder = next((name for name, layout in layouts.items() if layout.measures_speech), None)
     calibration, evaluation = read_speech_manifests(options, source, speech_folder)
     write_page = page_writer()
-    memory = memory_needs(source, layouts, calibrates=bool(calibration), evaluates=bool(evaluation))
-    print_needs(source, target, layouts, memory)
+    state_needs_of_folders(source, target, layouts, options)
 
     per_folder = STAGES + options.int8_tokens
-    report = Stages(bool(calibration) + len(layouts) * per_folder + bool(evaluation)).report
-    with staged_folder(target) as stage:
+    print_stage = Stages(bool(calibration) + len(layouts) * per_folder + bool(evaluation)).print_stage
+    with staged_folder(target) as staging:
         calibrated = None
         if options.method and calibration and speech_folder is not None:
-            with open_folder(layouts[speech_folder], speech_folder, source, target, stage) as folder:
-                calibrated = calibrate(folder, options.method, options, calibration, report)
+            with open_folder(layouts[speech_folder], speech_folder, source, target, staging) as folder:
+                calibrated = calibrate(folder, options.method, options, calibration, print_stage)
         for name, layout in layouts.items():
             if name:
                 print(f"{name}:")
-            with open_folder(layout, name, source, target, stage) as folder:
-                encoder = optimize_graph(folder.encoder, options, folder.device, calibrated, report)
+            with open_folder(layout, name, source, target, staging) as folder:
+                encoder = optimize_graph(folder.encoder, options, folder.device, calibrated, print_stage)
                 clips = evaluation if layout.measures_speech else []
-                finish_folder(folder, encoder, options, clips, write_page, report)
-        share_equal_data([stage / name for name in layouts])
+                finish_folder(folder, encoder, options, clips, write_page, print_stage)
+        share_equal_data([staging / name for name in layouts])
     if advice := options.fusion_advice(folder.device):
         print(advice)
     command = Command("python test_e2e.py --model_dir {}")
@@ -133,64 +130,13 @@ def _optimize(args: argparse.Namespace) -> None:
 
 
 def calibrate(
-    folder: ModelFolder, method: QuantMethod[P], options: OptimizeOptions, clips: list[Clip], report: Report
+    folder: ModelFolder, method: QuantMethod[P], options: OptimizeOptions, clips: list[Clip], print_stage: PrintStage
 ) -> Calibrated[P]:
     """Fit the encoder's weights to speech, once for the folders of all runtimes."""
     speech = read_speech(folder.source, clips)
     calibrated = method.calibrate(folder.encoder, speech.batches, options)
-    report("calibration", f"{speech.clips} clips", f"{speech.seconds:.0f} s of speech", *calibrated.summary())
+    print_stage("calibration", f"{speech.clips} clips", f"{speech.seconds:.0f} s of speech", *calibrated.summary())
     return calibrated
-
-
-def read_speech_manifests(
-    options: OptimizeOptions, source: Path, speech_folder: str | None
-) -> tuple[list[Clip], list[Clip]]:
-    """The clips of --calibration_manifest and of --eval_manifest, none where there is no manifest.
-
-    Raises ValueError where no folder's runtime computes their features, or no text has a word, and as read_clips and
-    check_clips do, before the work. Warns of clips in both: a model does better on what it was fitted to.
-    """
-    if speech_folder is None and (options.calibration_manifest or options.eval_manifest):
-        able = " or ".join(layout.runtime for layout in LAYOUTS.values() if layout.measures_speech)
-        raise ValueError(
-            f"--calibration_manifest and --eval_manifest expect a folder for {able}, which computes their features, "
-            f"got none in {source}; export with --runtime all"
-        )
-    calibration = read_clips(options.calibration_manifest) if options.calibration_manifest else []
-    evaluation = read_clips(options.eval_manifest, with_text=True) if options.eval_manifest else []
-    if evaluation and not any(normalize(clip.text or "") for clip in evaluation):
-        raise ValueError(f"expected words in the texts of {options.eval_manifest}, got none; add texts")
-    if speech_folder is not None:
-        RuntimeConfig.read(source / speech_folder).check_clips((*calibration, *evaluation))
-    if shared := shared_clips(evaluation, calibration):
-        warn(
-            f"{len(shared)} of {len(evaluation)} clips of --eval_manifest are in --calibration_manifest too, such as "
-            f"{shared[0].path}{shared[0].segment}; the word error rate on them is better than on other speech"
-        )
-    return calibration, evaluation
-
-
-def memory_needs(source: Path, layouts: Mapping[str, Layout], *, calibrates: bool, evaluates: bool) -> float:
-    """Peak memory of the run, in bytes."""
-    factor = CALIBRATION_MEMORY_FACTOR if calibrates else MEMORY_FACTOR
-    speech = MEMORY_OF_SPEECH if calibrates or evaluates else 0
-    return MEMORY_OF_IMPORTS + speech + factor * largest_encoder(source, layouts)
-
-
-def print_needs(source: Path, target: Path, layouts: Mapping[str, Layout], memory: float) -> None:
-    """Say what the run takes; raises as state_needs does."""
-    # As much as the sources, though the result is smaller: one whose weights are shared is copied, and then removed.
-    disk = sum(bytes_of(source / name, layout.files) for name, layout in layouts.items())
-    state_needs(f"encoder.onnx ({size_text(largest_encoder(source, layouts))})", memory, disk, target)
-
-
-def largest_encoder(source: Path, layouts: Mapping[str, Layout]) -> int:
-    """Bytes of the largest encoder of the folders."""
-    return max(bytes_of(source / name, layout.encoder.files) for name, layout in layouts.items())
-
-
-def bytes_of(folder: Path, files: Iterable[str]) -> int:
-    return sum((folder / file).stat().st_size for file in files)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def _test(args: argparse.Namespace) -> None:
     samples = RuntimeConfig.read(folder).read_audio(args.audio)
     genai = GenAI(folder)
     checksums = f"{listed} files have the checksums of its manifest" if listed else "no manifest with checksums"
-    stages.report("GenAI has loaded", str(folder), checksums)
+    stages.print_stage("GenAI has loaded", str(folder), checksums)
 
     tokens = genai.transcribe(samples)
     if not tokens:
@@ -54,14 +54,14 @@ def _test(args: argparse.Namespace) -> None:
             f"expected tokens that spell words, got {tokens}, whose text is empty; export the tokenizer again"
         )
     seconds = len(samples) / genai.config.sample_rate
-    stages.report("GenAI transcribes", f"{len(tokens)} tokens from {seconds:.1f} s of audio", repr(text))
+    stages.print_stage("GenAI transcribes", f"{len(tokens)} tokens from {seconds:.1f} s of audio", repr(text))
 
     check_tokenizer(genai, folder, tokens)
-    stages.report("tokenizer", "GenAI, tokenizer.json and vocab.txt give the same words, which encoding keeps")
+    stages.print_stage("tokenizer", "GenAI, tokenizer.json and vocab.txt give the same words, which encoding keeps")
 
     baseline = RawOrt(folder).transcribe(genai.features(samples)).tokens
     check_same_tokens(tokens, baseline)
-    stages.report("plain ONNX Runtime", f"gives the same {len(baseline)} tokens")
+    stages.print_stage("plain ONNX Runtime", f"gives the same {len(baseline)} tokens")
 
 
 def check_tokenizer(genai: GenAI, folder: Path, tokens: list[int]) -> None:

@@ -33,18 +33,17 @@ from common.cli import Parser, run
 
 from common.cli import MODEL_DIR_HELP, default_model_dir
 from common.evaluate.engines import ComparedFolder, load_nemo, open_folders
-from common.evaluate.side_by_side import SideBySide, with_progress
+from common.evaluate.side_by_side import SideBySide
 from common.evaluate.subtitles import srt
-from common.evaluate.tables import ClipTables, print_corpus
+from common.evaluate.tables import print_corpus, transcribe_and_print
 from common.evaluate.text_rules import ids_of_other_words, text_rules
-from common.evaluate.transcripts import NEMO, ComparedClip, Comparison
+from common.evaluate.transcripts import ComparedClip, Comparison
 from common.evaluate.verdict import judge_texts, judge_times, judge_tokens, print_verdict, print_warnings
 from common.folder.outputs import check_outputs, is_standard_output, json_text, write_output
 from common.layouts.genai import genai_folder
 from common.run.clips import Clip, read_clips
 
 SAMPLE = Path(__file__).resolve().parent / "samples" / "jfk.wav"
-MAX_PRINTED_CLIPS = 20  # transcripts of more clips than a person reads are in the --json file alone
 MANIFEST_HELP = """NeMo manifest: JSON lines with audio_filepath and text, and offset and duration in seconds where a
 clip is a segment of its file"""
 JSON_HELP = """write every transcript and figure to FILE; - is the standard output, and all else is then printed to
@@ -105,7 +104,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         frame_seconds=config.frame_seconds,
     )
 
-    _transcribe(engines, comparison, print_times=args.timestamps)
+    transcribe_and_print(engines, comparison, print_times=args.timestamps)
     if len(clips) > 1 or args.manifest:
         print_corpus(comparison)
     if args.json:
@@ -119,30 +118,6 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     judge_texts(comparison)
     if nemo and with_times:
         judge_times(comparison, ids_of_other_words(nemo.sentencepiece_model))
-
-
-def _transcribe(engines: SideBySide, comparison: Comparison, *, print_times: bool) -> None:
-    """Let every engine transcribe every clip, and collect the differences; print tables of a few clips, and a progress
-    bar for many."""
-    pools = engines.read(comparison.clips)
-    if len(comparison.clips) > MAX_PRINTED_CLIPS:
-        for pool in with_progress(pools, len(comparison.clips)):
-            engines.transcribe(pool, lambda engine: None)
-            comparison.differences.extend(engines.differences(pool))
-        return
-    names = [name for each in comparison.engines for name in (each.genai, each.raw)]
-    tables = ClipTables(
-        names if engines.nemo is None else [NEMO, *names],
-        comparison.rules,
-        comparison.window_seconds,
-        comparison.frame_seconds,
-        words_of=names[1] if print_times else None,
-    )
-    for pool in pools:
-        tables.begin(pool)
-        engines.transcribe(pool, tables.engine_done)
-        tables.finish(pool)
-        comparison.differences.extend(engines.differences(pool))
 
 
 def _outputs(args: argparse.Namespace) -> list[Path]:

@@ -124,9 +124,9 @@ def make_talkative(source: Path, target: Path) -> None:
     bias, rate = find_blank_bias(raw, (encoded - mean) / scale)
     if not RATE[0] <= rate <= RATE[1]:
         raise RuntimeError(f"wanted {RATE[0]:g} to {RATE[1]:g} tokens a second, found {rate:.1f} at a bias of {bias}")
-    with staged_folder(target) as stage:
-        shutil.copytree(source, stage, dirs_exist_ok=True)
-        change_joint(stage, mean, scale, raw.config.blank_id, bias)
+    with staged_folder(target) as staging:
+        shutil.copytree(source, staging, dirs_exist_ok=True)
+        change_joint(staging, mean, scale, raw.config.blank_id, bias)
 
 
 def find_blank_bias(raw: RawOrt, encoded: np.ndarray) -> tuple[float, float]:

@@ -82,7 +82,7 @@ def recipe_a(checkpoint: Path, work_dir: Path, folder: Path, *flags: str) -> Non
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
-    with tempfile.TemporaryDirectory(dir=work_dir) as scratch, staged_folder(folder) as stage:
+    with tempfile.TemporaryDirectory(dir=work_dir) as scratch, staged_folder(folder) as staging:
         exported = Path(scratch) / ENCODER.file
         with process() as worker:  # NeMo and torch would stay in memory
             heads, width = worker.submit(_export_dynamo, checkpoint, exported).result()
@@ -93,7 +93,7 @@ def recipe_a(checkpoint: Path, work_dir: Path, folder: Path, *flags: str) -> Non
         quantizer = MatMulNBitsQuantizer(fused.model, algo_config=KQuantWeightOnlyQuantConfig(), **K_QUANT)
         del fused
         quantizer.process()
-        onnx.save(quantizer.model.model, stage / ENCODER.file, save_as_external_data=True, location=ENCODER.data_file)
+        onnx.save(quantizer.model.model, staging / ENCODER.file, save_as_external_data=True, location=ENCODER.data_file)
 
 
 def _export_dynamo(checkpoint: Path, path: Path) -> tuple[int, int]:
@@ -136,10 +136,10 @@ def recipe_s(checkpoint: Path, work_dir: Path, folder: Path) -> None:
 
     from common.checkpoint.nemo import load_model
 
-    with tempfile.TemporaryDirectory(dir=work_dir) as scratch, staged_folder(folder) as stage:
+    with tempfile.TemporaryDirectory(dir=work_dir) as scratch, staged_folder(folder) as staging:
         with chdir(scratch):  # the exporter leaves one loose file for each weight in the current folder
             load_model(checkpoint).encoder.export(ENCODER.file)
-        quantize_dynamic(Path(scratch) / ENCODER.file, stage / ENCODER.file, weight_type=QuantType.QUInt8)
+        quantize_dynamic(Path(scratch) / ENCODER.file, staging / ENCODER.file, weight_type=QuantType.QUInt8)
 
 
 def _run_script(script, arguments: list[str]) -> None:

@@ -192,13 +192,13 @@ def main(argv: list[str] | None = None) -> None:
     missing = [name for name in COMMANDS if not shutil.which(name)] + [name for name in MODULES if not find_spec(name)]
     if missing:
         raise SystemExit(f"error: wanted {', '.join(missing)}, found none; install them:\n{__doc__}")
-    with staged_folder(args.output_dir) as stage, ProcessPoolExecutor(CORES) as pool:
+    with staged_folder(args.output_dir) as staging, ProcessPoolExecutor(CORES) as pool:
         texts = [text for text, _ in zip(sentences(args.seed), range(args.sentences), strict=False)]
-        jobs = ([one] * len(texts) for one in (stage, args.seed))
+        jobs = ([one] * len(texts) for one in (staging, args.seed))
         spoken = pool.map(speak, *jobs, range(len(texts)), texts, chunksize=16)
         rows = list(tqdm(spoken, total=len(texts), unit="clip", disable=None))
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-        (stage / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (staging / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"wrote {args.output_dir}: {len(rows)} clips, {sum(row['duration'] for row in rows):.0f} s")
 
 

@@ -163,15 +163,18 @@ def silent_stderr() -> Iterator[None]:
         os.close(null)
 
 
+PrintStage = Callable[..., None]  # `Stages.print_stage`: is given what one stage has measured, as strings
+
+
 class Stages:
-    """Numbered one-line reports: `[2/4]  encoder.onnx  max|Δ| 3e-05 ≤ 1e-03  2.4 GB  19 s`."""
+    """One numbered line for each stage of a script: `[2/4]  encoder.onnx  max|Δ| 3e-05 ≤ 1e-03  2.4 GB  19 s`."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.done = 0
         self.since = time.perf_counter()
 
-    def report(self, *fields: str) -> None:
+    def print_stage(self, *fields: str) -> None:
         """Close the current stage: print its fields and the seconds since the previous one ended."""
         self.done += 1
         now = time.perf_counter()

@@ -64,10 +64,10 @@ class TestReplacing:
         return target
 
     def write(self, target: Path) -> None:
-        with staged_folder(target) as stage:
-            (stage.parent / "unpacked").mkdir()
+        with staged_folder(target) as staging:
+            (staging.parent / "unpacked").mkdir()
             for name in ("a.onnx", "b.onnx"):
-                (stage / name).write_text("new")
+                (staging / name).write_text("new")
 
     def read(self, target: Path) -> dict[str, str]:
         return {path.name: path.read_text() for path in target.rglob("*") if path.is_file()}
@@ -160,8 +160,8 @@ class TestReplacing:
         target = self.lay_out(tmp_path)
 
         def fail():
-            with staged_folder(target) as stage:
-                (stage / "a.onnx").write_text("half")
+            with staged_folder(target) as staging:
+                (staging / "a.onnx").write_text("half")
                 raise RuntimeError
 
         with pytest.raises(RuntimeError):

@@ -256,9 +256,9 @@ class TestPartsOfDifferentCheckpoints:
         (tmp_path / "models" / "sub").mkdir(parents=True)
         for name in ("a", "b", "sub/a", "sub/b"):
             (tmp_path / "models" / name).write_text("old")
-        with staged_folder(tmp_path / "models", ["a", "sub/b"]) as stage:
-            (stage / "sub").mkdir()
-            (stage / "sub" / "c").write_text("new")
+        with staged_folder(tmp_path / "models", ["a", "sub/b"]) as staging:
+            (staging / "sub").mkdir()
+            (staging / "sub" / "c").write_text("new")
         found = sorted(str(path.relative_to(tmp_path / "models")) for path in (tmp_path / "models").rglob("*"))
         assert found == ["b", "sub", "sub/a", "sub/c"]
 

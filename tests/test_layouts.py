@@ -295,9 +295,9 @@ def test_a_second_run_keeps_what_it_did_not_write_in_a_subfolder(tmp_path):
     folder.mkdir(parents=True)
     for name in ("encoder.onnx", "tokenizer.json"):
         (folder / name).write_text("old")
-    with staged_folder(folder.parent) as stage:
-        (stage / GENAI.runtime).mkdir()
-        (stage / GENAI.runtime / "encoder.onnx").write_text("new")
+    with staged_folder(folder.parent) as staging:
+        (staging / GENAI.runtime).mkdir()
+        (staging / GENAI.runtime / "encoder.onnx").write_text("new")
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
         "encoder.onnx": "new",
         "tokenizer.json": "old",

@@ -4,7 +4,7 @@ Every engine is given the same samples. NeMo computes its own features, and plai
 NeMo it is given GenAI's. GenAI always computes its own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,6 @@ from common.evaluate.differences import Difference, excused_by, first_difference
 from common.evaluate.engines import ComparedFolder, timed
 from common.evaluate.timestamps import TimedWord, timed_words
 from common.evaluate.transcripts import NEMO, ComparedClip, EngineDifference, Transcript
-from common.progress import progress_bar
 from common.run.decode import GENAI_RULE, NEMO_RULE, Hypothesis
 from common.run.genai import GenAI
 from common.run.nemo import Nemo, NemoTranscript
@@ -154,11 +153,3 @@ def _run_nemo(nemo: Nemo, recording: Recording, *, with_times: bool) -> None:
 
 def _difference_from(reference: NemoTranscript, actual: Hypothesis) -> Difference | None:
     return first_difference(reference.tokens, reference.frames, actual)
-
-
-def with_progress(pools: Iterable[Pool], clips: int) -> Iterator[Pool]:
-    """The pools, with a bar that counts the clips."""
-    with progress_bar(total=clips, task="transcribing", unit="clip") as bar:
-        for pool in pools:
-            yield pool
-            bar.update(len(pool))

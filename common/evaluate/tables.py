@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from common.evaluate.side_by_side import Pool
+from common.evaluate.side_by_side import Pool, SideBySide
 from common.evaluate.text_rules import TextRule
 from common.evaluate.timestamps import TimedWord
 from common.evaluate.transcripts import NEMO, ComparedClip, Comparison, EngineFigures
 from common.evaluate.wer import CONFIDENCE, WordErrorRate, no_rate, word_errors
+from common.progress import progress_bar
 
+MAX_PRINTED_CLIPS = 20  # transcripts of more clips than a person reads are in the --json file alone
 NONE = "–"  # stands for a figure where there is nothing to compare with
 CLIP_HEADER = ("engine", "RTFx", "WER", "against NeMo", "transcript")
 CORPUS_HEADER = ("engine", "RTFx", "WER", "normalised WER", "against NeMo", "clips with other tokens")
@@ -86,6 +88,35 @@ class ClipTables:
             transcript.text,
         )
         print(f"  {format_row(row, self.widths)}", flush=True)
+
+
+def transcribe_and_print(engines: SideBySide, comparison: Comparison, *, print_times: bool) -> None:
+    """Let every engine transcribe every clip of `comparison`, and collect the differences in it.
+
+    Prints a table for each of a few clips, with the times of its words where `print_times` asks for them; a progress
+    bar for many.
+    """
+    clips = comparison.clips
+    if len(clips) > MAX_PRINTED_CLIPS:
+        with progress_bar(total=len(clips), task="transcribing", unit="clip") as bar:
+            for pool in engines.read(clips):
+                engines.transcribe(pool, lambda engine: None)
+                comparison.differences.extend(engines.differences(pool))
+                bar.update(len(pool))
+        return
+    names = [name for each in comparison.engines for name in (each.genai, each.raw)]
+    tables = ClipTables(
+        names if engines.nemo is None else [NEMO, *names],
+        comparison.rules,
+        comparison.window_seconds,
+        comparison.frame_seconds,
+        words_of=names[1] if print_times else None,
+    )
+    for pool in engines.read(clips):
+        tables.begin(pool)
+        engines.transcribe(pool, tables.engine_done)
+        tables.finish(pool)
+        comparison.differences.extend(engines.differences(pool))
 
 
 def clip_percent(reference: str | None, transcript: str) -> str:

@@ -57,7 +57,7 @@ class ExportOptions:
 
     @property
     def stages(self) -> int:
-        """The number of reports of common/export/pipeline.py and of the checkpoint and the sizes before them."""
+        """How many stages common/export/pipeline.py prints."""
         conversion = 1 + len(GRAPHS) if self.is_float16 else 0
         return 2 + len(GRAPHS) + conversion
 

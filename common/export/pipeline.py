@@ -12,7 +12,7 @@ import numpy as np
 
 from common.checkpoint.format import format_of
 from common.checkpoint.spec import ModelSpec
-from common.cli import size_text
+from common.cli import PrintStage, size_text
 from common.contract import GRAPHS, Graph
 from common.export.options import ExportOptions
 from common.run.config import RuntimeConfig
@@ -26,7 +26,6 @@ AUDIO_SUFFIXES = (".flac", ".wav")
 
 References = Mapping[Graph, Sequence["Case"]]  # empty where nothing is to be verified
 Configure = Callable[[ModelSpec, Path], None]
-Report = Callable[..., None]  # is given what one stage has measured, as strings; see ExportOptions.stages
 
 
 def export_checkpoint(
@@ -36,7 +35,7 @@ def export_checkpoint(
     scratch: Path,
     clips: Sequence[Path],
     configure: Configure,
-    report: Report,
+    print_stage: PrintStage,
 ) -> tuple[ModelSpec, dict[str, Any]]:
     """Write the verified graphs into the folder `target`; return the checkpoint's numbers and the manifest's results.
 
@@ -50,7 +49,7 @@ def export_checkpoint(
     spec = ModelSpec.of(model)
     configure(spec, float32)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    report(
+    print_stage(
         checkpoint.name,
         f"{parameters / 1e6:.1f} M parameters",
         f"encoder of {spec.encoder_layers} layers, {spec.encoder_dim} wide",
@@ -58,13 +57,13 @@ def export_checkpoint(
     )
     references = export_graphs(model, float32, options)
     speech = speech_features(model, float32, clips) if options.is_float16 else []
-    report("exported", *(f"{graph.file} {graph_size(float32, graph)}" for graph in GRAPHS))
+    print_stage("exported", *(f"{graph.file} {graph_size(float32, graph)}" for graph in GRAPHS))
     del model
     gc.collect()  # NeMo's modules refer to each other; the model is half of the memory in use
-    parity = verify_graphs(float32, references, report)
+    parity = verify_graphs(float32, references, print_stage)
     if not options.is_float16:
         return spec, {"parity": parity}
-    return spec, {**convert_to_float16(float32, target, references, speech, report), "float32_parity": parity}
+    return spec, {**convert_to_float16(float32, target, references, speech, print_stage), "float32_parity": parity}
 
 
 def export_graphs(model: Any, folder: Path, options: ExportOptions) -> References:
@@ -86,7 +85,7 @@ def export_graphs(model: Any, folder: Path, options: ExportOptions) -> Reference
     return references
 
 
-def verify_graphs(folder: Path, references: References, report: Report) -> dict[str, Any]:
+def verify_graphs(folder: Path, references: References, print_stage: PrintStage) -> dict[str, Any]:
     """Run the float32 graphs in ONNX Runtime and compare them with NeMo: graph's file → record for the manifest.
 
     Raises ParityError for a graph that differs by more than the tolerance.
@@ -96,11 +95,11 @@ def verify_graphs(folder: Path, references: References, report: Report) -> dict[
     records = {}
     for graph in GRAPHS:
         if graph not in references:
-            report(graph.file, "not verified")
+            print_stage(graph.file, "not verified")
             continue
         parity = VERIFICATIONS[graph].check(folder, references[graph])
         records[graph.file] = parity.record()
-        report(graph.file, str(parity))
+        print_stage(graph.file, str(parity))
     return records
 
 
@@ -122,7 +121,7 @@ def speech_features(model: Any, folder: Path, clips: Sequence[Path]) -> list[np.
 
 
 def convert_to_float16(
-    source: Path, target: Path, references: References, speech: Sequence[np.ndarray], report: Report
+    source: Path, target: Path, references: References, speech: Sequence[np.ndarray], print_stage: PrintStage
 ) -> dict[str, Any]:
     """Convert the graphs of the float32 folder `source` into `target` and verify them; return the manifest's record.
 
@@ -135,7 +134,7 @@ def convert_to_float16(
 
     ranges = measure_ranges(source, speech)
     largest = max(max(values.values()) for values in ranges.values())
-    report(
+    print_stage(
         f"measured {len(speech)} clips of speech",
         f"the largest value inside the model is {largest:.0f}",
         f"float16 holds up to {LARGEST_FLOAT16:.0f}; operators with values from {LIMIT:.0f} on stay float32",
@@ -158,7 +157,7 @@ def convert_to_float16(
             fields.append(f"rounded as on a GPU: {rounded}")
         else:
             fields.append("not verified")
-        report(*fields)
+        print_stage(*fields)
     return {"parity": parity, "float16": float16}
 
 

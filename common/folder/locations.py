@@ -14,14 +14,14 @@ CHECKPOINT = "checkpoint"
 EXPORTED = "exported"
 
 
-def write_locations(stage: Path, target: Path, **paths: Path | None) -> None:
-    """Write into `stage`, which becomes `target`, where the files and folders `paths` lie, None left out.
+def write_locations(staging: Path, target: Path, **paths: Path | None) -> None:
+    """Write into `staging`, which becomes `target`, where the files and folders `paths` lie, None left out.
 
     The paths are relative to `target`, so that all of them may be moved together.
     """
     known = {name: _relative(path, target) for name, path in paths.items() if path is not None}
-    (stage / LOCATIONS).parent.mkdir(parents=True, exist_ok=True)
-    write_json(stage / LOCATIONS, known)
+    (staging / LOCATIONS).parent.mkdir(parents=True, exist_ok=True)
+    write_json(staging / LOCATIONS, known)
 
 
 def read_location(folder: Path, name: str) -> Path | None:

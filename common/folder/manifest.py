@@ -80,16 +80,16 @@ def is_float16(manifest: dict[str, Any]) -> bool:
     return bool(manifest.get("export", {}).get("flags", {}).get("precision") == "fp16")
 
 
-def write_manifest(stage: Path, manifest: dict[str, Any], section: str, content: dict[str, Any]) -> None:
-    """Write `manifest` into `stage` with `section` replaced by `content` and the versions of the installed packages.
+def write_manifest(staging: Path, manifest: dict[str, Any], section: str, content: dict[str, Any]) -> None:
+    """Write `manifest` into `staging` with `section` replaced by `content` and the versions of the installed packages.
 
-    The size and SHA-256 of each file of `stage` are added to those that it lists already, so call it last.
+    The size and SHA-256 of each file of `staging` are added to those that it lists already, so call it last.
     """
     written = {
-        path.name: fingerprint(path) for path in sorted(stage.iterdir()) if path.is_file() and path.name != MANIFEST
+        path.name: fingerprint(path) for path in sorted(staging.iterdir()) if path.is_file() and path.name != MANIFEST
     }
     files = dict(sorted({**manifest.get(FILES, {}), **written}.items()))
-    write_json(stage / MANIFEST, {**manifest, section: {**content, "versions": package_versions()}, FILES: files})
+    write_json(staging / MANIFEST, {**manifest, section: {**content, "versions": package_versions()}, FILES: files})
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

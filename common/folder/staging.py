@@ -65,18 +65,18 @@ def staged_folder(target: Path, removed: Collection[str] = ()) -> Iterator[Path]
 
     After an exception `target` is as it was. The new folder is complete, and on the disk, before one rename puts it in
     the place of the old one. It keeps the files of `target` that the block did not write, except those at the relative
-    paths `removed`. `stage.parent` is scratch space, which is removed with the stage; what a killed run left of both is
-    removed by the next run. Raises as check_output_dir and atomic.lock do, and OSError where the disk is full.
+    paths `removed`. The parent of the new folder is scratch space, which is removed with it; what a killed run left of
+    both is removed by the next run. Raises as check_output_dir and atomic.lock do, and OSError where the disk is full.
     """
     check_output_dir(target)
     target = target.resolve()  # a link to the folder stays one
     target.parent.mkdir(parents=True, exist_ok=True)
     with lock(target) as scratch:
-        stage = scratch / "new"
+        staging = scratch / "new"
         try:
-            stage.mkdir()
-            yield stage
-            replace_folder(target, stage, {target / path for path in removed})
+            staging.mkdir()
+            yield staging
+            replace_folder(target, staging, {target / path for path in removed})
         except OSError as error:
             if error.errno in DISK_ERRORS or SHORT_WRITE in str(error):
                 raise OSError(f"cannot write to {target} ({error}); nothing was changed; make room") from error

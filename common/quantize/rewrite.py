@@ -5,7 +5,7 @@ Weights are mapped, never loaded as a whole: a pass holds the one tensor a threa
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from common.cli import size_text
+from common.cli import PrintStage, size_text
 from common.contract import encoder_weights
 from common.folder.onnx_files import load
 from common.folder.onnx_graph import computed_from, input_of, name_of, tensor_of
@@ -43,14 +43,14 @@ class OptimizedEncoder:
 
 
 def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated: Calibrated[P] | None,
-                   report: Callable[..., None]) -> OptimizedEncoder:  # fmt: skip
-    """Fuse and quantize the float32 encoder at `path`, exported for `device`, with one `report` of fields a stage.
+                   print_stage: PrintStage) -> OptimizedEncoder:  # fmt: skip
+    """Fuse and quantize the float32 encoder at `path`, exported for `device`, with one call of `print_stage` a stage.
 
     calibrated: from `QuantMethod.calibrate`, of the same checkpoint; None without speech.
     Raises ValueError where the encoder has no float32 matrices, or one whose role is not declared.
     """
     model, fused = fuse(path) if options.fuses(device) else (load(path), Counter[str]())
-    report("fusion", _fusion_text(fused, options, device), f"{len(model.graph)} nodes")
+    print_stage("fusion", _fusion_text(fused, options, device), f"{len(model.graph)} nodes")
     plan: Plan = {}
     stored: dict[str, Stored] = {}
     initializers, method = model.graph.initializers, options.method
@@ -62,7 +62,7 @@ def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated
         stored = quantize_weights(model, plan, method, options, calibrated.weights if calibrated else {})
     encoder = OptimizedEncoder(model, fused, stored, calibrated.sensitivity if calibrated else None)
     counts = "  ".join(f"{count} weights at {bits} bits" for bits, count in encoder.weights_by_bits.items())
-    report(options.description or "quantization", counts or "skipped", f"{size_text(float32_bytes)} left float32")
+    print_stage(options.description or "quantization", counts or "skipped", f"{size_text(float32_bytes)} left float32")
     return encoder
 
 

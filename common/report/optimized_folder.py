@@ -4,18 +4,18 @@ import contextlib
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.cli import EXPORT_COMMAND, size_text
+from common.cli import EXPORT_COMMAND, PrintStage, size_text
 from common.evaluate import word_limit
 from common.evaluate.word_limit import EvaluatedClip, WordErrors
 from common.folder.locations import CHECKPOINT, read_location, write_locations
 from common.folder.manifest import fingerprint, is_float16, read_manifest, verify_files, write_manifest
 from common.folder.onnx_files import of_one_name, save_model
-from common.folder.staging import check_output_dir
+from common.folder.staging import check_output_dir, state_needs
 from common.layouts.identity import check_one_checkpoint
 from common.layouts.layout import Layout, check_same_layouts
 from common.progress import progress
@@ -27,7 +27,12 @@ from common.report.card import write_card
 from common.report.report import REPORT_HTML, PageWriter, QuantizedWeights, make_evaluation, make_report, write_report
 from common.run.clips import Clip
 
-Report = Callable[..., None]  # prints what one step of the script has measured
+# Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, when they are compared.
+MEMORY_FACTOR = 1.3
+CALIBRATION_MEMORY_FACTOR = 2.25
+# What the libraries take, measured on the tiny checkpoint, and those that read and transcribe speech in addition.
+MEMORY_OF_IMPORTS = 160e6  # bytes
+MEMORY_OF_SPEECH = 80e6  # bytes
 
 
 def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> None:
@@ -58,6 +63,22 @@ def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> 
         check_one_checkpoint(folder, layout)
 
 
+def state_needs_of_folders(source: Path, target: Path, layouts: Mapping[str, Layout], options: OptimizeOptions) -> None:
+    """Print what optimizing the subfolders `layouts` of `source` needs. Raises OSError as state_needs does."""
+    encoder = max(bytes_of(source / name, layout.encoder.files) for name, layout in layouts.items())
+    factor = CALIBRATION_MEMORY_FACTOR if options.calibration_manifest else MEMORY_FACTOR
+    memory = MEMORY_OF_IMPORTS + factor * encoder
+    if options.calibration_manifest or options.eval_manifest:
+        memory += MEMORY_OF_SPEECH
+    # As much as the sources, though the result is smaller: one whose weights are shared is copied, and then removed.
+    disk = sum(bytes_of(source / name, layout.files) for name, layout in layouts.items())
+    state_needs(f"encoder.onnx ({size_text(encoder)})", memory, disk, target)
+
+
+def bytes_of(folder: Path, files: Iterable[str]) -> int:
+    return sum((folder / file).stat().st_size for file in files)
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     """One model folder that is being optimized."""
@@ -80,7 +101,7 @@ class ModelFolder:
 
     def bytes_in(self, folder: Path) -> int:
         """Size of the encoder's files in `folder`."""
-        return sum((folder / file).stat().st_size for file in self.layout.encoder.files)
+        return bytes_of(folder, self.layout.encoder.files)
 
 
 @contextlib.contextmanager
@@ -113,7 +134,7 @@ def finish_folder(
     options: OptimizeOptions,
     clips: list[Clip],
     write_page: PageWriter,
-    report: Report,
+    print_stage: PrintStage,
 ) -> None:
     """Write the encoder and the other files of the folder into its staging folder.
 
@@ -124,15 +145,15 @@ def finish_folder(
     save_model(encoder.model, folder.staging / layout.encoder.file)
     before = folder.bytes_in(folder.source)
     after = folder.bytes_in(folder.staging)
-    report("encoder", f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
+    print_stage("encoder", f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
     floor = MIN_SQNR_DB if encoder.stored else MIN_FLOAT_SQNR_DB
     ratio = compare(folder.source, folder.staging, floor, layout.encoder)
-    report("against the exported encoder, on noise", _ratio_text(ratio, quantized=bool(encoder.stored)))
-    tokens = _quantize_tokens(folder, options, report)
+    print_stage("against the exported encoder, on noise", _ratio_text(ratio, quantized=bool(encoder.stored)))
+    tokens = _quantize_tokens(folder, options, print_stage)
     for file in layout.files:
         if not (folder.staging / file).exists():
             shutil.copyfile(folder.source / file, folder.staging / file)
-    evaluation = _evaluate(folder, options, clips, report) if clips else Evaluation()
+    evaluation = _evaluate(folder, options, clips, print_stage) if clips else Evaluation()
 
     section = _manifest_section(folder, encoder, options, ratio, tokens, evaluation)
     weights = QuantizedWeights({layout.encoder.name: encoder.stored, **tokens.stored}, encoder.sensitivity)
@@ -147,7 +168,7 @@ def finish_folder(
     write_card(folder.staging, folder.target, layout)
     checkpoint = read_location(folder.source, CHECKPOINT)
     write_locations(folder.staging, folder.target, checkpoint=checkpoint, exported=folder.source)
-    report("report", str(folder.target / REPORT_HTML))
+    print_stage("report", str(folder.target / REPORT_HTML))
 
 
 def _ratio_text(ratio: float, *, quantized: bool) -> str:
@@ -158,17 +179,17 @@ def _ratio_text(ratio: float, *, quantized: bool) -> str:
     return f"SQNR {ratio:.1f} dB ({scale})"
 
 
-def _quantize_tokens(folder: ModelFolder, options: OptimizeOptions, report: Report) -> QuantizedTokenGraphs:
+def _quantize_tokens(folder: ModelFolder, options: OptimizeOptions, print_stage: PrintStage) -> QuantizedTokenGraphs:
     """Decoder and joint in 8 bits, where the options say so."""
     if not options.int8_tokens:
         return QuantizedTokenGraphs()
     layout, vocabulary = folder.layout, folder.layout.vocabulary_size(folder.source)
     tokens = quantize_token_graphs(folder.readable, folder.staging, layout.token_graphs, vocabulary, options)
-    report("decoder and joint, int8", *(f"{name} SQNR {ratio:.1f} dB" for name, ratio in tokens.sqnr_db.items()))
+    print_stage("decoder and joint, int8", *(f"{name} SQNR {ratio:.1f} dB" for name, ratio in tokens.sqnr_db.items()))
     return tokens
 
 
-def _evaluate(folder: ModelFolder, options: OptimizeOptions, clips: list[Clip], report: Report) -> Evaluation:
+def _evaluate(folder: ModelFolder, options: OptimizeOptions, clips: list[Clip], print_stage: PrintStage) -> Evaluation:
     """Transcribe the clips with both models, and print the word error rates. Raises as word_limit.judge does."""
     assert options.eval_manifest is not None, "clips come from --eval_manifest"
 
@@ -177,7 +198,7 @@ def _evaluate(folder: ModelFolder, options: OptimizeOptions, clips: list[Clip], 
 
     transcribed = word_limit.transcribe_with_both(folder.source, folder.staging, options.eval_manifest, clips, bar)
     table = word_limit.word_table(transcribed)
-    report(f"{len(clips)} clips", str(table[0]))
+    print_stage(f"{len(clips)} clips", str(table[0]))
     word_limit.print_word_errors(table, transcribed)
     if options.max_wer_increase is not None:
         word_limit.judge(table, options.max_wer_increase)
