@@ -54,6 +54,7 @@ class StressTest:
     texts: Sequence[str | None]  # of the clips
     engines: Sequence[StressedEngine]
     baseline: str  # the float32 engine; its transcript of a clip without a text stands for the text
+    judged: str  # the engine that is held to a limit, and whose worst clips are listed
     features: Callable[[np.ndarray], np.ndarray]  # samples [N] → [M, T], for all engines
     config: RuntimeConfig
     kinds: Sequence[str] = ()  # of conditions; none: all

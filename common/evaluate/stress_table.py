@@ -102,10 +102,11 @@ def _seams(results: StressResults) -> Iterator[str]:
             )
 
 
-def worst_results(results: StressResults, judged: str) -> list[StressResult]:
-    """The results of engine `judged` with the most errors beyond the baseline's, or, where it is the baseline itself,
+def worst_results(results: StressResults) -> list[StressResult]:
+    """The results of the judged engine with the most errors beyond the baseline's, or, where it is the baseline itself,
     beyond its own on clean clips; those with none are left out."""
     baseline = {each.case: each for each in results.of_baseline}
+    judged = results.test.judged
 
     def excess(result: StressResult) -> int:
         if judged == results.test.baseline:
@@ -146,9 +147,10 @@ def write_worst(folder: Path, test: StressTest, worst: Sequence[StressResult]) -
     return paths
 
 
-def judge_stress(results: StressResults, judged: str, limit: float) -> None:
-    """Raise CheckError where engine `judged` misses, under any condition, more of the texts' words than the baseline
+def judge_stress(results: StressResults, limit: float) -> None:
+    """Raise CheckError where the judged engine misses, under any condition, more of the texts' words than the baseline
     does and `limit` percentage points."""
+    judged = results.test.judged
     rows = [row for row in stress_rows(results) if row.engine == judged and row.points is not None]
     if not rows:
         raise CheckError("expected clips with words to judge by, got none, so nothing was compared")
