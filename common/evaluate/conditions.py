@@ -177,21 +177,22 @@ def white_noise(speech: Speech, clip: int, draw: np.random.Generator) -> np.ndar
 
 @dataclass(frozen=True)
 class Joined(Condition):
-    """Clips one after the other until they last `seconds` or a little longer; the last group begins again with the
-    first clip where they end."""
+    """Clips one after the other until they last `seconds` or a little longer."""
 
     seconds: float
     pause: float = 0.0  # seconds of silence after each clip
+    repeats: bool = True  # whether the last group goes on with the first clip where they end, to be as long
 
     def groups(self, durations: Sequence[float]) -> Iterator[tuple[int, ...]]:
-        order = itertools.cycle(range(len(durations)))
+        clips = range(len(durations))
+        order = itertools.cycle(clips) if self.repeats else iter(clips)
         used = 0
         while used < len(durations):
             group: list[int] = []
             length = 0.0
-            while length < self.seconds:
-                group.append(next(order))
-                length += durations[group[-1]] + self.pause
+            while length < self.seconds and (clip := next(order, None)) is not None:
+                group.append(clip)
+                length += durations[clip] + self.pause
             used += len(group)
             yield tuple(group)
 
@@ -256,7 +257,7 @@ CONDITIONS: tuple[Condition, ...] = (
     *(Noisy(f"babble, {db} dB", "noise", db, babble, needs_others=True) for db in (20, 12, 5)),
     Altered("telephone, 8 kHz", "telephone", telephone),
     *(Altered(f"speed {speed}", "speed", _per_sample(partial(at_speed, speed=speed))) for speed in (0.9, 1.1)),
-    *(Cut(f"cut to {piece} s", "cut", CUT_SECONDS, piece=piece) for piece in range(5, 15)),
+    *(Cut(f"cut to {piece} s", "cut", CUT_SECONDS, repeats=False, piece=piece) for piece in range(5, 15)),
     *(Joined(f"joined to {s} s", "join", s) for s in (30, 60, 120)),
     *(Joined(f"joined to {s} s, with pauses", "join", s, PAUSE_SECONDS) for s in (30, 60, 120)),
 )

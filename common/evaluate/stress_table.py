@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from common.evaluate.wer import NO_WORDS, WordCounts
 from common.evaluate.word_limit import marked_changes
 
 MAX_WORST = 10  # clips that are listed
+MAX_LINE = 300  # characters of the words of one
 HEADER = (
     *("condition", "engine", "clean: lost", "added", "changed", "text: lost", "added", "changed", "missed"),
     *("empty", "silent"),
@@ -118,7 +120,8 @@ def worst_results(results: StressResults) -> list[StressResult]:
 
 
 def print_worst(results: StressResults, worst: Sequence[StressResult]) -> None:
-    """A line for each, with the words of the baseline, or of the clean clips, and what stands for them."""
+    """A line for each, with the words of the baseline, or of the clean clips, and what stands for them; the beginning
+    of long ones."""
     test = results.test
     baseline = {each.case: each.transcript for each in results.of_baseline}
     for number, each in enumerate(worst, 1):
@@ -128,7 +131,8 @@ def print_worst(results: StressResults, worst: Sequence[StressResult]) -> None:
             one if one == other else f"[{one or '–'} → {other or '–'}]"
             for one, other in marked_changes(before, each.transcript)
         )
-        print(f"  {number}. {each.condition.name}, {test.name_of(each.group)}: {changes}")
+        shown = textwrap.shorten(changes, MAX_LINE, placeholder=" …")
+        print(f"  {number}. {each.condition.name}, {test.name_of(each.group)}: {shown}")
 
 
 def write_worst(folder: Path, test: StressTest, worst: Sequence[StressResult]) -> list[Path]:
@@ -139,7 +143,7 @@ def write_worst(folder: Path, test: StressTest, worst: Sequence[StressResult]) -
     paths = []
     for number, each in enumerate(worst, 1):
         takes = test.takes(each.condition, each.group)
-        name = re.sub(r"[^\w.,-]+", "_", f"{number:02} {each.condition.name} {Path(test.names[each.group[0]]).stem}")
+        name = re.sub(r"[^\w.,-]+", "_", f"{number:02} {each.condition.name} {test.names[each.group[0]]}").strip("_")
         for piece, take in enumerate(takes, 1):
             path = folder / f"{name}{f'_{piece}' if len(takes) > 1 else ''}.wav"
             soundfile.write(path, take.samples, test.config.sample_rate, subtype="FLOAT")
