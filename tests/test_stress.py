@@ -1,10 +1,17 @@
 """The conditions of a stress test do to the audio what they say; the table counts words; a folder ruined so that only
 stress shows it is found."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import soundfile
+from onnx import TensorProto, helper, numpy_helper
 
+import optimize_encoder
+import test_real_speech
 from common.evaluate.conditions import (
     CLEAN,
     CONDITIONS,
