@@ -12,6 +12,7 @@ its turn; weights that turn out equal are shared again.
     python optimize_encoder.py --model_dir ./onnx_models --output_dir ./onnx_models_optimized
     python optimize_encoder.py --quant_method int8 --decoder_joint_precision int8 --output_dir ./onnx_models_int8
     python optimize_encoder.py --eval_manifest samples/manifest.jsonl --max_wer_increase 0.5
+    python optimize_encoder.py --eval_manifest samples/manifest.jsonl --stress --max_lost_words 2
 """
 
 import argparse
@@ -24,6 +25,7 @@ from common.cli import Command, Parser, PrintStage, Stages, run, warn
 # isort: split
 
 from common.evaluate.manifests import read_speech_manifests
+from common.evaluate.stress_run import StressOptions, add_stress_flags
 from common.folder.onnx_files import share_equal_data
 from common.folder.staging import staged_folder
 from common.layouts.layout import layouts_in
@@ -35,6 +37,7 @@ from common.quantize.method import Calibrated, P, QuantMethod
 from common.quantize.options import TOKEN_PRECISIONS, OptimizeOptions
 from common.quantize.rewrite import optimize_graph
 from common.report.optimized_folder import (
+    EvaluationSpeech,
     ModelFolder,
     check_folders,
     finish_folder,
@@ -90,6 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "after it, which is faster on a GPU; on a CPU 4-bit encoders are 6 to 10 %% faster without it, and "
              f"{never_fused} is not fused")  # fmt: skip
     add("--skip_quantization", action="store_true", help="leave the weights float32")
+    add_stress_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -100,6 +104,10 @@ def main(argv: list[str] | None = None) -> int:
 def _optimize(args: argparse.Namespace) -> None:
     options = OptimizeOptions(**{field.name: getattr(args, field.name) for field in fields(OptimizeOptions)})
     options.validate()
+    stress = StressOptions(**{field.name: getattr(args, field.name) for field in fields(StressOptions)})
+    stress.validate()
+    if stress.stress is not None and options.eval_manifest is None:
+        raise ValueError("--stress expects --eval_manifest, the clips to stress the model with, got none")
     source, target = args.model_dir, args.output_dir
     layouts = layouts_in(source)
     check_folders(source, target, layouts)
@@ -111,7 +119,8 @@ def _optimize(args: argparse.Namespace) -> None:
         warn(advice)
 
     per_folder = STAGES + options.int8_tokens
-    print_stage = Stages(bool(calibration) + len(layouts) * per_folder + bool(evaluation)).print_stage
+    stressed = stress.stress is not None
+    print_stage = Stages(bool(calibration) + len(layouts) * per_folder + bool(evaluation) + stressed).print_stage
     with staged_folder(target) as staging:
         calibrated = None
         if options.method and calibration and speech_folder is not None:
@@ -122,8 +131,8 @@ def _optimize(args: argparse.Namespace) -> None:
                 print(f"{name}:")
             with open_folder(layout, name, source, target, staging) as folder:
                 encoder = optimize_graph(folder.encoder, options, folder.device, calibrated, print_stage)
-                clips = evaluation if layout.measures_speech else []
-                finish_folder(folder, encoder, options, clips, write_page, print_stage)
+                speech = EvaluationSpeech(evaluation if layout.measures_speech else [], stress)
+                finish_folder(folder, encoder, options, speech, write_page, print_stage)
         share_equal_data([staging / name for name in layouts])
     if advice := options.fusion_advice(folder.device):
         print(advice)

@@ -3,26 +3,32 @@
 In: a model folder; clips (any format, rate and channels that libsndfile reads), or a NeMo manifest of clips with text.
 Out: for each clip, or over all clips, a table: engine, speed, word error rate against the text and against NeMo,
 transcript. All engines are given the same samples: mono, resampled once to the model's rate. NeMo computes its own
-features and plain ONNX Runtime is given those (with --skip_nemo: GenAI's); GenAI computes its own. With an optimized
-folder the exported one that it was made from is compared, too. NeMo's row is NeMo's own text, GenAI's rows are GenAI's,
-and those of plain ONNX Runtime are what Hugging Face's `tokenizers` makes of its tokens.
+features and plain ONNX Runtime is given those (without NeMo: GenAI's); GenAI computes its own. With an optimized folder
+the exported one that it was made from is compared, too. NeMo's row is NeMo's own text, GenAI's rows are GenAI's, and
+those of plain ONNX Runtime are what Hugging Face's `tokenizers` makes of its tokens.
+
+With --stress instead: what is lost where speech is hard, of NeMo and of the folders in plain ONNX Runtime: the clips
+quiet, clipped, with silence, in noise, by telephone, fast and slow, cut and joined (common/evaluate/conditions.py).
 
 Exit status 1 when float32 ONNX differs from NeMo in a token for no listed reason, or in a word's time by more than one
 encoder frame, or when an engine shows NeMo's own tokens as another text than NeMo does and no rule in
-common/evaluate/text_rules.py explains it.
+common/evaluate/text_rules.py explains it; with --stress, beyond --max_lost_words.
 
 Engines are loaded when their turn comes, and a line is printed as soon as one has transcribed a clip. Speed is that of
 an engine that has run before, features included; of a batch's time each clip has its share by length.
 
     python test_real_speech.py --audio my.wav --skip_nemo
+    python test_real_speech.py --audio my.wav --engines genai --folders optimized
     python test_real_speech.py --audio my.wav --skip_nemo --timestamps --srt my.srt
     python test_real_speech.py --manifest samples/manifest.jsonl
+    python test_real_speech.py --manifest samples/manifest.jsonl --skip_nemo --stress --max_lost_words 2
 """
 
 import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
 
@@ -32,13 +38,23 @@ from common.cli import Parser, run
 # isort: split
 
 from common.cli import MODEL_DIR_HELP, default_model_dir
-from common.evaluate.engines import ComparedFolder, load_nemo, open_folders
+from common.evaluate.engines import (
+    GENAI_ENGINE,
+    NEMO_ENGINE,
+    ONNX_ENGINE,
+    ComparedFolder,
+    add_engine_flags,
+    load_nemo,
+    open_folders,
+)
 from common.evaluate.side_by_side import SideBySide
-from common.evaluate.subtitles import srt
-from common.evaluate.tables import print_corpus, transcribe_and_print
+from common.evaluate.stress_run import StressOptions, add_stress_flags, stress_compared
+from common.evaluate.stress_table import judge_stress
+from common.evaluate.subtitles import FORMATS, subtitle_files
+from common.evaluate.tables import MAX_PRINTED_CLIPS, print_corpus, transcribe_and_print
 from common.evaluate.text_rules import ids_of_other_words, text_rules
 from common.evaluate.transcripts import ComparedClip, Comparison
-from common.evaluate.verdict import judge_texts, judge_times, judge_tokens, print_verdict, print_warnings
+from common.evaluate.verdict import judge_times, print_and_judge
 from common.folder.outputs import check_outputs, is_standard_output, json_text, write_output
 from common.layouts.genai import genai_folder
 from common.run.clips import Clip, read_clips
@@ -48,30 +64,38 @@ MANIFEST_HELP = """NeMo manifest: JSON lines with audio_filepath and text, and o
 clip is a segment of its file"""
 JSON_HELP = """write every transcript and figure to FILE; - is the standard output, and all else is then printed to
 the error output"""
-SRT_HELP = "write the words of one clip as subtitles to FILE; - as for --json"
 TIMESTAMPS_HELP = """print each word with its start and end in seconds, by plain ONNX Runtime (GenAI gives no times);
 with NeMo, compare them with NeMo's own"""
+SUBTITLE_HELP = """write subtitles: of one clip to the file PATH (- as for --json), of several to files in the folder
+PATH"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__ or "")
-    parser.add_argument("--model_dir", type=Path, help=MODEL_DIR_HELP)
+    add = parser.add_argument
+    add("--model_dir", type=Path, help=MODEL_DIR_HELP)
+    add_engine_flags(parser)
     reference = parser.add_mutually_exclusive_group()
     reference.add_argument("--model_name", help="NeMo reference (the checkpoint in manifest.json)")
     reference.add_argument("--skip_nemo", action="store_true", help="do without NeMo, which is then not even imported")
     clips = parser.add_mutually_exclusive_group()
     clips.add_argument("--audio", type=Path, nargs="+", default=[SAMPLE], help="clips (samples/jfk.wav)")
     clips.add_argument("--manifest", type=Path, help=MANIFEST_HELP)
-    parser.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP)
-    batch_help = "clips that plain ONNX Runtime takes at a time (%(default)s)"
-    parser.add_argument("--batch_size", type=int, default=1, help=batch_help)
-    parser.add_argument("--timestamps", action="store_true", help=TIMESTAMPS_HELP)
-    parser.add_argument("--srt", type=Path, metavar="FILE", help=SRT_HELP)
+    add("--json", type=Path, metavar="FILE", help=JSON_HELP)
+    add("--batch_size", type=int, default=1, help="clips that plain ONNX Runtime takes at a time (%(default)s)")
+    add("--timestamps", action="store_true", help=TIMESTAMPS_HELP)
+    for suffix in FORMATS:
+        add(f"--{suffix}", type=Path, metavar="PATH", help=SUBTITLE_HELP)
+    add_stress_flags(parser)
     args = parser.parse_args(argv)
+    args.engines -= {NEMO_ENGINE} if args.skip_nemo else set()
+    with_times = [f"--{name}" for name in ("timestamps", *FORMATS) if getattr(args, name)]
     if args.batch_size < 1:
         parser.error(f"argument --batch_size: expected 1 or more, got {args.batch_size}")
-    if args.srt and (args.manifest or len(args.audio) != 1):
-        parser.error("argument --srt: expected one clip, given with --audio, for one file of subtitles")
+    if not args.engines or (args.model_name and NEMO_ENGINE not in args.engines):
+        parser.error(f"argument --engines: expected {'nemo' if args.model_name else 'genai or onnx'}, got no such name")
+    if with_times and (ONNX_ENGINE not in args.engines or args.stress is not None):
+        parser.error(f"argument {with_times[0]}: expected onnx among --engines and no --stress, got otherwise")
     return args
 
 
@@ -82,19 +106,34 @@ def main(argv: list[str] | None = None) -> int:
 def _compare_beside_output(args: argparse.Namespace) -> None:
     """Compare; where a result goes to the standard output, to be read by a program, print to the error output."""
     stdout = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr if any(map(is_standard_output, _outputs(args))) else stdout):
+    to_stdout = any(is_standard_output(path) for path in (args.json, args.srt, args.vtt) if path)
+    with contextlib.redirect_stdout(sys.stderr if to_stdout else stdout):
         _compare(args, stdout)
 
 
 def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
     clips = [ComparedClip.of(clip) for clip in listed]
-    folders = open_folders(genai_folder(args.model_dir or default_model_dir()))
-    check_outputs(_outputs(args), _inputs(args, folders, clips))
-    folders[0].config.check_clips(clips)
-    config = folders[0].genai.config  # loads GenAI: what a folder lacks shows before NeMo takes its time
-    nemo = None if args.skip_nemo else load_nemo(args.model_name, folders[0])
-    with_times = args.timestamps or args.srt is not None
+    folders = open_folders(genai_folder(args.model_dir or default_model_dir()), args.engines, args.folders)
+    subtitles = subtitle_files({suffix: getattr(args, suffix) for suffix in FORMATS}, clips)
+    outputs = [args.json] if args.json else []
+    check_outputs([*outputs, *(file.path for file in subtitles)], _inputs(args, folders, clips))
+    stress = StressOptions(**{field.name: getattr(args, field.name) for field in fields(StressOptions)})
+    stress.validate()
+    config = folders[0].config
+    config.check_clips(clips)
+    if GENAI_ENGINE in args.engines and args.stress is None:
+        _ = folders[0].genai  # what a folder lacks shows before NeMo takes its time
+    nemo = load_nemo(args.model_name, folders[0]) if NEMO_ENGINE in args.engines else None
+    if args.stress is not None:
+        results = stress_compared(folders, nemo, clips, stress)
+        if args.json:
+            write_output(args.json, json_text(results.as_json()), stdout)
+        if stress.max_lost_words is not None:
+            judge_stress(results, stress.max_lost_words)
+        return
+
+    with_times = bool(args.timestamps or subtitles)
     engines = SideBySide(folders, nemo, args.batch_size, with_times)
     comparison = Comparison(
         clips=clips,
@@ -103,35 +142,25 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         window_seconds=config.chunk / config.sample_rate,
         frame_seconds=config.frame_seconds,
     )
-
     transcribe_and_print(engines, comparison, print_times=args.timestamps)
     if len(clips) > 1 or args.manifest:
         print_corpus(comparison)
     if args.json:
         write_output(args.json, json_text(comparison.as_json()), stdout)
-    if args.srt:
-        words = clips[0].transcripts[folders[0].engines.raw].words or []
-        write_output(args.srt, srt(words, config.frame_seconds), stdout)
-    print_warnings(comparison)
-    print_verdict(comparison)
-    judge_tokens(comparison.differences)
-    judge_texts(comparison)
+    elif len(clips) > MAX_PRINTED_CLIPS:
+        print("the transcripts of so many clips are not printed; --json FILE writes them")
+    for file in subtitles:
+        text = file.render(comparison.words(clips[file.clip]), config.frame_seconds)
+        write_output(file.path, text, stdout)
+    print_and_judge(comparison)
     if nemo and with_times:
         judge_times(comparison, ids_of_other_words(nemo.sentencepiece_model))
 
 
-def _outputs(args: argparse.Namespace) -> list[Path]:
-    return [path for path in (args.json, args.srt) if path]
-
-
 def _inputs(args: argparse.Namespace, folders: Sequence[ComparedFolder], clips: Sequence[Clip]) -> Iterator[Path]:
     """What is read, and must not be written over."""
-    if args.manifest:
-        yield args.manifest
-    if args.model_name:
-        yield Path(args.model_name)
-    for folder in folders:
-        yield from folder.files()
+    yield from (Path(path) for path in (args.manifest, args.model_name) if path)
+    yield from (file for folder in folders for file in folder.files())
     yield from (clip.path for clip in clips)
 
 

@@ -1,10 +1,12 @@
 """The engines of a comparison: NeMo, and each model folder in ONNX Runtime GenAI and in plain ONNX Runtime.
 
-An engine is loaded when it is first asked for, and runs once on noise then, since a first run allocates memory.
+An engine is loaded when it is first asked for, and runs once on noise then, since a first run allocates memory. Plain
+ONNX Runtime computes no features: it is given NeMo's, or else those of GenAI, which is then loaded for them.
 """
 
+import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -15,6 +17,7 @@ from tokenizers import Tokenizer
 from common.checkpoint.download import find_checkpoint
 from common.checkpoint.format import format_of
 from common.checkpoint.source import recorded_checkpoint
+from common.cli import Parser
 from common.evaluate.timestamps import Pieces
 from common.evaluate.transcripts import FolderEngines
 from common.folder.locations import CHECKPOINT, EXPORTED, read_location
@@ -27,17 +30,26 @@ from common.run.genai import GenAI
 from common.run.nemo import Nemo
 from common.run.ort import OpenGraph, OrtGraph
 
+# What --engines and --folders choose from.
+NEMO_ENGINE, GENAI_ENGINE, ONNX_ENGINE = ENGINES = ("nemo", "genai", "onnx")
+OPTIMIZED_FOLDER, EXPORTED_FOLDER, BOTH_FOLDERS = FOLDERS = ("optimized", "exported", "both")
+WARM_UP_FRAMES = 100  # of features
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class ComparedFolder:
-    """A model folder with both of its engines."""
+    """A model folder with the engines that run it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, engines: Collection[str] = ENGINES) -> None:
         self.path = path
         self.config = RuntimeConfig.read(path)
-        self.engines = FolderEngines(f"GenAI {path.name}", f"ONNX Runtime {path.name}", _is_float32(path))
+        self.engines = FolderEngines(
+            f"GenAI {path.name}" if GENAI_ENGINE in engines else None,
+            f"ONNX Runtime {path.name}" if ONNX_ENGINE in engines else None,
+            _is_float32(path),
+        )
 
     @cached_property
     def genai(self) -> GenAI:
@@ -48,7 +60,8 @@ class ComparedFolder:
     @cached_property
     def raw(self) -> RawOrt:
         raw = RawOrt(self.path)
-        raw.transcribe(self.genai.features(self.noise()))
+        mels = raw.encoder.session.get_inputs()[0].shape[1]
+        raw.transcribe(np.random.default_rng(0).standard_normal((mels, WARM_UP_FRAMES), dtype=np.float32))
         return raw
 
     @cached_property
@@ -86,18 +99,54 @@ def _is_float32(folder: Path) -> bool:
     return bool(flags.get("skip_quantization")) and flags.get("decoder_joint_precision", "fp32") == "fp32"
 
 
-def open_folders(path: Path) -> list[ComparedFolder]:
+def open_folders(path: Path, engines: Collection[str] = ENGINES, folders: str = BOTH_FOLDERS) -> list[ComparedFolder]:
     """The folder at `path`, and the exported folder that it was optimized from, where that is still there.
 
+    engines: of ENGINES, those to run.
+    folders: of FOLDERS; either of them alone must be there.
     Raises ValueError or FileNotFoundError, naming the command that repairs it, where a folder lacks a file or holds
     parts of different checkpoints.
     """
-    exported = read_location(path, EXPORTED)
-    paths = [path, exported.resolve()] if exported and exported.is_dir() else [path]
+    paths = _chosen_folders(path, folders)
     for each in paths:
         check_one_checkpoint(each)
         check_same_checkpoint(path, each)
-    return [ComparedFolder(each) for each in paths]
+    return [ComparedFolder(each, engines) for each in paths]
+
+
+def _chosen_folders(path: Path, folders: str) -> list[Path]:
+    is_optimized = "optimize" in read_manifest(path)
+    exported = read_location(path, EXPORTED)
+    beside = [exported.resolve()] if exported and exported.is_dir() else []
+    if folders == BOTH_FOLDERS:
+        return [path, *beside]
+    if folders == OPTIMIZED_FOLDER and not is_optimized:
+        raise ValueError(f"--folders {folders} expects an optimized folder, got {path}, which is exported")
+    if folders == EXPORTED_FOLDER and is_optimized:
+        if not beside:
+            raise FileNotFoundError(
+                f"expected the exported folder that {path} was optimized from, found none; name it as --model_dir"
+            )
+        return beside
+    return [path]
+
+
+def engine_names(text: str) -> frozenset[str]:
+    """The value of --engines. Raises ArgumentTypeError for a name that is not one of ENGINES."""
+    names = frozenset(text.split(","))
+    if not names <= {*ENGINES}:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(ENGINES)}, got {text}")
+    return names
+
+
+def add_engine_flags(parser: Parser) -> None:
+    """--engines and --folders."""
+    parser.add_argument("--engines", type=engine_names, metavar="LIST", default=",".join(ENGINES),
+                        help="which to run, with commas between them (%(default)s); onnx without nemo is given the "
+                             "features of GenAI, which is loaded for them")  # fmt: skip
+    parser.add_argument("--folders", choices=FOLDERS, default=BOTH_FOLDERS,
+                        help="the optimized folder, the exported one that it was made from, or both where they are "
+                             "there (%(default)s)")  # fmt: skip
 
 
 def load_nemo(model_name: str | None, folder: ComparedFolder) -> Nemo:

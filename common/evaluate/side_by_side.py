@@ -32,11 +32,11 @@ class Recording:
     reference: NemoTranscript | None = None  # NeMo's, where its tokens and frames must be met
     traced: dict[str, Hypothesis] = field(default_factory=dict)  # by the name of an engine on plain ONNX Runtime
 
-    def compute_features(self, source: GenAI | Nemo) -> np.ndarray:
-        """Features [M, T] by the first source that is asked; those after it are given the same."""
+    def compute_features(self, source: Callable[[], GenAI | Nemo]) -> np.ndarray:
+        """Features [M, T] by the first source that is asked; those after it are given the same, and not loaded."""
         if self.features is not None:
             return self.features
-        features, self.features_seconds = timed(source.features, self.samples)
+        features, self.features_seconds = timed(source().features, self.samples)
         self.features = features
         return features
 
@@ -77,28 +77,29 @@ class SideBySide:
                 _run_nemo(self.nemo, recording, with_times=self.with_times)
             on_engine(NEMO)
         for folder in self.folders:
-            for recording in pool:
-                tokens, seconds = timed(folder.genai.transcribe, recording.samples)
-                transcript = Transcript(tokens, folder.genai.text(tokens), seconds)
-                recording.clip.transcripts[folder.engines.genai] = transcript
-            on_engine(folder.engines.genai)
-            self._run_raw(folder, pool)
-            on_engine(folder.engines.raw)
+            if name := folder.engines.genai:
+                for recording in pool:
+                    tokens, seconds = timed(folder.genai.transcribe, recording.samples)
+                    recording.clip.transcripts[name] = Transcript(tokens, folder.genai.text(tokens), seconds)
+                on_engine(name)
+            if name := folder.engines.raw:
+                self._run_raw(folder, name, pool)
+                on_engine(name)
 
-    def _run_raw(self, folder: ComparedFolder, pool: Pool) -> None:
+    def _run_raw(self, folder: ComparedFolder, name: str, pool: Pool) -> None:
         """Plain ONNX Runtime, in batches; each clip has its share of the time by its length."""
-        features = [recording.compute_features(folder.genai) for recording in pool]
+        features = [recording.compute_features(lambda: folder.genai) for recording in pool]
         rule = NEMO_RULE if self.nemo else GENAI_RULE
         hypotheses, seconds = timed(folder.raw.transcribe_all, features, rule, self.batch_size)
         per_second = seconds / sum(recording.clip.seconds for recording in pool)
         for recording, hypothesis in zip(pool, hypotheses, strict=True):
-            recording.clip.transcripts[folder.engines.raw] = Transcript(
+            recording.clip.transcripts[name] = Transcript(
                 hypothesis.tokens,
                 folder.raw_text(hypothesis.tokens),
                 recording.features_seconds + per_second * recording.clip.seconds,
                 timed_words(hypothesis.emitted, folder.pieces) if self.with_times else None,
             )
-            recording.traced[folder.engines.raw] = hypothesis
+            recording.traced[name] = hypothesis
 
     def differences(self, pool: Pool) -> list[EngineDifference]:
         """Where a float32 engine differs from NeMo; without NeMo, where GenAI differs from plain ONNX Runtime."""
@@ -114,19 +115,21 @@ class SideBySide:
         """GenAI computes features of its own, so it is compared with plain ONNX Runtime on those, by GenAI's rule, and
         that with NeMo. Without NeMo a batch of several clips is compared with each of them alone, too."""
         names, reference = folder.engines, recording.reference
-        traced = recording.traced[names.raw]
-        if reference:
+        traced = recording.traced[names.raw] if names.raw else None
+        if names.raw and traced and reference:
             yield from self._explained(recording, names.raw, _difference_from(reference, traced), traced)
-        tokens = recording.clip.transcripts[names.genai].tokens
-        if tokens == (reference.tokens if reference else None if self.nemo else traced.tokens):
+        if not names.genai or not (traced or reference):
             return
-        again = self.nemo or self.batch_size > 1  # otherwise plain ONNX Runtime has run on GenAI's features, alone
-        baseline = folder.raw.transcribe(folder.genai.features(recording.samples)) if again else traced
+        tokens = recording.clip.transcripts[names.genai].tokens
+        if tokens == (reference.tokens if reference else None if self.nemo or not traced else traced.tokens):
+            return
+        alone = traced if not self.nemo and self.batch_size == 1 else None  # on GenAI's features, in no batch
+        baseline = alone or folder.raw.transcribe(folder.genai.features(recording.samples))
         difference = first_token_difference(baseline, tokens)
         if reference and difference is None:
             difference = _difference_from(reference, baseline)
         yield from self._explained(recording, names.genai, difference, baseline)
-        if not self.nemo:
+        if names.raw and traced and not self.nemo:
             in_batch = first_difference(baseline.tokens, baseline.frames, traced)
             yield from self._explained(recording, names.raw, in_batch, traced)
 
@@ -135,14 +138,15 @@ class SideBySide:
     ) -> Iterator[tuple[str, Difference]]:
         """The difference, if there is one; with NeMo, excused only by NeMo's own decisions."""
         if difference and difference.excuse and self.nemo:
-            reference = self.nemo.trace(recording.compute_features(self.nemo))
+            nemo = self.nemo
+            reference = nemo.trace(recording.compute_features(lambda: nemo))
             difference = excused_by(reference, difference, actual)
         if difference:
             yield engine, difference
 
 
 def _run_nemo(nemo: Nemo, recording: Recording, *, with_times: bool) -> None:
-    features = recording.compute_features(nemo)
+    features = recording.compute_features(lambda: nemo)
     reference, seconds = timed(nemo.transcribe, features)
     words = [TimedWord(*word) for word in nemo.words(features)] if with_times else None
     seconds += recording.features_seconds

@@ -1,10 +1,15 @@
-"""Subtitles in SubRip's format (.srt) from words with their times."""
+"""Subtitles from words with their times, in SubRip's format (.srt) and in WebVTT (.vtt, W3C)."""
 
+import html
 import itertools
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from common.evaluate.timestamps import TimedWord
+from common.folder.outputs import is_standard_output
+from common.run.clips import Clip
 
 # Subtitles as broadcasters set them (Netflix Timed Text Style Guide): two lines of 42 characters, 5/6 s to 7 s.
 LINE_CHARACTERS = 42
@@ -40,19 +45,69 @@ def _lines(cue: Sequence[TimedWord]) -> list[str]:
 
 
 def srt(words: Sequence[TimedWord], frame_seconds: float) -> str:
-    """SubRip subtitles; a short cue stays for the shortest time, or until the next one."""
-    blocks = []
+    """SubRip subtitles."""
+    blocks = (
+        f"{number}\n{times}\n{text}\n" for number, (times, text) in enumerate(_timed_cues(words, frame_seconds, ","), 1)
+    )
+    return "\n".join(blocks)
+
+
+def vtt(words: Sequence[TimedWord], frame_seconds: float) -> str:
+    """WebVTT subtitles. `&`, `<` and `>` are written as references, since they would begin markup."""
+    blocks = (f"{times}\n{html.escape(text, quote=False)}\n" for times, text in _timed_cues(words, frame_seconds, "."))
+    return "\n".join(["WEBVTT\n", *blocks])
+
+
+def _timed_cues(words: Sequence[TimedWord], frame_seconds: float, point: str) -> Iterator[tuple[str, str]]:
+    """Start and end, and the lines of each cue; a short one stays for the shortest time, or until the next one.
+
+    point: what stands before the milliseconds.
+    """
     groups = list(cues(words, frame_seconds))
-    for number, (cue, following) in enumerate(itertools.zip_longest(groups, groups[1:]), 1):
+    for cue, following in itertools.zip_longest(groups, groups[1:]):
         start = cue[0].start * frame_seconds
         end = max(cue[-1].end * frame_seconds, start + MIN_CUE_SECONDS)
         if following:
             end = min(end, following[0].start * frame_seconds)
-        blocks.append("\n".join([str(number), f"{_clock(start)} --> {_clock(end)}", *_lines(cue), ""]))
-    return "\n".join(blocks)
+        yield f"{_clock(start, point)} --> {_clock(end, point)}", "\n".join(_lines(cue))
 
 
-def _clock(seconds: float) -> str:
-    """HH:MM:SS,mmm"""
+def _clock(seconds: float, point: str) -> str:
+    """HH:MM:SS,mmm, with `point` for the comma."""
     rest, milliseconds = divmod(round(1000 * seconds), 1000)
-    return f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02},{milliseconds:03}"
+    return f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}{point}{milliseconds:03}"
+
+
+Render = Callable[[Sequence[TimedWord], float], str]  # words, and the length of a frame in seconds
+FORMATS: dict[str, Render] = {"srt": srt, "vtt": vtt}  # by the suffix of their files
+
+
+@dataclass(frozen=True)
+class SubtitleFile:
+    """A file of subtitles to be written."""
+
+    path: Path
+    clip: int  # number of the clip
+    render: Render
+
+
+def subtitle_files(wanted: Mapping[str, Path | None], clips: Sequence[Clip]) -> list[SubtitleFile]:
+    """The files to write for formats with a path: that path for one clip, and for several clips files in that folder,
+    which is made here; they are named after the clip's file and, for a segment of it, where that begins.
+
+    Raises ValueError where several clips are given and the path is no folder.
+    """
+    files = []
+    for suffix, path in wanted.items():
+        if path is None:
+            continue
+        if len(clips) == 1:
+            files.append(SubtitleFile(path, 0, FORMATS[suffix]))
+            continue
+        if is_standard_output(path) or (path.exists() and not path.is_dir()):
+            raise ValueError(f"expected a folder for the subtitles of {len(clips)} clips, got {path}; name a folder")
+        path.mkdir(exist_ok=True)
+        for number, clip in enumerate(clips):
+            name = f"{clip.path.stem}{f'_{clip.offset:g}s' if clip.segment else ''}.{suffix}"
+            files.append(SubtitleFile(path / name, number, FORMATS[suffix]))
+    return files

@@ -14,7 +14,7 @@ MAX_PRINTED_CLIPS = 20  # transcripts of more clips than a person reads are in t
 NONE = "–"  # stands for a figure where there is nothing to compare with
 CLIP_HEADER = ("engine", "RTFx", "WER", "against NeMo", "transcript")
 CORPUS_HEADER = ("engine", "RTFx", "WER", "normalised WER", "against NeMo", "clips with other tokens")
-RTFX_MEANING = "RTFx: seconds of audio transcribed in one second, larger is faster"
+RTFX_MEANING = "RTFx: seconds of audio transcribed in one second, features included; larger is faster"
 
 
 def format_row(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -104,13 +104,13 @@ def transcribe_and_print(engines: SideBySide, comparison: Comparison, *, print_t
                 comparison.differences.extend(engines.differences(pool))
                 bar.update(len(pool))
         return
-    names = [name for each in comparison.engines for name in (each.genai, each.raw)]
+    names = [name for each in comparison.engines for name in each.names]
     tables = ClipTables(
         names if engines.nemo is None else [NEMO, *names],
         comparison.rules,
         comparison.window_seconds,
         comparison.frame_seconds,
-        words_of=names[1] if print_times else None,
+        words_of=comparison.engines[0].raw if print_times else None,
     )
     for pool in engines.read(clips):
         tables.begin(pool)

@@ -56,11 +56,16 @@ class ComparedClip(Clip):
 
 @dataclass(frozen=True)
 class FolderEngines:
-    """The names of the two engines that run a model folder."""
+    """The names of the engines that run a model folder; None for one that was not chosen."""
 
-    genai: str
-    raw: str  # plain ONNX Runtime
+    genai: str | None
+    raw: str | None  # plain ONNX Runtime
     is_float32: bool  # whether the folder is neither quantized nor float16, so that it must equal NeMo
+
+    @property
+    def names(self) -> list[str]:
+        """Of those that run, in their order."""
+        return [name for name in (self.genai, self.raw) if name is not None]
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,11 @@ class Comparison:
             wer_against_nemo=_error_rate([clip.texts(engine, self.rules) for clip in whole]),
             wer_against_nemo_of_several_windows=_error_rate([clip.texts(engine, self.rules) for clip in cut]),
         )
+
+    def words(self, clip: ComparedClip) -> list[TimedWord]:
+        """The words of a clip with their times, by plain ONNX Runtime on the folder named first."""
+        raw = self.engines[0].raw
+        return (clip.transcripts[raw].words or []) if raw else []
 
     def as_json(self) -> dict[str, Any]:
         """Every transcript, figure and difference, for --json."""

@@ -16,12 +16,20 @@ from common.evaluate.wer import high_error_warning
 TIMES_TOLERANCE = 1
 
 
+def print_and_judge(comparison: Comparison) -> None:
+    """Say what was compared, and with what result. Raises CheckError as judge_tokens and judge_texts do."""
+    print_warnings(comparison)
+    print_verdict(comparison)
+    judge_tokens(comparison.differences)
+    judge_texts(comparison)
+
+
 def print_warnings(comparison: Comparison) -> None:
     """A line for each engine without a word, and one where a float32 engine has most words wrong."""
     for engine in comparison.figures:
         if not any(clip.transcripts[engine].text.strip() for clip in comparison.clips):
             print(f"warning: every transcript of {engine} is empty, so its word errors mean nothing")
-    names = [each.raw for each in comparison.float32_engines] or [NEMO]
+    names = [name for each in comparison.float32_engines for name in reversed(each.names)] or [NEMO]
     rate = comparison.figures[names[0]].normalised_wer if names[0] in comparison.figures else None
     warning = high_error_warning(rate) if rate else None
     if warning:
@@ -35,7 +43,9 @@ def print_verdict(comparison: Comparison) -> None:
     reference = NEMO if comparison.with_nemo else "plain ONNX Runtime"
     compared = comparison.clips_of_one_window if comparison.with_nemo else comparison.clips
     if not comparison.float32_engines:
-        print("no float32 engine was compared: the folder is optimized, and the exported one is not beside it")
+        print("no float32 engine was compared: the exported folder is not beside the optimized one, or was not chosen")
+    elif not comparison.with_nemo and all(len(each.names) < 2 for each in comparison.float32_engines):
+        print("no engines were compared token for token: of each float32 folder one engine ran")
     elif compared:
         differing = {id(each.clip) for each in comparison.differences}  # not the path: a file may have several segments
         equal = sum(id(clip) not in differing for clip in compared)
@@ -84,9 +94,9 @@ def describe(each: EngineDifference) -> str:
 def judge_texts(comparison: Comparison) -> None:
     """Compare texts of equal tokens: each engine's with NeMo's own, and GenAI's with what `tokenizers` makes of plain
     ONNX Runtime's. Print what was compared; raise CheckError where they differ and no rule says why."""
-    pairs = [(each.raw, each.genai) for each in comparison.engines]
+    pairs = [(each.raw, each.genai) for each in comparison.engines if each.raw and each.genai]
     if comparison.with_nemo:
-        pairs = [(NEMO, name) for each in comparison.engines for name in (each.genai, each.raw)] + pairs
+        pairs = [(NEMO, name) for each in comparison.engines for name in each.names] + pairs
     explanations: list[list[str]] = []  # of each text that is compared with NeMo's own, the rules by which it differs
     wrong = []
     for clip in comparison.clips:
@@ -128,7 +138,7 @@ def judge_times(comparison: Comparison, ids_of_other_words: frozenset[int]) -> N
 
     Compared are clips of one window whose tokens are the same, without any of `ids_of_other_words` (text_rules.py).
     """
-    for raw in (each.raw for each in comparison.float32_engines):
+    for raw in (each.raw for each in comparison.float32_engines if each.raw):
         words = 0
         furthest = 0.0
         left_out: Counter[str] = Counter()

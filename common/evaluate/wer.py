@@ -47,14 +47,51 @@ def normalize(text: str) -> str:
     return " ".join(BasicTextNormalizer()(text.translate(PARENTHESES)).split())
 
 
-def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
-    """Substitutions + deletions + insertions (jiwer), and the words of the reference."""
+@dataclass(frozen=True)
+class WordCounts:
+    """Words of a transcript aligned with a reference."""
+
+    lost: int  # deletions
+    added: int  # insertions
+    changed: int  # substitutions
+    words: int  # of the reference
+
+    @property
+    def errors(self) -> int:
+        return self.lost + self.added + self.changed
+
+    @property
+    def missed(self) -> int:
+        """Words of the reference that are not in the transcript."""
+        return self.lost + self.changed
+
+    @property
+    def percent_missed(self) -> float:
+        return 100 * self.missed / max(self.words, 1)
+
+    def __add__(self, other: "WordCounts") -> "WordCounts":
+        return WordCounts(
+            self.lost + other.lost, self.added + other.added, self.changed + other.changed, self.words + other.words
+        )
+
+
+NO_WORDS = WordCounts(0, 0, 0, 0)
+
+
+def word_counts(reference: str, hypothesis: str) -> WordCounts:
+    """The words of an alignment with the fewest errors (jiwer)."""
     import jiwer
 
     if not reference.split():  # jiwer does not accept an empty reference; every word is an insertion
-        return len(hypothesis.split()), 0
+        return WordCounts(0, len(hypothesis.split()), 0, 0)
     counts = jiwer.process_words(reference, hypothesis)
-    return counts.substitutions + counts.deletions + counts.insertions, len(reference.split())
+    return WordCounts(counts.deletions, counts.insertions, counts.substitutions, len(reference.split()))
+
+
+def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
+    """Words lost, added and changed, and the words of the reference."""
+    counts = word_counts(reference, hypothesis)
+    return counts.errors, counts.words
 
 
 def word_error_rate(references: list[str], hypotheses: list[str], baseline: list[str] | None = None) -> WordErrorRate:

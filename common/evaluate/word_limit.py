@@ -152,8 +152,13 @@ def changed(clips: list[EvaluatedClip]) -> list[EvaluatedClip]:
 
 
 def marked(clip: EvaluatedClip) -> list[tuple[str, str]]:
-    """Runs of words of both transcripts as written; what is equal and far from any change is cut to an ellipsis."""
-    runs = word_changes(clip.float32, clip.optimized)
+    """Runs of words of both transcripts as written."""
+    return marked_changes(clip.float32, clip.optimized)
+
+
+def marked_changes(before: str, after: str) -> list[tuple[str, str]]:
+    """Runs of words of two transcripts; what is equal and far from any change is cut to an ellipsis."""
+    runs = word_changes(before, after)
     last = len(runs) - 1
     return [
         (shown, shown) if one == other and (shown := _shortened(one, first=i == 0, last=i == last)) else (one, other)

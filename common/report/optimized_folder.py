@@ -11,6 +11,8 @@ from typing import Any
 
 from common.cli import EXPORT_COMMAND, PrintStage, size_text
 from common.evaluate import word_limit
+from common.evaluate.stress_run import StressOptions, stress_optimized
+from common.evaluate.stress_table import StressRow, judge_stress, stress_rows
 from common.evaluate.word_limit import EvaluatedClip, WordErrors
 from common.folder.locations import CHECKPOINT, read_location, write_locations
 from common.folder.manifest import fingerprint, is_float16, read_manifest, verify_files, write_manifest
@@ -121,25 +123,33 @@ def open_folder(layout: Layout, name: str, source: Path, target: Path, staging: 
 
 
 @dataclass(frozen=True)
+class EvaluationSpeech:
+    """What a folder is evaluated on."""
+
+    clips: list[Clip]  # with texts; empty for no evaluation
+    stress: StressOptions
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The transcripts of both models and their error rates; empty where there are no evaluation clips."""
 
     clips: list[EvaluatedClip] = field(default_factory=list)
     table: list[WordErrors] = field(default_factory=list)
+    stress: list[StressRow] = field(default_factory=list)
 
 
 def finish_folder(
     folder: ModelFolder,
     encoder: OptimizedEncoder,
     options: OptimizeOptions,
-    clips: list[Clip],
+    speech: EvaluationSpeech,
     write_page: PageWriter,
     print_stage: PrintStage,
 ) -> None:
     """Write the encoder and the other files of the folder into its staging folder.
 
-    clips: to count word errors on, empty for none.
-    Raises CheckError where a graph does not agree with the exported one, or the word error rate rises beyond the limit.
+    Raises CheckError where a graph does not agree with the exported one, or more words are lost than a limit allows.
     """
     layout = folder.layout
     save_model(encoder.model, folder.staging / layout.encoder.file)
@@ -153,7 +163,7 @@ def finish_folder(
     for file in layout.files:
         if not (folder.staging / file).exists():
             shutil.copyfile(folder.source / file, folder.staging / file)
-    evaluation = _evaluate(folder, options, clips, print_stage) if clips else Evaluation()
+    evaluation = _evaluate(folder, options, speech, print_stage) if speech.clips else Evaluation()
 
     section = _manifest_section(folder, encoder, options, ratio, tokens, evaluation)
     weights = QuantizedWeights({layout.encoder.name: encoder.stored, **tokens.stored}, encoder.sensitivity)
@@ -163,6 +173,8 @@ def finish_folder(
         else None
     )
     content = make_report(folder.readable, folder.staging, layout.graphs, folder.manifest, section, weights, words)
+    if evaluation.stress:
+        content["stress"] = [asdict(row) for row in evaluation.stress]
     write_report(folder.staging, content, evaluation.clips, write_page)
     write_manifest(folder.staging, folder.manifest, "optimize", section)
     write_card(folder.staging, folder.target, layout)
@@ -189,9 +201,15 @@ def _quantize_tokens(folder: ModelFolder, options: OptimizeOptions, print_stage:
     return tokens
 
 
-def _evaluate(folder: ModelFolder, options: OptimizeOptions, clips: list[Clip], print_stage: PrintStage) -> Evaluation:
-    """Transcribe the clips with both models, and print the word error rates. Raises as word_limit.judge does."""
+def _evaluate(
+    folder: ModelFolder, options: OptimizeOptions, speech: EvaluationSpeech, print_stage: PrintStage
+) -> Evaluation:
+    """Transcribe the clips with both models, and print the word errors; then under stress, where that is asked for.
+
+    Raises as word_limit.judge and judge_stress do.
+    """
     assert options.eval_manifest is not None, "clips come from --eval_manifest"
+    clips = speech.clips
 
     def bar(items: list[Clip]) -> Iterator[Clip]:
         return progress(items, total=len(items), task="transcribing", unit="clip")
@@ -202,7 +220,13 @@ def _evaluate(folder: ModelFolder, options: OptimizeOptions, clips: list[Clip], 
     word_limit.print_word_errors(table, transcribed)
     if options.max_wer_increase is not None:
         word_limit.judge(table, options.max_wer_increase)
-    return Evaluation(transcribed, table)
+    if speech.stress.stress is None:
+        return Evaluation(transcribed, table)
+    results = stress_optimized(folder.source, folder.staging, clips, speech.stress)
+    print_stage("stress", f"{len(results.test.conditions)} conditions", f"{len(clips)} clips")
+    if speech.stress.max_lost_words is not None:
+        judge_stress(results, speech.stress.max_lost_words)
+    return Evaluation(transcribed, table, stress_rows(results))
 
 
 def _manifest_section(

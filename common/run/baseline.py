@@ -4,15 +4,22 @@ It reads genai_config.json and the three graphs, cuts long clips into windows as
 either runtime's rule. It shares no code with GenAI, so that each checks the other.
 """
 
-from collections.abc import Sequence
+import contextlib
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from common.contract import DECODER, ENCODER, JOINT
+from common.progress import progress_bar
 from common.run.config import Piece, RuntimeConfig, windows
-from common.run.decode import GENAI_RULE, BlankZero, DecodingConfig, Hypothesis, Prediction, greedy_tdt_decode
+from common.run.decode import GENAI_RULE, BlankZero, DecodingConfig, Frames, Hypothesis, Prediction, greedy_tdt_decode
 from common.run.ort import OpenGraph, OrtGraph
+
+MIN_WINDOWS_OF_BAR = 4  # 4 minutes by default
 
 
 class RawOrt:
@@ -46,7 +53,8 @@ class RawOrt:
         """`transcribe` for each clip, clips of similar length together, which pads least; results in the order given.
 
         Memory is proportional to `batch_size` times the longest clip of a batch, or the window where that is shorter.
-        The encoder frames of a batch are kept until it is decoded, 0.4 GB for an hour of audio at D = 1024.
+        The encoder frames of a batch of several clips are kept until it is decoded, 0.2 GB for an hour of audio at
+        D = 1024; of a clip alone two windows are kept.
         """
         by_length = sorted(range(len(features)), key=lambda clip: features[clip].shape[1])
         results: dict[int, Hypothesis] = {}
@@ -58,9 +66,28 @@ class RawOrt:
     def _transcribe_batch(
         self, features: Sequence[np.ndarray], rule: BlankZero, *, whole: bool = False
     ) -> list[Hypothesis]:
-        """Encode the windows of all clips, as many at once as there are clips; then decode the clips together."""
-        config = self.config
-        pieces = [[Piece(0, one.shape[1], 0, None)] if whole else [*windows(config, one.shape[1])] for one in features]
+        """Cut the clips into windows, and decode them together."""
+        pieces = [
+            [Piece(0, one.shape[1], 0, None)] if whole else [*windows(self.config, one.shape[1])] for one in features
+        ]
+        if len(features) == 1:
+            with _window_bar(len(pieces[0])) as bar:
+                window_frames = _WindowFrames(pieces[0], lambda piece: self._encode_piece(features[0], piece, bar))
+                return self._decode([window_frames], [window_frames.ends], rule)
+        parts = self._encode_together(features, pieces)
+        frames = [np.concatenate(own) for own in parts]
+        return self._decode(frames, [np.cumsum([len(part) for part in own]).tolist() for own in parts], rule)
+
+    def _encode_piece(self, features: np.ndarray, piece: Piece, bar: Any) -> np.ndarray:
+        """features [M, T] → the encoder frames of one window that are decoded, [S, D]"""
+        (frames,) = self.encode([features[:, piece.begin : piece.end]])
+        bar.update()
+        return frames[piece.start : piece.stop]
+
+    def _encode_together(
+        self, features: Sequence[np.ndarray], pieces: Sequence[Sequence[Piece]]
+    ) -> list[list[np.ndarray]]:
+        """The encoder frames of all windows of each clip, as many windows encoded at once as there are clips."""
         cuts = [(clip, piece) for clip, own in enumerate(pieces) for piece in own]
         cuts.sort(key=lambda cut: cut[1].end - cut[1].begin)
         encoded: dict[tuple[int, Piece], np.ndarray] = {}
@@ -68,10 +95,13 @@ class RawOrt:
             group = cuts[first : first + len(features)]
             runs = self.encode([features[clip][:, piece.begin : piece.end] for clip, piece in group])
             encoded |= {cut: run[cut[1].start : cut[1].stop] for cut, run in zip(group, runs, strict=True)}
-        parts = [[encoded[clip, piece] for piece in own] for clip, own in enumerate(pieces)]
+        return [[encoded[clip, piece] for piece in own] for clip, own in enumerate(pieces)]
+
+    def _decode(self, frames: Sequence[Frames], ends: Sequence[Sequence[int]], rule: BlankZero) -> list[Hypothesis]:
+        config = self.config
         return greedy_tdt_decode(
-            [np.concatenate(own) for own in parts],
-            [np.cumsum([len(part) for part in own]).tolist() for own in parts],
+            frames,
+            ends,
             self.predict,
             self.join,
             DecodingConfig(
@@ -96,3 +126,34 @@ class RawOrt:
     def join(self, frames: np.ndarray, outputs: Sequence[np.ndarray]) -> np.ndarray:
         """[B, D], [1, H] of each → [B, V+K]"""
         return self.joint(frames[:, None], np.array(outputs))[0][:, 0, 0]
+
+
+class _WindowFrames:
+    """The encoder frames of a clip by number. A window is encoded when its first frame is asked for, and the one before
+    is dropped: the loop goes forward."""
+
+    def __init__(self, pieces: Sequence[Piece], encode: Callable[[Piece], np.ndarray]) -> None:
+        self._pieces = pieces
+        self._encode = encode
+        # The last window first, since only its frames show how many there are; it is kept.
+        self._last = encode(pieces[-1])
+        lengths = [piece.stop - piece.start for piece in pieces[:-1] if piece.stop is not None] + [len(self._last)]
+        self.ends: list[int] = np.cumsum(lengths).tolist()  # frames at which the windows end
+        self._window = len(pieces) - 1
+        self._frames = self._last
+
+    def __getitem__(self, frame: int) -> np.ndarray:
+        window = bisect_right(self.ends, frame)
+        if window != self._window:
+            is_last = window == len(self._pieces) - 1
+            self._frames = self._last if is_last else self._encode(self._pieces[window])
+            self._window = window
+        found: np.ndarray = self._frames[frame - (self.ends[window - 1] if window else 0)]
+        return found
+
+
+def _window_bar(count: int) -> Any:
+    """A bar that counts the windows of a long clip; for a short one it is never drawn."""
+    if count < MIN_WINDOWS_OF_BAR:
+        return contextlib.nullcontext(SimpleNamespace(update=lambda: None))
+    return progress_bar(total=count, task="windows", unit="window")

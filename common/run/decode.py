@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -69,6 +69,12 @@ Predict = Callable[[Sequence[int], Sequence[Any]], Sequence[Prediction]]
 Join = Callable[[np.ndarray, Sequence[np.ndarray]], np.ndarray]
 
 
+class Frames(Protocol):
+    """Encoder frames by number, each [D]: an array [S, D], or what computes them as they are asked for."""
+
+    def __getitem__(self, frame: int, /) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Step:
     """One decision of the loop."""
@@ -103,11 +109,11 @@ class Hypothesis:
 
 
 def greedy_tdt_decode(
-    encoded: Sequence[np.ndarray], ends: Sequence[Sequence[int]], predict: Predict, join: Join, config: DecodingConfig
+    encoded: Sequence[Frames], ends: Sequence[Sequence[int]], predict: Predict, join: Join, config: DecodingConfig
 ) -> list[Hypothesis]:
     """Decode utterances together.
 
-    encoded: [S, D] of each utterance, or [B, S, D] padded.
+    encoded: [S, D] of each utterance, or [B, S, D] padded. The frames of an utterance are asked for in order.
     ends: for each utterance, the frames at which its windows end, in ascending order, the last of them its length; the
         rest of a duration is dropped at the end of a window.
 

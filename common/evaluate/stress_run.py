@@ -1,0 +1,135 @@
+"""A stress test of model folders: its flags, the engines, and what it prints."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from common.cli import Parser
+from common.evaluate.conditions import KINDS, Speech
+from common.evaluate.engines import ComparedFolder
+from common.evaluate.stress import StressedEngine, StressResults, StressTest, folder_engines, nemo_engine, run_stress
+from common.evaluate.stress_table import print_stress, print_worst, worst_results, write_worst
+from common.evaluate.transcripts import NEMO
+from common.run.baseline import RawOrt
+from common.run.clips import Clip
+from common.run.config import RuntimeConfig
+from common.run.genai import GenAI
+from common.run.nemo import Nemo
+from common.run.ort import MAPPED
+
+FLOAT32, OPTIMIZED = "float32", "optimized"  # the names of their rows
+
+
+@dataclass(frozen=True)
+class StressOptions:
+    """The flags of a stress test, under their own names."""
+
+    stress: Sequence[str] | None = None  # kinds of conditions; empty: all; None: no stress test
+    max_lost_words: float | None = None  # percentage points over float32
+    stress_dir: Path | None = None  # where the audio of the worst clips is written
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise ValueError for flags that need --stress, a limit that is none, a seed that NumPy does not take, and a
+        folder that is not empty, where the audio of two runs would be mixed."""
+        if self.stress is None and (self.stress_dir or self.max_lost_words is not None):
+            raise ValueError("--stress_dir and --max_lost_words expect --stress, got them without")
+        if self.max_lost_words is not None and not 0 <= self.max_lost_words < math.inf:
+            raise ValueError(f"expected --max_lost_words in points, 0 or more, got {self.max_lost_words}")
+        if self.seed < 0:
+            raise ValueError(f"expected a --seed of 0 or more, got {self.seed}")
+        folder = self.stress_dir
+        if folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ValueError(f"expected a new or empty folder for the worst clips, got {folder}; give another")
+
+
+def add_stress_flags(parser: Parser) -> None:
+    """The fields of StressOptions as flags."""
+    kinds = ", ".join(KINDS)
+    parser.add_argument("--stress", nargs="*", choices=KINDS, metavar="KIND",
+                        help="transcribe the clips where speech is hard, and count the words lost, added and changed; "
+                             f"KIND: any of {kinds} (all of them)")  # fmt: skip
+    parser.add_argument("--max_lost_words", type=float, metavar="POINTS",
+                        help="with --stress: percentage points by which the words that the optimized model loses or "
+                             "changes may be more than float32's, under each condition; beyond, exit status 1 "
+                             "(no limit)")  # fmt: skip
+    parser.add_argument("--stress_dir", type=Path, metavar="FOLDER",
+                        help="with --stress: write the audio of the worst clips there")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the noise of --stress (%(default)s)")
+
+
+def stress_compared(
+    folders: Sequence[ComparedFolder], nemo: Nemo | None, clips: Sequence[Clip], options: StressOptions
+) -> StressResults:
+    """Stress the engines of a comparison. Raises ValueError where there is a limit and no float32 folder to compare
+    with, and as run_stress does."""
+    optimized, *exported = folders
+    names = [OPTIMIZED if exported or not optimized.engines.is_float32 else FLOAT32, FLOAT32]
+    if options.max_lost_words is not None and not exported:
+        raise ValueError(
+            f"--max_lost_words expects an optimized folder and the exported one beside it, got {optimized.path} alone"
+        )
+    engines = [] if nemo is None else [nemo_engine(nemo)]
+    for folder, name in reversed(list(zip(folders, names, strict=False))):
+        engines += folder_engines(name, folder.raw, folder.raw_text)
+    baseline = FLOAT32 if exported else names[0] if nemo is None else NEMO
+    test = StressTest(
+        judged=names[0],
+        speech=_read(optimized.config, clips, options.seed),
+        names=[f"{clip.path.name}{clip.segment}" for clip in clips],
+        texts=[clip.text for clip in clips],
+        engines=engines,
+        baseline=baseline,
+        features=nemo.features if nemo else optimized.genai.features,
+        config=optimized.config,
+        kinds=options.stress or (),
+    )
+    return _run_and_print(test, options)
+
+
+def stress_optimized(exported: Path, optimized: Path, clips: Sequence[Clip], options: StressOptions) -> StressResults:
+    """Stress an optimized folder that is being made, beside its source. Raises as run_stress does.
+
+    Each folder's tokens are shown by its own tokenizer; float32 weights stay in the data file.
+    """
+    genai = GenAI(optimized)
+    tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
+
+    def float32_text(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens)).strip()
+
+    engines: list[StressedEngine] = [
+        *folder_engines(FLOAT32, RawOrt(exported, MAPPED), float32_text),
+        *folder_engines(OPTIMIZED, RawOrt(optimized), genai.text),
+    ]
+    test = StressTest(
+        judged=OPTIMIZED,
+        speech=_read(genai.config, clips, options.seed),
+        names=[f"{clip.path.name}{clip.segment}" for clip in clips],
+        texts=[clip.text for clip in clips],
+        engines=engines,
+        baseline=FLOAT32,
+        features=genai.features,
+        config=genai.config,
+        kinds=options.stress or (),
+    )
+    return _run_and_print(test, options)
+
+
+def _read(config: RuntimeConfig, clips: Sequence[Clip], seed: int) -> Speech:
+    """All samples at once, 230 MB an hour: clips are noise to each other. Raises as read_clip does."""
+    return Speech([config.read_clip(clip) for clip in clips], config.sample_rate, seed)
+
+
+def _run_and_print(test: StressTest, options: StressOptions) -> StressResults:
+    results = run_stress(test)
+    print_stress(results)
+    worst = worst_results(results)
+    print_worst(results, worst)
+    if options.stress_dir:
+        paths = write_worst(options.stress_dir, test, worst)
+        print(f"wrote the audio of the worst clips, {len(paths)} files, to {options.stress_dir}")
+    return results

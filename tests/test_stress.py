@@ -1,0 +1,362 @@
+"""The conditions of a stress test do to the audio what they say; the table counts words; a folder ruined so that only
+stress shows it is found."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from onnx import TensorProto, helper, numpy_helper
+
+import optimize_encoder
+import test_real_speech
+from common.evaluate.conditions import (
+    CLEAN,
+    CONDITIONS,
+    KINDS,
+    Cut,
+    Joined,
+    Speech,
+    conditions_of,
+)
+from common.evaluate.wer import word_counts
+from common.folder.onnx_files import load, save_model
+from common.report import optimized_folder
+from common.report.report import REPORT_JSON
+from tests.helpers import CLIPS, ROWS, rejected
+
+RATE = 16000
+NAMES = {condition.name: condition for condition in CONDITIONS}
+
+
+def read(path) -> np.ndarray:
+    samples, rate = soundfile.read(path, dtype="float32")
+    assert rate == RATE
+    return samples
+
+
+@pytest.fixture(scope="module")
+def speech() -> Speech:
+    return Speech([read(path) for path in CLIPS], RATE)
+
+
+def made(name: str, speech: Speech, clip: int = 0) -> np.ndarray:
+    (take,) = NAMES[name].takes([clip], speech)
+    return take.samples
+
+
+def decibels(samples: np.ndarray) -> float:
+    return 10 * np.log10(np.mean(np.square(samples, dtype=np.float64)))
+
+
+def share_above(samples: np.ndarray, hertz: float) -> float:
+    """Of the energy."""
+    power = np.abs(np.fft.rfft(samples.astype(np.float64))) ** 2
+    return float(power[np.fft.rfftfreq(len(samples), 1 / RATE) > hertz].sum() / power.sum())
+
+
+def test_conditions_have_names_of_their_own_and_begin_with_the_clips_as_they_are(speech):
+    assert len(NAMES) == len(CONDITIONS) == 32
+    assert conditions_of([])[0] is CLEAN
+    assert [each.kind for each in conditions_of(["speed"])] == ["clean", "speed", "speed"]
+    assert set(KINDS) == {"level", "silence", "noise", "telephone", "speed", "cut", "join"}
+    np.testing.assert_array_equal(made("as it is", speech), speech.clips[0])
+
+
+@pytest.mark.parametrize("db", [20, 40])
+def test_levels(speech, db):
+    quiet = made(f"-{db} dB", speech)
+    assert decibels(quiet) - decibels(speech.clips[0]) == pytest.approx(-db, abs=0.1)
+    assert (quiet * 2**15 == np.rint(quiet * 2**15)).all()  # of 16 bits
+
+
+def test_clipping_cuts_off_what_is_louder_than_a_tenth_of_the_peak(speech):
+    samples, clipped = speech.clips[0], made("clipped", speech)
+    loud = np.abs(samples) > 0.1001 * np.abs(samples).max()
+    assert 0.01 < loud.mean() < 0.9
+    np.testing.assert_array_equal(clipped[loud], np.sign(samples[loud]))
+    assert (np.abs(clipped) <= 1).all()
+    unclipped = np.abs(samples) < 0.0999 * np.abs(samples).max()
+    np.testing.assert_allclose(clipped[unclipped], samples[unclipped] * 10 / np.abs(samples).max(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.5, 1.0])
+def test_silence_is_before_and_after(speech, seconds):
+    samples, count = made(f"{seconds:g} s of silence around", speech), round(seconds * RATE)
+    assert not samples[:count].any()
+    assert not samples[-count:].any()
+    np.testing.assert_array_equal(samples[count:-count], speech.clips[0])
+
+
+@pytest.mark.parametrize("noise", ["white noise", "babble"])
+@pytest.mark.parametrize("snr", [20, 12, 5])
+def test_the_signal_to_noise_ratio_is_the_one_named(speech, noise, snr):
+    for clip, samples in enumerate(speech.clips):
+        added = made(f"{noise}, {snr} dB", speech, clip) - samples
+        assert decibels(samples) - decibels(added) == pytest.approx(snr, abs=0.01)
+
+
+def test_white_noise_is_flat_and_babble_is_the_other_clips(speech):
+    white = made("white noise, 5 dB", speech) - speech.clips[0]
+    assert share_above(white, RATE / 4) == pytest.approx(0.5, abs=0.02)
+    two = Speech(speech.clips[:2], RATE)
+    voice = made("babble, 5 dB", two) - two.clips[0]
+    other = np.resize(two.clips[1], 2 * len(two.clips[1]) + len(voice))
+    correlation = np.correlate(other, voice, "valid") / np.linalg.norm(voice)
+    assert np.abs(correlation).max() > 0.9 * np.linalg.norm(other) * np.sqrt(len(voice) / len(other))
+    alone = Speech(speech.clips[:1], RATE)
+    assert {each.name for each in CONDITIONS if not each.possible(alone)} == {f"babble, {db} dB" for db in (20, 12, 5)}
+
+
+def test_a_telephone_has_nothing_above_4_khz():
+    noise = Speech([np.random.default_rng(0).standard_normal(RATE).astype(np.float32)], RATE)
+    narrow = made("telephone, 8 kHz", noise)
+    assert narrow.shape == noise.clips[0].shape
+    assert share_above(noise.clips[0], 4050) > 0.45
+    assert share_above(narrow, 4050) < 1e-4
+    # What is below 3.4 kHz is as it was, at the same place.
+    spectra = [np.fft.rfft(one)[: int(3400 / RATE * len(one))] for one in (noise.clips[0][500:-500], narrow[500:-500])]
+    assert np.linalg.norm(spectra[0] - spectra[1]) < 0.1 * np.linalg.norm(spectra[0])
+
+
+@pytest.mark.parametrize("speed", [0.9, 1.1])
+def test_speed_changes_duration_and_pitch(speed):
+    tone = Speech([np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE).astype(np.float32)], RATE)
+    played = made(f"speed {speed}", tone)
+    assert len(played) == pytest.approx(2 * RATE / speed, abs=2)
+    peak = np.abs(np.fft.rfft(played)).argmax() * RATE / len(played)
+    assert peak == pytest.approx(440 * speed, abs=1)
+
+
+@pytest.mark.parametrize("pause", [0.0, 1.0])
+def test_joined_clips_follow_each_other_and_each_is_used(speech, pause):
+    joined = Joined("test", "join", 10.0, pause)
+    groups = list(joined.groups(speech.durations))
+    assert {clip for group in groups for clip in group} == set(range(len(speech.clips)))
+    for group in groups:
+        (take,) = joined.takes(group, speech)
+        assert len(take.samples) >= 10 * RATE
+        assert len(take.samples) == sum(len(speech.clips[i]) + pause * RATE for i in group)
+        for part in take.parts:
+            begin, end = round(part.begin * RATE), round(part.end * RATE)
+            np.testing.assert_array_equal(take.samples[begin:end], speech.clips[part.clip])
+            assert not take.samples[end : end + round(pause * RATE)].any() or not pause
+
+
+@pytest.mark.parametrize("piece", [5, 14])
+def test_pieces_are_the_joined_audio_cut_to_their_length(speech, piece):
+    cut, joined = Cut("test", "cut", 15.0, repeats=False, piece=piece), Joined("test", "join", 15.0)
+    groups = list(cut.groups(speech.durations))
+    assert [clip for group in groups for clip in group] == list(range(len(speech.clips)))  # each once
+    for group in groups[:-1]:
+        assert 15 <= sum(speech.durations[clip] for clip in group) < 15 + max(speech.durations)
+    for group in cut.groups(speech.durations):
+        pieces, (whole,) = cut.takes(group, speech), joined.takes(group, speech)
+        np.testing.assert_array_equal(np.concatenate([take.samples for take in pieces]), whole.samples)
+        assert {len(take.samples) for take in pieces[:-1]} == {piece * RATE}
+        assert len(pieces[-1].samples) / RATE <= 1.5 * piece
+        assert len(pieces) == 1 or piece / 2 <= len(pieces[-1].samples) / RATE
+        covered = sum(part.end - part.begin for take in pieces for part in take.parts)
+        assert covered == pytest.approx(len(whole.samples) / RATE)
+        for take in pieces:
+            for part in take.parts:
+                if part.whole:
+                    begin = round(part.begin * RATE)
+                    clip = speech.clips[part.clip]
+                    np.testing.assert_array_equal(take.samples[begin : begin + len(clip)], clip)
+
+
+def test_the_seed_decides_the_noise(speech):
+    for name in ("white noise, 12 dB", "babble, 12 dB"):
+        again = made(name, Speech(speech.clips, RATE))
+        np.testing.assert_array_equal(made(name, speech), again)
+        assert (made(name, Speech(speech.clips, RATE, seed=1)) != again).any()
+
+
+def test_silent_clips_stay_silent():
+    silent = Speech([np.zeros(RATE, np.float32)] * 3, RATE)
+    for condition in CONDITIONS:
+        if condition.possible(silent):
+            for group in condition.groups(silent.durations):
+                assert not any(take.samples.any() for take in condition.takes(group, silent)), condition.name
+
+
+def test_words_lost_added_and_changed():
+    counts = word_counts("a b c d e f", "a x c e f g")
+    assert (counts.lost, counts.added, counts.changed, counts.words) == (1, 1, 1, 6)
+    assert (counts.missed, counts.errors) == (2, 3)
+    empty = word_counts("", "a b")
+    assert (empty.lost, empty.added, empty.words) == (0, 2, 0)
+
+
+# ---- a folder ruined so that only stress shows it
+
+
+def ruin_silence(folder: Path) -> None:
+    """Let the encoder's output collapse where the features of 25 frames or more in a row are the same, as in digital
+    silence: nothing changes for clips without any."""
+    model = load(folder / "encoder.onnx")
+    graph = model.graph
+    features, output = graph.input[0].name, graph.output[0].name
+    (last,) = [node for node in graph.node if output in node.output]
+    last.output[list(last.output).index(output)] = "healthy"
+    constants = {
+        "from_second": np.array([1], np.int64),
+        "to_last": np.array([-1], np.int64),
+        "beyond": np.array([2**31], np.int64),
+        "first": np.array([0], np.int64),
+        "time": np.array([2], np.int64),
+        "still": np.array(1e-6, np.float32),
+        "many": np.array(25, np.float32),
+    }
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    nodes = [
+        ("Slice", [features, "from_second", "beyond", "time"], "later", {}),
+        ("Slice", [features, "first", "to_last", "time"], "earlier", {}),
+        ("Sub", ["later", "earlier"], "change", {}),
+        ("Abs", ["change"], "size", {}),
+        ("ReduceMax", ["size"], "largest", {"axes": [1], "keepdims": 1}),  # [B, 1, T-1]
+        ("Less", ["largest", "still"], "is_still", {}),
+        ("Cast", ["is_still"], "still_frames", {"to": TensorProto.FLOAT}),
+        ("ReduceSum", ["still_frames", "time"], "count", {"keepdims": 1}),  # [B, 1, 1]
+        ("Less", ["count", "many"], "is_healthy", {}),
+        ("Cast", ["is_healthy"], "gain", {"to": TensorProto.FLOAT}),
+        ("Mul", ["healthy", "gain"], output, {}),
+    ]
+    graph.node.extend(helper.make_node(kind, inputs, [name], **more) for kind, inputs, name, more in nodes)
+    save_model(model, folder / "encoder.onnx")
+
+
+@pytest.fixture(scope="module")
+def optimized(tiny_export, tmp_path_factory) -> Path:
+    """An optimized folder of float32 weights beside its export, which transcribes as that does."""
+    folder = tmp_path_factory.mktemp("stress") / "optimized"
+    argv = ["--model_dir", str(tiny_export), "--output_dir", str(folder), "--skip_quantization", "--skip_fusion"]
+    assert optimize_encoder.main(argv) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ruined(optimized, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ruined") / "optimized"
+    shutil.copytree(optimized, folder)
+    ruin_silence(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short_manifest(tmp_path_factory) -> Path:
+    """Three clips, for speed."""
+    path = tmp_path_factory.mktemp("clips") / "manifest.jsonl"
+    rows = [{"audio_filepath": str(clip), "text": row["text"]} for clip, row in zip(CLIPS, ROWS, strict=True)][:3]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def speech_of(folder: Path, manifest: Path, *more) -> int:
+    argv = ["--model_dir", folder, "--manifest", manifest, "--skip_nemo", *more]
+    return test_real_speech.main([str(argument) for argument in argv])
+
+
+def test_stress_alone_sees_a_folder_that_silence_ruins(optimized, ruined, short_manifest, tmp_path, capsys):
+    results, audio = tmp_path / "stress.json", tmp_path / "worst"
+    stress = ("--stress", "silence", "--max_lost_words", 2)
+    assert speech_of(optimized, short_manifest, *stress) == 0
+    assert speech_of(ruined, short_manifest, "--json", tmp_path / "clean.json") == 0
+    capsys.readouterr()
+    assert speech_of(ruined, short_manifest, *stress, "--json", results, "--stress_dir", audio) == 1
+    captured = capsys.readouterr()
+    assert "under stress optimized misses more words than float32: '0.3 s of silence around'" in captured.err
+    assert "about" in captured.out.splitlines()[0]
+
+    clean = json.loads((tmp_path / "clean.json").read_text())["engines"]
+    assert len({row["wer"]["errors"] for row in clean.values()}) == 1
+    found = json.loads(results.read_text())["results"]
+    by_engine = {
+        (row["engine"], row["condition"]): [r for r in found if (r["engine"], r["condition"]) == key]
+        for row in found
+        if (key := (row["engine"], row["condition"]))
+    }
+    assert by_engine.keys() == {
+        (engine, name)
+        for engine in ("float32", "optimized")
+        for name in ("as it is", *(f"{s:g} s of silence around" for s in (0.3, 0.5, 1)))
+    }
+    for row in by_engine["optimized", "1 s of silence around"]:
+        assert row["windows"] == {"takes": 1, "empty": int(not row["transcript"]), "clips": 0, "silent": 0}
+        assert row["against_text"]["lost"] + row["against_text"]["changed"] > row["against_text"]["words"] / 2
+    for row in by_engine["optimized", "as it is"]:
+        assert row["against_clean"]["words"] > 0
+        assert not any(row["against_clean"][key] for key in ("lost", "added", "changed"))
+
+    # The audio of the worst clips is what the engines were given.
+    files = sorted(audio.iterdir())
+    assert files
+    assert files[0].name.startswith("01_")
+    worst, rate = soundfile.read(files[0], dtype="float32")
+    lead = next(round(s * rate) for s in (1, 0.5, 0.3) if f"_{s:g}_s_" in files[0].name)
+    assert not worst[:lead].any()
+    assert worst[lead : lead + rate].any()
+
+
+def test_the_seed_gives_the_same_results(optimized, short_manifest, tmp_path):
+    texts = []
+    for number, seed in enumerate((3, 3, 4)):
+        results = tmp_path / f"{number}.json"
+        assert speech_of(optimized, short_manifest, "--stress", "noise", "--seed", seed, "--json", results) == 0
+        texts.append([row["transcript"] for row in json.loads(results.read_text())["results"]])
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_joined_clips_count_silent_windows_and_what_seams_cost(optimized, short_manifest, tmp_path, capsys):
+    results = tmp_path / "stress.json"
+    assert speech_of(optimized, short_manifest, "--stress", "join", "--json", results) == 0
+    assert "seams of windows of 60 s: float32 has" in capsys.readouterr().out
+    rows = json.loads(results.read_text())["results"]
+    long = [row for row in rows if row["condition"] == "joined to 120 s"]
+    assert {row["engine"] for row in long} == {"float32", "float32, one window", "optimized", "optimized, one window"}
+    assert "float32, one window" not in {row["engine"] for row in rows if row["condition"] == "joined to 30 s"}
+    for row in long:
+        assert row["windows"]["clips"] == len(row["clips"]) > 20
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--max_lost_words", "1"), "expect --stress"),
+        (("--stress", "hail"), "invalid choice: 'hail'"),
+        (("--stress", "--srt", "a.srt"), "no --stress"),
+        (("--stress", "--max_lost_words", "-1"), "0 or more"),
+        (("--stress", "--max_lost_words", "1"), "alone"),
+    ],
+)
+def test_flags_that_do_not_go_together(tiny_export, argv, message, capsys):
+    assert message in rejected(
+        capsys, test_real_speech, "--model_dir", tiny_export, "--skip_nemo", "--audio", CLIPS[0], *argv
+    )
+
+
+def test_the_gate_of_an_optimization(tiny_export, short_manifest, tmp_path, monkeypatch, capsys):
+    """The folder is not written where the optimized model loses words under stress alone."""
+    argv = ["--model_dir", str(tiny_export), "--skip_quantization", "--skip_fusion"]
+    argv += ["--eval_manifest", str(short_manifest), "--max_wer_increase", "0"]
+    stress = ["--stress", "silence", "--max_lost_words", "2"]
+    good = tmp_path / "good"
+    assert optimize_encoder.main([*argv, *stress, "--output_dir", str(good)]) == 0
+    rows = json.loads((good / REPORT_JSON).read_text())["stress"]
+    assert {row["engine"] for row in rows} == {"float32", "optimized"}
+    assert all(row["points"] == 0 for row in rows if row["engine"] == "optimized")
+
+    def save_ruined(model, path):
+        save_model(model, path)
+        ruin_silence(path.parent)
+
+    monkeypatch.setattr(optimized_folder, "save_model", save_ruined)
+    assert optimize_encoder.main([*argv, "--output_dir", str(tmp_path / "unseen")]) == 0
+    capsys.readouterr()
+    assert optimize_encoder.main([*argv, *stress, "--output_dir", str(tmp_path / "seen")]) == 1
+    assert "under stress optimized misses more words" in capsys.readouterr().err
+    assert not (tmp_path / "seen").exists()
