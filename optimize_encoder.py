@@ -58,6 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     in_blocks = " and ".join(method.name for method in methods if method.uses_blocks)
     calibrating = " and ".join(method.name for method in methods if method.calibrates)
     with_budget = " and ".join(method.name for method in methods if method.has_size_budget)
+    with_bits = " and ".join(method.name for method in methods if method.weight_bits)
     never_fused = " and ".join(method.name for method in methods if not method.fused_on_cpu)
     add("--model_dir", type=Path, default=Path("onnx_models"), help="exported folder (./%(default)s)")
     add("--output_dir", type=Path, default=Path("onnx_models_optimized"), help="folder to write (./%(default)s)")
@@ -72,6 +73,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decoder_joint_precision", choices=TOKEN_PRECISIONS, default=OptimizeOptions.decoder_joint_precision,
         help="weights of the decoder's LSTM and of the joint; int8 makes a token three times as fast "
              "(%(default)s)")  # fmt: skip
+    add("--weight_bits", type=int, choices=sorted({bits for method in methods for bits in method.weight_bits}),
+        default=OptimizeOptions.weight_bits,
+        help=f"for {with_bits}: bits of a weight in the file. 4 is half the size of 8 and runs as fast: the runtime "
+             "unpacks the weights once, when it loads them (ONNX Runtime 1.23 or newer). Give "
+             "--calibration_manifest as well (%(default)s)")  # fmt: skip
     add("--reduce_range", action="store_true",
         help="int8 with weights of 7 bits, for a CPU without VNNI (AVX2 before 2021), where sums of larger products "
              "overflow")  # fmt: skip
@@ -134,7 +140,7 @@ def _optimize(args: argparse.Namespace) -> None:
                 speech = EvaluationSpeech(evaluation if layout.measures_speech else [], stress)
                 finish_folder(folder, encoder, options, speech, write_page, print_stage)
         share_equal_data([staging / name for name in layouts])
-    if advice := options.fusion_advice(folder.device):
+    for advice in filter(None, (options.fusion_advice(folder.device), options.calibration_advice())):
         print(advice)
     command = Command("python test_e2e.py --model_dir {}")
     following = "" if speech_folder is None else f"; next: {command.format(target / speech_folder)}"

@@ -65,7 +65,7 @@ def quantize(weight: np.ndarray, bits: int, block: int, fit: Fitter) -> Packed:
             if zero is not None:
                 symmetric, zeros[i, columns] = False, zero
             scales[i, columns] = scale
-            steps = _steps(x, _inverse(scale), zeros[i, columns], bits)
+            steps = _steps(x, inverse_of(scale), zeros[i, columns], bits)
             codes[i, :, columns] = steps + zeros[i, columns]
             power += power_of(x)
             noise += power_of(np.subtract(x, np.multiply(steps, scale, out=steps), out=x))
@@ -94,10 +94,15 @@ def error_feedback(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
     With Σ xᵀx = U D Uᵀ, errors E [K, N] put Σ d_k ‖(Uᵀ E)_k‖² into the product, so row k should be wrong by what undoes
     the rows before it (QuIP's LDLQ, Chee et al. 2023; the same codes as GPTQ's, Frantar et al. 2023, by one Cholesky).
     """
-    damped = moments.copy()
-    damped[np.diag_indices_from(damped)] += damping * np.trace(moments) / len(moments) + TINY
-    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    upper = np.linalg.cholesky(damped(moments, damping)[::-1, ::-1])[::-1, ::-1]
     return np.asarray(upper / np.diag(upper), np.float32)
+
+
+def damped(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+    """Second moments [K, K] with a part of the mean of their diagonal added to it, so that they can be inverted."""
+    result = moments.copy()
+    result[np.diag_indices_from(result)] += damping * np.trace(moments) / len(moments) + TINY
+    return result
 
 
 def quantize_compensated(
@@ -132,7 +137,7 @@ def compensate(
         wanted[: end - begin] = weight[begin:end] + feedback[:begin, begin:end].T @ errors[:begin]
         scales[i], zero = fit(wanted, bits)
         zero = np.full(N, middle, np.float32) if zero is None else zero
-        inverse, within = _inverse(scales[i]), np.ascontiguousarray(feedback[begin:end, begin:end].T)
+        inverse, within = inverse_of(scales[i]), np.ascontiguousarray(feedback[begin:end, begin:end].T)
         for k in range(begin, end):
             row = wanted[k - begin] + within[k - begin, : k - begin] @ errors[begin:k]
             steps = _steps(row, inverse, zero, bits)
@@ -148,11 +153,17 @@ def rtn(x: np.ndarray, bits: int) -> Fit:
     As in ONNX Runtime and llama.cpp's Q4_0 the weight of largest magnitude falls on code 0, whatever its sign: of the
     two ends of -8 … 7 that is the far one.
     """
+    return symmetric_scales(x, bits, RTN_STEPS), None
+
+
+def symmetric_scales(x: np.ndarray, bits: int, steps: Iterable[float], weight: np.ndarray | None = None) -> np.ndarray:
+    """Of the scales for which the extreme of each column of x [block, n] is -2^(bits-1) - step codes, the ones of least
+    squared error, or error under a weight of that shape: [n], negative where the extreme is positive."""
     half = 2 ** (bits - 1)
     high, low = x.max(axis=0), x.min(axis=0)
-    per_extreme = _inverse(np.where(high >= -low, high, low))
-    candidates = ((np.float32(-(half + step)) * per_extreme, np.float32(half)) for step in RTN_STEPS)
-    return _best_of(x, None, candidates, bits)[0], None
+    per_extreme = inverse_of(np.where(high >= -low, high, low))
+    candidates = ((np.float32(-(half + step)) * per_extreme, np.float32(half)) for step in steps)
+    return _best_of(x, weight, candidates, bits)[0]
 
 
 def k_quant(x: np.ndarray, bits: int) -> Fit:
@@ -161,7 +172,7 @@ def k_quant(x: np.ndarray, bits: int) -> Fit:
     There the offset is a float; here it is rounded before a candidate is judged, not after the search.
     """
     low, high = np.minimum(x.min(axis=0), 0), np.maximum(x.max(axis=0), 0)
-    top, per_range = 2**bits - 1, _inverse(high - low)
+    top, per_range = 2**bits - 1, inverse_of(high - low)
     inverses = (np.float32(top + step) * per_range for step in K_QUANT_STEPS)
     candidates = ((inverse, np.clip(np.rint(-low * inverse), 0, top)) for inverse in inverses)
     return _best_of(x, np.abs(x) + np.sqrt(np.mean(x * x, axis=0)), candidates, bits)
@@ -177,9 +188,9 @@ def hqq(x: np.ndarray, bits: int) -> Fit:
     """
     top = np.float32(2**bits - 1)
     low, high = np.minimum(x.min(axis=0), 0), np.maximum(x.max(axis=0), 0)
-    inverse = _inverse(high - low) * top
+    inverse = inverse_of(high - low) * top
     zero = np.rint(-low * inverse)
-    scale, best = _inverse(inverse), np.full(x.shape[1], np.inf, np.float32)
+    scale, best = inverse_of(inverse), np.full(x.shape[1], np.inf, np.float32)
     best_scale, best_zero = scale, zero
     for i in range(HQQ_ITERATIONS):
         steps = _steps(x, inverse, zero, bits)
@@ -193,7 +204,7 @@ def hqq(x: np.ndarray, bits: int) -> Fit:
         shrunk = np.maximum(size - size ** np.float32(HQQ_NORM - 1) / np.float32(HQQ_BETA * HQQ_KAPPA**i), 0)
         rest = x - np.copysign(shrunk * scale, error)
         scale, zero = _least_squares(rest, steps, scale, zero, top)
-        inverse = _inverse(scale)
+        inverse = inverse_of(scale)
     return best_scale, best_zero
 
 
@@ -202,7 +213,7 @@ def _least_squares(x: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np
     mean_x, mean_steps = x.mean(axis=0), steps.mean(axis=0)
     slope = np.sum((steps - mean_steps) * x, axis=0) / np.maximum(np.sum((steps - mean_steps) ** 2, axis=0), TINY)
     slope = np.where(slope > 0, slope, scale)
-    moved = np.clip(np.rint(zero + mean_steps - mean_x * _inverse(slope)), 0, top)
+    moved = np.clip(np.rint(zero + mean_steps - mean_x * inverse_of(slope)), 0, top)
     steps = steps + (zero - moved)
     dot, norm = np.sum(x * steps, axis=0), np.sum(steps * steps, axis=0)
     return np.where(dot > 0, dot / np.maximum(norm, TINY), slope), moved
@@ -256,7 +267,7 @@ def power_of(x: np.ndarray) -> float:
     return float(np.vdot(x, x))
 
 
-def _inverse(x: np.ndarray) -> np.ndarray:
+def inverse_of(x: np.ndarray) -> np.ndarray:
     """1/x, and 0 for 0: a block of zeros gets scale 0."""
     inverse = np.zeros_like(x)
     np.divide(1, x, out=inverse, where=x != 0)

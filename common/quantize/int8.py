@@ -9,10 +9,13 @@ that has one loud frame. A row of zeros has the scale TINY: its codes are the ze
 Rows are quantized once, however many products they go into. A constant factor that follows a product is taken into the
 column scales. All in all the row scales cost 12 % of the products' time (1080 GFLOP/s for 1230 without them, where
 float32 has 310; 1.32, 2 cores with AVX-512 VNNI); dividing by them before DynamicQuantizeMatMul costs the same.
+
+W may lie in the file in 4 bits, as an INT4 tensor behind a Cast to int8. ONNX Runtime computes a Cast of a constant
+once, when a session is created, so what runs are the same products (1.23 or newer; older versions have no such Cast).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +24,26 @@ from onnx_ir.tape import Tape
 
 from common.contract import MICROSOFT, EncoderWeight, Role, encoder_weight
 from common.folder.onnx_files import load
-from common.folder.onnx_graph import input_of, shared_initializer
-from common.quantize.calibration import calibrated_products
-from common.quantize.columns import Columns, fitted_columns, rounded_columns, weight_bits
+from common.folder.onnx_graph import add_initializer, input_of, shared_initializer
+from common.quantize.blocks import relative_error
+from common.quantize.calibration import ObservedProduct, Product, calibrated_products, fit_in_sequence
+from common.quantize.columns import (
+    LOW_BITS,
+    Columns,
+    column_bytes,
+    fitted_columns,
+    high_bits,
+    rounded_columns,
+    weight_bits,
+)
 from common.quantize.method import Calibrated, QuantMethod, Replace, WeightOptions
-from common.quantize.plan import Format, Plan
+from common.quantize.opset import INT4_IR_VERSION, INT4_OPSET, lift_opset
+from common.quantize.plan import Format, Plan, Sensitivity, SizeModel, smallest_plan, spend
 from common.quantize.rewrite import plan_encoder
 
 CODES = 255  # largest uint8
+# What a quantized product adds to the graph file, the nodes that quantize its input included.
+NODE_BYTES = 2500
 TINY = np.float32(1e-30)  # a row scale that can still be divided by and multiplied with
 # The code of 0, from what is known of a row's range: codes below it are for negative numbers, and a range that is used
 # up is a finer scale. SiLU is never under -0.28: at 32, a row whose maximum is 3 has 4.9 dB less error than at 128, and
@@ -39,16 +54,19 @@ MIDDLE_ZERO, SILU_ZERO, RELU_ZERO = 128, 32, 0
 EVEN_ROWS_ROLES = (Role.ATTENTION_POSITION,)
 # What rounding takes from these inputs is multiplied as well, 255 times finer: 65 % of the error of the output comes
 # from this eighth of its products (speech through the tiny checkpoint: 36.2 dB without, 39.2 dB with it; if all
-# products had it, for twice the time, 43.4 dB). Columns that were fitted to speech do without: they are as exact.
+# products had it, for twice the time, 43.4 dB). Columns that were fitted to speech do without: they are as exact. So do
+# those of 4 bits, which lose far more than their inputs: 19.60 dB with it, 19.57 dB without.
 TWO_TERM_ROLES = (Role.CONVOLUTION_EXPAND, Role.CONVOLUTION_PROJECT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerMethod(QuantMethod[Columns]):
-    """8 bits for every weight, or 7."""
+    """4 or 8 bits for every weight, or a budget's choice; 7 for 8 where the range is reduced."""
 
+    weight_bits: tuple[int, ...] = (4, 8)
     reduces_range: bool = True
     calibrates: bool = True
+    has_size_budget: bool = True
     fused_on_cpu: bool = False  # SkipLayerNormalization costs more, in parts, of an encoder that takes less time
 
     def plan(self, weights: Mapping[str, EncoderWeight], options: WeightOptions) -> Plan:
@@ -62,26 +80,73 @@ class IntegerMethod(QuantMethod[Columns]):
 
         def put(nodes: Sequence[ir.Node], name: str, columns: Columns, form: Format) -> None:
             for node in nodes:
-                rewriter.replace(node, name, columns)
+                rewriter.replace(node, name, columns, form)
 
         return put
 
     def calibrate(self, encoder: Path, batches: Sequence[np.ndarray], options: WeightOptions) -> Calibrated[Columns]:
-        """Columns of each weight, fitted to its inputs; every weight has the same width, so no damage is measured."""
+        """Columns of each weight, fitted to the inputs that the weights before it leave. With a size budget the damage
+        of 4 bits is measured before, and 8 bits go where they remove most. Raises ValueError for a budget that 4 bits
+        for every weight exceed."""
         plan = plan_encoder(load(encoder), self, options)
-        weights, factors = {}, {}
-        for product in calibrated_products(encoder, batches, measures_damage=False):
-            name, bits = product.name, plan[product.name].bits
-            weights[name] = fitted_columns(product.weight, bits, product.feedback, product.factors)
+        sensitivity = None
+        if options.size_budget_mb is not None:
+            plan, sensitivity = _spend_budget(encoder, batches, plan, options, options.size_budget_mb * 1e6)
+        weights: dict[str, Columns] = {}
+        factors = {}
+
+        def fit(product: Product) -> np.ndarray:
+            form = plan[product.name]
+            columns = fitted_columns(product.target * product.factors, form.bits, product.moments)
+            rounded = columns.weight / product.factors
+            weights[product.name] = replace(columns, error=relative_error(product.weight, rounded))
             if product.scaled:
-                factors[name] = product.factors
-        return Calibrated(plan, weights, factors)
+                factors[product.name] = product.factors
+            return np.asarray(rounded)
+
+        fit_in_sequence(encoder, batches, fit)
+        return Calibrated(plan, weights, factors, sensitivity)
+
+    def uncalibrated_advice(self, options: WeightOptions) -> str | None:
+        if options.weight_bits != LOW_BITS:
+            return None
+        return (
+            "without calibration 4 bits lose more: 19.5 dB on speech through a small checkpoint, 26.7 dB with it; add "
+            "--calibration_manifest FILE, a few minutes of speech"
+        )
+
+    def runs_as(self, bits: Collection[int]) -> str:
+        if LOW_BITS not in bits:
+            return "products of 8-bit integers"
+        return (
+            "4 bits in the file, products of 8-bit integers when it runs: ONNX Runtime 1.23 or newer unpacks them once"
+        )
+
+
+def _spend_budget(
+    encoder: Path, batches: Sequence[np.ndarray], weights: Iterable[str], options: WeightOptions, budget: float
+) -> tuple[Plan, Sensitivity]:
+    """4 bits, and more where that removes most damage per byte, in `budget` bytes."""
+    low, high = Format(LOW_BITS), Format(high_bits(options))
+    sizes = SizeModel(load(encoder), encoder.stat().st_size, column_bytes, NODE_BYTES)
+    smallest_plan(sizes, weights, low, budget)  # before the work
+
+    def errors(product: ObservedProduct, bits: int) -> np.ndarray:
+        scaled = product.weight * product.factors
+        rounded = fitted_columns(scaled, bits, product.moments).weight / product.factors
+        return np.asarray(product.weight - rounded)
+
+    sensitivity = {
+        product.name: product.damages({form.bits: errors(product, form.bits) for form in (low, high)})
+        for product in calibrated_products(encoder, batches)
+    }
+    return spend(sizes, sensitivity, low, high, budget), sensitivity
 
 
 INT8 = IntegerMethod(
     name="int8",
-    help="8 bits and integer products; the fastest and the most exact, 1.6 times the size of 4 bits; its graph is not "
-    "fused for a CPU, where that would make it slower",
+    help="8 bits and integer products; the fastest and the most exact, 1.6 times the size of 4 bits, unless "
+    "--weight_bits 4; its graph is not fused for a CPU, where that would make it slower",
 )
 
 
@@ -102,7 +167,7 @@ class _Rewriter:
     """Replaces MatMuls one by one; remembers the quantized form of each activation."""
 
     def __init__(self, model: ir.Model) -> None:
-        self.graph, self.opset = model.graph, model.graph.opset_imports[""]
+        self.model, self.graph = model, model.graph
         model.graph.opset_imports.setdefault(MICROSOFT, 1)
         self._rows: dict[ir.Value, _Rows] = {}
         self._tensors: dict[ir.Value, tuple[ir.Value, ...]] = {}
@@ -110,17 +175,17 @@ class _Rewriter:
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         return shared_initializer(self.graph, name, array)
 
-    def replace(self, node: ir.Node, name: str, columns: Columns) -> None:
+    def replace(self, node: ir.Node, name: str, columns: Columns, form: Format) -> None:
         """Put (quantized x) · codes · scales in the place of `node`, x times the weight called `name`, and of the
-        constant factor that follows it. Raises ValueError for a weight without a role."""
+        constant factor that follows it. Raises ValueError for a weight without a role, and as `lift_opset` does."""
         role = encoder_weight(name).role
         x, old, factor = input_of(node, 0), [node], _constant_factor(node)
         scales = self.constant(f"{name}.scales", columns.scales)
         if factor is not None:
             old.append(factor.node)
             scales = self.constant(f"{name}.scales.{node.outputs[0].name}", columns.scales * factor.number)
-        weight = self.constant(f"{name}.codes", columns.codes)
         tape = Tape()
+        weight = self._codes(name, columns.codes, form, tape)
 
         def multiply(x_codes: ir.Value, x_scale: ir.Value, zero: ir.Value) -> ir.Value:
             inputs = [x_codes, weight, x_scale, scales, zero]
@@ -132,12 +197,22 @@ class _Rewriter:
             rows = self._row_scales(x, len(columns.codes), node)
             shaped = tape.op("Reshape", [rows.codes, rows.shape])
             y = multiply(shaped, self._number("one", 1), self._zero_point(rows.zero))
-            if role in TWO_TERM_ROLES and not columns.fitted:
+            if role in TWO_TERM_ROLES and not columns.fitted and form.bits != LOW_BITS:
                 shaped = tape.op("Reshape", [self._rest(rows, tape), rows.shape])
                 rest = multiply(shaped, self._number("step", 1 / CODES), self._zero_point(MIDDLE_ZERO))
                 y = tape.op("Add", [y, rest])
             y = tape.op("Mul", [y, rows.scales_of_x])
         ir.convenience.replace_nodes_and_values(self.graph, old[-1], old[::-1], tape.nodes, old[-1].outputs, [y])
+
+    def _codes(self, name: str, codes: np.ndarray, form: Format, tape: Tape) -> ir.Value:
+        """The weight's codes as the product takes them, int8."""
+        if form.bits != LOW_BITS:
+            return self.constant(f"{name}.codes", codes)
+        lift_opset(self.model, INT4_OPSET, INT4_IR_VERSION)
+        stored = self.graph.initializers.get(f"{name}.codes")
+        if stored is None:
+            stored = add_initializer(self.graph, int4_tensor(f"{name}.codes", codes))
+        return tape.op("Cast", [stored], {"to": ir.DataType.INT8})
 
     def _one_scale(self, x: ir.Value, node: ir.Node) -> tuple[ir.Value, ...]:
         """x as codes of its shape, with one scale and one zero point."""
@@ -174,7 +249,7 @@ class _Rewriter:
 
     def _bound(self, tape: Tape, extreme: str, x: ir.Value, per_code: float) -> ir.Value:
         """The scale [..., 1] for which the rows' largest, or smallest, elements are just within reach."""
-        if self.opset < 18:  # where the axes became an input
+        if self.graph.opset_imports[""] < 18:  # where the axes became an input
             found = tape.op(extreme, [x], {"axes": [-1], "keepdims": 1})
         else:
             found = tape.op(extreme, [x, self.constant("int8.last_axis", np.array([-1]))], {"keepdims": 1})
@@ -185,6 +260,14 @@ class _Rewriter:
 
     def _zero_point(self, code: int) -> ir.Value:
         return self.constant(f"int8.zero_point_{code}", np.array(code, np.uint8))
+
+
+def int4_tensor(name: str, codes: np.ndarray) -> ir.TensorProtocol:
+    """Whole numbers -8 … 7 of any shape as a tensor of 4 bits each: two a byte, low half first (onnx.proto)."""
+    halves = codes.astype(np.int8).view(np.uint8).reshape(-1) & 0xF
+    packed = np.resize(halves, halves.size + halves.size % 2)
+    packed[halves.size :] = 0
+    return ir.PackedTensor(packed[::2] | packed[1::2] << 4, ir.DataType.INT4, shape=codes.shape, name=name)
 
 
 def _filled(tape: Tape, like: ir.Value, code: int) -> ir.Value:

@@ -16,14 +16,14 @@ from common.quantize.blocks import (
     Fitter,
     Packed,
     ceil_div,
+    error_feedback,
     hqq,
     k_quant,
-    power_of,
     quantize,
     quantize_compensated,
     rtn,
 )
-from common.quantize.calibration import Product, calibrated_products
+from common.quantize.calibration import ObservedProduct, calibrated_products
 from common.quantize.method import Calibrated, QuantMethod, Replace, WeightOptions
 from common.quantize.plan import Format, Plan, Sensitivity, SizeModel, smallest_plan, spend
 from common.quantize.rewrite import plan_encoder
@@ -114,31 +114,25 @@ class FittedWidths:
 
 
 def fit_widths(encoder: Path, batches: Sequence[np.ndarray], block: int) -> FittedWidths:
-    """Both widths of each quantizable weight of the float32 graph at `encoder`, on features [B, M, T] of speech.
-
-    The damage of 4 bits is measured; that of 8 is it times the ratio of the errors that the two leave in the product,
-    small errors going through the rest of the graph alike.
-    """
+    """Both widths of each quantizable weight of the float32 graph at `encoder`, on features [B, M, T] of speech."""
     fitted = FittedWidths({}, {})
-    for product in calibrated_products(encoder, batches, measures_damage=True):
+    for product in calibrated_products(encoder, batches):
         fitted.weights[product.name] = _fit_product(product, block)
         if product.scaled:
             fitted.factors[product.name] = product.factors
     return fitted
 
 
-def _fit_product(product: Product, block: int) -> dict[int, FittedWeight]:
+def _fit_product(product: ObservedProduct, block: int) -> dict[int, FittedWeight]:
+    feedback = error_feedback(product.moments)
+
     def fit(bits: int) -> tuple[Packed, np.ndarray]:
-        return quantize_compensated(product.weight, bits, block, k_quant, product.feedback, product.factors)
+        return quantize_compensated(product.weight, bits, block, k_quant, feedback, product.factors)
 
     with ThreadPoolExecutor(len(BITS)) as pool:
         packed, errors = zip(*pool.map(fit, BITS), strict=True)
-    damage = product.damage(errors[0])
-    noise = [power_of(product.x @ error) for error in errors]
-    return {
-        bits: FittedWeight(codes, damage * left / max(noise[0], 1e-30))
-        for bits, codes, left in zip(BITS, packed, noise, strict=True)
-    }
+    damages = product.damages(dict(zip(BITS, errors, strict=True)))
+    return {bits: FittedWeight(codes, damages[bits]) for bits, codes in zip(BITS, packed, strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)

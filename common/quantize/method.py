@@ -6,7 +6,7 @@ products (int8.py). `docs/architecture.md` shows how to add one.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -35,6 +35,7 @@ class WeightOptions:
 
     block_size: int = 32  # weights that share a scale
     accuracy_level: int = 4  # of MatMulNBits
+    weight_bits: int = 8  # of integers in the file
     reduce_range: bool = False  # integers of 7 bits instead of 8
     size_budget_mb: float | None = None  # of encoder.onnx and its data, in 10^6 bytes
 
@@ -73,6 +74,7 @@ class QuantMethod(ABC, Generic[P]):
     name: str
     help: str  # a clause that follows the name and a colon
     uses_blocks: bool = False  # whether --block_size and --accuracy_level apply
+    weight_bits: tuple[int, ...] = ()  # what --weight_bits may be, where it applies
     reduces_range: bool = False  # whether --reduce_range applies
     calibrates: bool = False  # whether it fits weights to --calibration_manifest
     has_size_budget: bool = False  # whether --size_budget_mb applies, which takes calibration
@@ -94,6 +96,14 @@ class QuantMethod(ABC, Generic[P]):
     def calibrate(self, encoder: Path, batches: Sequence[np.ndarray], options: WeightOptions) -> Calibrated[P]:
         """Fit the weights of the float32 graph at `encoder` to speech: features [B, M, T] of each batch."""
         raise NotImplementedError(f"{self.name} does not calibrate")
+
+    def uncalibrated_advice(self, options: WeightOptions) -> str | None:
+        """A line for the user who gave no --calibration_manifest, where that costs much."""
+        return None
+
+    def runs_as(self, bits: Collection[int]) -> str:
+        """What multiplies weights that are stored in these bits, as the report and the model card say it."""
+        return ""
 
     def describe(self, options: WeightOptions) -> str:
         """The method in one line of output: `rtn, block 32`."""

@@ -54,13 +54,15 @@ class OptimizeOptions(WeightOptions):
             "fusion; add --skip_fusion for that"
         )
 
+    def calibration_advice(self) -> str | None:
+        """A line for the user where no calibration costs much."""
+        if self.method is None or self.calibration_manifest is not None:
+            return None
+        return self.method.uncalibrated_advice(self)
+
     def validate(self) -> None:
         """Raise ValueError naming a flag that does not go with the others, or has a value that it cannot have."""
-        if self.reduce_range and not (self.int8_tokens or (self.method and self.method.reduces_range)):
-            raise ValueError(
-                f"--reduce_range expects {_flag(m for m in METHODS.values() if m.reduces_range)} or "
-                f"--decoder_joint_precision {TOKEN_PRECISIONS[1]}, got neither"
-            )
+        self._validate_bits()
         if self.calibration_manifest is not None and not (self.method and self.method.calibrates):
             raise ValueError(
                 f"--calibration_manifest expects {_flag(m for m in METHODS.values() if m.calibrates)}, "
@@ -79,6 +81,27 @@ class OptimizeOptions(WeightOptions):
                 raise ValueError("--max_wer_increase expects --eval_manifest, the clips to count words on, got none")
             if not 0 <= self.max_wer_increase < math.inf:
                 raise ValueError(f"expected --max_wer_increase in points, 0 or more, got {self.max_wer_increase}")
+
+    def _validate_bits(self) -> None:
+        """As `validate`, of the flags about integers."""
+        other_bits = self.weight_bits != WeightOptions.weight_bits
+        if other_bits and not (self.method and self.weight_bits in self.method.weight_bits):
+            raise ValueError(
+                f"--weight_bits {self.weight_bits} expects {_flag(m for m in METHODS.values() if m.weight_bits)}, "
+                f"got {self._method_given()}"
+            )
+        if other_bits and self.size_budget_mb is not None:
+            raise ValueError(
+                f"--weight_bits {self.weight_bits} expects no --size_budget_mb, which chooses the bits of each weight, "
+                "got both; leave one out"
+            )
+        reduced = self.method is not None and self.method.reduces_range and not other_bits
+        if self.reduce_range and not (self.int8_tokens or reduced):
+            got = f"--weight_bits {self.weight_bits}, which needs no reduction" if other_bits else "neither"
+            raise ValueError(
+                f"--reduce_range expects {_flag(m for m in METHODS.values() if m.reduces_range)} or "
+                f"--decoder_joint_precision {TOKEN_PRECISIONS[1]}, got {got}"
+            )
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: the flags that decide the files, by name."""

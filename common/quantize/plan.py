@@ -43,13 +43,14 @@ class SizeModel:
     model: ir.Model
     graph_bytes: int  # of the exported graph file, without its data
     tensor_bytes: TensorBytes
+    node_bytes: int = NODE_BYTES  # that a quantized product adds to it
 
     def total(self, plan: Plan) -> int:
         """Bytes of graph and data once `plan` has been carried out, or up to a per cent less."""
         initializers = self.model.graph.initializers
         others = (tensor_of(value).nbytes for name, value in initializers.items() if name not in plan)
         packed = (size for name, form in plan.items() for size in self.of(name, form))
-        return self.graph_bytes + NODE_BYTES * len(plan) + data_bytes((*others, *packed))
+        return self.graph_bytes + self.node_bytes * len(plan) + data_bytes((*others, *packed))
 
     def of(self, name: str, form: Format) -> tuple[int, ...]:
         """Bytes of each tensor of one weight."""

@@ -12,7 +12,7 @@ from common.contract import MICROSOFT, Graph
 from common.folder.onnx_files import load, save_model
 from common.folder.onnx_graph import input_of, name_of, remove_if_unused, shared_initializer, tensor_of
 from common.quantize.blocks import BLOCK_SIZES, relative_error
-from common.quantize.columns import quantize_columns, weight_bits
+from common.quantize.columns import high_bits, quantize_columns
 from common.quantize.fidelity import token_sqnr
 from common.quantize.matmul_nbits import RTN
 from common.quantize.method import WeightOptions
@@ -44,7 +44,7 @@ def quantize_token_graphs(
 
     Raises CheckError where an SQNR is so low that something is broken.
     """
-    bits = weight_bits(options)
+    bits = high_bits(options)
     done = QuantizedTokenGraphs()
     for graph in graphs:
         model = load(source / graph.file)

@@ -242,6 +242,7 @@ def _manifest_section(
     section = {
         "flags": options.record(),
         "method": options.description,
+        "runs_as": options.method.runs_as(encoder.weights_by_bits) if options.method else "",
         "calibration": None if manifest is None else fingerprint(manifest),
         "fused": dict(encoder.fused),
         "weights_by_bits": {str(bits): count for bits, count in encoder.weights_by_bits.items()},
