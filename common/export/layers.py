@@ -8,7 +8,8 @@ that ONNX Runtime turns into faster operators was chosen (ONNX Runtime 1.32, tim
 
 import copy
 import math
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,35 +43,80 @@ def reshape(x: Tensor, *shape: int) -> Tensor:
     return cast(Tensor, _Reshape.apply(x, *shape))  # type: ignore[no-untyped-call]
 
 
-class _RelativeShift(torch.autograd.Function):
+# Attention is computed in blocks of the frames that attend, so many at most, each of so many frames at least. At 900
+# frames, which is the window of 72 s, four blocks take 0.8 times as long as one, at 250 as long, at 125 a tenth longer.
+BLOCKS = 4
+BLOCK_FRAMES = 64
+
+
+class _BlockBounds(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, like: Tensor) -> Tensor:
+    def forward(ctx: Any, like: Tensor) -> Tensor:
         frames = like.size(-1)
-        flat = x.flatten(2)[:, :, frames - 1 : frames - 1 + frames * (2 * frames - 1)]
-        return flat.reshape(*flat.shape[:2], frames, 2 * frames - 1)[..., :frames]
+        size = max(-(-frames // BLOCKS), BLOCK_FRAMES)
+        return torch.tensor([min(block * size, frames) for block in range(BLOCKS + 1)])
 
     @staticmethod
-    def symbolic(g: Any, x: Any, like: Any) -> Any:
+    def symbolic(g: Any, like: Any) -> Any:
+        def constant(*values: int) -> Any:
+            return g.op("Constant", value_t=torch.tensor(values))
+
+        frames = g.op("Gather", g.op("Shape", like), constant(-1), axis_i=0)
+        size = g.op("Div", g.op("Add", frames, constant(BLOCKS - 1)), constant(BLOCKS))
+        size = g.op("Max", size, constant(BLOCK_FRAMES))
+        return g.op("Min", g.op("Mul", size, constant(*range(BLOCKS + 1))), frames)
+
+
+class Block(NamedTuple):
+    """The frames first … stop-1 of S, which attend to all S frames; there may be none (the first three are scalars)."""
+
+    first: Tensor
+    stop: Tensor
+    frames: Tensor  # S
+    bias: Tensor  # what is added to the scores: [B, 1, 1 or stop-first, S]
+
+
+def attention_blocks(bias: Tensor, *, of_each_row: bool) -> list[Block]:
+    """The blocks of an encoder's frames, whose scores have the bias [B, 1, 1, S], or `of_each_row` [B, 1, S, S]."""
+    bounds = cast(Tensor, _BlockBounds.apply(bias))  # type: ignore[no-untyped-call]
+    blocks = []
+    for index in range(BLOCKS):
+        first, stop = bounds[index], bounds[index + 1]
+        blocks.append(Block(first, stop, bounds[BLOCKS], bias[:, :, first:stop] if of_each_row else bias))
+    return blocks
+
+
+class _RelativeShift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: Tensor, frames: Tensor) -> Tensor:
+        rows, columns = int(count), int(frames)
+        skipped = max(rows, 1) - 1
+        width = columns + skipped
+        flat = x.flatten(2)[:, :, skipped : skipped + rows * width]
+        return flat.reshape(*flat.shape[:2], rows, width)[..., :columns]
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, count: Any, frames: Any) -> Any:
         def constant(*values: int) -> Any:
             return g.op("Constant", value_t=torch.tensor(values))
 
         # Every layer writes the same shape arithmetic; common/export/trace.py merges it into one.
-        frames = g.op("Gather", g.op("Shape", like), constant(-1), axis_i=0)
-        first = g.op("Sub", frames, constant(1))
-        row = g.op("Add", frames, first)
-        stop = g.op("Add", first, g.op("Mul", frames, row))
-        flat = g.op("Slice", g.op("Reshape", x, constant(0, 0, -1)), first, stop, constant(2))
-        rows = g.op("Reshape", flat, g.op("Concat", constant(0, 0), frames, constant(-1), axis_i=0))
-        return g.op("Slice", rows, constant(0), frames, constant(3))
+        rows, columns = (g.op("Reshape", scalar, constant(1)) for scalar in (count, frames))
+        skipped = g.op("Sub", g.op("Max", rows, constant(1)), constant(1))
+        width = g.op("Add", columns, skipped)
+        stop = g.op("Add", skipped, g.op("Mul", rows, width))
+        flat = g.op("Slice", g.op("Reshape", x, constant(0, 0, -1)), skipped, stop, constant(2))
+        shifted = g.op("Reshape", flat, g.op("Concat", constant(0, 0), rows, width, axis_i=0))
+        return g.op("Slice", shifted, constant(0), columns, constant(3))
 
 
-def relative_shift(x: Tensor, like: Tensor) -> Tensor:
-    """Column j of row i becomes the score of the distance i-j: [B, heads, S, 2S] → [B, heads, S, S].
+def relative_shift(x: Tensor, count: Tensor, frames: Tensor) -> Tensor:
+    """Column j of row i becomes what is in column n-1-i+j: [B, heads, n, S+n] → [B, heads, n, S], n = `count` rows.
 
-    Row i of the input needs the columns S-1-i …; read as one vector, every next row starts 2S-1 later. So: flatten,
-    drop the first S-1, take rows of 2S-1, keep S columns. `like` is any tensor whose last dimension is S.
+    Read as one vector, every row needs what begins S+n-1 after that of the row before. So: flatten, drop the first n-1,
+    take rows of S+n-1, keep S columns.
     """
-    return cast(Tensor, _RelativeShift.apply(x, like))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _RelativeShift.apply(x, count, frames))  # type: ignore[no-untyped-call]
 
 
 class Linear(nn.Module):
@@ -171,7 +217,8 @@ def _padding(layer: Any, axis: int) -> tuple[int, int]:
 class RelativePositions(nn.Module):
     """Sinusoids of the relative distances S-1 … -S, computed in the graph (Transformer-XL, arXiv:1901.02860, B).
 
-    NeMo's table has the distances S-1 … -(S-1); the additional one makes the relative shift a slice without padding.
+    NeMo's table has the distances S-1 … -(S-1); the additional one makes the relative shift a slice without
+    padding.
     """
 
     frequencies: Tensor
@@ -197,6 +244,10 @@ class RelativeAttention(nn.Module):
     Inside, time comes before batch: a runtime then reads a head's rows in place, where it would otherwise write
     queries, keys, values and positions a second time (24 layers, 60 s: 0.15 s). Each product is scaled, which a runtime
     fuses into the product, instead of their sum.
+
+    It is computed in blocks of queries. A query needs S of the 2S distances, those from its own frame to all others, n
+    queries in a row need S+n-1 of them; so in blocks nearly half of the products with positions need not be computed,
+    and the scores of a block fit into the cache between one operator and the next.
     """
 
     def __init__(self, attention: Any) -> None:
@@ -211,19 +262,29 @@ class RelativeAttention(nn.Module):
         self.content_bias: Tensor = attention.pos_bias_u  # [heads, dk]
         self.position_bias: Tensor = attention.pos_bias_v  # [heads, dk]
 
-    def forward(self, x: Tensor, positions: Tensor, bias: Tensor) -> Tensor:
-        """x [B, S, D], positions [2S, 1, D], bias [B, 1, 1 or S, S] → [B, S, D]"""
+    def forward(self, x: Tensor, positions: Tensor, blocks: Sequence[Block]) -> Tensor:
+        """x [B, S, D], positions [2S, 1, D], blocks of the S frames → [B, S, D]"""
         x = x.transpose(0, 1)
         query, key, value, position = (
             reshape(y, 0, 0, self.heads, -1)  # [S or 2S, B or 1, heads, dk]
             for y in (self.query(x), self.key(x), self.value(x), self.position(positions))
         )
-        by_content = self._product(query + self.content_bias, key)
-        by_position = relative_shift(self._product(query + self.position_bias, position), bias)
-        scores = by_content + by_position + bias
-        context = torch.matmul(scores.softmax(dim=-1), value.permute(1, 2, 0, 3))  # [B, heads, S, dk]
+        value = value.permute(1, 2, 0, 3)
+        contexts = [torch.matmul(self._weights(query, key, position, block), value) for block in blocks]
+        context = torch.cat(contexts, dim=2)  # [B, heads, S, dk]
         out: Tensor = self.out(reshape(context.transpose(1, 2), 0, 0, -1))
         return out
+
+    def _weights(self, query: Tensor, key: Tensor, position: Tensor, block: Block) -> Tensor:
+        """How much each of the block's n frames attends to each frame: [B, heads, n, S]"""
+        query = query[block.first : block.stop]
+        # Row 0 holds distance S-1. The distances from the block's last frame begin at stop-1, those from its first end
+        # at first+1-S; one more, and the relative shift is a slice without padding.
+        position = position[block.frames - block.stop : 2 * block.frames - block.first]
+        by_content = self._product(query + self.content_bias, key)
+        by_position = self._product(query + self.position_bias, position)
+        by_position = relative_shift(by_position, block.stop - block.first, block.frames)
+        return (by_content + by_position + block.bias).softmax(dim=-1)
 
     def _product(self, queries: Tensor, keys: Tensor) -> Tensor:
         """[S, B, heads, dk], [S', B, heads, dk] → [B, heads, S, S']"""
@@ -307,10 +368,10 @@ class Layer(nn.Module):
         self.norm_out = layer.norm_out
         self.fc_factor: float = layer.fc_factor
 
-    def forward(self, x: Tensor, positions: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
-        """x [B, S, D], positions [2S, 1, D], bias [B, 1, 1 or S, S], keep [B, S, 1] → [B, S, D]"""
+    def forward(self, x: Tensor, positions: Tensor, blocks: Sequence[Block], keep: Tensor) -> Tensor:
+        """x [B, S, D], positions [2S, 1, D], blocks of the S frames, keep [B, S, 1] → [B, S, D]"""
         x = x + self.feed_forward1(self.norm_feed_forward1(x)) * self.fc_factor
-        x = x + self.attention(self.norm_attention(x), positions, bias)
+        x = x + self.attention(self.norm_attention(x), positions, blocks)
         x = x + self.convolution(self.norm_convolution(x), keep)
         x = x + self.feed_forward2(self.norm_feed_forward2(x)) * self.fc_factor
         out: Tensor = self.norm_out(x)

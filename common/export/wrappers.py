@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from common.contract import DECODER, ENCODER, JOINT, Graph
-from common.export.layers import MASKED_SCORE, Layer, Linear, RelativePositions, Subsampling, share_parameters
+from common.export.layers import (
+    MASKED_SCORE,
+    Layer,
+    Linear,
+    RelativePositions,
+    Subsampling,
+    attention_blocks,
+    share_parameters,
+)
 
 
 class Wrapper(nn.Module):
@@ -46,10 +54,10 @@ class Encoder(Wrapper):
         length = length.to(torch.int64)
         x, positions = self.positions(x)
         keep = torch.arange(x.size(1), device=x.device)[None, :] < length[:, None]  # [B, S]
-        bias = self._attention_bias(keep, length)
+        blocks = attention_blocks(self._attention_bias(keep, length), of_each_row=self._limited_context)
         keep = keep[:, :, None].to(x.dtype)
         for layer in self.layers:
-            x = layer(x, positions, bias, keep)
+            x = layer(x, positions, blocks, keep)
         return self.projection(x).transpose(1, 2), length
 
     def _attention_bias(self, keep: Tensor, length: Tensor) -> Tensor:
