@@ -92,7 +92,7 @@ class TestSegments:
         with pytest.raises(ValueError, match=r"clip\.flac"):
             load_clip(Clip(path, offset=4.0, duration=4.0), 16000, 1)
 
-    def test_say_in_every_engine_what_their_own_files_say(self, joined, tiny_export, tmp_path, capsys):
+    def test_are_transcribed_by_every_engine_as_their_own_files_are(self, joined, tiny_export, tmp_path, capsys):
         """NeMo's manifests give each line its part; today's whole file for each would have three times the words."""
         path, places = joined
         alone = manifest_of(tmp_path / "alone.jsonl", *({"audio_filepath": str(clip)} for clip in CLIPS))

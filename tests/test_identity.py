@@ -190,7 +190,7 @@ def comparison_of(clip, *, is_float32=True):
     )
 
 
-def test_nothing_compared_is_said(capsys):
+def test_nothing_compared_is_printed(capsys):
     other = transcript("b", (2,))
     clip = clip_of(transcript("a", (1,)), other, other, one_window=False)
     comparison = comparison_of(clip)

@@ -93,31 +93,31 @@ def test_the_checkpoint_has_the_keys_of_v3(checkpoint):
     assert config["decoder"]["vocab_size"] == len(config["labels"]) == 8192
 
 
-def test_nemo_says_numbers(nemo_text):
+def test_nemo_writes_numbers(nemo_text):
     assert re.fullmatch(r"[0-9]+( [0-9]+)+", nemo_text)
     assert len(set(nemo_text) - {" "}) >= 4
 
 
-def test_genai_says_the_same_numbers(exported, samples, nemo_text):
+def test_genai_writes_the_same_numbers(exported, samples, nemo_text):
     genai = GenAI(exported / GENAI.runtime)
     tokens = genai.transcribe(samples)
     assert genai.text(tokens) == nemo_text
     assert genai.processor.decode(np.array(tokens, np.int32)).strip() == nemo_text
 
 
-def test_raw_onnx_says_the_same_numbers(exported, samples, nemo_model, nemo_text):
+def test_raw_onnx_writes_the_same_numbers(exported, samples, nemo_model, nemo_text):
     tokens = RawOrt(exported / GENAI.runtime).transcribe(Nemo(nemo_model).features(samples)).tokens
     assert SentencePieceProcessor(model_proto=v3_tokenizer()).decode(tokens) == nemo_text
 
 
-def test_onnx_asr_says_the_same_numbers(exported, samples, nemo_text):
+def test_onnx_asr_writes_the_same_numbers(exported, samples, nemo_text):
     import onnx_asr
 
     model = onnx_asr.load_model("nemo-conformer-tdt", exported / ONNX_ASR.runtime)
     assert model.recognize(samples, sample_rate=16000).strip() == nemo_text
 
 
-def test_sherpa_onnx_says_the_same_numbers(exported, clip, nemo_text):
+def test_sherpa_onnx_writes_the_same_numbers(exported, clip, nemo_text):
     command = [sys.executable, "-c", SHERPA_PROGRAM, exported / SHERPA_ONNX.runtime, clip]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

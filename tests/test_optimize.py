@@ -367,9 +367,8 @@ def test_output_must_be_another_folder(tiny_export, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_second_optimization_is_rejected(tiny_export, tmp_path, capsys):
-    optimized(tiny_export, tmp_path / "once")
-    assert optimize_encoder.main(["--model_dir", str(tmp_path / "once"), "--output_dir", str(tmp_path / "twice")]) == 2
+def test_a_second_optimization_is_rejected(tiny_optimized, tmp_path, capsys):
+    assert optimize_encoder.main(["--model_dir", str(tiny_optimized), "--output_dir", str(tmp_path / "twice")]) == 2
     assert "optimized already" in capsys.readouterr().err
     assert not (tmp_path / "twice").exists()
 

@@ -39,7 +39,7 @@ def speech(seconds: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda path: path.stem)
-def test_every_engine_says_the_same(clip, genai, raw, nemo):
+def test_every_engine_transcribes_the_same(clip, genai, raw, nemo):
     samples = genai.config.read_audio(clip)
     features = nemo.features(samples)
     tokens, frames, text = nemo.transcribe(features)
@@ -96,7 +96,7 @@ def test_windows_cover_every_frame_once(raw):
 
 
 @pytest.mark.slow
-def test_batches_say_what_each_clip_says_alone(genai, raw):
+def test_batches_transcribe_what_each_clip_does_alone(genai, raw):
     """Clips of any length in one batch, one of them in two windows."""
     samples = [genai.config.read_audio(path) for path in CLIPS] + [speech(75), speech(0.1)]
     features = [genai.features(one) for one in samples]

@@ -312,7 +312,7 @@ def test_the_first_transcript_waits_for_genai_alone(tiny_export, capsys, monkeyp
 
 
 @pytest.mark.slow
-def test_batches_say_the_same_in_the_order_of_the_manifest(tiny_export, tmp_path, capsys):
+def test_batches_transcribe_the_same_in_the_order_of_the_manifest(tiny_export, tmp_path, capsys):
     found = []
     for size in ("1", "4"):
         argv = ["--model_dir", str(tiny_export), "--manifest", str(SAMPLES / "manifest.jsonl"), "--skip_nemo"]
@@ -342,20 +342,17 @@ def test_batches_and_subtitles_that_cannot_be(argv, message, capsys, tiny_export
 
 
 @pytest.mark.slow
-def test_optimized_folder_is_complete_and_brings_the_exported_one(tiny_export, tmp_path, capsys):
-    optimized = tiny_export.parent / "beside"
-    argv = ["--model_dir", str(tiny_export), "--output_dir", str(optimized)]
-    assert optimize_encoder.main(argv) == 0
-    assert {path.name for path in optimized.iterdir()} > {path.name for path in tiny_export.iterdir()}
-    assert test_e2e.main(["--model_dir", str(optimized)]) == 0
+def test_optimized_folder_is_complete_and_brings_the_exported_one(tiny_export, tiny_optimized, tmp_path, capsys):
+    assert {path.name for path in tiny_optimized.iterdir()} > {path.name for path in tiny_export.iterdir()}
+    assert test_e2e.main(["--model_dir", str(tiny_optimized)]) == 0
     capsys.readouterr()
-    assert test_real_speech.main(["--model_dir", str(optimized), "--audio", CLIP]) == 0
+    assert test_real_speech.main(["--model_dir", str(tiny_optimized), "--audio", CLIP]) == 0
     output = capsys.readouterr().out
     assert re.findall(r"^  (\S+(?: \S+)*?)  ", output, re.M) == [
-        "engine", "NeMo", "GenAI beside", "ONNX Runtime beside", "GenAI onnx_models", "ONNX Runtime onnx_models",
+        "engine", "NeMo", "GenAI optimized", "ONNX Runtime optimized", "GenAI onnx_models", "ONNX Runtime onnx_models",
     ]  # fmt: skip
     alone = tmp_path / "alone"
-    shutil.copytree(optimized, alone)
+    shutil.copytree(tiny_optimized, alone)
     assert test_e2e.main(["--model_dir", str(alone)]) == 0
 
 
