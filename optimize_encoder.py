@@ -20,7 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 
 # First of all, since a package that is missing below is then reported in one line (common/__init__.py).
-from common.cli import Command, Parser, PrintStage, Stages, run
+from common.cli import Command, Parser, PrintStage, Stages, run, warn
 
 # isort: split
 
@@ -32,6 +32,7 @@ from common.layouts.layout import layouts_in
 from common.quantize import METHODS
 from common.quantize.blocks import BLOCK_SIZES
 from common.quantize.calibration import read_speech
+from common.quantize.cpu import reduce_range_advice
 from common.quantize.method import Calibrated, P, QuantMethod
 from common.quantize.options import TOKEN_PRECISIONS, OptimizeOptions
 from common.quantize.rewrite import optimize_graph
@@ -114,6 +115,8 @@ def _optimize(args: argparse.Namespace) -> None:
     calibration, evaluation = read_speech_manifests(options, source, speech_folder)
     write_page = page_writer()
     state_needs_of_folders(source, target, layouts, options)
+    if advice := reduce_range_advice(options):
+        warn(advice)
 
     per_folder = STAGES + options.int8_tokens
     stressed = stress.stress is not None

@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     del genai
 
     timed = TimedBaseline(args.model_dir)
-    said, peaks = {}, {}
+    transcribed, peaks = {}, {}
     for size in BATCH_SIZES:  # warm-up; memory only grows, so that it is told in this order
-        said[size], *_ = turn(timed, features, size)
+        transcribed[size], *_ = turn(timed, features, size)
         peaks[size] = peak_memory()
     times = {size: [] for size in BATCH_SIZES}
     for _ in tqdm(range(args.rounds), unit="round", leave=False, disable=None):
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             times[size].append(turn(timed, features, size)[1:])
 
     print(machine())
-    print(f"\n| {len(samples)} clips, {audio:.0f} s | RTFx | × | encoder | token loop | unlike batch 1 | peak memory |")
+    print(f"\n| {len(samples)} clips, {audio:.0f} s | RTFx | × | encoder | token loop | differing | peak memory |")
     print("|---" * 7 + "|")
     for size, turns in times.items():
         seconds, encoder = (median(column) for column in zip(*turns, strict=True))
@@ -76,10 +76,10 @@ def main(argv: list[str] | None = None) -> int:
             median(of(*base) / of(*own) for base, own in zip(times[BATCH_SIZES[0]], turns, strict=True))
             for of in (lambda whole, _: whole, lambda _, part: part, lambda whole, part: whole - part)
         )
-        unlike = sum(one != other for one, other in zip(said[BATCH_SIZES[0]], said[size], strict=True))
+        differing = sum(one != other for one, other in zip(transcribed[BATCH_SIZES[0]], transcribed[size], strict=True))
         print(
             f"| batch {size} | {audio / seconds:.1f} | {ratio:.2f}× | {encoder:.2f} s, {encoder_ratio:.2f}× | "
-            f"{loop:.2f} s, {loop_ratio:.2f}× | {unlike} | {size_text(peaks[size])} |"
+            f"{loop:.2f} s, {loop_ratio:.2f}× | {differing} | {size_text(peaks[size])} |"
         )
     return 0
 

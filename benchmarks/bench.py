@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import quiet_libraries
-from common.run.audio import load_audio
+from common.run.audio import load_clip
+from common.run.clips import Clip
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 CORES = os.cpu_count()
@@ -51,7 +52,9 @@ def peak_memory() -> int:
 def speech(seconds: float, sample_rate: int) -> np.ndarray:
     """The bundled clips one after the other, over and over. [samples]"""
     paths = [SAMPLES / "jfk.wav", *sorted((SAMPLES / "clips").glob("*.flac"))]
-    return np.resize(np.concatenate([load_audio(path, sample_rate, 0) for path in paths]), int(seconds * sample_rate))
+    return np.resize(
+        np.concatenate([load_clip(Clip(path), sample_rate, 0) for path in paths]), int(seconds * sample_rate)
+    )
 
 
 def machine() -> str:

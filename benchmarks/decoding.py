@@ -9,7 +9,7 @@ Out: three markdown tables, and decoding.json in the work directory.
 
 A random model either never emits a token or always does. So the joint of a copy is given frames to tell apart (its
 encoder projection takes them centred and scaled to unit size) and a blank logit that is found by bisection, so that
-3 to 5 tokens a second come out; the rate is printed with each result. No operator is added. Candidates take turns
+3 to 5 tokens a second are emitted; the rate is printed with each result. No operator is added. Candidates take turns
 (A B C A B C …); a figure is the median over rounds, × the median of the ratios to the first line in the same round.
 """
 
@@ -123,7 +123,7 @@ def make_talkative(source: Path, target: Path) -> None:
     mean, scale = encoded.mean(axis=0), (encoded - encoded.mean(axis=0)).std()
     bias, rate = find_blank_bias(raw, (encoded - mean) / scale)
     if not RATE[0] <= rate <= RATE[1]:
-        raise RuntimeError(f"wanted {RATE[0]:g} to {RATE[1]:g} tokens a second, found {rate:.1f} at a bias of {bias}")
+        raise RuntimeError(f"expected {RATE[0]:g} to {RATE[1]:g} tokens a second, got {rate:.1f} at a bias of {bias}")
     with staged_folder(target) as staging:
         shutil.copytree(source, staging, dirs_exist_ok=True)
         change_joint(staging, mean, scale, raw.config.blank_id, bias)

@@ -134,15 +134,15 @@ class Candidate:
             self.worker.shutdown()
 
 
-def candidates(checkpoint: Path, work_dir: Path, wanted: Callable[[str], bool]) -> list[Candidate]:
+def candidates(checkpoint: Path, work_dir: Path, is_selected: Callable[[str], bool]) -> list[Candidate]:
     """What is compared, built if need be; a build that fails is a candidate that has failed. The baseline is first."""
     found = []
-    for recipe in filter(lambda recipe: wanted(recipe.name), RECIPES):
+    for recipe in filter(lambda recipe: is_selected(recipe.name), RECIPES):
         try:
             found.append(Candidate(recipe.name, (load_onnx, build(recipe, checkpoint, work_dir))))
         except Exception as error:
             found.append(Candidate(recipe.name, (), {"failed": f"build: {' '.join(str(error).split())}"}))
-    return found + ([Candidate(NEMO, (load_nemo, checkpoint))] if wanted(NEMO) else [])
+    return found + ([Candidate(NEMO, (load_nemo, checkpoint))] if is_selected(NEMO) else [])
 
 
 def measure(candidates: list[Candidate], features: dict[int, np.ndarray], rounds: int) -> None:
@@ -213,10 +213,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only encoders with one of these in their name")
     args = parse_args(parser, argv)
 
-    def wanted(name: str) -> bool:
+    def is_selected(name: str) -> bool:
         return not args.only or name == FLOAT32.name or any(word in name for word in args.only)
 
-    compared = candidates(args.model_name, args.work_dir, wanted)
+    compared = candidates(args.model_name, args.work_dir, is_selected)
     with process() as worker:
         features = worker.submit(nemo_features, args.model_name).result()
     before = machine()

@@ -68,7 +68,7 @@ def recipes(checkpoint: Path, work_dir: Path, calibration: Path) -> list[Recipe]
 
 
 def measure(
-    folder: Path, features: list[np.ndarray], wanted: list[np.ndarray] | None
+    folder: Path, features: list[np.ndarray], expected: list[np.ndarray] | None
 ) -> tuple[Result, list[np.ndarray]]:
     """The encoder of `folder` on clips of one window, against float32 outputs; also its own outputs [S, D]."""
     encoded: list[np.ndarray] = []
@@ -85,7 +85,7 @@ def measure(
     for clip in tqdm(features, desc=folder.name, unit="clip", leave=False, disable=None):
         texts.append(genai.text(raw.transcribe(clip, whole=True).tokens))
     audio = sum(clip.shape[1] for clip in features) * raw.config.hop_length / raw.config.sample_rate
-    ratio = sqnr_db(np.concatenate(wanted), np.concatenate(encoded)) if wanted else float("inf")
+    ratio = sqnr_db(np.concatenate(expected), np.concatenate(encoded)) if expected else float("inf")
     return Result(encoder_bytes(folder), texts, ratio, audio / sum(times)), encoded
 
 
@@ -166,10 +166,10 @@ def main(argv: list[str] | None = None) -> int:
         samples = samples if args.snr_db is None else with_noise(samples, args.snr_db, i)
         features.append(genai.features(samples))
     texts = [clip.text for clip in clips]
-    before, wanted, results = machine(), None, {}
+    before, expected, results = machine(), None, {}
     for name, folder in folders.items():
-        results[name], encoded = measure(folder, features, wanted)
-        wanted = wanted or encoded
+        results[name], encoded = measure(folder, features, expected)
+        expected = expected or encoded
 
     seconds = sum(clip.shape[1] for clip in features) * genai.config.hop_length / genai.config.sample_rate
     print(f"{before}\n{len(clips)} clips, {seconds:.0f} s, {sum(len(text.split()) for text in texts)} words\n")

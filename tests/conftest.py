@@ -1,4 +1,7 @@
-"""What the tests share: the bundled checkpoint, exported once a session by the scripts themselves."""
+"""What the tests share: the bundled checkpoint, exported and optimized once a session by the scripts themselves.
+
+A test that changes a folder copies it first.
+"""
 
 from pathlib import Path
 
@@ -6,6 +9,7 @@ import pytest
 
 import export_parakeet_to_onnx
 import export_tokenizer
+import optimize_encoder
 from tests.helpers import TINY
 
 
@@ -25,4 +29,12 @@ def tiny_export(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "onnx_models"
     assert export_parakeet_to_onnx.main(["--model_name", str(TINY), "--output_dir", str(folder)]) == 0
     assert export_tokenizer.main(["--model_name", str(TINY), "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_optimized(tiny_export) -> Path:
+    """The exported folder, optimized as optimize_encoder.py does without flags."""
+    folder = tiny_export.parent / "optimized"
+    assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(folder)]) == 0
     return folder

@@ -9,12 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import yaml
-from onnx import TensorProto, helper, numpy_helper
 from sentencepiece import SentencePieceTrainer
 
+import export_parakeet_to_onnx
+import export_tokenizer
 from common.checkpoint.tokenizer import ModelProto, Piece
+from common.quantize.cpu import exact_bits
 
 # ---- files of the project
 
@@ -40,6 +41,15 @@ def rejected(capsys, script, *argv) -> str:
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     return error
+
+
+def export_for_every_runtime(checkpoint: Path, folder: Path) -> Path:
+    """Export a checkpoint and its tokenizer with a subfolder for each runtime; return the folder of those."""
+    target = folder / "onnx_models"
+    argv = ["--model_name", str(checkpoint), "--output_dir", str(target)]
+    assert export_parakeet_to_onnx.main([*argv, "--runtime", "all", "--skip_verify"]) == 0
+    assert export_tokenizer.main(argv) == 0
+    return target
 
 
 # ---- variants of the bundled checkpoint
@@ -243,20 +253,6 @@ for clip in clips:
     texts.append(stream.result.text)
 print(json.dumps(texts))
 """
-
-
-def exact_bits() -> int:
-    """How many bits int8 weights may have so that this CPU sums their products exactly: 8, or 7 where it adds pairs of
-    products in 16 bits and cuts off large sums (x86 without VNNI)."""
-    weight = numpy_helper.from_array(np.full((64, 64), 127, np.int8), "w")
-    x, y = (
-        helper.make_tensor_value_info(*one)
-        for one in (("x", TensorProto.UINT8, [8, 64]), ("y", TensorProto.INT32, [8, 64]))
-    )
-    graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "sums", [x], [y], [weight])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    sums = ort.InferenceSession(model.SerializeToString()).run(None, {"x": np.full((8, 64), 255, np.uint8)})[0]
-    return 8 if (sums == 64 * 255 * 127).all() else 7
 
 
 BITS = exact_bits()

@@ -13,18 +13,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 import export_tokenizer
-import optimize_encoder
 from common.folder.manifest import sha256
 from common.layouts.genai import GENAI
 from common.report.card import CARD, PUBLISHED, front_matter, model_card, wer_table
 from tests.helpers import SAMPLES, TINY
-
-
-@pytest.fixture(scope="module")
-def optimized(tiny_export, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("card") / "optimized"
-    assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(folder)]) == 0
-    return folder
 
 
 def manifest_of(folder, name=None):
@@ -35,8 +27,8 @@ def manifest_of(folder, name=None):
 
 
 @pytest.mark.parametrize("name", [None, *PUBLISHED, "somebody/parakeet-finetuned"])
-def test_front_matter(name, optimized):
-    text = model_card(manifest_of(optimized, name), GENAI)
+def test_front_matter(name, tiny_optimized):
+    text = model_card(manifest_of(tiny_optimized, name), GENAI)
     card = ModelCard(text)  # raises where Hugging Face would not read it
     found = yaml.safe_load(text.split("---\n")[1])
     assert found == card.data.to_dict()
@@ -54,14 +46,14 @@ def test_front_matter(name, optimized):
         assert found["base_model_relation"] == "quantized"
 
 
-def test_figures_are_the_manifest_s(optimized, tiny_export):
-    manifest = manifest_of(optimized)
-    text = (optimized / CARD).read_text()
+def test_figures_are_the_manifest_s(tiny_optimized, tiny_export):
+    manifest = manifest_of(tiny_optimized)
+    text = (tiny_optimized / CARD).read_text()
     assert text == model_card(manifest, GENAI)  # and so the same again
     assert f"| `encoder.onnx` | {manifest['export']['parity']['encoder.onnx']['max_abs']:.1e} |" in text
     assert f"encoder {manifest['optimize']['sqnr_db_on_noise']} dB" in text
     listed = set(re.findall(r"^\| `(\S+)` \| [\d.]+ (?:[kMG]?B)", text, re.M))
-    assert listed | {CARD, "manifest.json"} == {path.name for path in optimized.iterdir() if path.is_file()}
+    assert listed | {CARD, "manifest.json"} == {path.name for path in tiny_optimized.iterdir() if path.is_file()}
     assert "--quant_method rtn --block_size 32" in text
     assert "--skip_fusion" not in text
     assert str(TINY.parents[1]) not in text
@@ -71,18 +63,18 @@ def test_figures_are_the_manifest_s(optimized, tiny_export):
     assert "not verified" in model_card(unverified, GENAI)
 
 
-def test_word_errors_where_there_are_any(optimized):
+def test_word_errors_where_there_are_any(tiny_optimized):
     rows = {"float32": {"errors": 5, "words": 80, "low": 2.5, "high": 10.0}}
-    manifest = manifest_of(optimized)
+    manifest = manifest_of(tiny_optimized)
     manifest["optimize"]["wer"] = rows
     assert "| float32 | 6.25 % | 2.50 – 10.00 % | 80 |" in wer_table(rows)
     assert wer_table(rows) in model_card(manifest, GENAI)
-    assert "WER" not in model_card(manifest_of(optimized), GENAI)
+    assert "WER" not in model_card(manifest_of(tiny_optimized), GENAI)
 
 
-def test_the_snippet_runs(optimized, tmp_path):
+def test_the_snippet_runs(tiny_optimized, tmp_path):
     folder = tmp_path / "downloaded"
-    shutil.copytree(optimized, folder)
+    shutil.copytree(tiny_optimized, folder)
     samples, rate = soundfile.read(SAMPLES / "clips" / "029_hibari.flac")
     soundfile.write(folder / "audio.wav", samples, rate)
     snippet = re.search(r"```python\n(.*?)```", (folder / CARD).read_text(), re.S).group(1)

@@ -1,4 +1,4 @@
-"""Manifests: which clips they name, which part of each file, and what of them is refused, before the work."""
+"""Manifests: which clips they name, which part of each file, and what of them is rejected, before the work."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import soxr
 import optimize_encoder
 import test_real_speech
 from common.evaluate.wer import WordErrorRate, word_error_rate
-from common.run.audio import check_audio, load_audio, load_clip
+from common.run.audio import check_audio, load_clip
 from common.run.clips import Clip, read_clips, shared_clips
 from tests.helpers import SAMPLES, rejected
 
@@ -56,10 +56,10 @@ class TestSegments:
             whole = file.read(file.frames, dtype="float32", always_2d=True).mean(axis=1)
         for offset, duration in ((0, 1.5), (0.123, 2.0), (0.7715625, 1.7285), (3.9, 4.05), (7.25, None)):
             end = None if duration is None else round((offset + duration) * rate)
-            wanted = whole[round(offset * rate) : end]
-            wanted = wanted if rate == 16000 else soxr.resample(wanted, rate, 16000)
+            expected = whole[round(offset * rate) : end]
+            expected = expected if rate == 16000 else soxr.resample(expected, rate, 16000)
             found = load_clip(Clip(path, offset=float(offset), duration=duration), 16000, 1)
-            np.testing.assert_allclose(found, wanted, atol=1e-6)
+            np.testing.assert_allclose(found, expected, atol=1e-6)
 
     def test_only_the_part_is_read(self, tmp_path, monkeypatch):
         """Of an hour, two seconds: where the format has an index of samples, nothing else is decoded."""
@@ -78,21 +78,21 @@ class TestSegments:
         np.testing.assert_array_equal(load_clip(Clip(CLIPS[0], duration=seconds), rate, 1), samples)
 
     @pytest.mark.parametrize(("offset", "duration"), [(0.0, 2.2), (1.5, 1.0), (5.0, None), (2.0, 0.3), (1e8, 1.0)])
-    def test_outside_of_the_file_are_refused(self, offset, duration, tmp_path):
+    def test_outside_of_the_file_are_rejected(self, offset, duration, tmp_path):
         path = tmp_path / "clip.wav"
         soundfile.write(path, np.ones(32_000), 16000)
         for check in (check_audio, load_clip):
             with pytest.raises(ValueError, match=r"expected a segment of .*clip\.wav, which is 2 s long, got"):
                 check(Clip(path, offset=offset, duration=duration), 16000, 1)
 
-    def test_of_a_file_that_is_cut_are_refused_and_not_shortened(self, tmp_path):
+    def test_of_a_file_that_is_cut_are_rejected_and_not_shortened(self, tmp_path):
         path = tmp_path / "clip.flac"
         soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 160_000), 16000)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(ValueError, match=r"clip\.flac"):
             load_clip(Clip(path, offset=4.0, duration=4.0), 16000, 1)
 
-    def test_say_in_every_engine_what_their_own_files_say(self, joined, tiny_export, tmp_path, capsys):
+    def test_are_transcribed_by_every_engine_as_their_own_files_are(self, joined, tiny_export, tmp_path, capsys):
         """NeMo's manifests give each line its part; today's whole file for each would have three times the words."""
         path, places = joined
         alone = manifest_of(tmp_path / "alone.jsonl", *({"audio_filepath": str(clip)} for clip in CLIPS))
@@ -150,7 +150,7 @@ class TestManifests:
             (b"\n \n", "expected a line for each clip"),
         ],
     )  # fmt: skip
-    def test_that_are_not_are_refused_with_their_line(self, content, message, tmp_path):
+    def test_that_are_not_are_rejected_with_their_line(self, content, message, tmp_path):
         (tmp_path / "m.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=r"m\.jsonl") as error:
             read_clips(tmp_path / "m.jsonl")
@@ -169,7 +169,7 @@ def odd_places(folder):
     os.mkfifo(folder / "pipe")
     (folder / "loop").symlink_to("loop")
     return {"a folder": folder / "folder", "a named pipe": folder / "pipe", "a device": "/dev/null",
-            "loop": folder / "loop", "found nothing": folder / "none"}  # fmt: skip
+            "loop": folder / "loop", "got nothing": folder / "none"}  # fmt: skip
 
 
 class TestBeforeTheWork:
@@ -277,13 +277,13 @@ class TestWordsOfSilence:
 
 
 class TestChannels:
-    def test_that_cancel_out_are_refused(self, tmp_path):
+    def test_that_cancel_out_are_rejected(self, tmp_path):
         samples, rate = soundfile.read(CLIPS[0], dtype="float32")
         path = tmp_path / "clip.wav"
         for other in (-samples, -0.999 * samples):
             soundfile.write(path, np.stack([samples, other], axis=1), rate)
             with pytest.raises(ValueError, match=r"in .*clip\.wav, got channels that cancel each other out"):
-                load_audio(path, 16000, 1)
+                load_clip(Clip(path), 16000, 1)
 
     def test_that_do_not_are_averaged(self, tmp_path):
         samples, rate = soundfile.read(CLIPS[0], dtype="float32")
@@ -293,4 +293,4 @@ class TestChannels:
             np.stack([samples, 0 * samples], 1), np.stack([samples, -0.9 * samples], 1), 0 * noise, noise, noise[:, :1],
         ):  # fmt: skip
             soundfile.write(path, channels, rate, subtype="FLOAT")
-            np.testing.assert_allclose(load_audio(path, rate, 1), channels.mean(axis=1), atol=1e-6)
+            np.testing.assert_allclose(load_clip(Clip(path), rate, 1), channels.mean(axis=1), atol=1e-6)

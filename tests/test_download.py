@@ -217,7 +217,7 @@ class TestInterrupted:
         succeeded(shell.tokenizer())
         shell.downloaded()
 
-    def test_a_second_run_at_the_same_time_is_refused(self, shell, hub):
+    def test_a_second_run_at_the_same_time_is_rejected(self, shell, hub):
         hub.gets.append(("stall", HALF))
         command = [sys.executable, str(ROOT / TOKENIZER), "--model_name", NAME, "--output_dir", "first"]
         environment = shell.environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"}
@@ -279,7 +279,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_hugging_face_refuses_is_one_line(case, shell, hub):
+def test_what_hugging_face_rejects_is_one_line(case, shell, hub):
     answers, *parts = REFUSALS[case]
     hub.heads += answers
     error = shell.rejected()

@@ -18,7 +18,6 @@ import soxr
 
 import export_parakeet_to_onnx
 import export_tokenizer
-import optimize_encoder
 from common.checkpoint.archive import open_archive, parse_config
 from common.checkpoint.nemo import load_model, read_config
 from common.folder import atomic as swap
@@ -27,8 +26,9 @@ from common.folder.manifest import fingerprint, verify_files
 from common.folder.outputs import write_json
 from common.folder.staging import staged_folder
 from common.report.card import CARD
-from common.run.audio import load_audio
+from common.run.audio import load_clip
 from common.run.baseline import RawOrt
+from common.run.clips import Clip
 from common.run.genai import GenAI
 from tests.faults import audio, checkpoints
 from tests.helpers import ROOT, TINY, tiny_members, write_tar
@@ -139,10 +139,10 @@ class TestReplacing:
         assert (target / "sub" / "mine").read_text() == "mine"
 
     def test_without_hard_links_entries_are_copied(self, tmp_path, monkeypatch):
-        def refuse(*args, **kwargs):
+        def no_link(*args, **kwargs):
             raise PermissionError
 
-        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "link", no_link)
         target = self.lay_out(tmp_path)
         (target / "link").symlink_to("sub")
         self.write(target)
@@ -169,7 +169,7 @@ class TestReplacing:
         assert self.read(target) == self.OLD
         assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
-    def test_a_second_run_is_refused_and_a_dead_one_forgotten(self, tmp_path):
+    def test_a_second_run_is_rejected_and_a_dead_one_forgotten(self, tmp_path):
         target = self.lay_out(tmp_path)
         with staged_folder(target):
             with pytest.raises(BlockingIOError, match="another run is writing to"):
@@ -238,15 +238,13 @@ class TestManifest:
 
 
 @pytest.mark.slow
-def test_the_same_input_gives_the_same_bytes(tiny_export, tmp_path):
+def test_the_same_input_gives_the_same_bytes(tiny_export, tiny_optimized, tmp_path):
     """In another process, with another hash seed, in a folder of another name."""
     folder = tmp_path / "again" / "onnx_models"
     checkpoint = tmp_path / "again" / TINY.name
     folder.parent.mkdir()
     shutil.copy(TINY, checkpoint)
-    optimized = tiny_export.parent / "optimized for comparison"
-    assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(optimized)]) == 0
-    again = folder.parent / optimized.name
+    again = folder.parent / tiny_optimized.name
     for script, *argv in (
         ("export_parakeet_to_onnx", "--model_name", checkpoint, "--output_dir", folder, "--skip_verify"),
         ("export_tokenizer", "--model_name", checkpoint, "--output_dir", folder),
@@ -255,7 +253,7 @@ def test_the_same_input_gives_the_same_bytes(tiny_export, tmp_path):
         environment = {**os.environ, "PYTHONHASHSEED": "7"}
         command = [sys.executable, f"{ROOT / script}.py", *map(str, argv)]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    for one, other in ((tiny_export, folder), (optimized, again)):
+    for one, other in ((tiny_export, folder), (tiny_optimized, again)):
         assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
         for path in sorted(one.iterdir()):
             if path.name in (CARD, LOCATIONS.parts[0]):
@@ -263,13 +261,13 @@ def test_the_same_input_gives_the_same_bytes(tiny_export, tmp_path):
             if path.name != "manifest.json":
                 assert path.read_bytes() == (other / path.name).read_bytes(), path.name
                 continue
-            found, wanted = (json.loads((folder / path.name).read_text()) for folder in (other, one))
-            for manifest in (found, wanted):
+            actual, expected = (json.loads((folder / path.name).read_text()) for folder in (other, one))
+            for manifest in (actual, expected):
                 del manifest["export"]["parity"], manifest["export"]["flags"]["skip_verify"], manifest["files"][CARD]
-            assert json.dumps(found) == json.dumps(wanted)
+            assert json.dumps(actual) == json.dumps(expected)
 
 
-# What only NeMo or torch can tell; `make faults` gives them to the scripts. The rest is refused before NeMo is asked.
+# What only NeMo or torch can tell; `make faults` gives them to the scripts. The rest is rejected before NeMo is asked.
 LEFT_TO_NEMO = {
     "_target_: a NeMo class that is no encoder",
     "a width of -1",
@@ -286,7 +284,7 @@ LEFT_TO_NEMO = {
 
 class TestCheckpoints:
     @pytest.mark.parametrize("name", sorted(checkpoints.CHECKPOINTS.keys() - LEFT_TO_NEMO))
-    def test_is_refused_before_nemo_is_asked(self, name, tmp_path, monkeypatch):
+    def test_is_rejected_before_nemo_is_asked(self, name, tmp_path, monkeypatch):
         path = tmp_path / "in" / "bad.nemo"
         path.parent.mkdir()
         checkpoints.CHECKPOINTS[name](path)
@@ -305,7 +303,7 @@ class TestCheckpoints:
             ("a weight that is not a number (NaN)", "not finite"),
         ],
     )
-    def test_is_refused_by_torch(self, name, message, tmp_path):
+    def test_is_rejected_by_torch(self, name, message, tmp_path):
         checkpoints.CHECKPOINTS[name](tmp_path / "bad.nemo")
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path / "bad.nemo")
@@ -353,18 +351,18 @@ class TestAudio:
         path = tmp_path / f"clip.{suffix}"
         soundfile.write(path, np.stack([samples, 0.5 * samples], axis=1), rate)
         whole = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(axis=1)
-        wanted = soxr.resample(whole, rate, 16000) if rate != 16000 else whole
+        expected = soxr.resample(whole, rate, 16000) if rate != 16000 else whole
         monkeypatch.setattr("common.run.audio.BLOCK_VALUES", 10_000)
-        np.testing.assert_allclose(load_audio(path, 16000, 1), wanted, atol=1e-6)
+        np.testing.assert_allclose(load_clip(Clip(path), 16000, 1), expected, atol=1e-6)
 
-    def test_a_clip_over_the_limit_is_refused_before_it_is_in_memory(self, tmp_path, monkeypatch):
+    def test_a_clip_over_the_limit_is_rejected_before_it_is_in_memory(self, tmp_path, monkeypatch):
         monkeypatch.setattr("common.run.audio.MAX_SECONDS", 2)
         monkeypatch.setattr("common.run.audio.BLOCK_VALUES", 1000)
         soundfile.write(tmp_path / "long.wav", np.zeros(8000 * 3), 8000)
         soundfile.write(tmp_path / "right.wav", np.zeros(8000 * 2), 8000)
-        assert len(load_audio(tmp_path / "right.wav", 16000, 1)) == 32_000
+        assert len(load_clip(Clip(tmp_path / "right.wav"), 16000, 1)) == 32_000
         with pytest.raises(ValueError, match=r"h of audio or less in .*, got more"):
-            load_audio(tmp_path / "long.wav", 16000, 1)
+            load_clip(Clip(tmp_path / "long.wav"), 16000, 1)
 
     @needs_fork
     @pytest.mark.parametrize("token", [7, 8192], ids=["a token", "the blank"])

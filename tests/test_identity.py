@@ -28,7 +28,8 @@ from common.layouts.adapt import write_view
 from common.layouts.identity import check_one_checkpoint, check_same_checkpoint, kept_by_export
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
-from common.run.audio import load_audio
+from common.run.audio import load_clip
+from common.run.clips import Clip
 from common.run.nemo import Nemo
 from tests.helpers import SAMPLES, TINY, rejected
 
@@ -94,7 +95,7 @@ def compare(folder, checkpoint, *argv):
 
 def test_nemos_row_is_what_nemo_transcribes(tiny_model):
     nemo = Nemo(tiny_model)
-    samples = [load_audio(clip, 16000, 1) for clip in CLIPS]
+    samples = [load_clip(Clip(clip), 16000, 1) for clip in CLIPS]
     try:
         own = [hypothesis.text for hypothesis in tiny_model.transcribe(samples, batch_size=1, verbose=False)]
     finally:
@@ -189,7 +190,7 @@ def comparison_of(clip, *, is_float32=True):
     )
 
 
-def test_nothing_compared_is_said(capsys):
+def test_nothing_compared_is_printed(capsys):
     other = transcript("b", (2,))
     clip = clip_of(transcript("a", (1,)), other, other, one_window=False)
     comparison = comparison_of(clip)
@@ -272,7 +273,7 @@ class TestPartsOfDifferentCheckpoints:
     @pytest.mark.parametrize(
         "script", [optimize_encoder, test_e2e, test_real_speech], ids=lambda module: module.__name__
     )
-    def test_every_reader_refuses_them(self, script, tiny_export, tmp_path, capsys):
+    def test_every_reader_rejects_them(self, script, tiny_export, tmp_path, capsys):
         folder = tmp_path / "models"
         shutil.copytree(tiny_export, folder)
         manifest = read_manifest(folder)

@@ -95,9 +95,9 @@ def test_every_row_and_every_column_has_its_scale(source, opset):
     product = helper.make_node("MatMul", ["a", NAME], ["y"])
     found = run(int8_model(make_model([*nodes, product], {NAME: WEIGHT}, opset)), LOUD_AND_QUIET)
     x = function(LOUD_AND_QUIET.astype(np.float64))
-    wanted = rounded_rows(x, zero) @ rounded_columns(WEIGHT)
+    expected = rounded_rows(x, zero) @ rounded_columns(WEIGHT)
     # One code in a thousand falls on the other side of a rounding boundary; each row and column is judged by itself.
-    assert all(sqnr_db(*pair) > 45 for pair in zip(wanted.reshape(10, N), found.reshape(10, N), strict=True))
+    assert all(sqnr_db(*pair) > 45 for pair in zip(expected.reshape(10, N), found.reshape(10, N), strict=True))
     exact = x @ WEIGHT
     # Where SiLU is nearly linear, in quiet rows, it is as negative as it is positive and its codes are few.
     floor = 22 if source == "SiLU" else 33 - BIT_DB
@@ -111,8 +111,8 @@ def test_every_row_and_every_column_has_its_scale(source, opset):
 def test_the_error_of_a_weight_is_that_of_its_rounded_columns():
     model = make_model([helper.make_node("MatMul", ["x", NAME], ["y"])], {NAME: WEIGHT})
     stored = int8_weights(model, 8)[NAME]
-    wanted = np.sum((rounded_columns(WEIGHT, 8) - WEIGHT) ** 2) / np.sum(WEIGHT**2)
-    assert stored.error == pytest.approx(wanted, rel=1e-3)
+    expected = np.sum((rounded_columns(WEIGHT, 8) - WEIGHT) ** 2) / np.sum(WEIGHT**2)
+    assert stored.error == pytest.approx(expected, rel=1e-3)
     assert 1e-6 < stored.error < 1e-4
 
 
@@ -287,6 +287,6 @@ def test_external_data_is_written_whole(tmp_path):
     """A round trip through files, as optimize_encoder.py writes them."""
     model = int8_model(make_model([helper.make_node("MatMul", ["x", NAME], ["y"])], {NAME: WEIGHT}))
     x = RNG.standard_normal((1, 4, K), dtype=np.float32)
-    wanted = run(model, x)
+    expected = run(model, x)
     save_model(model, tmp_path / "model.onnx")
-    np.testing.assert_array_equal(ort.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x})[0], wanted)
+    np.testing.assert_array_equal(ort.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x})[0], expected)

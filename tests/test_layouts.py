@@ -1,4 +1,4 @@
-"""The other runtimes themselves, from PyPI, on folders laid out for them: they must say what NeMo says."""
+"""The other runtimes themselves, from PyPI, on folders laid out for them: their texts must be NeMo's."""
 
 import dataclasses
 import errno
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +21,22 @@ import export_tokenizer
 import optimize_encoder
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import tokens_text
-from common.cli import CheckError
+from common.cli import EXPORT_COMMAND, CheckError
+from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.folder.locations import CHECKPOINT, read_location
 from common.folder.manifest import MANIFEST, read_manifest, verify_files
 from common.folder.staging import staged_folder
 from common.layouts import adapt as views
 from common.layouts.genai import GENAI, check_genai_supports, genai_folder
-from common.layouts.layout import LAYOUTS, Layout
+from common.layouts.layout import LAYOUTS, Layout, layout_of, layouts_in, register
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX, SHERPA_ONNX_GRAPHS
 from common.report.card import CARD
-from common.run.audio import load_audio
+from common.run.audio import load_clip
+from common.run.clips import Clip
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.helpers import CLIPS, REDUCED, ROOT, SAMPLES, SHERPA_PROGRAM, TINY
+from tests.helpers import CLIPS, REDUCED, ROOT, SAMPLES, SHERPA_PROGRAM, TINY, export_for_every_runtime
 
 pytestmark = pytest.mark.slow  # the fixture exports for every runtime
 
@@ -55,7 +58,7 @@ def onnx_asr_texts(folder: Path) -> list[str]:
     import onnx_asr
 
     model = onnx_asr.load_model("nemo-conformer-tdt", folder)
-    return [model.recognize(load_audio(clip, 16000, 0), sample_rate=16000) for clip in CLIPS]
+    return [model.recognize(load_clip(Clip(clip), 16000, 0), sample_rate=16000) for clip in CLIPS]
 
 
 TEXTS = {ONNX_ASR: onnx_asr_texts, SHERPA_ONNX: sherpa_onnx_texts}
@@ -64,17 +67,13 @@ TEXTS = {ONNX_ASR: onnx_asr_texts, SHERPA_ONNX: sherpa_onnx_texts}
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     """The bundled checkpoint for every runtime."""
-    folder = tmp_path_factory.mktemp("runtimes") / "onnx_models"
-    argv = ["--model_name", str(TINY), "--output_dir", str(folder)]
-    assert export_parakeet_to_onnx.main([*argv, "--runtime", "all", "--skip_verify"]) == 0
-    assert export_tokenizer.main(argv) == 0
-    return folder
+    return export_for_every_runtime(TINY, tmp_path_factory.mktemp("runtimes"))
 
 
 @pytest.fixture(scope="module")
 def nemo_texts(tiny_model) -> list[str]:
     nemo = Nemo(tiny_model)
-    return [nemo.transcribe(nemo.features(load_audio(clip, 16000, 0))).text for clip in CLIPS]
+    return [nemo.transcribe(nemo.features(load_clip(Clip(clip), 16000, 0))).text for clip in CLIPS]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,7 @@ def spec(tiny_model) -> ModelSpec:
 
 
 @pytest.mark.parametrize("layout", OTHERS, ids=lambda layout: layout.runtime)
-def test_says_what_nemo_says(layout, exported, nemo_texts):
+def test_transcribes_as_nemo_does(layout, exported, nemo_texts):
     assert TEXTS[layout](exported / layout.runtime) == nemo_texts
 
 
@@ -123,7 +122,7 @@ def optimized(request, exported, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("layout", OTHERS, ids=lambda layout: layout.runtime)
-def test_int8_says_what_nemo_says(layout, optimized, nemo_texts):
+def test_int8_transcribes_as_nemo_does(layout, optimized, nemo_texts):
     assert TEXTS[layout](optimized / layout.runtime) == nemo_texts
 
 
@@ -151,7 +150,7 @@ def test_an_optimized_folder_for_several_runtimes_shares_its_weights(exported, o
     ],
     ids=lambda value: value.runtime if isinstance(value, Layout) else value[-1],
 )
-def test_one_optimized_folder_says_what_genai_says_of_it(layout, flags, exported, tmp_path):
+def test_one_optimized_folder_is_transcribed_as_by_genai(layout, flags, exported, tmp_path):
     """4-bit weights change words, so the measure is GenAI with the same weights."""
     for name in (GENAI.runtime, layout.runtime):
         argv = ("--model_dir", str(exported / name), "--output_dir", str(tmp_path / name), *flags)
@@ -159,8 +158,8 @@ def test_one_optimized_folder_says_what_genai_says_of_it(layout, flags, exported
         fused = {} if "--skip_fusion" in flags else {"SkipLayerNormalization": 20}
         assert read_manifest(tmp_path / name)["optimize"]["fused"] == fused
     genai = GenAI(tmp_path / GENAI.runtime)
-    wanted = [genai.text(genai.transcribe(genai.config.read_audio(clip))) for clip in CLIPS]
-    assert TEXTS[layout](tmp_path / layout.runtime) == wanted
+    expected = [genai.text(genai.transcribe(genai.config.read_audio(clip))) for clip in CLIPS]
+    assert TEXTS[layout](tmp_path / layout.runtime) == expected
 
 
 def renamed(view, names: dict[str, str]):
@@ -211,7 +210,7 @@ def test_without_hard_links_weights_are_copied(exported, tmp_path, monkeypatch):
         ("pred_hidden", "128", "Got invalid dimensions for input"),
     ],
 )
-def test_sherpa_onnx_refuses_wrong_metadata(key, value, message, exported, tmp_path):
+def test_sherpa_onnx_does_not_accept_wrong_metadata(key, value, message, exported, tmp_path):
     for path in (exported / SHERPA_ONNX.runtime).iterdir():
         if path.is_file():
             (tmp_path / path.name).hardlink_to(path)
@@ -244,7 +243,7 @@ def test_sherpa_onnx_refuses_wrong_metadata(key, value, message, exported, tmp_p
         ),
     ],
 )
-def test_a_checkpoint_that_a_runtime_cannot_compute_is_refused_by_name(runtime, change, named, spec):
+def test_a_checkpoint_that_a_runtime_cannot_compute_is_rejected_by_name(runtime, change, named, spec):
     LAYOUTS[runtime].check(spec)
     other = dataclasses.replace(spec, **change)
     with pytest.raises(ValueError, match=re.escape(named)):
@@ -258,13 +257,13 @@ def pieces(*texts: str) -> ModelProto:
 
 
 @pytest.mark.parametrize("text", ["a b", "a\nb", "\r", "<blk>", ""])
-def test_pieces_that_would_be_misread_are_refused(text):
+def test_pieces_that_would_be_misread_are_rejected(text):
     assert tokens_text(pieces("▁a", "é")) == "▁a 0\né 1\n<blk> 2\n"
     with pytest.raises(ValueError, match="misread 1 pieces"):
         tokens_text(pieces("▁a", text))
 
 
-def test_a_vocabulary_that_sherpa_onnx_takes_for_bytes_is_refused():
+def test_a_vocabulary_that_sherpa_onnx_takes_for_bytes_is_rejected():
     assert tokens_text(pieces("▁ſ", "ф"))
     with pytest.raises(ValueError, match="byte-level BPE"):
         tokens_text(pieces("▁ſ", "a", "ƒ"))
@@ -319,3 +318,95 @@ def test_the_usage_runs_and_is_documented(runtime, exported, nemo_texts, tmp_pat
     soundfile.write(tmp_path / "audio.wav", stereo, sample_rate, subtype="FLOAT")
     done = python(LAYOUTS[runtime].usage_of(str(exported / runtime), str(tmp_path / "audio.wav")))
     assert done.stdout.strip() == nemo_texts[0], done.stderr
+
+
+TOY_GRAPHS = (
+    View("toy_encoder", ENCODER.inputs, ENCODER.outputs, parts=(ENCODER,)),
+    View("toy_decoder", DECODER.inputs, DECODER.outputs, parts=(DECODER,)),
+    View(
+        "toy_joint",
+        (
+            Tensor("audio", ("B", "D", "S"), of="encoder_output"),  # GenAI's has the width last
+            Tensor("text", ("B", "U", "H"), of="decoder_output"),
+        ),
+        (Tensor("scores", ("B", "S", "U", "V+K"), of="joint_output"),),
+        parts=(JOINT,),
+    ),
+)
+
+
+def check_toy_supports(spec: ModelSpec) -> None:
+    if spec.num_mels == 64:
+        raise ValueError("the toy runtime does not compute 64 mel bins")
+
+
+@pytest.fixture
+def toy() -> Iterator[Layout]:
+    """A layout of its own kind, in the registry for one test."""
+    yield register(
+        Layout(
+            runtime="toy",
+            packages=("toy-runtime",),
+            graphs=TOY_GRAPHS,
+            config_files=("toy.json",),
+            vocabulary=("pieces.txt",),
+            vocabulary_command=EXPORT_COMMAND,
+            check=check_toy_supports,
+            configs=lambda spec, window, device: {"toy.json": {"blank": spec.blank_id, "chunk": window.chunk}},
+            usage="import toy\nprint(toy.transcribe('{folder}', '{audio}'))\n",
+        )
+    )
+    LAYOUTS.pop("toy", None)
+
+
+def test_a_layout_of_its_own_kind_needs_nothing_but_its_registration(toy, tiny_export, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export_parakeet_to_onnx.main(["--help"])
+    assert "{genai,onnx-asr,sherpa-onnx,toy,all}" in "".join(capsys.readouterr().out.split())
+    argv = ["--model_name", str(TINY), "--output_dir", str(tmp_path / "out"), "--runtime", "toy", "--skip_verify"]
+    assert export_parakeet_to_onnx.main(argv) == 0
+    assert optimize_encoder.main(["--model_dir", str(tmp_path / "out"), "--output_dir", str(tmp_path / "small")]) == 0
+    for folder in (tmp_path / "out", tmp_path / "small"):
+        assert layouts_in(folder) == {"toy": toy}
+        assert layout_of(folder / "toy") is toy
+        assert verify_files(folder / "toy", toy.files) == len(toy.files)
+        assert json.loads((folder / "toy" / "toy.json").read_text()) == {"blank": 8192, "chunk": 60 * 16000}
+        assert len((folder / "toy" / "pieces.txt").read_text(encoding="utf-8").splitlines()) == 8193
+        card = (folder / "toy" / CARD).read_text(encoding="utf-8")
+        assert "import toy" in card
+        assert "toy-runtime" in card
+
+    # The joint has the numbers of the one that GenAI runs, under its own names and with its own order of axes.
+    joint, own = (
+        ort.InferenceSession(path) for path in (tiny_export / JOINT.file, tmp_path / "out/toy/toy_joint.onnx")
+    )
+    draw = np.random.default_rng(0)
+    audio, text = (
+        draw.normal(size=(2, size, given.shape[-1])).astype(np.float32)
+        for size, given in zip((5, 1), joint.get_inputs(), strict=True)
+    )
+    inputs = dict(zip(JOINT.input_names, (audio, text), strict=True))
+    (scores,) = own.run(["scores"], {"audio": audio.transpose(0, 2, 1), "text": text})
+    np.testing.assert_array_equal(scores, joint.run(None, inputs)[0])
+
+    del LAYOUTS["toy"]
+    assert layouts_in(tmp_path / "out") == {"": GENAI}
+    with pytest.raises(SystemExit):
+        export_parakeet_to_onnx.main(argv)
+    assert "invalid choice: 'toy'" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_a_new_layout_does_not_accept_leaves_no_folder(toy, tmp_path, capsys, monkeypatch):
+    rejecting = dataclasses.replace(toy, check=lambda spec: check_toy_supports(dataclasses.replace(spec, num_mels=64)))
+    monkeypatch.setitem(LAYOUTS, "toy", rejecting)
+    argv = ["--model_name", str(TINY), "--output_dir", str(tmp_path / "out"), "--runtime", "toy"]
+    assert export_parakeet_to_onnx.main(argv) == 2
+    assert "error: the toy runtime does not compute 64 mel bins" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"runtime": "genai"}, {"graphs": (*TOY_GRAPHS[:2], JOINT)}], ids=["name", "marker"])
+def test_a_layout_has_a_name_and_a_last_graph_of_its_own(change, toy):
+    with pytest.raises(ValueError, match="has the name or the last graph file of genai"):
+        register(dataclasses.replace(toy, **{"runtime": "other", **change}))
+    assert list(LAYOUTS) == ["genai", "onnx-asr", "sherpa-onnx", "toy"]

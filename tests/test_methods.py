@@ -146,7 +146,7 @@ def test_flags_that_do_not_go_together(flags, message):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_each_method_takes_what_it_says(name):
+def test_each_method_takes_the_flags_that_it_declares(name):
     kind = METHODS[name]
     OptimizeOptions(quant_method=name).validate()
     for ability, flags in (

@@ -55,7 +55,7 @@ def test_genai_config(spec, tiny_export):
 
 @pytest.mark.parametrize(("section", "read"), [("encoder", True), ("decoder", True), ("joiner", False)])
 def test_which_sections_genai_reads_providers_from(section, read, tiny_export, tmp_path):
-    """The wheel without CUDA refuses a provider that it registers, and takes one that it overlooks."""
+    """The wheel without CUDA rejects a provider that it registers, and takes one that it overlooks."""
     shutil.copytree(tiny_export, tmp_path / "models")
     path = tmp_path / "models" / "genai_config.json"
     config = json.loads(path.read_text())
@@ -220,7 +220,7 @@ def multi_blank(config):
 
 
 @pytest.mark.parametrize("change", [plain_rnnt, ctc_only, multi_blank])
-def test_other_families_are_refused(change, tmp_path):
+def test_other_families_are_rejected(change, tmp_path):
     with pytest.raises(ValueError, match="not a TDT model: "):
         require_tdt(rewrite_config(tmp_path / "other.nemo", change))
     require_tdt(TINY)

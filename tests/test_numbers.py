@@ -15,8 +15,6 @@ import pytest
 import yaml
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-import export_parakeet_to_onnx
-import export_tokenizer
 import optimize_encoder
 import test_e2e
 import test_real_speech
@@ -29,11 +27,12 @@ from common.evaluate.word_limit import EvaluatedClip, judge, word_table
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
-from common.run.audio import load_audio
+from common.run.audio import load_clip
 from common.run.baseline import RawOrt
+from common.run.clips import Clip
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.helpers import SAMPLES, SHERPA_PROGRAM
+from tests.helpers import SAMPLES, SHERPA_PROGRAM, export_for_every_runtime
 from tests.number_checkpoint import CONFIG, v3_tokenizer, write_number_checkpoint
 
 CLIP = SAMPLES / "clips" / "029_hibari.flac"
@@ -42,7 +41,7 @@ CLIP = SAMPLES / "clips" / "029_hibari.flac"
 @pytest.fixture(scope="module")
 def samples() -> np.ndarray:
     """A clip of a whole number of hops, of which every runtime computes the same features."""
-    loaded = load_audio(CLIP, 16000, 0)
+    loaded = load_clip(Clip(CLIP), 16000, 0)
     return loaded[: len(loaded) // 160 * 160]
 
 
@@ -64,12 +63,8 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory) -> Path:
-    """A folder for each runtime."""
-    folder = tmp_path_factory.mktemp("exported") / "onnx_models"
-    argv = ["--model_name", str(checkpoint), "--output_dir", str(folder)]
-    assert export_parakeet_to_onnx.main([*argv, "--runtime", "all", "--skip_verify"]) == 0
-    assert export_tokenizer.main(argv) == 0
-    return folder
+    """The checkpoint of numbers for every runtime."""
+    return export_for_every_runtime(checkpoint, tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture(scope="module")
@@ -98,31 +93,31 @@ def test_the_checkpoint_has_the_keys_of_v3(checkpoint):
     assert config["decoder"]["vocab_size"] == len(config["labels"]) == 8192
 
 
-def test_nemo_says_numbers(nemo_text):
+def test_nemo_writes_numbers(nemo_text):
     assert re.fullmatch(r"[0-9]+( [0-9]+)+", nemo_text)
     assert len(set(nemo_text) - {" "}) >= 4
 
 
-def test_genai_says_the_same_numbers(exported, samples, nemo_text):
+def test_genai_writes_the_same_numbers(exported, samples, nemo_text):
     genai = GenAI(exported / GENAI.runtime)
     tokens = genai.transcribe(samples)
     assert genai.text(tokens) == nemo_text
     assert genai.processor.decode(np.array(tokens, np.int32)).strip() == nemo_text
 
 
-def test_raw_onnx_says_the_same_numbers(exported, samples, nemo_model, nemo_text):
+def test_raw_onnx_writes_the_same_numbers(exported, samples, nemo_model, nemo_text):
     tokens = RawOrt(exported / GENAI.runtime).transcribe(Nemo(nemo_model).features(samples)).tokens
     assert SentencePieceProcessor(model_proto=v3_tokenizer()).decode(tokens) == nemo_text
 
 
-def test_onnx_asr_says_the_same_numbers(exported, samples, nemo_text):
+def test_onnx_asr_writes_the_same_numbers(exported, samples, nemo_text):
     import onnx_asr
 
     model = onnx_asr.load_model("nemo-conformer-tdt", exported / ONNX_ASR.runtime)
     assert model.recognize(samples, sample_rate=16000).strip() == nemo_text
 
 
-def test_sherpa_onnx_says_the_same_numbers(exported, clip, nemo_text):
+def test_sherpa_onnx_writes_the_same_numbers(exported, clip, nemo_text):
     command = [sys.executable, "-c", SHERPA_PROGRAM, exported / SHERPA_ONNX.runtime, clip]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

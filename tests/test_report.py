@@ -166,8 +166,14 @@ def test_page_is_whole_and_loads_nothing(folder):
     headings = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
     assert headings[0] == 1
     assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(headings))
-    for wanted in ("Words that changed", "k_quant_mixed, block 32", "feed_forward1.expand", "clip, s", "limit was +50"):
-        assert wanted in page.text
+    for expected in (
+        "Words that changed",
+        "k_quant_mixed, block 32",
+        "feed_forward1.expand",
+        "clip, s",
+        "limit was +50",
+    ):
+        assert expected in page.text
 
 
 def test_page_shows_hostile_text_as_text(folder, report):
@@ -322,12 +328,12 @@ def test_changes_are_shown_in_context():
         (("--max_wer_increase", "1"), "--max_wer_increase expects --eval_manifest"),
         (("--eval_manifest", MANIFEST, "--max_wer_increase", "-1"), "got -1"),
         (("--eval_manifest", MANIFEST, "--max_wer_increase", "nan"), "got nan"),
-        (("--eval_manifest", "none.jsonl"), "found nothing at none.jsonl"),
+        (("--eval_manifest", "none.jsonl"), "got nothing at none.jsonl"),
         (("--eval_manifest", "{tmp}/no_text.jsonl"), "no_text.jsonl:2: expected the text of"),
         (("--eval_manifest", "{tmp}/no_clip.jsonl"), "gone.flac"),
     ],
 )
-def test_unusable_speech_is_refused_before_the_work(flags, message, tiny_export, tmp_path, capsys):
+def test_unusable_speech_is_rejected_before_the_work(flags, message, tiny_export, tmp_path, capsys):
     rows = [json.dumps({"audio_filepath": str(clip.path), "text": clip.text}) for clip in read_clips(MANIFEST)]
     (tmp_path / "no_text.jsonl").write_text(f"{rows[0]}\n" + rows[1].replace('"text"', '"words"'))
     (tmp_path / "no_clip.jsonl").write_text(json.dumps({"audio_filepath": "gone.flac", "text": "a"}))

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from common.run.audio import load_audio
+from common.run.audio import load_clip
 from common.run.baseline import RawOrt
+from common.run.clips import Clip
 from common.run.config import windows
 from common.run.decode import NEMO_RULE
 from common.run.genai import GenAI
@@ -33,12 +34,12 @@ def nemo(tiny_model):
 
 def speech(seconds: float) -> np.ndarray:
     """The sample clips, one after the other, as often as it takes."""
-    clips = np.concatenate([load_audio(path, 16000, 1) for path in CLIPS])
+    clips = np.concatenate([load_clip(Clip(path), 16000, 1) for path in CLIPS])
     return np.resize(clips, int(seconds * 16000))
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda path: path.stem)
-def test_every_engine_says_the_same(clip, genai, raw, nemo):
+def test_every_engine_transcribes_the_same(clip, genai, raw, nemo):
     samples = genai.config.read_audio(clip)
     features = nemo.features(samples)
     tokens, frames, text = nemo.transcribe(features)
@@ -64,9 +65,9 @@ def test_nemo_is_run_as_nemo_runs_itself(nemo):
 
 
 def test_the_transcripts_are_right(genai):
-    """The checkpoint was trained: most of the sample sentences come out as they were said."""
-    heard = [genai.text(genai.transcribe(genai.config.read_audio(clip))) for clip in CLIPS]
-    assert sum(one == row["text"] for one, row in zip(heard, ROWS, strict=True)) >= 9
+    """The checkpoint was trained: most of the sample sentences are transcribed without an error."""
+    transcripts = [genai.text(genai.transcribe(genai.config.read_audio(clip))) for clip in CLIPS]
+    assert sum(one == row["text"] for one, row in zip(transcripts, ROWS, strict=True)) >= 9
 
 
 @pytest.mark.parametrize(("chunk", "left", "right"), [(2.0, 1.0, 0.48), (0.8, 0.0, 0.0), (5.2, 2.4, 0.8)])
@@ -95,7 +96,7 @@ def test_windows_cover_every_frame_once(raw):
 
 
 @pytest.mark.slow
-def test_batches_say_what_each_clip_says_alone(genai, raw):
+def test_batches_transcribe_what_each_clip_does_alone(genai, raw):
     """Clips of any length in one batch, one of them in two windows."""
     samples = [genai.config.read_audio(path) for path in CLIPS] + [speech(75), speech(0.1)]
     features = [genai.features(one) for one in samples]
@@ -135,11 +136,11 @@ def test_any_rate_and_channels_become_mono_at_the_models_rate(rate, channels, su
     tone = 0.4 * np.sin(2 * np.pi * 440 * seconds)
     path = tmp_path / "tone.wav"
     soundfile.write(path, np.stack([tone, 0.5 * tone], axis=1)[:, :channels], rate, subtype=subtype)
-    samples = load_audio(path, 16000, 320)
+    samples = load_clip(Clip(path), 16000, 320)
     assert samples.dtype == np.float32
     assert samples.shape == (16000,)
-    wanted = 0.4 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000) * (1 if channels == 1 else 0.75)
-    np.testing.assert_allclose(samples[500:-500], wanted[500:-500], atol=2e-3)
+    expected = 0.4 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000) * (1 if channels == 1 else 0.75)
+    np.testing.assert_allclose(samples[500:-500], expected[500:-500], atol=2e-3)
 
 
 def test_resampled_speech_is_still_understood(genai, tmp_path):

@@ -40,38 +40,38 @@ def truncated(path, share=0.5):
 
 @pytest.mark.parametrize("script", [export_parakeet_to_onnx, export_tokenizer], ids=lambda module: module.__name__)
 class TestBadCheckpoints:
-    def refuse(self, script, capsys, tmp_path, checkpoint) -> str:
+    def rejection(self, script, capsys, tmp_path, checkpoint) -> str:
         error = rejected(capsys, script, "--model_name", checkpoint, "--output_dir", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob(".*"))
         return error
 
     def test_missing(self, script, capsys, tmp_path):
-        assert "found nothing at" in self.refuse(script, capsys, tmp_path, tmp_path / "none.nemo")
+        assert "got nothing at" in self.rejection(script, capsys, tmp_path, tmp_path / "none.nemo")
 
     @pytest.mark.parametrize("share", [0, 0.001, 0.03, 0.5, 0.99])
     def test_truncated(self, script, share, capsys, tmp_path):
-        error = self.refuse(script, capsys, tmp_path, truncated(tmp_path / "cut.nemo", share))
+        error = self.rejection(script, capsys, tmp_path, truncated(tmp_path / "cut.nemo", share))
         assert "cut.nemo" in error
         assert "download it again" in error
 
     def test_not_an_archive(self, script, capsys, tmp_path):
         (tmp_path / "text.nemo").write_text("hello " * 1000)
-        assert "not a NeMo checkpoint" in self.refuse(script, capsys, tmp_path, tmp_path / "text.nemo")
+        assert "not a NeMo checkpoint" in self.rejection(script, capsys, tmp_path, tmp_path / "text.nemo")
 
     def test_folder(self, script, capsys, tmp_path):
         (tmp_path / "folder.nemo").mkdir()
-        assert "folder.nemo" in self.refuse(script, capsys, tmp_path, tmp_path / "folder.nemo")
+        assert "folder.nemo" in self.rejection(script, capsys, tmp_path, tmp_path / "folder.nemo")
 
     def test_broken_yaml(self, script, capsys, tmp_path):
         path = rewrite_config(tmp_path / "bad.nemo", lambda config: config.clear())
-        assert "bad.nemo" in self.refuse(script, capsys, tmp_path, path)
+        assert "bad.nemo" in self.rejection(script, capsys, tmp_path, path)
 
     def test_no_network_for_a_hub_name(self, script, capsys, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        error = self.refuse(script, capsys, tmp_path, "nvidia/parakeet-tdt-0.6b-v3")
+        error = self.rejection(script, capsys, tmp_path, "nvidia/parakeet-tdt-0.6b-v3")
         assert "Hugging Face cannot be reached" in error
         assert "--model_name" in error
 
@@ -156,7 +156,7 @@ def bad_audio(tmp_path):
     soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
     (tmp_path / "folder.wav").mkdir()
     return {
-        "missing.wav": "found nothing", "empty.wav": "that libsndfile reads", "text.wav": "that libsndfile reads",
+        "missing.wav": "got nothing", "empty.wav": "that libsndfile reads", "text.wav": "that libsndfile reads",
         "none.wav": "0.000 s",
         "short.wav": "got 0.009 s", "nan.wav": "not finite", "folder.wav": "got a folder",
     }  # fmt: skip
@@ -242,7 +242,7 @@ def test_real_speech_against_nemo(tiny_export, tmp_path, capsys):
 
 
 def test_real_speech_notices_another_checkpoint(tiny_export, tmp_path, capsys):
-    """One embedding changed in the exported decoder: float32 ONNX no longer says what NeMo says."""
+    """One embedding changed in the exported decoder: float32 ONNX no longer transcribes what NeMo does."""
     folder = tmp_path / "models"
     shutil.copytree(tiny_export, folder)
     data = np.memmap(folder / "joint.onnx.data", dtype=np.float32, mode="r+")
@@ -258,7 +258,7 @@ def test_real_speech_notices_another_checkpoint(tiny_export, tmp_path, capsys):
 def test_the_recorded_checkpoint_has_changed(tiny_export, tmp_path, capsys):
     folder = tmp_path / "moved" / "models"
     shutil.copytree(tiny_export, folder)
-    assert "found nothing at" in rejected(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
+    assert "got nothing at" in rejected(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
     write_locations(folder, folder, checkpoint=folder / "changed.nemo")
     (folder / "changed.nemo").write_bytes(b"other")
     assert "was exported from, got another file" in rejected(
@@ -312,7 +312,7 @@ def test_the_first_transcript_waits_for_genai_alone(tiny_export, capsys, monkeyp
 
 
 @pytest.mark.slow
-def test_batches_say_the_same_in_the_order_of_the_manifest(tiny_export, tmp_path, capsys):
+def test_batches_transcribe_the_same_in_the_order_of_the_manifest(tiny_export, tmp_path, capsys):
     found = []
     for size in ("1", "4"):
         argv = ["--model_dir", str(tiny_export), "--manifest", str(SAMPLES / "manifest.jsonl"), "--skip_nemo"]
@@ -331,8 +331,12 @@ def test_batches_say_the_same_in_the_order_of_the_manifest(tiny_export, tmp_path
     [
         (("--batch_size", "0"), "--batch_size: expected 1 or more, got 0"),
         (("--batch_size", "-2"), "--batch_size: expected 1 or more, got -2"),
-        (("--audio", CLIP, CLIP, "--srt", "a.srt"), "--srt: expected one clip"),
-        (("--manifest", str(SAMPLES / "manifest.jsonl"), "--srt", "a.srt"), "--srt: expected one clip"),
+        (("--audio", CLIP, CLIP, "--srt", "-"), "expected a folder for the subtitles of 2 clips, got -"),
+        (("--audio", CLIP, CLIP, "--vtt", CLIP), "expected a folder for the subtitles of 2 clips"),
+        (("--engines", "genai,sherpa"), "expected some of nemo,genai,onnx, got genai,sherpa"),
+        (("--engines", "nemo"), "--engines: expected genai or onnx"),
+        (("--engines", "genai", "--timestamps"), "--timestamps: expected onnx among --engines"),
+        (("--folders", "optimized"), "expects an optimized folder"),
         (("--srt", "none/a.srt"), "found no"),
         (("--json", "-", "--srt", "-"), "expected one result on the standard output"),
     ],
@@ -342,20 +346,17 @@ def test_batches_and_subtitles_that_cannot_be(argv, message, capsys, tiny_export
 
 
 @pytest.mark.slow
-def test_optimized_folder_is_complete_and_brings_the_exported_one(tiny_export, tmp_path, capsys):
-    optimized = tiny_export.parent / "beside"
-    argv = ["--model_dir", str(tiny_export), "--output_dir", str(optimized)]
-    assert optimize_encoder.main(argv) == 0
-    assert {path.name for path in optimized.iterdir()} > {path.name for path in tiny_export.iterdir()}
-    assert test_e2e.main(["--model_dir", str(optimized)]) == 0
+def test_optimized_folder_is_complete_and_brings_the_exported_one(tiny_export, tiny_optimized, tmp_path, capsys):
+    assert {path.name for path in tiny_optimized.iterdir()} > {path.name for path in tiny_export.iterdir()}
+    assert test_e2e.main(["--model_dir", str(tiny_optimized)]) == 0
     capsys.readouterr()
-    assert test_real_speech.main(["--model_dir", str(optimized), "--audio", CLIP]) == 0
+    assert test_real_speech.main(["--model_dir", str(tiny_optimized), "--audio", CLIP]) == 0
     output = capsys.readouterr().out
     assert re.findall(r"^  (\S+(?: \S+)*?)  ", output, re.M) == [
-        "engine", "NeMo", "GenAI beside", "ONNX Runtime beside", "GenAI onnx_models", "ONNX Runtime onnx_models",
+        "engine", "NeMo", "GenAI optimized", "ONNX Runtime optimized", "GenAI onnx_models", "ONNX Runtime onnx_models",
     ]  # fmt: skip
     alone = tmp_path / "alone"
-    shutil.copytree(optimized, alone)
+    shutil.copytree(tiny_optimized, alone)
     assert test_e2e.main(["--model_dir", str(alone)]) == 0
 
 
@@ -677,7 +678,7 @@ def test_a_manifest_that_says_little_is_enough_to_transcribe_by(content, tiny_ex
      ("left_context_samples", -1), ("subsampling_factor", "8"), ("tdt_durations", [0, -1]), ("sample_rate", None),
      ("tdt_durations", 3), ("decoder", [])],
 )  # fmt: skip
-def test_a_config_edited_to_what_cannot_be_is_refused(key, value, tiny_export, tmp_path, capsys, monkeypatch):
+def test_a_config_edited_to_what_cannot_be_is_rejected(key, value, tiny_export, tmp_path, capsys, monkeypatch):
     """GenAI 0.18 never ends with chunk_samples of 0 or 1, so it is not even loaded."""
     monkeypatch.setattr("onnxruntime_genai.Model", lambda *_: pytest.fail("GenAI was loaded"))
     folder = tmp_path / "models"

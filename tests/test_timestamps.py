@@ -160,13 +160,13 @@ def test_cues():
 
 def test_srt_as_a_player_reads_it():
     hour = round(3600 / FRAME)
-    spoken = [
+    words = [
         TimedWord("One.", 0, 1),
         TimedWord("Two", 5, 9),
         TimedWord("lines.", 9, 12),
         *sentence("An hour on.", start=hour),
     ]
-    assert srt(spoken, FRAME) == (
+    assert srt(words, FRAME) == (
         "1\n00:00:00,000 --> 00:00:00,400\nOne.\n\n"
         "2\n00:00:00,400 --> 00:00:01,233\nTwo lines.\n\n"
         "3\n01:00:00,000 --> 01:00:01,120\nAn hour on.\n"
@@ -190,12 +190,12 @@ def test_script_writes_words_and_subtitles(tiny_export, tmp_path, capsys):
         in output
     )
     found = json.loads(results.read_text())["clips"][0]["engines"]
-    spoken = found["ONNX Runtime onnx_models"]["words"]
-    assert spoken == found["NeMo"]["words"]
+    words = found["ONNX Runtime onnx_models"]["words"]
+    assert words == found["NeMo"]["words"]
     assert found["GenAI onnx_models"]["words"] is None
-    assert [word["text"] for word in spoken] == ROWS[0]["text"].split()
+    assert [word["text"] for word in words] == ROWS[0]["text"].split()
     assert re.findall(r"^ +([\d.]+) +([\d.]+)  (\S+)$", output, re.M) == [
-        (f"{word['start']:.2f}", f"{word['end']:.2f}", word["text"]) for word in spoken
+        (f"{word['start']:.2f}", f"{word['end']:.2f}", word["text"]) for word in words
     ]
     assert " ".join(target.read_text().split("\n")[2:]).split() == ROWS[0]["text"].split()
 

@@ -123,9 +123,9 @@ def test_unigram_encodes_like_sentencepiece_but_for_respelled_pieces(bytes_reade
     respelled = {index for index, piece in enumerate(bytes_readers.proto.pieces) if piece.piece != entries[index][0]}
     same = []
     for sentence in SENTENCES:
-        wanted = bytes_readers.sentencepiece.encode(sentence)
-        same.append(bytes_readers.hugging_face.encode(sentence).ids == wanted)
-        assert same[-1] or respelled & set(wanted)
+        expected = bytes_readers.sentencepiece.encode(sentence)
+        same.append(bytes_readers.hugging_face.encode(sentence).ids == expected)
+        assert same[-1] or respelled & set(expected)
     assert same.count(False) == 1
 
 
@@ -146,10 +146,10 @@ def test_leading_spaces(readers):
     """SentencePiece drops all or one; `tokenizers` does the same, ORT GenAI drops one."""
     space, word = readers.id("▁"), readers.sentencepiece.encode("dog")
     ids = [space, space, *word]
-    wanted = readers.sentencepiece.decode(ids)
-    assert readers.hugging_face.decode(ids) == wanted
+    expected = readers.sentencepiece.decode(ids)
+    assert readers.hugging_face.decode(ids) == expected
     keeps = not readers.proto.normalizer_spec.remove_extra_whitespaces
-    assert wanted == ("  dog" if keeps else "dog")
+    assert expected == ("  dog" if keeps else "dog")
     assert readers.genai.decode(np.array(ids, np.int32)) == "  dog"
     assert readers.decode([*word, space, space, *word]) == "dog   dog"
 
@@ -201,10 +201,10 @@ def test_the_lost_id_is_real(tmp_path):
     assert genai.decode(np.array([readers.id("a"), readers.id("%")], np.int32)) == "a<unk>"
 
 
-# What is refused
+# What is rejected
 
 
-def test_a_piece_without_a_spelling_is_refused_by_name(tmp_path, capsys):
+def test_a_piece_without_a_spelling_is_rejected_by_name(tmp_path, capsys):
     model = handmade(("▁100", -1.0, 1), ("IMPACT", -2.0, 1), ("fine", -3.0, 1))
     checkpoint = write_checkpoint(tmp_path / "impact.nemo", model)
     assert export_tokenizer.main(["--model_name", str(checkpoint), "--output_dir", str(tmp_path / "out")]) == 2
@@ -215,18 +215,18 @@ def test_a_piece_without_a_spelling_is_refused_by_name(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("model", [b"", b"not a model", b"\x0a\x02"])
-def test_other_bytes_are_refused(model):
+def test_other_bytes_are_rejected(model):
     with pytest.raises(ValueError, match="expected a SentencePiece model"):
         parse_model(model)
 
 
-def test_half_a_model_and_a_repeated_piece_are_refused():
+def test_half_a_model_and_a_repeated_piece_are_rejected():
     for model in (trained("bpe")[:1000], handmade(("a", -1.0, 1), ("a", -2.0, 1))):
         with pytest.raises(ValueError, match="expected a SentencePiece model"):
             parse_model(model)
 
 
-def test_a_line_break_in_a_piece_is_refused():
+def test_a_line_break_in_a_piece_is_rejected():
     with pytest.raises(ValueError, match="line break in 'a"):
         vocab_text(parse_model(handmade(("a\n", -1.0, 1))))
 

@@ -143,7 +143,7 @@ def test_the_keys_of_the_json_results():
     assert found["differences"] == [
         {
             "audio_filepath": "a.wav", "offset": 0.0, "engine": "R",
-            "index": 0, "frame": 3, "wanted": 1, "found": 2, "excuse": "a reason",
+            "index": 0, "frame": 3, "expected": 1, "actual": 2, "excuse": "a reason",
         }
     ]  # fmt: skip
 

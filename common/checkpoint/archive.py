@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import IO, Any, cast
 
+NOT_LOADED = "not loaded; get it from its publisher"  # ends the message of every check for safety
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -81,7 +82,7 @@ def _check_expansion(path: Path) -> None:
             total += len(block)
             if total > limit:
                 raise ValueError(
-                    f"{path} unpacks to more than {MAX_EXPANSION} times its size, as no weights do; refused"
+                    f"{path} unpacks to more than {MAX_EXPANSION} times its size, as no weights do; {NOT_LOADED}"
                 )
 
 
@@ -95,18 +96,18 @@ def _checked_members(path: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarI
         total += member.size
         windows = PureWindowsPath(member.name)
         if windows.drive or windows.root or ".." in windows.parts:
-            raise ValueError(f"{path} has a member outside its folder, {member.name!r}; refused")
+            raise ValueError(f"{path} has a member outside its folder, {member.name!r}; {NOT_LOADED}")
         if not (member.isreg() or member.isdir()) or member.issparse():
-            raise ValueError(f"{path} has a member that is neither file nor folder, {member.name!r}; refused")
+            raise ValueError(f"{path} has a member that is neither file nor folder, {member.name!r}; {NOT_LOADED}")
         if count > MAX_MEMBERS:
-            raise ValueError(f"{path} has more than {MAX_MEMBERS} members; refused")
+            raise ValueError(f"{path} has more than {MAX_MEMBERS} members; {NOT_LOADED}")
         if total > limit:
             raise ValueError(
                 f"{path} has members of {total} bytes up to {member.name!r}, more than it can hold; download it again"
             )
         if member.isreg():
             if name in found:
-                raise ValueError(f"{path} has two members {name!r}; refused")
+                raise ValueError(f"{path} has two members {name!r}; {NOT_LOADED}")
             found[name] = member
     return found
 
@@ -122,7 +123,7 @@ def read_member(archive: Archive, name: str, limit: int) -> bytes:
     if member is None:
         raise ValueError(f"{archive.path} names {name} in its config but does not hold it; download it again")
     if member.size > limit:
-        raise ValueError(f"expected at most {limit} bytes of {name} in {archive.path}, got {member.size}; refused")
+        raise ValueError(f"expected at most {limit} bytes of {name} in {archive.path}, got {member.size}; {NOT_LOADED}")
     return _open_member(archive, member).read()
 
 
@@ -140,13 +141,14 @@ def check_weights(archive: Archive) -> None:
             entries = weights.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"expected {WEIGHTS_MEMBER} in {archive.path} as torch.save writes it, got another file ({error}); refused"
+            f"expected {WEIGHTS_MEMBER} in {archive.path} as torch.save writes it, got another file ({error}); "
+            f"{NOT_LOADED}"
         ) from None
     size = archive.members[WEIGHTS_MEMBER].size
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
         raise ValueError(
             f"expected stored entries in {WEIGHTS_MEMBER} of {archive.path}, as torch.save writes them, got compressed "
-            "ones; refused"
+            f"ones; {NOT_LOADED}"
         )
 
 
@@ -223,15 +225,15 @@ def _problem(value: object, members: set[str], path: tuple[str, ...]) -> str | N
     section = path[0]
     key = path[-1]
     if section in SECTIONS and isinstance(value, int | float) and not abs(value) <= LARGEST.get(key, MAX_NUMBER):
-        return f"expected at most {LARGEST.get(key, MAX_NUMBER)}; refused"
+        return f"expected at most {LARGEST.get(key, MAX_NUMBER)}; {NOT_LOADED}"
     if section == "tokenizer" and key.endswith("_path") and value and not str(value).startswith("nemo:"):
-        return "expected a file of the checkpoint; refused"
+        return f"expected a file of the checkpoint; {NOT_LOADED}"
     if not isinstance(value, str):
         return None
     if "${" in value:
-        return "a reference; NeMo saves none; refused"
+        return f"a reference; NeMo saves none; {NOT_LOADED}"
     if key in TARGET_KEYS and not ALLOWED_TARGET.fullmatch(value):
-        return "which is not a class of NeMo; refused"
+        return f"which is not a class of NeMo; {NOT_LOADED}"
     if value.startswith("nemo:") and value.removeprefix("nemo:") not in members:
         return "a file that the checkpoint does not hold; download it again"
     return None

@@ -65,4 +65,4 @@ def format_of(checkpoint: Path) -> CheckpointFormat:
         raise IsADirectoryError(
             f"expected a .nemo file or a Hugging Face name, got the folder {checkpoint}; name the file"
         )
-    raise FileNotFoundError(f"expected a .nemo file or a Hugging Face name, found nothing at {checkpoint}")
+    raise FileNotFoundError(f"expected a .nemo file or a Hugging Face name, got nothing at {checkpoint}")

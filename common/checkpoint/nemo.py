@@ -15,6 +15,7 @@ from typing import Any
 
 from common.checkpoint.archive import (
     CONFIG_MEMBER,
+    NOT_LOADED,
     WEIGHTS_MEMBER,
     check_weights,
     open_archive,
@@ -111,7 +112,7 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
         raise
     except pickle.UnpicklingError as error:  # whose text goes on to explain how to run the code after all
         raise ValueError(
-            f"{checkpoint}: {WEIGHTS_MEMBER} holds more than tensors, which might run code; refused"
+            f"{checkpoint}: {WEIGHTS_MEMBER} holds more than tensors, which might run code; {NOT_LOADED}"
         ) from error
     except Exception as error:  # NeMo raises whatever the constructors raise that it calls
         # After a failure NeMo tries its abstract base class; its log, shown by --verbose, has the reason.

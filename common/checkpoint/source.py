@@ -36,7 +36,7 @@ def recorded_checkpoint(folder: Path) -> Path:
     source = read_manifest(folder).get("export", {}).get("source")
     if source is None:
         raise FileNotFoundError(
-            f"expected a manifest that names its checkpoint in {folder}, found none; pass --model_name or --skip_nemo"
+            f"expected a manifest that names its checkpoint in {folder}, got none; pass --model_name or --skip_nemo"
         )
     if "name" in source:
         checkpoint = find_checkpoint(source["name"], source.get("commit"))
@@ -44,7 +44,7 @@ def recorded_checkpoint(folder: Path) -> Path:
         checkpoint = read_location(folder, CHECKPOINT) or folder / source.get("file", "its checkpoint")
     if not checkpoint.exists():
         raise FileNotFoundError(
-            f"expected the checkpoint that {folder} records, found nothing at {checkpoint}; pass --model_name or "
+            f"expected the checkpoint that {folder} records, got nothing at {checkpoint}; pass --model_name or "
             "--skip_nemo"
         )
     if format_of(checkpoint).digest(checkpoint) != source["sha256"]:

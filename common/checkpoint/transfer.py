@@ -70,7 +70,7 @@ def retried(
     retries: int,
     *,
     position: Callable[[], int] = int,
-    report: Callable[[str], None] = _print_line,
+    print_line: Callable[[str], None] = _print_line,
 ) -> T:
     """The result of `request()`, which is called again after a failure that may pass.
 
@@ -92,7 +92,7 @@ def retried(
             failures += 1
             if not _may_pass(error) or failures > retries or pause > LONGEST_WAIT:
                 raise
-            report(f"{failure_of(error)}; trying again in {pause:.0f} s")
+            print_line(f"{failure_of(error)}; trying again in {pause:.0f} s")
             time.sleep(pause)
 
 
@@ -127,7 +127,7 @@ def _receive(file: HubFile, partial: Path, size: int) -> None:
                 lambda: _append(file, target, size, progress),
                 len(WAITS),
                 position=target.tell,
-                report=progress.write,
+                print_line=progress.write,
             )
         except KeyboardInterrupt:
             kept = f"{size_text(target.tell())} of {size_text(size)} of {file.file} are kept in the local cache"

@@ -175,7 +175,7 @@ def _corpus_row(engine: str, figures: EngineFigures) -> tuple[str, ...]:
         _rate_text(figures.wer),
         _rate_text(figures.normalised_wer),
         _rate_text(figures.wer_against_nemo),
-        NONE if compared is None else f"{figures.clips_unlike_nemo} of {compared}",
+        NONE if compared is None else f"{figures.clips_differing_from_nemo} of {compared}",
     )
 
 

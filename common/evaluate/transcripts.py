@@ -86,7 +86,7 @@ class EngineFigures:
     normalised_wer: WordErrorRate | None = None  # without case and punctuation
     clips_compared: int | None = None  # of one window, with NeMo
     clips_of_several_windows: int | None = None
-    clips_unlike_nemo: int | None = None  # of those compared, with other tokens than NeMo's
+    clips_differing_from_nemo: int | None = None  # of those compared, with other tokens than NeMo's
     wer_against_nemo: WordErrorRate | None = None  # on the clips of one window
     wer_against_nemo_of_several_windows: WordErrorRate | None = None
 
@@ -138,7 +138,9 @@ class Comparison:
             figures.normalised_wer,
             clips_compared=len(whole),
             clips_of_several_windows=len(cut),
-            clips_unlike_nemo=sum(clip.transcripts[engine].tokens != clip.transcripts[NEMO].tokens for clip in whole),
+            clips_differing_from_nemo=sum(
+                clip.transcripts[engine].tokens != clip.transcripts[NEMO].tokens for clip in whole
+            ),
             wer_against_nemo=_error_rate([clip.texts(engine, self.rules) for clip in whole]),
             wer_against_nemo_of_several_windows=_error_rate([clip.texts(engine, self.rules) for clip in cut]),
         )
@@ -192,7 +194,7 @@ def _difference_json(each: EngineDifference) -> dict[str, Any]:
         "engine": each.engine,
         "index": difference.index,
         "frame": difference.frame,
-        "wanted": difference.expected,
-        "found": difference.actual,
+        "expected": difference.expected,
+        "actual": difference.actual,
         "excuse": difference.excuse,
     }

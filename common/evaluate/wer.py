@@ -82,7 +82,7 @@ def word_counts(reference: str, hypothesis: str) -> WordCounts:
     """The words of an alignment with the fewest errors (jiwer)."""
     import jiwer
 
-    if not reference.split():  # jiwer accepts no empty reference; every word is an insertion
+    if not reference.split():  # jiwer does not accept an empty reference; every word is an insertion
         return WordCounts(0, len(hypothesis.split()), 0, 0)
     counts = jiwer.process_words(reference, hypothesis)
     return WordCounts(counts.deletions, counts.insertions, counts.substitutions, len(reference.split()))
@@ -135,7 +135,7 @@ def word_changes(before: str, after: str) -> list[tuple[str, str]]:
     import jiwer
 
     one, other = before.split(), after.split()
-    if not one or not other:  # jiwer refuses an empty reference
+    if not one or not other:  # jiwer does not accept an empty reference
         return [(" ".join(one), " ".join(other))] if one or other else []
     chunks = jiwer.process_words(" ".join(one), " ".join(other)).alignments[0]
     return [

@@ -30,7 +30,7 @@ def require_file(path: Path, expected: str) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name that holds a null byte
-        raise FileNotFoundError(f"expected {expected}, found nothing at {path}") from None
+        raise FileNotFoundError(f"expected {expected}, got nothing at {path}") from None
     if not stat.S_ISREG(mode):
         raise ValueError(f"expected {expected}, got {kind_of_file(mode)}, {path}; name a regular file")
 
@@ -132,7 +132,7 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
     Raises FileNotFoundError naming the command `made_by` that writes it, ValueError if it is not a JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"expected {path}, found no such file; first run: {made_by}")
+        raise FileNotFoundError(f"expected {path}, got no such file; first run: {made_by}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

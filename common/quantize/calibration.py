@@ -1,10 +1,10 @@
 """Calibration: speech is run through the float32 encoder, and every product with a weight matrix is observed.
 
-The graph is cut before each product with a constant matrix, into segments that hand their values on. All of the speech
-passes through them once. At each product its inputs are known, so a method can round the weight such that later rows
-make up for the errors of earlier ones on inputs like these (`blocks.error_feedback`); input channels that come from a
-normalization are scaled to differ less (smoothing.py). From there part of the speech can go to the end of the graph a
-second time, with the rounded weight: how far the output moves is the weight's damage.
+The graph is cut before each product with a constant matrix, into segments, each of which passes its values to the
+next. All of the speech goes through them once. At each product its inputs are known, so a method can round the weight
+such that later rows make up for the errors of earlier ones on inputs like these (`blocks.error_feedback`); input
+channels that come from a normalization are scaled to differ less (smoothing.py). From there part of the speech can go
+to the end of the graph a second time, with the rounded weight: how far the output moves is the weight's damage.
 
 Weights stay in the data file, and a pass holds the values of one cut: memory is that of the speech and of the codes.
 """

@@ -188,7 +188,7 @@ class _Rewriter:
 
 
 def _filled(tape: Tape, like: ir.Value, code: int) -> ir.Value:
-    """A vector of one uint8: QuantizeLinear wants as many zero points as scales."""
+    """A vector of one uint8: QuantizeLinear takes as many zero points as scales."""
     fill = {"value": ir.tensor(np.array([code], np.uint8))}
     return tape.op("ConstantOfShape", [tape.op("Shape", [like])], fill)
 

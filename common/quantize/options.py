@@ -15,7 +15,7 @@ NOT_RECORDED = ("calibration_manifest", "eval_manifest", "max_wer_increase")
 
 @dataclass(frozen=True)
 class OptimizeOptions(WeightOptions):
-    """Each flag that says what is done, under its own name."""
+    """Each flag that decides what is done, under its own name."""
 
     quant_method: str = "rtn"
     decoder_joint_precision: str = TOKEN_PRECISIONS[0]

@@ -33,11 +33,6 @@ SEGMENT_TOLERANCE = 0.05  # seconds
 MIN_MONO_ENERGY = 1e-4
 
 
-def load_audio(path: Path, sample_rate: int, min_samples: int) -> np.ndarray:
-    """The samples of a whole file, as load_clip returns them."""
-    return load_clip(Clip(Path(path)), sample_rate, min_samples)
-
-
 def load_clip(clip: Clip, sample_rate: int, min_samples: int) -> np.ndarray:
     """The samples of a clip, [N] float32 at `sample_rate` Hz, its channels averaged.
 

@@ -24,7 +24,7 @@ class GenAI:
         self.config = RuntimeConfig.read(folder)
         if not (folder / "tokenizer.json").is_file():
             command = TOKENIZER_COMMAND.format(folder)
-            raise FileNotFoundError(f"expected {folder / 'tokenizer.json'}, found no such file; first run: {command}")
+            raise FileNotFoundError(f"expected {folder / 'tokenizer.json'}, got no such file; first run: {command}")
         try:
             self.model = og.Model(str(folder))
             self.processor = self.model.create_multimodal_processor()

@@ -22,7 +22,7 @@ class OrtGraph:
     def __init__(self, folder: Path, graph: Graph, *, mapped: bool = False) -> None:
         path = Path(folder) / graph.file
         if not path.is_file():
-            raise FileNotFoundError(f"expected {path}, found no such file; first run: {EXPORT_COMMAND.format(folder)}")
+            raise FileNotFoundError(f"expected {path}, got no such file; first run: {EXPORT_COMMAND.format(folder)}")
         try:
             self.session = open_session(
                 path,

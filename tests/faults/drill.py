@@ -1,4 +1,4 @@
-"""Kill the scripts, fill the disk, feed them what they should refuse, and list what came out.
+"""Kill the scripts, fill the disk, give them input that they must reject, and list the results.
 
     python -m tests.faults.drill            # `make faults`: about ten minutes
     python -m tests.faults.drill --short    # a part of each, in `make test`
@@ -40,7 +40,7 @@ FUZZED, SHORT_FUZZED = 40, 2  # files of each format
 LIMIT_S = 300  # the slowest case, 30 minutes of audio, takes a sixth of it
 # One clip and a model of 5 MB: a child that takes more has trusted a header. NeMo and torch alone take 0.7 GB.
 LIMIT_MEMORY = 3e9
-SMALL_DISK, HALF_FULL_DISK = 300_000, 11_500_000  # refused at once; full in the middle of an export
+SMALL_DISK, HALF_FULL_DISK = 300_000, 11_500_000  # rejected at once; full in the middle of an export
 WRITES_THAT_FAIL = (
     2_000,
     100_000,
@@ -380,7 +380,7 @@ def bad_arguments(report: Report, work: Path, models: Path) -> None:
     (place / "link").symlink_to("clip.flac")
     os.mkfifo(place / "pipe")
     before = snapshot(place)
-    heard = ("--model_dir", models, "--skip_nemo", "--audio", "clip.flac")
+    inputs = ("--model_dir", models, "--skip_nemo", "--audio", "clip.flac")
     for name, target in (
         ("a folder", "folder"),
         ("in no folder", "none/results.json"),
@@ -388,11 +388,11 @@ def bad_arguments(report: Report, work: Path, models: Path) -> None:
         ("a link to the clip", "link"),
         ("a file of the model", models / "joint.onnx"),
     ):
-        outcome = run(test_real_speech, *heard, "--json", target, folder=place)
+        outcome = run(test_real_speech, *inputs, "--json", target, folder=place)
         problem = outcome.problem((2,)) or (None if snapshot(place) == before else "something was written")
         report.add("--json", name, outcome.line, problem)
     for name in ("folder", "pipe", "/dev/zero"):
-        outcome = run(test_real_speech, *heard[:-1], name, folder=place)
+        outcome = run(test_real_speech, *inputs[:-1], name, folder=place)
         report.add("--audio", name, outcome.line, outcome.problem((2,)))
 
 
@@ -434,9 +434,9 @@ def odd_audio(report: Report, work: Path, models: Path, every: int, fuzzed: int)
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         outcome = run(test_e2e, "--model_dir", models, "--audio", write(place))
-        wanted = (0,) if name.startswith("speech, ") else (0, 1, 2)
+        expected = (0,) if name.startswith("speech, ") else (0, 1, 2)
         timing = f" ({outcome.seconds:.0f} s, {outcome.memory / 1e9:.1f} GB)" if outcome.seconds > 10 else ""
-        report.add("audio", name, outcome.line + timing, outcome.problem(wanted))
+        report.add("audio", name, outcome.line + timing, outcome.problem(expected))
     for suffix in ("wav", "flac", "ogg", "mp3", "aiff"):
         ends, problem = Counter(), None
         for seed in range(fuzzed):
@@ -448,7 +448,7 @@ def odd_audio(report: Report, work: Path, models: Path, every: int, fuzzed: int)
 
 
 def two_at_once(report: Report, work: Path, cases: list[Rewrite]) -> None:
-    """A second run into the folder that a first one is writing is refused, and the first one ends well."""
+    """A second run into the folder that a first one is writing is rejected, and the first one ends well."""
     rewrite = cases[0]
     target = rewrite.start(work / "twice")
     first = subprocess.Popen(
@@ -458,7 +458,9 @@ def two_at_once(report: Report, work: Path, cases: list[Rewrite]) -> None:
     while not (target.parent / f".{target.name}.lock").exists():
         time.sleep(0.01)
     outcome = run(TOKENIZER, "--model_name", TINY, "--output_dir", target)
-    problem = outcome.problem((2,)) or (None if "another run" in outcome.line else "not said")
+    problem = outcome.problem((2,)) or (
+        None if "another run" in outcome.line else "the message does not name the other run"
+    )
     if first.wait() or snapshot(target) != rewrite.new:
         problem = "the first run was disturbed"
     report.add("two runs", "export_tokenizer into a folder that is being exported", outcome.line, problem)
@@ -472,7 +474,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     _import_heavy_modules()
     report, every = Report(), 7 if args.short else 1
-    print("| fault | case | | what came out |\n|---|---|---|---|")
+    print("| fault | case | | result |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="drill") as name:
         work = Path(name)
         cases = rewrites(work)
