@@ -112,14 +112,14 @@ def _compare_beside_output(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
+    stress = StressOptions(**{field.name: getattr(args, field.name) for field in fields(StressOptions)})
+    stress.validate()
     listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
     clips = [ComparedClip.of(clip) for clip in listed]
     folders = open_folders(genai_folder(args.model_dir or default_model_dir()), args.engines, args.folders)
     subtitles = subtitle_files({suffix: getattr(args, suffix) for suffix in FORMATS}, clips)
     outputs = [args.json] if args.json else []
     check_outputs([*outputs, *(file.path for file in subtitles)], _inputs(args, folders, clips))
-    stress = StressOptions(**{field.name: getattr(args, field.name) for field in fields(StressOptions)})
-    stress.validate()
     config = folders[0].config
     config.check_clips(clips)
     if GENAI_ENGINE in args.engines and args.stress is None:

@@ -311,6 +311,51 @@ def test_the_first_transcript_waits_for_genai_alone(tiny_export, capsys, monkeyp
     assert shown[0].endswith("We have 13 black fans.\n")
 
 
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (("--engines", "genai", "--folders", "optimized"), ["GenAI optimized"]),
+        (("--engines", "genai,onnx", "--folders", "exported"), ["GenAI onnx_models", "ONNX Runtime onnx_models"]),
+        (("--engines", "onnx"), ["ONNX Runtime optimized", "ONNX Runtime onnx_models"]),
+        (("--skip_nemo", "--folders", "both"), ["GenAI optimized", "ONNX Runtime optimized",
+                                                "GenAI onnx_models", "ONNX Runtime onnx_models"]),
+    ],
+)  # fmt: skip
+def test_the_engines_and_folders_chosen_are_those_that_run(flags, names, tiny_optimized, tmp_path, monkeypatch, capsys):
+    loaded = []
+    for name in ("GenAI", "RawOrt"):
+        kind = getattr(engines, name)
+        monkeypatch.setattr(
+            engines, name, lambda path, kind=kind: loaded.append((kind.__name__, path.name)) or kind(path)
+        )
+    argv = ["--model_dir", str(tiny_optimized), "--audio", CLIP, *flags, "--json", str(tmp_path / "found.json")]
+    assert test_real_speech.main(argv) == 0
+    assert list(json.loads((tmp_path / "found.json").read_text())["engines"]) == names
+    called = {"GenAI": "GenAI", "ONNX Runtime": "RawOrt"}
+    wanted = sorted((called[kind], folder) for kind, _, folder in (name.rpartition(" ") for name in names))
+    if flags == ("--engines", "onnx"):
+        wanted.insert(0, ("GenAI", "optimized"))  # computes the features
+    assert sorted(loaded) == wanted
+    out = capsys.readouterr().out
+    assert ("of each float32 folder one engine ran" in out) == (flags == ("--engines", "onnx"))
+
+
+def test_many_clips(tiny_optimized, tmp_path, capsys):
+    """Their transcripts are in --json, and their subtitles in a file each."""
+    folder = tmp_path / "subtitles"
+    clips = [tmp_path / f"{number}.flac" for number in range(21)]
+    for clip in clips:
+        shutil.copy(CLIP, clip)
+    argv = ["--model_dir", tiny_optimized, "--engines", "onnx", "--folders", "optimized", "--audio", *clips]
+    assert test_real_speech.main([*map(str, argv), "--srt", str(folder), "--vtt", str(folder)]) == 0
+    assert "the transcripts of so many clips are not printed; --json FILE writes them" in capsys.readouterr().out
+    wanted = {f"{clip.stem}.{suffix}" for clip in clips for suffix in ("srt", "vtt")}
+    assert {path.name for path in folder.iterdir()} == wanted
+    assert (folder / "7.vtt").read_text().startswith("WEBVTT\n\n00:00:0")
+    assert (folder / "7.srt").read_text() == (folder / "8.srt").read_text()
+    assert rejected(capsys, test_real_speech, *argv, clips[0], "--srt", folder).count("which are one") == 1
+
+
 @pytest.mark.slow
 def test_batches_transcribe_the_same_in_the_order_of_the_manifest(tiny_export, tmp_path, capsys):
     found = []
@@ -331,8 +376,12 @@ def test_batches_transcribe_the_same_in_the_order_of_the_manifest(tiny_export, t
     [
         (("--batch_size", "0"), "--batch_size: expected 1 or more, got 0"),
         (("--batch_size", "-2"), "--batch_size: expected 1 or more, got -2"),
-        (("--audio", CLIP, CLIP, "--srt", "a.srt"), "--srt: expected one clip"),
-        (("--manifest", str(SAMPLES / "manifest.jsonl"), "--srt", "a.srt"), "--srt: expected one clip"),
+        (("--audio", CLIP, CLIP, "--srt", "-"), "expected a folder for the subtitles of 2 clips, got -"),
+        (("--audio", CLIP, CLIP, "--vtt", CLIP), "expected a folder for the subtitles of 2 clips"),
+        (("--engines", "genai,sherpa"), "expected some of nemo,genai,onnx, got genai,sherpa"),
+        (("--engines", "nemo"), "--engines: expected genai or onnx"),
+        (("--engines", "genai", "--timestamps"), "--timestamps: expected onnx among --engines"),
+        (("--folders", "optimized"), "expects an optimized folder"),
         (("--srt", "none/a.srt"), "found no"),
         (("--json", "-", "--srt", "-"), "expected one result on the standard output"),
     ],

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import soundfile
 from onnx import TensorProto, helper, numpy_helper
@@ -22,7 +23,7 @@ from common.evaluate.conditions import (
     conditions_of,
 )
 from common.evaluate.wer import word_counts
-from common.folder.onnx_files import load, save_model
+from common.folder.onnx_files import save_model
 from common.report import optimized_folder
 from common.report.report import REPORT_JSON
 from tests.helpers import CLIPS, ROWS, rejected
@@ -147,15 +148,15 @@ def test_joined_clips_follow_each_other_and_each_is_used(speech, pause):
 
 @pytest.mark.parametrize("piece", [5, 14])
 def test_pieces_are_the_joined_audio_cut_to_their_length(speech, piece):
-    cut, joined = Cut("test", "cut", 15.0, repeats=False, piece=piece), Joined("test", "join", 15.0)
+    cut, joined = Cut("test", "cut", 20.0, repeats=False, piece=piece), Joined("test", "join", 20.0)
     groups = list(cut.groups(speech.durations))
     assert [clip for group in groups for clip in group] == list(range(len(speech.clips)))  # each once
     for group in groups[:-1]:
-        assert 15 <= sum(speech.durations[clip] for clip in group) < 15 + max(speech.durations)
+        assert 20 <= sum(speech.durations[clip] for clip in group) < 20 + max(speech.durations)
     for group in cut.groups(speech.durations):
         pieces, (whole,) = cut.takes(group, speech), joined.takes(group, speech)
         np.testing.assert_array_equal(np.concatenate([take.samples for take in pieces]), whole.samples)
-        assert {len(take.samples) for take in pieces[:-1]} == {piece * RATE}
+        assert all(len(take.samples) == piece * RATE for take in pieces[:-1])
         assert len(pieces[-1].samples) / RATE <= 1.5 * piece
         assert len(pieces) == 1 or piece / 2 <= len(pieces[-1].samples) / RATE
         covered = sum(part.end - part.begin for take in pieces for part in take.parts)
@@ -197,7 +198,7 @@ def test_words_lost_added_and_changed():
 def ruin_silence(folder: Path) -> None:
     """Let the encoder's output collapse where the features of 25 frames or more in a row are the same, as in digital
     silence: nothing changes for clips without any."""
-    model = load(folder / "encoder.onnx")
+    model = onnx.load(folder / "encoder.onnx")  # with its data
     graph = model.graph
     features, output = graph.input[0].name, graph.output[0].name
     (last,) = [node for node in graph.node if output in node.output]
@@ -226,7 +227,8 @@ def ruin_silence(folder: Path) -> None:
         ("Mul", ["healthy", "gain"], output, {}),
     ]
     graph.node.extend(helper.make_node(kind, inputs, [name], **more) for kind, inputs, name, more in nodes)
-    save_model(model, folder / "encoder.onnx")
+    (folder / "encoder.onnx.data").unlink()
+    onnx.save(model, folder / "encoder.onnx", save_as_external_data=True, location="encoder.onnx.data")
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +262,7 @@ def speech_of(folder: Path, manifest: Path, *more) -> int:
     return test_real_speech.main([str(argument) for argument in argv])
 
 
+@pytest.mark.slow
 def test_stress_alone_sees_a_folder_that_silence_ruins(optimized, ruined, short_manifest, tmp_path, capsys):
     results, audio = tmp_path / "stress.json", tmp_path / "worst"
     stress = ("--stress", "silence", "--max_lost_words", 2)
@@ -301,6 +304,7 @@ def test_stress_alone_sees_a_folder_that_silence_ruins(optimized, ruined, short_
     assert worst[lead : lead + rate].any()
 
 
+@pytest.mark.slow
 def test_the_seed_gives_the_same_results(optimized, short_manifest, tmp_path):
     texts = []
     for number, seed in enumerate((3, 3, 4)):
@@ -311,6 +315,7 @@ def test_the_seed_gives_the_same_results(optimized, short_manifest, tmp_path):
     assert texts[0] != texts[2]
 
 
+@pytest.mark.slow
 def test_joined_clips_count_silent_windows_and_what_seams_cost(optimized, short_manifest, tmp_path, capsys):
     results = tmp_path / "stress.json"
     assert speech_of(optimized, short_manifest, "--stress", "join", "--json", results) == 0
@@ -339,6 +344,7 @@ def test_flags_that_do_not_go_together(tiny_export, argv, message, capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_gate_of_an_optimization(tiny_export, short_manifest, tmp_path, monkeypatch, capsys):
     """The folder is not written where the optimized model loses words under stress alone."""
     argv = ["--model_dir", str(tiny_export), "--skip_quantization", "--skip_fusion"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import test_real_speech
-from common.evaluate.subtitles import LINE_CHARACTERS, MAX_CUE_SECONDS, cues, srt
+from common.evaluate.subtitles import LINE_CHARACTERS, MAX_CUE_SECONDS, cues, srt, vtt
 from common.evaluate.timestamps import Pieces, TimedWord, furthest_apart, timed_words
 from common.run.baseline import RawOrt
 from common.run.decode import NEMO_RULE, Step
@@ -172,6 +172,10 @@ def test_srt_as_a_player_reads_it():
         "3\n01:00:00,000 --> 01:00:01,120\nAn hour on.\n"
     )
     assert srt([], FRAME) == ""
+    assert vtt([*words[:1], TimedWord("<R&D>", 5, 9)], FRAME) == (
+        "WEBVTT\n\n00:00:00.000 --> 00:00:00.400\nOne.\n\n00:00:00.400 --> 00:00:01.233\n&lt;R&amp;D&gt;\n"
+    )
+    assert vtt([], FRAME) == "WEBVTT\n"
 
 
 def test_furthest_apart():
