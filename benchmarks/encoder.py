@@ -165,16 +165,16 @@ def candidates(checkpoint: Path, work_dir: Path, wanted: Callable[[str], bool]) 
 
 
 def peer_candidates(
-    chosen: list[Peer], python: Path, gguf: Path, work_dir: Path, features: np.ndarray
+    chosen: list[Peer], python: Path, gguf: Path, checkpoint: Path, work_dir: Path, features: np.ndarray
 ) -> list[Candidate]:
-    """The peers that are installed, built from the float32 folder if need be; OpenVINO's scales are of `features`."""
+    """The peers that are installed, built if need be; OpenVINO's static scales are of `features` [1, M, T]."""
     found, reasons = [], {}
     for peer in chosen:
         if reason := peers.missing(peer, python, gguf):
             reasons.setdefault(reason, []).append(peer.name)
             continue
         try:
-            path = peers.model(peer, python, gguf, work_dir / FLOAT32.folder, work_dir, features)
+            path = peers.model(peer, python, checkpoint, work_dir, features) if peer.build else gguf
             start = partial(PeerProcess, python, *peers.loader(peer, path))
             found.append(Candidate(peer.name, start, takes=peer.takes))
         except Exception as error:
@@ -262,8 +262,9 @@ def main(argv: list[str] | None = None) -> int:
         clips = worker.submit(load_clips, args.model_name).result()
     compared = candidates(args.model_name, args.work_dir, wanted)
     chosen = [peer for peer in peers.PEERS if wanted(peer.name)]
+    environment = (args.peers_python.absolute(), args.gguf.absolute())
     features = clips[FEATURES][CALIBRATION_SECONDS]
-    compared += peer_candidates(chosen, args.peers_python.absolute(), args.gguf.resolve(), args.work_dir, features)
+    compared += peer_candidates(chosen, *environment, args.model_name, args.work_dir, features)
     before = machine()
     try:
         measure(compared, clips, args.rounds)

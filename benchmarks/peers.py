@@ -2,7 +2,7 @@
 
     python -m venv build/peers && build/peers/bin/pip install -r benchmarks/requirements-peers.txt
 
-OpenVINO starts from our float32 export. transcribe.cpp starts from a .gguf file, which only its own tools can make; it
+OpenVINO starts from our float32 export, with attention in one piece. transcribe.cpp starts from a .gguf file, which only its own tools can make; it
 knows the checkpoint by the name of the file's folder, so write it into one called parakeet-tdt-0.6b-v3:
 
     git clone --recursive https://github.com/handy-computer/transcribe.cpp build/transcribe.cpp
@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.bench import CORES
+from benchmarks.recipes import IN_ONE_BLOCK, build
 from common.contract import ENCODER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,12 +109,11 @@ def missing(peer: Peer, python: Path, gguf: Path) -> str:
     return ""
 
 
-def model(peer: Peer, python: Path, gguf: Path, float32: Path, work_dir: Path, features: np.ndarray) -> Path:
-    """The file that `peer` loads, built now from the folder `float32` if it is not there: features [1, M, T]."""
-    if not peer.build:
-        return gguf
+def model(peer: Peer, python: Path, checkpoint: Path, work_dir: Path, features: np.ndarray) -> Path:
+    """The file that `peer` makes of `checkpoint`, built now if it is not there: features [1, M, T]."""
     path = work_dir / peer.folder / f"{ENCODER.name}.xml"
     if not path.is_file():
+        float32 = build(IN_ONE_BLOCK, checkpoint, work_dir)
         partial = path.with_name(f"partial.{path.name}")  # its .bin is found by the name of the .xml
         path.parent.mkdir(exist_ok=True)
         PeerProcess(python, peer.build, str(float32 / ENCODER.file), str(partial), features).shutdown()

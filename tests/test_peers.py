@@ -55,7 +55,8 @@ def test_what_is_missing_is_said_in_one_line_with_what_to_do(tmp_path):
 
 def test_missing_peers_are_left_out_and_not_failures(tmp_path, capsys):
     nowhere = tmp_path / "bin" / "python"
-    assert encoder.peer_candidates(list(PEERS), nowhere, tmp_path / "no.gguf", tmp_path, np.zeros(1)) == []
+    paths = (nowhere, tmp_path / "no.gguf", tmp_path / "no.nemo", tmp_path)
+    assert encoder.peer_candidates(list(PEERS), *paths, np.zeros(1)) == []
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert all(peer.name in lines[0] for peer in PEERS)
