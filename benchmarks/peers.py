@@ -2,8 +2,8 @@
 
     python -m venv build/peers && build/peers/bin/pip install -r benchmarks/requirements-peers.txt
 
-OpenVINO starts from our float32 export, with attention in one piece. transcribe.cpp starts from a .gguf file, which only its own tools can make; it
-knows the checkpoint by the name of the file's folder, so write it into one called parakeet-tdt-0.6b-v3:
+OpenVINO starts from our float32 export, with attention in one piece. transcribe.cpp starts from a .gguf file, which
+only its own tools can make; they know the checkpoint by the name of the file's folder, parakeet-tdt-0.6b-v3:
 
     git clone --recursive https://github.com/handy-computer/transcribe.cpp build/transcribe.cpp
     cmake -S build/transcribe.cpp -B build/transcribe.cpp/build && cmake --build build/transcribe.cpp/build
