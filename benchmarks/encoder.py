@@ -1,36 +1,43 @@
-"""Size, speed, load time, memory and error of encoders side by side: NeMo, plain ONNX Runtime, two recipes, ours.
+"""Size, speed, load time, memory and error of encoders side by side: NeMo, ONNX Runtime, two recipes, ours, peers.
 
     python -m benchmarks.encoder --model_name build/parakeet-0.6b-random.nemo --work_dir build/bench
 
 Out: a markdown table, and in the work directory encoder.json with every single time and encoder.png, size against
 speed. What is not built yet is built first (benchmarks/recipes.py). Exit status 1 if one of them fails; the others are
-still measured. Expect 20 minutes and 12 GB beside the builds.
+still measured. A peer (benchmarks/peers.py) that is not installed is left out, with a line that says how to install it.
+Expect 35 minutes and 12 GB beside the builds.
 
 Every encoder lives in a process of its own, and they take turns on the same features (A B C A B C …), so that a busy
 machine is busy for all. A figure is the median over rounds; × is the median of the ratios to ONNX Runtime float32 in
 the same round. SQNR is in dB, against ONNX Runtime float32 on the same clip. All ONNX encoders run with the same
-options: CPU provider, as many threads as there are cores; NeMo's PyTorch has as many.
+options: CPU provider, as many threads as there are cores; NeMo's PyTorch and the peers have as many. The clip of 72 s
+is the window that GenAI gives the encoder: 10 s of context, 60 s, 2 s of context.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import peers
 from benchmarks.bench import CORES, machine, parse_args, peak_memory, process, speech
+from benchmarks.peers import FEATURES, SAMPLES, Peer, PeerProcess
 from benchmarks.recipes import FLOAT32, RECIPES, build, encoder_bytes
 from common.cli import size_text
 from common.contract import ENCODER
 from common.folder.outputs import write_json
 
-CLIP_SECONDS = (10, 20, 60)
+CLIP_SECONDS = (10, 20, 60, 72)
 PLOT_SECONDS = 20
+CALIBRATION_SECONDS = 20  # of OpenVINO's static scales
 ROUNDS = 5
 LOADS = 3  # fresh processes; files are in the page cache
 NEMO = "NeMo, PyTorch float32"
@@ -93,15 +100,17 @@ def seconds(features: np.ndarray) -> float:
     return time.perf_counter() - start
 
 
-def nemo_features(checkpoint: Path) -> dict[int, np.ndarray]:
-    """NeMo's features of speech of each length: seconds → [1, M, T]"""
+def load_clips(checkpoint: Path) -> dict[str, dict[int, np.ndarray]]:
+    """Speech of each length, by what an encoder takes: NeMo's FEATURES [1, M, T] or SAMPLES [n] → seconds → clip."""
     from common.checkpoint.nemo import load_model
     from common.checkpoint.spec import ModelSpec
     from common.run.nemo import Nemo
 
     model = load_model(checkpoint)
     rate = ModelSpec.of(model).sample_rate
-    return {length: Nemo(model).features(speech(length, rate))[None] for length in CLIP_SECONDS}
+    samples = {length: speech(length, rate) for length in CLIP_SECONDS}
+    features = {length: Nemo(model).features(clip)[None] for length, clip in samples.items()}
+    return {FEATURES: features, SAMPLES: samples}
 
 
 @dataclass
@@ -109,9 +118,15 @@ class Candidate:
     """An encoder in a process of its own, and what was measured of it; `failed` in the latter says why it stopped."""
 
     name: str
-    loader: tuple  # what the process begins with
+    start: Callable[[], ProcessPoolExecutor | PeerProcess]  # a fresh process
     result: dict = field(default_factory=lambda: {"loads": [], "sqnr_db": {}, "seconds": {}})
-    worker: ProcessPoolExecutor | None = None
+    worker: ProcessPoolExecutor | PeerProcess | None = None
+    takes: str = FEATURES  # or SAMPLES
+
+    @classmethod
+    def failed(cls, name: str, error: Exception) -> "Candidate":
+        """One that could not be built."""
+        return cls(name, process, {"failed": f"build: {' '.join(str(error).split())}"})
 
     def ask(self, function: Callable, *arguments):
         """What `function` returns in the process; None when it fails, now or earlier."""
@@ -125,7 +140,11 @@ class Candidate:
     def restart(self) -> None:
         """Load the encoder in a fresh process."""
         self.stop()
-        self.worker = process(*self.loader)
+        self.worker = None
+        try:
+            self.worker = self.start()
+        except Exception as error:  # of a peer; a process of our own fails when it is asked
+            self.result["failed"] = " ".join(str(error).split())
         if (found := self.ask(facts)) is not None:
             self.result["loads"].append(found["load_seconds"])
 
@@ -139,28 +158,48 @@ def candidates(checkpoint: Path, work_dir: Path, is_selected: Callable[[str], bo
     found = []
     for recipe in filter(lambda recipe: is_selected(recipe.name), RECIPES):
         try:
-            found.append(Candidate(recipe.name, (load_onnx, build(recipe, checkpoint, work_dir))))
+            found.append(Candidate(recipe.name, partial(process, load_onnx, build(recipe, checkpoint, work_dir))))
         except Exception as error:
-            found.append(Candidate(recipe.name, (), {"failed": f"build: {' '.join(str(error).split())}"}))
-    return found + ([Candidate(NEMO, (load_nemo, checkpoint))] if is_selected(NEMO) else [])
+            found.append(Candidate.failed(recipe.name, error))
+    return found + ([Candidate(NEMO, partial(process, load_nemo, checkpoint))] if is_selected(NEMO) else [])
 
 
-def measure(candidates: list[Candidate], features: dict[int, np.ndarray], rounds: int) -> None:
+def peer_candidates(
+    chosen: list[Peer], python: Path, gguf: Path, checkpoint: Path, work_dir: Path, features: np.ndarray
+) -> list[Candidate]:
+    """The peers that are installed, built if need be; OpenVINO's static scales are of `features` [1, M, T]."""
+    found, reasons = [], {}
+    for peer in chosen:
+        if reason := peers.missing(peer, python, gguf):
+            reasons.setdefault(reason, []).append(peer.name)
+            continue
+        try:
+            path = peers.model(peer, python, checkpoint, work_dir, features) if peer.build else gguf
+            start = partial(PeerProcess, python, *peers.loader(peer, path))
+            found.append(Candidate(peer.name, start, takes=peer.takes))
+        except Exception as error:
+            found.append(Candidate.failed(peer.name, error))
+    for reason, names in reasons.items():
+        print(f"left out: {', '.join(names)}: {reason}", file=sys.stderr, flush=True)
+    return found
+
+
+def measure(candidates: list[Candidate], clips: dict[str, dict[int, np.ndarray]], rounds: int) -> None:
     """Fill in the results: load times, then errors and times with every encoder in memory, then sizes."""
     from common.quantize.fidelity import sqnr_db
 
     running = [candidate for candidate in candidates if "failed" not in candidate.result]
-    progress = tqdm(total=len(running) * (LOADS + len(features) * (rounds + 1)), leave=False, disable=None)
+    progress = tqdm(total=len(running) * (LOADS + len(CLIP_SECONDS) * (rounds + 1)), leave=False, disable=None)
     for _ in range(LOADS):
         for candidate in running:
             candidate.restart()
             progress.update()
-    for length, clip in features.items():
+    for length in CLIP_SECONDS:
         outputs = []  # of the first turn, which also warms up; the baseline's comes first
         for turn in range(rounds + 1):
             for candidate in running:
                 progress.update()
-                found = candidate.ask(seconds if turn else output, clip)
+                found = candidate.ask(seconds if turn else output, clips[candidate.takes][length])
                 if turn:
                     candidate.result["seconds"].setdefault(length, []).append(found)
                 elif found is not None:
@@ -181,7 +220,8 @@ def row(name: str, result: dict, baseline: dict) -> str:
     for length, times in result["seconds"].items():
         ratio = median(base / own for base, own in zip(baseline["seconds"][length], times, strict=True))
         speeds.append(f"{length / median(times):.1f} ({ratio:.2f}×)")
-    errors = " / ".join(f"{error:.1f}" if np.isfinite(error) else "–" for error in result["sqnr_db"].values())
+    errors = [result["sqnr_db"].get(length, np.inf) for length in result["seconds"]]
+    errors = " / ".join(f"{error:.1f}" if np.isfinite(error) else "–" for error in errors)
     facts = (size_text(result["bytes"]), f"{median(result['loads']):.1f} s", size_text(result["peak_bytes"]))
     return "| " + " | ".join((name, *facts, *speeds, errors)) + " |"
 
@@ -211,17 +251,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns that each encoder takes (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only encoders with one of these in their name")
+    parser.add_argument("--peers_python", type=Path, default=peers.PYTHON, help="Python of the peers (%(default)s)")
+    parser.add_argument("--gguf", type=Path, default=peers.GGUF, help="transcribe.cpp's model file (%(default)s)")
     args = parse_args(parser, argv)
 
     def is_selected(name: str) -> bool:
         return not args.only or name == FLOAT32.name or any(word in name for word in args.only)
 
-    compared = candidates(args.model_name, args.work_dir, is_selected)
     with process() as worker:
-        features = worker.submit(nemo_features, args.model_name).result()
+        clips = worker.submit(load_clips, args.model_name).result()
+    compared = candidates(args.model_name, args.work_dir, is_selected)
+    chosen = [peer for peer in peers.PEERS if is_selected(peer.name)]
+    environment = (args.peers_python.absolute(), args.gguf.absolute())
+    features = clips[FEATURES][CALIBRATION_SECONDS]
+    compared += peer_candidates(chosen, *environment, args.model_name, args.work_dir, features)
     before = machine()
     try:
-        measure(compared, features, args.rounds)
+        measure(compared, clips, args.rounds)
     finally:
         for candidate in compared:
             candidate.stop()

@@ -67,6 +67,14 @@ def float32(checkpoint: Path, work_dir: Path, folder: Path) -> None:
         _run_script(script, arguments)
 
 
+def float32_in_one_block(checkpoint: Path, work_dir: Path, folder: Path) -> None:
+    """The same with attention in one piece, for OpenVINO: a layer of 250 frames takes 11 ms there, in blocks 16."""
+    from common.export import layers
+
+    layers.BLOCKS = 1  # in a process of its own
+    float32(checkpoint, work_dir, folder)
+
+
 def ours(checkpoint: Path, work_dir: Path, folder: Path, *flags: str) -> None:
     """The third script, on what the first two wrote; without fusion, which is faster on a CPU."""
     import optimize_encoder
@@ -160,6 +168,7 @@ def mode_flags(mode: dict) -> tuple[str, ...]:
 
 
 FLOAT32 = Recipe("ONNX Runtime float32", "float32", float32)
+IN_ONE_BLOCK = Recipe("float32, attention in one block", "float32_in_one_block", float32_in_one_block)
 RECIPES = (
     FLOAT32,
     Recipe("recipe A", "recipe_a", recipe_a),
