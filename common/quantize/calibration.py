@@ -12,7 +12,7 @@ Weights stay in the data file, and a pass holds the values of one cut: memory is
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from common.folder.onnx_graph import input_of, name_of, tensor_of
 from common.progress import progress_bar
 from common.quantize.blocks import error_feedback, power_of, second_moments
 from common.quantize.rewrite import quantizable
-from common.quantize.smoothing import normalized_inputs, row_factors
+from common.quantize.smoothing import row_factors, row_powers
 from common.run.clips import Clip
 from common.run.genai import GenAI
 from common.run.session import open_session
@@ -37,10 +37,6 @@ BATCH_SECONDS = 20
 # More speech changes the codes little; less covers too few sounds.
 MAX_SECONDS, MIN_SECONDS = 300, 10
 FIT_RUNS = 120  # quantizing a weight takes about as long as so many runs of a segment, at 0.6B, to one width or two
-# How much of the differences in magnitude between channels is taken from a product's inputs and given to its weight:
-# half, as in SmoothQuant. On the tiny checkpoint's speech that is -0.4 to 0.1 dB where nearly all codes have 4 bits,
-# 0.3 to 1.2 dB where many have 8 (a third: 0 to 1.0 dB), and 1.9 dB for int8, whose inputs have one scale a row.
-SMOOTHING = 0.5
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ def calibrated_products(encoder: Path, batches: Sequence[np.ndarray], *, measure
 
     A progress bar and an estimate of the time are printed; both go by whether `damage` will be called.
     """
-    segments, weights, normalized = _cut(encoder)
+    segments, weights, rows = _cut(encoder)
     speech = [_inputs(batch) for batch in batches]
     part = len(speech) // 2  # clips of middling length
     start = time.perf_counter()
@@ -126,10 +122,11 @@ def calibrated_products(encoder: Path, batches: Sequence[np.ndarray], *, measure
         bar.write(f"calibrating {len(weights)} weights: about {sum(runs) * run_seconds / 60:.1f} min")
         for i, segment in enumerate(segments):
             if segment.weight:
-                scaled = segment.weight in normalized
+                scaled = segment.weight in rows
                 if segment.x != feedback_of:  # queries, keys and values have one input
                     moments = second_moments(_rows(values[segment.x]) for values in speech)
-                    factors = row_factors(np.diag(moments), SMOOTHING if scaled else 0.0)
+                    unscaled = np.ones((len(moments), 1), np.float32)
+                    factors = row_factors(np.diag(moments), rows[segment.weight]) if scaled else unscaled
                     feedback = error_feedback(moments / (factors * factors.T))
                     feedback_of = segment.x
                 damage = _Damage(segments[i:], speech[part], weights, segment.weight, reference)
@@ -173,8 +170,8 @@ class _Segment:
         return {name: value for name, value in {**values, **made}.items() if name in self.later}
 
 
-def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], set[str]]:
-    """The graph in segments, its quantizable weights, mapped, and those that a normalization feeds."""
+def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The graph in segments, its quantizable weights, mapped, and the `row_powers` of those that have some."""
     model = load(path)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.ShapeInferencePass()(model)  # a segment's inputs need types
@@ -199,7 +196,7 @@ def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], set[str]]:
         x = name_of(input_of(nodes[begin], 0)) if weight else ""
         segments.append(_Segment(weight, x, takes, gives, later, _session(model, takes, gives)))
     weights = {name: tensor_of(graph.initializers[name]).numpy() for name in products}
-    return segments, weights, set(chain.from_iterable(normalized_inputs(model, products).values()))
+    return segments, weights, row_powers(model, products)
 
 
 def _session(model: ir.Model, takes: list[str], gives: list[str]) -> ort.InferenceSession:
