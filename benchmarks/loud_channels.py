@@ -1,7 +1,6 @@
 """Write a checkpoint whose encoder has loud channels, as large trained models have, from one whose channels are tame.
 
-    python -m benchmarks.loud_channels --kind scales \
-        --model_name samples/parakeet-tdt-tiny.nemo --output build/loud.nemo
+    python -m benchmarks.loud_channels --model_name samples/parakeet-tdt-tiny.nemo --kind scales --output loud.nemo
 
 Two channels, drawn by a fixed seed, are made louder; the kinds differ in where:
 
@@ -12,9 +11,9 @@ stream        The residual stream, from its sources to the last layer, times 5; 
 stream-scales As stream, but the normalizations' scales are divided and not the weights: what they give is as tame as
               before, while their own parameters make two channels look silent.
 
-Times 5 two channels of 128 have a quarter of the power of the stream. A normalization then divides by another number for each frame
-than before, which is made up for by the affine map of each channel that fits best on the bundled speech. So the streams
-are not the same function, but a working model; the difference to the encoder before is printed for every kind.
+Times 5 two channels of 128 have a quarter of the power of the stream. A normalization then divides each frame by
+another number than before, which is made up for by the affine map of each channel that fits best on the bundled speech.
+So a stream is not the same function, but one near it; the difference to the encoder before is printed for every kind.
 """
 
 import argparse

@@ -41,7 +41,7 @@ def row_factors(power: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def row_powers(model: ir.Model, weights: Collection[str]) -> dict[str, np.ndarray]:
-    """Of those of the weights that a normalization feeds: Σ W² of each row, over all weights behind the same one, [K]."""
+    """Σ W² of each row, over all weights behind the same normalization, [K]; of those of the weights that have one."""
     powers: dict[str, np.ndarray] = {}
     for names in normalized_inputs(model, weights).values():
         parts = [computed_from(model.graph.initializers[name], _row_power) for name in names]
