@@ -2,12 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
@@ -57,19 +55,11 @@ def encode(folder: Path, batch: np.ndarray) -> np.ndarray:
     return OrtGraph(folder, ENCODER)(batch, np.full(len(batch), batch.shape[2]))[0]
 
 
-def smoothed(model: ir.Model, factors: dict[str, np.ndarray], left: Iterable[str]) -> None:
-    """Fold all factors, and multiply the weights that are left float32 by theirs."""
-    smooth.fold(model, factors)
-    for name in left:
-        weight = model.graph.initializers[name]
-        weight.const_value = ir.tensor(weight.const_value.numpy() * factors[name], name=name)
-
-
 def quantized(tiny_export: Path, folder: Path, plan: Plan, calibration: FittedWidths | None) -> Path:
     """A folder with only the encoder, its weights of `plan` replaced, inputs not rounded."""
     model, fitted = load(tiny_export / ENCODER.file), {}
     if calibration:
-        smoothed(model, calibration.factors, set(calibration.factors) - set(plan))
+        smooth.fold(model, calibration.factors)
         fitted = {name: calibration.weights[name][form.bits].packed for name, form in plan.items()}
     quantize_weights(model, plan, K_QUANT_MIXED, WeightOptions(accuracy_level=1), fitted)
     folder.mkdir(exist_ok=True)
@@ -226,7 +216,7 @@ def test_smoothed_inputs_change_nothing_until_they_are_rounded(fused, tiny_expor
         *(f"{module}.expand.weight" for module in ("feed_forward1", "feed_forward2", "convolution")),
     }
     assert all(factor.max() == 1 and factor.min() < 0.7 for factor in factors.values())
-    smoothed(model, factors, factors)
+    smooth.fold(model, factors)
     (tmp_path / "out").mkdir()
     save_model(model, tmp_path / "out" / ENCODER.file)
     assert sqnr_db(encode(tiny_export, unseen), encode(tmp_path / "out", unseen)) > 100
@@ -239,9 +229,10 @@ def test_smoothing_is_rejected_where_no_normalization_is_before(tiny_export):
 
 
 def test_row_factors_are_between_a_hundredth_and_one():
-    factors = smooth.row_factors(np.array([0.0, 1e-12, 1.0, 16.0]), 0.5)
+    factors = smooth.row_factors(np.array([0.0, 1e-12, 1.0, 16.0]), np.ones(4))
     np.testing.assert_allclose(factors[:, 0], [0.01, 0.01, 0.5, 1])
-    np.testing.assert_allclose(smooth.row_factors(np.zeros(3), 0.5)[:, 0], 0.01)
+    np.testing.assert_allclose(smooth.row_factors(np.zeros(3), np.ones(3))[:, 0], 0.01)
+    assert np.isfinite(smooth.row_factors(np.ones(3), np.array([0.0, 1.0, 2.0]))).all()  # a row of zeros
 
 
 MIXED = ("--quant_method", "k_quant_mixed")

@@ -16,7 +16,7 @@ Weights stay in the data file, and a pass holds the values of one cut: memory is
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from common.folder.onnx_graph import input_of, name_of, tensor_of
 from common.progress import progress_bar
 from common.quantize.blocks import damped, power_of, second_moments
 from common.quantize.rewrite import quantizable
-from common.quantize.smoothing import normalized_inputs, row_factors
+from common.quantize.smoothing import row_factors, row_powers
 from common.run.clips import Clip
 from common.run.genai import GenAI
 from common.run.session import open_session
@@ -41,10 +41,6 @@ BATCH_SECONDS = 20
 # More speech changes the codes little; less covers too few sounds.
 MAX_SECONDS, MIN_SECONDS = 300, 10
 FIT_RUNS = 120  # quantizing a weight takes about as long as so many runs of a segment, at 0.6B, to one width or two
-# How much of the differences in magnitude between channels is taken from a product's inputs and given to its weight:
-# half, as in SmoothQuant. On the tiny checkpoint's speech that is -0.4 to 0.1 dB where nearly all codes have 4 bits,
-# 0.3 to 1.2 dB where many have 8 (a third: 0 to 1.0 dB), and 1.9 dB for int8, whose inputs have one scale a row.
-SMOOTHING = 0.5
 # In a sequence: how much of the difference on the residual stream a product that is added to it makes up for. None of
 # it: 26.1 dB in 4 bits, half 26.9 dB, all 26.6 dB (speech through the tiny checkpoint).
 RESIDUAL_SHARE = 0.5
@@ -135,7 +131,7 @@ def calibrated_products(encoder: Path, batches: Sequence[np.ndarray]) -> Iterato
 
     A progress bar and an estimate of the time are printed; both expect that `damage` will be called.
     """
-    segments, weights, normalized = _cut(encoder)
+    segments, weights, rows = _cut(encoder)
     speech = [_inputs(batch) for batch in batches]
     part = len(speech) // 2  # clips of middling length
     start = time.perf_counter()
@@ -147,7 +143,7 @@ def calibrated_products(encoder: Path, batches: Sequence[np.ndarray]) -> Iterato
         for i, segment in enumerate(segments):
             if name := segment.weight:
                 moments = second_moments(_rows(values[segment.x]) for values in speech)
-                product = _product(name, weights[name], weights[name], moments, scaled=name in normalized)
+                product = _product(name, weights[name], weights[name], moments, rows.get(name))
                 damage = _Damage(segments[i:], speech[part], weights, name, reference)
                 yield ObservedProduct(**vars(product), x=_rows(speech[part][segment.x]), damage=damage)
             speech = [segment(values, weights) for values in speech]
@@ -161,7 +157,7 @@ def fit_in_sequence(encoder: Path, batches: Sequence[np.ndarray], fit: Callable[
     The target of a product is the weight that, with the inputs that earlier weights leave, comes nearest to the product
     of the encoder as it was. A progress bar and an estimate of the time are printed.
     """
-    segments, weights, normalized = _cut(encoder)
+    segments, weights, rows = _cut(encoder)
     exact = [_inputs(batch) for batch in batches]
     rounded = list(exact)
     start = time.perf_counter()
@@ -175,16 +171,19 @@ def fit_in_sequence(encoder: Path, batches: Sequence[np.ndarray], fit: Callable[
             if name := segment.weight:
                 moments = second_moments(_rows(values[segment.x]) for values in rounded)
                 target = _target(segment, weights[name], moments, exact, rounded)
-                product = _product(name, weights[name], target, moments, scaled=name in normalized)
+                product = _product(name, weights[name], target, moments, rows.get(name))
                 changed = {**weights, name: fit(product)}
             exact = [segment(values, weights) for values in exact]
             rounded = [segment(values, changed) for values in rounded]
             bar.update(cost)
 
 
-def _product(name: str, weight: np.ndarray, target: np.ndarray, moments: np.ndarray, *, scaled: bool) -> Product:
-    """moments: of the inputs as they are."""
-    factors = row_factors(np.diag(moments), SMOOTHING if scaled else 0.0)
+def _product(
+    name: str, weight: np.ndarray, target: np.ndarray, moments: np.ndarray, rows: np.ndarray | None
+) -> Product:
+    """moments: of the inputs as they are; rows: Σ W² of each row, [K], behind a normalization (`row_powers`)."""
+    scaled = rows is not None
+    factors = np.ones((len(moments), 1), np.float32) if rows is None else row_factors(np.diag(moments), rows)
     return Product(name, weight, target, scaled, factors, moments / (factors * factors.T))
 
 
@@ -247,8 +246,8 @@ class _Segment:
         return {name: value for name, value in {**values, **made}.items() if name in self.later}
 
 
-def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], set[str]]:
-    """The graph in segments, its quantizable weights, mapped, and those that a normalization feeds."""
+def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The graph in segments, its quantizable weights, mapped, and the `row_powers` of those that have some."""
     model = load(path)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.ShapeInferencePass()(model)  # a segment's inputs need types
@@ -275,7 +274,7 @@ def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], set[str]]:
         residual = _residual(nodes[begin], before) if weight else None
         segments.append(_Segment(weight, x, residual, takes, gives, later, _session(model, takes, gives)))
     weights = {name: tensor_of(graph.initializers[name]).numpy() for name in products}
-    return segments, weights, set(chain.from_iterable(normalized_inputs(model, products).values()))
+    return segments, weights, row_powers(model, products)
 
 
 def _residual(product: ir.Node, known: Collection[ir.Value]) -> tuple[str, float] | None:

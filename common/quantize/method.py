@@ -52,14 +52,13 @@ class Calibrated(Generic[P]):
 
     def summary(self) -> list[str]:
         """What to tell the user, a field of a line each."""
-        fields = [f"input channels of {len(self.factors)} weights scaled"]
-        if self.sensitivity:
-            damage = {name: widths[min(widths)] for name, widths in self.sensitivity.items()}
-            worst = max(damage, key=damage.__getitem__)
-            share = 100 * damage[worst] / max(sum(damage.values()), 1e-30)
-            bits = min(self.sensitivity[worst])
-            fields.insert(0, f"{worst} is most sensitive to {bits} bits ({share:.0f} % of the error of all weights)")
-        return fields
+        if not self.sensitivity:
+            return []
+        damage = {name: widths[min(widths)] for name, widths in self.sensitivity.items()}
+        worst = max(damage, key=damage.__getitem__)
+        share = 100 * damage[worst] / max(sum(damage.values()), 1e-30)
+        bits = min(self.sensitivity[worst])
+        return [f"{worst} is most sensitive to {bits} bits ({share:.0f} % of the error of all weights)"]
 
 
 # Puts packed weights into one graph. Called for each weight in graph order with the MatMul nodes that multiply by it,

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -22,7 +23,7 @@ from common.quantize.fusion import fuse
 from common.quantize.method import Calibrated, P, QuantMethod, WeightOptions
 from common.quantize.options import OptimizeOptions
 from common.quantize.plan import Plan, Sensitivity, Stored
-from common.quantize.smoothing import fold
+from common.quantize.smoothing import factors_without_speech, fold
 
 MIN_WEIGHTS = 4096  # a matrix smaller than this (16 kB) gains less than its extra tensors cost
 
@@ -52,17 +53,21 @@ def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated
     model, fused = fuse(path) if options.fuses(device) else (load(path), Counter[str]())
     print_stage("fusion", _fusion_text(fused, options, device), f"{len(model.graph)} nodes")
     plan: Plan = {}
+    factors: Mapping[str, np.ndarray] = {}
     stored: dict[str, Stored] = {}
     initializers, method = model.graph.initializers, options.method
     if method:
         plan = calibrated.plan if calibrated else plan_encoder(model, method, options)
-        fold(model, calibrated.factors if calibrated else {})
+        factors = calibrated.factors if calibrated else factors_without_speech(model, plan)
+        fold(model, factors)
     float32_bytes = sum(tensor_of(value).nbytes for name, value in initializers.items() if name not in plan)
     if method:
         stored = quantize_weights(model, plan, method, options, calibrated.weights if calibrated else {})
     encoder = OptimizedEncoder(model, fused, stored, calibrated.sensitivity if calibrated else None)
     counts = "  ".join(f"{count} weights at {bits} bits" for bits, count in encoder.weights_by_bits.items())
-    print_stage(options.description or "quantization", counts or "skipped", f"{size_text(float32_bytes)} left float32")
+    scaled = [f"input channels of {len(factors)} weights scaled"] if method else []
+    print_stage(options.description or "quantization", counts or "skipped", *scaled,
+           f"{size_text(float32_bytes)} left float32")  # fmt: skip
     return encoder
 
 

@@ -10,18 +10,58 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from common.folder.onnx_graph import add_initializer, input_of, name_of, remove_if_unused, tensor_of
+from common.folder.onnx_graph import (
+    add_initializer,
+    computed_from,
+    input_of,
+    name_of,
+    release,
+    remove_if_unused,
+    tensor_of,
+)
 
 # Where the scale is among the inputs, by operator; the bias follows it.
 SCALE_INPUT = {"LayerNormalization": 1, "SkipLayerNormalization": 2}
 MIN_FACTOR = 1e-2  # of the largest: a channel that is silent on this speech may not be on another
+# How far the magnitudes of a channel and of the rows behind it are brought together: half way, where they meet, as in
+# SmoothQuant.
+SMOOTHING = 0.5
+MIN_ROW_POWER = 1e-6  # of the mean: a row of zeros would have an infinite factor
 
 
-def row_factors(power: np.ndarray, exponent: float) -> np.ndarray:
-    """Σ x² of each input of a product, [K] → what its rows are multiplied by, [K, 1]: root mean squares to `exponent`,
-    1 for the largest."""
-    factors = (power / max(power.max(), 1e-30)) ** (exponent / 2)
+def row_factors(power: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Σ x² of each input of products, and Σ W² of each row behind it, [K] → what the rows are multiplied by, [K, 1]:
+    root mean squares of inputs over those of rows, to the power SMOOTHING; 1 for the largest.
+
+    If a checkpoint has a channel times s and the rows behind it divided by s, its factors undo that, whatever s is.
+    """
+    ratios = power / np.maximum(rows, MIN_ROW_POWER * np.mean(rows) + 1e-30)
+    factors = (ratios / max(ratios.max(), 1e-30)) ** (SMOOTHING / 2)
     return np.asarray(np.maximum(factors, MIN_FACTOR), np.float32)[:, None]
+
+
+def row_powers(model: ir.Model, weights: Collection[str]) -> dict[str, np.ndarray]:
+    """Σ W² of each row, over all weights behind the same normalization, [K]; of those of the weights that have one."""
+    powers: dict[str, np.ndarray] = {}
+    for names in normalized_inputs(model, weights).values():
+        parts = [computed_from(model.graph.initializers[name], _row_power) for name in names]
+        powers |= dict.fromkeys(names, np.sum(parts, axis=0))
+    return powers
+
+
+def _row_power(weight: np.ndarray) -> np.ndarray:
+    return np.asarray(np.sum(np.square(weight, dtype=np.float64), axis=1))
+
+
+def factors_without_speech(model: ir.Model, weights: Collection[str]) -> dict[str, np.ndarray]:
+    """Row factors [K, 1] of those of the weights that a normalization feeds, from the parameters of the graph alone: a
+    channel with scale γ and bias β has a mean square of about γ² + β²."""
+    rows = row_powers(model, weights)
+    factors: dict[str, np.ndarray] = {}
+    for node, names in normalized_inputs(model, weights).items():
+        parameters = [tensor_of(value).numpy() for _, value in parameters_of(node)]
+        factors |= dict.fromkeys(names, row_factors(np.sum(np.square(parameters), axis=0), rows[names[0]]))
+    return factors
 
 
 def normalized_inputs(model: ir.Model, weights: Collection[str]) -> dict[ir.Node, list[str]]:
@@ -57,22 +97,41 @@ def _keeps_channels(transpose: ir.Node) -> bool:
 
 
 def fold(model: ir.Model, factors: Mapping[str, np.ndarray]) -> None:
-    """Divide what goes into the products with these weights by their row factors, in place.
+    """Divide what goes into the products with these weights by their row factors and multiply the weights by them, in
+    place: the function stays the same. The weights are multiplied each time that they are read, not kept.
 
     factors: weight name → [K, 1]; weights behind one normalization have equal ones.
-    Raises ValueError where a weight has no normalization before it: the graph is another than the one that was
-    calibrated.
+    Raises ValueError where a weight has no normalization before it: the graph is another than the one that the factors
+    are of.
     """
     normalized = normalized_inputs(model, factors)
     left = set(factors) - {name for names in normalized.values() for name in names}
     if left:
         raise ValueError(f"expected a normalization before {min(left)}, as in the graph that was calibrated, got none")
     for node, names in normalized.items():
-        first = SCALE_INPUT[node.op_type]
-        for i, value in enumerate(node.inputs[first : first + 2], first):
-            if value is None:  # no bias
-                continue
+        for i, value in parameters_of(node):
             array = tensor_of(value).numpy() / factors[names[0]][:, 0]
             scaled = add_initializer(model.graph, ir.tensor(array, name=f"{names[0]}.smoothed.{i}"))
             node.replace_input_with(i, scaled)
             remove_if_unused(model.graph, value)
+        for name in names:
+            weight = model.graph.initializers[name]
+            weight.const_value = _times(tensor_of(weight), factors[name])
+
+
+def parameters_of(node: ir.Node) -> list[tuple[int, ir.Value]]:
+    """Scale and bias of a normalization, each with its place among the inputs; it may have no bias."""
+    first = SCALE_INPUT[node.op_type]
+    return [(i, value) for i, value in enumerate(node.inputs[first : first + 2], first) if value is not None]
+
+
+def _times(tensor: ir.TensorProtocol, factors: np.ndarray) -> ir.LazyTensor:
+    """The tensor times `factors`, computed when it is read; its data file is mapped only meanwhile."""
+
+    def product() -> ir.TensorProtocol:
+        try:
+            return ir.tensor(tensor.numpy() * factors, name=tensor.name)
+        finally:
+            release(tensor)
+
+    return ir.LazyTensor(product, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=tensor.name)

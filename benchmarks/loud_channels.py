@@ -1,0 +1,158 @@
+"""Write a checkpoint whose encoder has loud channels, as large trained models have, from one whose channels are tame.
+
+    python -m benchmarks.loud_channels --model_name samples/parakeet-tdt-tiny.nemo --kind scales --output loud.nemo
+
+Two channels, drawn by a fixed seed, are made louder; the kinds differ in where:
+
+scales        The scale and bias of each LayerNormalization in front of a product, times 30, and the weights that read
+              these channels divided by 30. Exactly the same function. A normalization's own parameters show it.
+stream        The residual stream, from its sources to the last layer, times 5; weights that read these channels are
+              divided. The normalized values themselves are loud, and nothing in the normalization shows it.
+stream-scales As stream, but the normalizations' scales are divided and not the weights: what they give is as tame as
+              before, while their own parameters make two channels look silent.
+
+Times 5 two channels of 128 have a quarter of the power of the stream. A normalization then divides each frame by
+another number than before, which is made up for by the affine map of each channel that fits best on the bundled speech.
+So a stream is not the same function, but one near it; the difference to the encoder before is printed for every kind.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.bench import speech
+from common.checkpoint.nemo import load_model
+from common.cli import quiet_libraries
+from common.quantize.fidelity import sqnr_db
+
+CHANNELS = 2
+SCALES_FACTOR, STREAM_FACTOR = 30.0, 5.0
+SECONDS = 20  # of speech that the normalizations are fitted on and the two encoders compared on
+# Each normalization of a layer, and the matrices that read what it gives. The output's is read by the next layer.
+READERS = {
+    "norm_feed_forward1": ("feed_forward1.linear1",),
+    "norm_self_att": ("self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v"),
+    "norm_conv": ("conv.pointwise_conv1",),
+    "norm_feed_forward2": ("feed_forward2.linear1",),
+}
+OUTPUT_NORM = "norm_out"
+WRITERS = ("feed_forward1.linear2", "self_attn.linear_out", "conv.pointwise_conv2", "feed_forward2.linear2")
+
+
+def loud_scales(encoder, channels: list[int], features) -> None:
+    """Scales and biases times SCALES_FACTOR, the weights behind them divided."""
+    for layer in encoder.layers:
+        for norm, readers in READERS.items():
+            for parameter in layer.get_submodule(norm).parameters():
+                parameter[channels] *= SCALES_FACTOR
+            for reader in readers:
+                layer.get_submodule(reader).weight[:, channels] /= SCALES_FACTOR
+
+
+def loud_stream(encoder, channels: list[int], features) -> None:
+    """The stream times STREAM_FACTOR, the weights that read it divided."""
+    _scale_stream(encoder, channels, features)
+    for layer in encoder.layers:
+        for norm, readers in READERS.items():
+            for parameter in layer.get_submodule(norm).parameters():
+                parameter[channels] *= STREAM_FACTOR
+            for reader in readers:
+                layer.get_submodule(reader).weight[:, channels] /= STREAM_FACTOR
+
+
+def loud_stream_quiet_scales(encoder, channels: list[int], features) -> None:
+    """The stream times STREAM_FACTOR, the scales of the normalizations that read it divided."""
+    _scale_stream(encoder, channels, features)
+
+
+KINDS: dict[str, Callable[..., None]] = {
+    "scales": loud_scales,
+    "stream": loud_stream,
+    "stream-scales": loud_stream_quiet_scales,
+}
+
+
+def _scale_stream(encoder, channels: list[int], features) -> None:
+    """Make channels of the stream louder, and let every normalization give what it gave before, as nearly as it can."""
+    norms = [layer.get_submodule(name) for layer in encoder.layers for name in (*READERS, OUTPUT_NORM)]
+    inputs = _inputs_of(encoder, norms, features)
+    for norm in norms:
+        _refit(norm, inputs[norm], channels)
+    sources = [encoder.pre_encode.out, *(layer.get_submodule(name) for layer in encoder.layers for name in WRITERS)]
+    for module in [*sources, *(layer.get_submodule(OUTPUT_NORM) for layer in encoder.layers[:-1])]:
+        for parameter in module.parameters():
+            parameter[channels] *= STREAM_FACTOR
+
+
+def _inputs_of(encoder, modules, features) -> dict:
+    """What goes into each module on features [1, M, T]: [frames, channels]."""
+    inputs = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda module, values: inputs.update({module: values[0].flatten(0, -2)}))
+        for module in modules
+    ]
+    encode(encoder, features)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def _refit(norm, x, channels: list[int]) -> None:
+    """Change the scale and bias of a LayerNormalization so that, on x [frames, channels] with louder channels, it gives
+    what it gave before, by least squares for each channel."""
+    import torch
+
+    louder = x.clone()
+    louder[:, channels] *= STREAM_FACTOR
+    before = torch.nn.functional.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+    after = torch.nn.functional.layer_norm(louder, norm.normalized_shape, eps=norm.eps)
+    mean_before, mean_after = before.mean(0), after.mean(0)
+    centered = after - mean_after
+    slope = (centered * (before - mean_before)).sum(0) / centered.square().sum(0)
+    norm.bias += norm.weight * (mean_before - slope * mean_after)
+    norm.weight *= slope
+
+
+def encode(encoder, features) -> np.ndarray:
+    """The encoder's output [D, S] for features [1, M, T]."""
+    import torch
+
+    length = torch.tensor([features.shape[2]])
+    return encoder(audio_signal=features, length=length)[0][0].numpy()
+
+
+def write_loud(checkpoint: Path, path: Path, kind: str, seed: int = 0) -> float:
+    """Write to `path` the checkpoint with loud channels of a kind of KINDS; return how far its encoder is from the
+    other, as an SQNR in dB on the bundled speech."""
+    quiet_libraries()
+    import torch
+
+    with torch.no_grad():
+        model = load_model(checkpoint)
+        encoder = model.encoder
+        samples = torch.tensor(speech(SECONDS, model.cfg.preprocessor.sample_rate))[None]
+        features, _ = model.preprocessor(input_signal=samples, length=torch.tensor([samples.shape[1]]))
+        before = encode(encoder, features)
+        channels = np.random.default_rng(seed).choice(encoder.d_model, CHANNELS, replace=False).tolist()
+        KINDS[kind](encoder, channels, features)
+        after = encode(encoder, features)
+        model.save_to(str(path))
+    return sqnr_db(before, after)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name", type=Path, required=True, help=".nemo file with LayerNormalizations")
+    parser.add_argument("--kind", choices=KINDS, default="scales", help="where the channels are loud (%(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="the .nemo file to write")
+    args = parser.parse_args(argv)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    ratio = write_loud(args.model_name, args.output, args.kind)
+    print(f"wrote {args.output}; its encoder is {ratio:.1f} dB from the one before on {SECONDS} s of speech")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
