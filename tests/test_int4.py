@@ -256,6 +256,7 @@ def dumped(folder: Path, path: Path, level: ort.GraphOptimizationLevel) -> onnx.
     options.log_severity_level = 3
     options.graph_optimization_level = level
     options.optimized_model_filepath = str(path)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{path.name}.data")
     ort.InferenceSession(folder / ENCODER.file, options, providers=["CPUExecutionProvider"])
     return onnx.load(path)
 
