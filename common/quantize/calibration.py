@@ -183,9 +183,10 @@ def fit_in_sequence(encoder: Path, batches: Sequence[np.ndarray], fit: Callable[
 
 
 def _product(name: str, weight: np.ndarray, target: np.ndarray, moments: np.ndarray, *, scaled: bool) -> Product:
-    """moments: of the inputs as they are."""
+    """moments: of the inputs as they are; divided in place, since they are 134 MB for 4096 inputs."""
     factors = row_factors(np.diag(moments), SMOOTHING if scaled else 0.0)
-    return Product(name, weight, target, scaled, factors, moments / (factors * factors.T))
+    moments /= factors * factors.T
+    return Product(name, weight, target, scaled, factors, moments)
 
 
 def _target(
