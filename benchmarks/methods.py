@@ -16,6 +16,7 @@ the bundled checkpoint's language, which `benchmarks/synthesize.py` speaks.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from common.run.genai import GenAI
 
 BLOCKS = (32, 64, 128)
 RTN = f"rtn {BLOCKS[0]}"
+BUDGETS = (0.1, 0.25, 0.5, 0.75)  # of the way from 4 to 8 bits for every weight
 IN_SIZE_OF = ", in the size of "
 
 
@@ -64,7 +66,24 @@ def recipes(checkpoint: Path, work_dir: Path, calibration: Path) -> list[Recipe]
     build(FLOAT32, checkpoint, work_dir)  # which the others are made from
     budget = ("--size_budget_mb", str(encoder_bytes(build(rtn, checkpoint, work_dir)) / 1e6))
     names = ((f"{mixed} {block}, calibrated{IN_SIZE_OF}{RTN}", block) for block in BLOCKS[1:])
-    return found + [recipe(name, mixed, block, *calibrated, *budget) for name, block in names]
+    found += [recipe(name, mixed, block, *calibrated, *budget) for name, block in names]
+    return found + sweep(recipe, checkpoint, work_dir, calibrated)
+
+
+def sweep(recipe: Callable[..., Recipe], checkpoint: Path, work_dir: Path, calibrated: tuple[str, ...]) -> list[Recipe]:
+    """int8 in 4 bits, with and without calibration, and in budgets between 4 and 8 bits for every weight."""
+    low, high = (
+        recipe("int8 weight_bits 4, calibrated", "int8", 32, "--weight_bits", "4", *calibrated),
+        recipe("int8, calibrated", "int8", 32, *calibrated),
+    )
+    ends = [encoder_bytes(build(one, checkpoint, work_dir)) / 1e6 for one in (low, high)]
+    found = [recipe("int8 weight_bits 4", "int8", 32, "--weight_bits", "4"), low]
+    for share in BUDGETS:
+        # The estimate that a budget is held against may be a per cent more than what the file takes.
+        budget = 1.02 * ends[0] + share * (ends[1] - 1.02 * ends[0])
+        name = f"int8, calibrated, {budget:.3g} MB"
+        found.append(recipe(name, "int8", 32, "--size_budget_mb", f"{budget:.4f}", *calibrated))
+    return found
 
 
 def measure(

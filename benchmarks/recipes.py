@@ -30,6 +30,7 @@ from common.cli import size_text
 from common.contract import ENCODER
 from common.folder.staging import staged_folder
 
+CALIBRATION = SAMPLES / "manifest.jsonl"
 # Flags of optimize_encoder.py, a mode a line.
 OURS = (
     {"quant_method": "rtn", "block_size": 32},
@@ -37,8 +38,13 @@ OURS = (
     {"quant_method": "k_quant_mixed", "block_size": 32},
     {"quant_method": "hqq", "block_size": 32},
     {"quant_method": "int8", "decoder_joint_precision": "int8"},
-    {"quant_method": "int8", "decoder_joint_precision": "int8", "calibration_manifest": SAMPLES / "manifest.jsonl"},
-)
+    {"quant_method": "int8", "decoder_joint_precision": "int8", "calibration_manifest": CALIBRATION},
+    {"quant_method": "int8", "weight_bits": 4, "decoder_joint_precision": "int8"},
+    {"quant_method": "int8", "weight_bits": 4, "decoder_joint_precision": "int8", "calibration_manifest": CALIBRATION},
+    # In the size of rtn 32.
+    {"quant_method": "int8", "size_budget_mb": 382, "decoder_joint_precision": "int8",
+     "calibration_manifest": CALIBRATION},
+)  # fmt: skip
 
 # Recipe A's own numbers.
 DYNAMO_OPSET = 21

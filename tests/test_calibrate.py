@@ -243,9 +243,13 @@ REJECTED = {
         "expects --quant_method k_quant_mixed or int8, got --skip_quantization",
     ),
     "a budget alone": ((*MIXED, "--size_budget_mb", "2"), "--size_budget_mb expects a --calibration_manifest"),
-    "a budget for int8": (
-        ("--quant_method", "int8", "--calibration_manifest", CLIPS, "--size_budget_mb", "2"),
-        "--size_budget_mb expects --quant_method k_quant_mixed, got int8",
+    "a budget for rtn": (
+        ("--size_budget_mb", "2"),
+        "--size_budget_mb expects --quant_method k_quant_mixed or int8, got rtn",
+    ),
+    "too small a budget for int8": (
+        ("--quant_method", "int8", "--calibration_manifest", CLIPS, "--size_budget_mb", "1"),
+        "MB, which 4 bits for every weight take, got 1 MB; give a larger --size_budget_mb\n",
     ),
     "too small a budget": (
         (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "1"),

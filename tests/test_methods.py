@@ -117,7 +117,8 @@ def test_options_record_the_flags_that_decide_the_files_and_no_path():
     assert json.loads(json.dumps(record)) == record
     assert record == {
         "quant_method": "hqq", "block_size": 32, "accuracy_level": 4, "decoder_joint_precision": "fp32",
-        "reduce_range": False, "skip_fusion": False, "skip_quantization": False, "size_budget_mb": None,
+        "weight_bits": 8, "reduce_range": False, "skip_fusion": False, "skip_quantization": False,
+        "size_budget_mb": None,
     }  # fmt: skip
 
 
@@ -131,7 +132,19 @@ CLASHES = [
     ({"reduce_range": True, "quant_method": "int8", "skip_quantization": True}, "--reduce_range expects"),
     ({"calibration_manifest": CLIPS}, "expects --quant_method k_quant_mixed or int8, got rtn"),
     ({"calibration_manifest": CLIPS, "quant_method": "int8", "skip_quantization": True}, "got --skip_quantization"),
-    ({"size_budget_mb": 2.0, "quant_method": "int8"}, "expects --quant_method k_quant_mixed, got int8"),
+    ({"size_budget_mb": 2.0, "quant_method": "hqq"}, "expects --quant_method k_quant_mixed or int8, got hqq"),
+    ({"size_budget_mb": 2.0, "quant_method": "int8"}, "expects a --calibration_manifest"),
+    (
+        {"size_budget_mb": 2.0, "quant_method": "int8", "weight_bits": 4, "calibration_manifest": CLIPS},
+        "--weight_bits 4 expects no --size_budget_mb",
+    ),
+    ({"weight_bits": 4}, "--weight_bits 4 expects --quant_method int8, got rtn"),
+    ({"weight_bits": 4, "quant_method": "int8", "skip_quantization": True}, "got --skip_quantization"),
+    ({"weight_bits": 5, "quant_method": "int8"}, "--weight_bits 5 expects"),
+    (
+        {"weight_bits": 4, "quant_method": "int8", "reduce_range": True},
+        "got --weight_bits 4, which needs no reduction",
+    ),
     ({"size_budget_mb": 2.0, "quant_method": "k_quant_mixed"}, "expects a --calibration_manifest"),
     ({"max_wer_increase": 1.0}, "expects --eval_manifest"),
     ({"max_wer_increase": float("nan"), "eval_manifest": CLIPS}, "got nan"),
@@ -151,6 +164,7 @@ def test_each_method_takes_the_flags_that_it_declares(name):
     OptimizeOptions(quant_method=name).validate()
     for ability, flags in (
         (kind.reduces_range, {"reduce_range": True}),
+        (4 in kind.weight_bits, {"weight_bits": 4}),
         (kind.calibrates, {"calibration_manifest": CLIPS}),
         (kind.has_size_budget, {"calibration_manifest": CLIPS, "size_budget_mb": 2.0}),
     ):
@@ -158,7 +172,7 @@ def test_each_method_takes_the_flags_that_it_declares(name):
         if ability:
             options.validate()
         else:
-            with pytest.raises(ValueError, match=f"--{list(flags)[-1]} expects|--calibration_manifest expects"):
+            with pytest.raises(ValueError, match=f"--{list(flags)[-1]} (4 )?expects|--calibration_manifest expects"):
                 options.validate()
 
 

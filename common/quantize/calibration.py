@@ -181,10 +181,12 @@ def fit_in_sequence(encoder: Path, batches: Sequence[np.ndarray], fit: Callable[
 def _product(
     name: str, weight: np.ndarray, target: np.ndarray, moments: np.ndarray, rows: np.ndarray | None
 ) -> Product:
-    """moments: of the inputs as they are; rows: Σ W² of each row, [K], behind a normalization (`row_powers`)."""
+    """moments: of the inputs as they are; divided in place, since they are 134 MB for 4096 inputs.
+    rows: Σ W² of each row, [K], behind a normalization (`row_powers`)."""
     scaled = rows is not None
     factors = np.ones((len(moments), 1), np.float32) if rows is None else row_factors(np.diag(moments), rows)
-    return Product(name, weight, target, scaled, factors, moments / (factors * factors.T))
+    moments /= factors * factors.T
+    return Product(name, weight, target, scaled, factors, moments)
 
 
 def _target(

@@ -62,9 +62,10 @@ def smallest_plan(sizes: SizeModel, weights: Iterable[str], low: Format, budget:
     plan = dict.fromkeys(weights, low)
     smallest = sizes.total(plan)
     if not smallest <= budget:
+        or_block = "" if low.block is None else " or --block_size"
         raise ValueError(
             f"expected a --size_budget_mb of at least {math.ceil(smallest / 1e4) / 100} MB, which {low.bits} bits for "
-            f"every weight take, got {budget / 1e6:g} MB; give a larger --size_budget_mb or --block_size"
+            f"every weight take, got {budget / 1e6:g} MB; give a larger --size_budget_mb{or_block}"
         )
     return plan
 

@@ -104,6 +104,7 @@ def make_report(
     return {
         "flags": section["flags"],
         "method": section["method"],
+        "runs_as": section["runs_as"],
         "fused": section["fused"],
         "bytes": {
             side: sum(sum(component[side].values()) for component in components.values())
