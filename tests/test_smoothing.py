@@ -1,6 +1,7 @@
 """Channel scaling without speech: the same function until weights are rounded, and a checkpoint with loud channels."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +49,7 @@ def encode(folder: Path, features: np.ndarray) -> np.ndarray:
 def loud_export(tiny_export, tmp_path_factory) -> Path:
     """The exported folder, two channels of each normalization times 30 and the rows behind them divided."""
     folder = tmp_path_factory.mktemp("loud") / "onnx_models"
-    folder.mkdir()
-    for path in tiny_export.iterdir():
-        if not path.name.startswith(ENCODER.file):
-            (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny_export, folder)
     model = onnx.load(tiny_export / ENCODER.file)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
 
@@ -68,6 +66,7 @@ def loud_export(tiny_export, tmp_path_factory) -> Path:
                 multiply(f"layers.{layer}.{norm}.{part}", channels, LOUD)
             for reader in readers:
                 multiply(f"layers.{layer}.{reader}.weight", channels, 1 / LOUD)
+    (folder / ENCODER.data_file).unlink()
     onnx.save(model, folder / ENCODER.file, save_as_external_data=True, location=ENCODER.data_file)
     manifest = json.loads((folder / MANIFEST).read_text())
     for name in (ENCODER.file, ENCODER.data_file):

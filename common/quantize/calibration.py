@@ -195,8 +195,9 @@ def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], dict[str, n
         weight = firsts.get(nodes[begin], "")
         x = name_of(input_of(nodes[begin], 0)) if weight else ""
         segments.append(_Segment(weight, x, takes, gives, later, _session(model, takes, gives)))
+    rows = row_powers(model, products)  # first, since it unmaps what it has read
     weights = {name: tensor_of(graph.initializers[name]).numpy() for name in products}
-    return segments, weights, row_powers(model, products)
+    return segments, weights, rows
 
 
 def _session(model: ir.Model, takes: list[str], gives: list[str]) -> ort.InferenceSession:
