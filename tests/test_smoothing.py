@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
-from benchmarks.loud_channels import SCALES_FACTOR, write_loud
+from benchmarks.loud_channels import write_loud
 from benchmarks.random_checkpoint import write_checkpoint
 from common.contract import ENCODER
 from common.folder.manifest import MANIFEST
@@ -171,11 +171,6 @@ def test_a_checkpoint_with_loud_channels_loses_little(kind, tmp_path, monkeypatc
     source = ["--model_name", str(loud), "--output_dir", str(exported)]
     assert export_parakeet_to_onnx.main(source) == 0, capsys.readouterr().err
     assert export_tokenizer.main(source) == 0, capsys.readouterr().err
-    scale = numpy_helper.to_array(
-        next(t for t in onnx.load(exported / ENCODER.file).graph.initializer if t.name.endswith("attention.weight"))
-    )
-    assert (np.sum(np.abs(scale) > SCALES_FACTOR / 2) == 2) == (kind == "scales")
-
     def noise_ratio(name: str) -> float:
         argv = ["--model_dir", str(exported), "--output_dir", str(tmp_path / name), "--quant_method", "int8", *REDUCED]
         assert optimize_encoder.main(argv) == 0, capsys.readouterr().err
@@ -184,5 +179,4 @@ def test_a_checkpoint_with_loud_channels_loses_little(kind, tmp_path, monkeypatc
     scaled = noise_ratio("scaled")
     monkeypatch.setattr("common.quantize.rewrite.factors_without_speech", lambda model, weights: {})
     unscaled = noise_ratio("unscaled")
-    print(kind, ratio, scaled, unscaled)
     assert scaled > unscaled + (6 if kind == "scales" else 0.5)

@@ -116,7 +116,8 @@ def calibrated_products(encoder: Path, batches: Sequence[np.ndarray], *, measure
         len(speech) + (FIT_RUNS + (len(segments) - i) * measures_damage if segment.weight else 0)
         for i, segment in enumerate(segments)
     ]
-    factors = feedback = np.empty(0)
+    factors: np.ndarray = np.empty(0)
+    feedback = np.empty(0)
     feedback_of = ""
     with progress_bar(total=sum(runs), task="calibrating", unit="run") as bar:
         bar.write(f"calibrating {len(weights)} weights: about {sum(runs) * run_seconds / 60:.1f} min")
