@@ -171,6 +171,7 @@ def test_a_checkpoint_with_loud_channels_loses_little(kind, tmp_path, monkeypatc
     source = ["--model_name", str(loud), "--output_dir", str(exported)]
     assert export_parakeet_to_onnx.main(source) == 0, capsys.readouterr().err
     assert export_tokenizer.main(source) == 0, capsys.readouterr().err
+
     def noise_ratio(name: str) -> float:
         argv = ["--model_dir", str(exported), "--output_dir", str(tmp_path / name), "--quant_method", "int8", *REDUCED]
         assert optimize_encoder.main(argv) == 0, capsys.readouterr().err
