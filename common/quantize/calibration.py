@@ -275,8 +275,9 @@ def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], dict[str, n
         x = name_of(input_of(nodes[begin], 0)) if weight else ""
         residual = _residual(nodes[begin], before) if weight else None
         segments.append(_Segment(weight, x, residual, takes, gives, later, _session(model, takes, gives)))
+    rows = row_powers(model, products)  # first, since it unmaps what it has read
     weights = {name: tensor_of(graph.initializers[name]).numpy() for name in products}
-    return segments, weights, row_powers(model, products)
+    return segments, weights, rows
 
 
 def _residual(product: ir.Node, known: Collection[ir.Value]) -> tuple[str, float] | None:

@@ -16,7 +16,6 @@ from common.folder.onnx_graph import (
     input_of,
     name_of,
     release,
-    remove_if_unused,
     tensor_of,
 )
 
@@ -111,9 +110,11 @@ def fold(model: ir.Model, factors: Mapping[str, np.ndarray]) -> None:
     for node, names in normalized.items():
         for i, value in parameters_of(node):
             array = tensor_of(value).numpy() / factors[names[0]][:, 0]
-            scaled = add_initializer(model.graph, ir.tensor(array, name=f"{names[0]}.smoothed.{i}"))
-            node.replace_input_with(i, scaled)
-            remove_if_unused(model.graph, value)
+            if len(value.uses()) > 1:  # another normalization has the same numbers
+                copy = add_initializer(model.graph, ir.tensor(array, name=f"{names[0]}.smoothed.{i}"))
+                node.replace_input_with(i, copy)
+            else:
+                value.const_value = ir.tensor(array, name=value.name)
         for name in names:
             weight = model.graph.initializers[name]
             weight.const_value = _times(tensor_of(weight), factors[name])
