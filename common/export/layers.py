@@ -44,27 +44,28 @@ def reshape(x: Tensor, *shape: int) -> Tensor:
 
 
 # Attention is computed in blocks of the frames that attend, so many at most, each of so many frames at least. At 900
-# frames, which is the window of 72 s, four blocks take 0.8 times as long as one, at 250 as long, at 125 a tenth longer.
+# frames, which is the window of 72 s, four blocks take 0.8 times as long as one, at 250 as long, at 125 a tenth longer;
+# six are hardly faster.
 BLOCKS = 4
 BLOCK_FRAMES = 64
 
 
 class _BlockBounds(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, like: Tensor) -> Tensor:
+    def forward(ctx: Any, like: Tensor, count: int) -> Tensor:
         frames = like.size(-1)
-        size = max(-(-frames // BLOCKS), BLOCK_FRAMES)
-        return torch.tensor([min(block * size, frames) for block in range(BLOCKS + 1)])
+        size = max(-(-frames // count), BLOCK_FRAMES)
+        return torch.tensor([min(block * size, frames) for block in range(count + 1)])
 
     @staticmethod
-    def symbolic(g: Any, like: Any) -> Any:
+    def symbolic(g: Any, like: Any, count: int) -> Any:
         def constant(*values: int) -> Any:
             return g.op("Constant", value_t=torch.tensor(values))
 
         frames = g.op("Gather", g.op("Shape", like), constant(-1), axis_i=0)
-        size = g.op("Div", g.op("Add", frames, constant(BLOCKS - 1)), constant(BLOCKS))
+        size = g.op("Div", g.op("Add", frames, constant(count - 1)), constant(count))
         size = g.op("Max", size, constant(BLOCK_FRAMES))
-        return g.op("Min", g.op("Mul", size, constant(*range(BLOCKS + 1))), frames)
+        return g.op("Min", g.op("Mul", size, constant(*range(count + 1))), frames)
 
 
 class Block(NamedTuple):
@@ -76,13 +77,13 @@ class Block(NamedTuple):
     bias: Tensor  # what is added to the scores: [B, 1, 1 or stop-first, S]
 
 
-def attention_blocks(bias: Tensor, *, of_each_row: bool) -> list[Block]:
-    """The blocks of an encoder's frames, whose scores have the bias [B, 1, 1, S], or `of_each_row` [B, 1, S, S]."""
-    bounds = cast(Tensor, _BlockBounds.apply(bias))  # type: ignore[no-untyped-call]
+def attention_blocks(bias: Tensor, count: int, *, of_each_row: bool) -> list[Block]:
+    """`count` blocks of an encoder's frames, whose scores have the bias [B, 1, 1, S], or `of_each_row` [B, 1, S, S]."""
+    bounds = cast(Tensor, _BlockBounds.apply(bias, count))  # type: ignore[no-untyped-call]
     blocks = []
-    for index in range(BLOCKS):
+    for index in range(count):
         first, stop = bounds[index], bounds[index + 1]
-        blocks.append(Block(first, stop, bounds[BLOCKS], bias[:, :, first:stop] if of_each_row else bias))
+        blocks.append(Block(first, stop, bounds[count], bias[:, :, first:stop] if of_each_row else bias))
     return blocks
 
 
