@@ -75,9 +75,9 @@ def float32(checkpoint: Path, work_dir: Path, folder: Path) -> None:
 
 def float32_in_one_block(checkpoint: Path, work_dir: Path, folder: Path) -> None:
     """The same with attention in one piece, for OpenVINO: a layer of 250 frames takes 11 ms there, in blocks 16."""
-    from common.export import layers
+    from common.export.wrappers import Encoder
 
-    layers.BLOCKS = 1  # in a process of its own
+    Encoder.blocks = 1  # in a process of its own
     float32(checkpoint, work_dir, folder)
 
 

@@ -42,14 +42,15 @@ def random_mask(frames: int, *, of_each_row: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("of_each_row", [False, True], ids=["a mask of keys", "a mask of each row"])
+@pytest.mark.parametrize("count", [1, layers.BLOCKS])
 @pytest.mark.parametrize("frames", FRAMES)
-def test_attention_in_blocks_is_nemos(frames, of_each_row, attention):
+def test_attention_in_blocks_is_nemos(frames, count, of_each_row, attention):
     torch.manual_seed(frames)
     x, mask = torch.randn(BATCH, frames, WIDTH), random_mask(frames, of_each_row=of_each_row)
     expected = attention(x, x, x, mask, nemo_positions(frames))
 
     bias = (mask if of_each_row else mask[:, :1])[:, None] * layers.MASKED_SCORE
-    blocks = layers.attention_blocks(bias, of_each_row=of_each_row)
+    blocks = layers.attention_blocks(bias, count, of_each_row=of_each_row)
     _, positions = layers.RelativePositions(WIDTH, None)(x)
     actual = layers.RelativeAttention(attention)(x, positions, blocks)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
@@ -77,7 +78,7 @@ def test_few_position_scores_are_computed_and_thrown_away(attention, monkeypatch
     monkeypatch.setattr(layers, "relative_shift", counting)
     x = torch.zeros(1, frames, WIDTH)
     _, positions = layers.RelativePositions(WIDTH, None)(x)
-    blocks = layers.attention_blocks(torch.zeros(1, 1, 1, frames), of_each_row=False)
+    blocks = layers.attention_blocks(torch.zeros(1, 1, 1, frames), layers.BLOCKS, of_each_row=False)
     layers.RelativeAttention(attention)(x, positions, blocks)
     assert frames**2 < sum(computed) <= (1 + 1 / layers.BLOCKS) * frames**2  # all at once: twice as many as are needed
 

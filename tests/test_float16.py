@@ -14,7 +14,7 @@ import optimize_encoder
 import test_e2e
 from common.contract import DECODER, ENCODER, GRAPHS, JOINT, Tensor
 from common.evaluate.engines import ComparedFolder
-from common.export import float16
+from common.export import float16, layers
 from common.export.float16 import EmulatedGraph, _exact_operators, convert
 from common.export.ranges import RangeRecorder, measure_ranges
 from common.quantize.fidelity import sqnr_db
@@ -96,6 +96,13 @@ def test_manifest_names_what_stayed_float32(folder):
         assert max(row["max_abs"].values()) < row["limit"] <= min(row["kept_float32"].values(), default=np.inf)
         assert 0 < row["rounded_parity"]["max_rel"] < 2e-2
         assert export["float32_parity"][graph.file]["max_abs"] < 1e-3
+
+
+def test_attention_is_in_one_block_whose_values_were_all_measured(folder, tiny_export):
+    """In blocks, those that no measured clip is long enough for would become float16 whatever they hold."""
+    graphs = [onnx.load(path / ENCODER.file, load_external_data=False).graph for path in (folder, tiny_export)]
+    counts = [sum(node.op_type == "Softmax" for node in graph.node) for graph in graphs]
+    assert counts == [5, 5 * layers.BLOCKS]
 
 
 def test_an_overflow_is_prevented_by_the_guard_alone(folder, tiny_export, features, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ class RoundedMethod(QuantMethod[Rounded]):
     """A kind of its own: no new operator, nothing smaller."""
 
     def plan(self, weights: Mapping[str, EncoderWeight], options: WeightOptions) -> Plan:
-        return {name: Format(16) for name, weight in weights.items() if weight.role != Role.ATTENTION_POSITION}
+        return {name: Format(16) for name, weight in weights.items() if weight.role != Role.ATTENTION_POSITION_SINE}
 
     def pack(self, weight: np.ndarray, form: Format) -> Rounded:
         rounded = bfloat16(weight)
@@ -83,7 +83,7 @@ def test_a_method_of_its_own_kind_needs_nothing_but_its_registration(toy, tiny_e
     for name, exported in load(tiny_export / ENCODER.file).graph.initializers.items():
         if name in matrices(load(tiny_export / ENCODER.file)):
             before, after = exported.const_value.numpy(), weights[name].const_value.numpy()
-            kept = name.endswith("attention.position.weight")
+            kept = name.endswith("attention.position_sine.weight")
             np.testing.assert_array_equal(after, before if kept else bfloat16(before))
     assert test_e2e.main(["--model_dir", str(tmp_path / "out")]) == 0
 

@@ -79,6 +79,8 @@ def export_graphs(model: Any, folder: Path, options: ExportOptions) -> Reference
     for graph in GRAPHS:
         module = getattr(model, graph.name)
         wrapper = WRAPPERS[graph](module)
+        if options.is_float16:
+            wrapper.for_float16()
         export_graph(wrapper, graph, folder, options.opset_version)
         if not options.skip_verify:
             references[graph] = VERIFICATIONS[graph].cases(module, wrapper.example_inputs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.contract import DECODER, ENCODER, JOINT, Graph
 from common.export.layers import (
+    BLOCKS,
     MASKED_SCORE,
     Layer,
     Linear,
@@ -28,11 +29,15 @@ class Wrapper(nn.Module):
     weights_as_inputs: ClassVar[bool]  # whether the exporter sees the weights as graph inputs (common/export/trace.py)
     example_inputs: Callable[..., tuple[Tensor, ...]]  # sizes, each with a default → inputs of `forward`
 
+    def for_float16(self) -> None:
+        """Choose the form for a graph that becomes float16, which is for GPUs."""
+
 
 class Encoder(Wrapper):
     """NeMo's ConformerEncoder for whole utterances. Raises ValueError naming what it does not support."""
 
     weights_as_inputs = True
+    blocks: int = BLOCKS  # of the frames that attend
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -54,11 +59,15 @@ class Encoder(Wrapper):
         length = length.to(torch.int64)
         x, positions = self.positions(x)
         keep = torch.arange(x.size(1), device=x.device)[None, :] < length[:, None]  # [B, S]
-        blocks = attention_blocks(self._attention_bias(keep, length), of_each_row=self._limited_context)
+        blocks = attention_blocks(self._attention_bias(keep, length), self.blocks, of_each_row=self._limited_context)
         keep = keep[:, :, None].to(x.dtype)
         for layer in self.layers:
             x = layer(x, positions, blocks, keep)
         return self.projection(x).transpose(1, 2), length
+
+    def for_float16(self) -> None:
+        """One block: a GPU pays for every operator, and values of a block that was empty would not be measured."""
+        self.blocks = 1
 
     def _attention_bias(self, keep: Tensor, length: Tensor) -> Tensor:
         """What is added to the scores, [B, 1, 1 or S, S]: 0 for a frame that is attended to, else MASKED_SCORE.
