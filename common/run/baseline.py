@@ -13,11 +13,9 @@ import numpy as np
 
 from common.contract import DECODER, ENCODER, JOINT
 from common.progress import progress_bar
-from common.run.config import Piece, RuntimeConfig, windows
+from common.run.config import MIN_WINDOWS_OF_BAR, Piece, RuntimeConfig, windows
 from common.run.decode import GENAI_RULE, BlankZero, DecodingConfig, Frames, Hypothesis, Prediction, greedy_tdt_decode
 from common.run.ort import OpenGraph, OrtGraph
-
-MIN_WINDOWS_OF_BAR = 4  # of a clip, 4 minutes by default, whose windows are counted by a progress bar
 
 
 class RawOrt:

@@ -8,8 +8,7 @@ import numpy as np
 
 from common.cli import TOKENIZER_COMMAND
 from common.progress import progress_bar
-from common.run.baseline import MIN_WINDOWS_OF_BAR
-from common.run.config import RuntimeConfig
+from common.run.config import MIN_WINDOWS_OF_BAR, RuntimeConfig
 
 
 class GenAI:
