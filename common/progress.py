@@ -16,7 +16,10 @@ def progress(items: Iterable[T], *, total: int, task: str, unit: str) -> Iterato
             bar.update()
 
 
-def progress_bar(*, total: float, task: str, unit: str) -> Any:
-    """A bar to move by hand: a context manager with `update(steps)`; `write(line)` prints above it."""
+def progress_bar(*, total: float | None, task: str, unit: str, shown: bool = True) -> Any:
+    """A bar to move by hand: a context manager with `update(steps)`; `write(line)` prints above it.
+
+    total: None where it is not known; the bar then counts.
+    """
     # smoothing=0: the time left follows from the average of all steps, since their cost varies.
-    return tqdm(total=total, desc=task, unit=unit, smoothing=0, leave=False, disable=None)
+    return tqdm(total=total, desc=task, unit=unit, smoothing=0, leave=False, disable=None if shown else True)

@@ -1,12 +1,15 @@
 """Audio in, and the engines on the trained checkpoint: NeMo, plain ONNX Runtime and GenAI say the same."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import soundfile
 
+from common.run import baseline
 from common.run.audio import load_clip
 from common.run.baseline import RawOrt
 from common.run.clips import Clip
@@ -93,6 +96,50 @@ def test_windows_cover_every_frame_once(raw):
             stop = encoder_frames if piece.stop is None else piece.stop
             decoded += range(piece.begin // 8 + piece.start, piece.begin // 8 + stop)
         assert decoded == list(range((mel_frames + 7) // 8))
+
+
+def test_a_long_clip_is_decoded_window_by_window_in_bounded_memory(genai, tiny_export, tmp_path, monkeypatch):
+    """Of a clip of twelve windows no more than two windows of encoder frames are in memory at once, and a bar counts
+    the windows."""
+    folder = tmp_path / "models"
+    shutil.copytree(tiny_export, folder)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"] |= {"chunk_samples": 16000, "left_context_samples": 0, "right_context_samples": 0}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    made, most, updates = [], [], []
+
+    class Frames(np.ndarray):
+        """An array that weak references can count."""
+
+    class Counting(RawOrt):
+        def encode(self, features):
+            (frames,) = super().encode(features)
+            counted = frames.view(Frames)
+            made.append(weakref.ref(counted))
+            gc.collect()
+            most.append(sum(reference() is not None for reference in made))
+            return [counted]
+
+    class Bar:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self):
+            updates.append(1)
+
+    monkeypatch.setattr(baseline, "progress_bar", lambda **kind: updates.append(kind["total"]) or Bar())
+    raw = Counting(folder)
+    features = genai.features(speech(12))
+    tokens = raw.transcribe(features).tokens
+    assert updates == [12] + [1] * 12
+    assert len(most) == 12
+    assert max(most) <= 3  # the last window, the one before, and the one that is being made
+    plain = RawOrt(folder)
+    assert tokens == plain.transcribe_all([features, features], batch_size=2)[0].tokens
+    assert len(tokens) > 5
 
 
 @pytest.mark.slow

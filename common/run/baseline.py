@@ -4,22 +4,18 @@ It reads genai_config.json and the three graphs, cuts long clips into windows as
 either runtime's rule. It shares no code with GenAI, so that each checks the other.
 """
 
-import contextlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from common.contract import DECODER, ENCODER, JOINT
 from common.progress import progress_bar
-from common.run.config import Piece, RuntimeConfig, windows
+from common.run.config import MIN_WINDOWS_OF_BAR, Piece, RuntimeConfig, windows
 from common.run.decode import GENAI_RULE, BlankZero, DecodingConfig, Frames, Hypothesis, Prediction, greedy_tdt_decode
 from common.run.ort import OpenGraph, OrtGraph
-
-MIN_WINDOWS_OF_BAR = 4  # 4 minutes by default
 
 
 class RawOrt:
@@ -71,7 +67,8 @@ class RawOrt:
             [Piece(0, one.shape[1], 0, None)] if whole else [*windows(self.config, one.shape[1])] for one in features
         ]
         if len(features) == 1:
-            with _window_bar(len(pieces[0])) as bar:
+            count = len(pieces[0])
+            with progress_bar(total=count, task="windows", unit="window", shown=count >= MIN_WINDOWS_OF_BAR) as bar:
                 window_frames = _WindowFrames(pieces[0], lambda piece: self._encode_piece(features[0], piece, bar))
                 return self._decode([window_frames], [window_frames.ends], rule)
         parts = self._encode_together(features, pieces)
@@ -150,10 +147,3 @@ class _WindowFrames:
             self._window = window
         found: np.ndarray = self._frames[frame - (self.ends[window - 1] if window else 0)]
         return found
-
-
-def _window_bar(count: int) -> Any:
-    """A bar that counts the windows of a long clip; for a short one it is never drawn."""
-    if count < MIN_WINDOWS_OF_BAR:
-        return contextlib.nullcontext(SimpleNamespace(update=lambda: None))
-    return progress_bar(total=count, task="windows", unit="window")

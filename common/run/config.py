@@ -17,6 +17,8 @@ from common.run.clips import Clip
 
 # NeMo's features need two frames for a standard deviation.
 MIN_FRAMES = 2
+# Of a clip, 4 minutes by default: a progress bar then counts the windows, or GenAI's tokens.
+MIN_WINDOWS_OF_BAR = 4
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from common.cli import TOKENIZER_COMMAND
-from common.run.config import RuntimeConfig
+from common.progress import progress_bar
+from common.run.config import MIN_WINDOWS_OF_BAR, RuntimeConfig
 
 
 class GenAI:
@@ -52,8 +53,11 @@ class GenAI:
 
         generator = og.Generator(self.model, og.GeneratorParams(self.model))
         generator.set_inputs(self.inputs(samples))
-        while not generator.is_done():
-            generator.generate_next_token()
+        is_long = len(samples) >= MIN_WINDOWS_OF_BAR * self.config.chunk
+        with progress_bar(total=None, task="GenAI", unit="token", shown=is_long) as bar:
+            while not generator.is_done():
+                generator.generate_next_token()
+                bar.update()
         return [int(token) for token in generator.get_sequence(0)]
 
     def text(self, tokens: list[int]) -> str:
