@@ -2,5 +2,6 @@
 
 from common.checkpoint.format import format_of
 from common.checkpoint.nemo import NEMO
+from common.checkpoint.transformers import TRANSFORMERS
 
-__all__ = ["NEMO", "format_of"]
+__all__ = ["NEMO", "TRANSFORMERS", "format_of"]

@@ -162,8 +162,8 @@ class Subsampling(nn.Module):
 
 
 def _padding(layer: Any, axis: int) -> tuple[int, int]:
-    """The padding before and after the input of an nn.Conv2d, along time (axis 0) or frequency (axis 1)."""
-    if hasattr(layer, "_left_padding"):  # NeMo's CausalConv2D, the same along both
+    """The padding before and after the input of a convolution, along time (axis 0) or frequency (axis 1)."""
+    if hasattr(layer, "_left_padding"):  # NeMo's CausalConv1D and CausalConv2D, the same along both
         return layer._left_padding, layer._right_padding
     return layer.padding[axis], layer.padding[axis]
 
@@ -247,7 +247,7 @@ class Convolution(nn.Module):
         self.project = Linear.from_module(convolution.pointwise_conv2)
         depthwise = convolution.depthwise_conv
         self.norm = convolution.batch_norm
-        self.padding: tuple[int, int] = (depthwise._left_padding, depthwise._right_padding)
+        self.padding = _padding(depthwise, 0)
         self.activation = convolution.activation
         if isinstance(self.norm, nn.BatchNorm1d):
             depthwise = fuse_conv_bn_eval(depthwise, self.norm)
