@@ -1,6 +1,6 @@
 """Export a Parakeet-TDT checkpoint from NeMo to ONNX for ONNX Runtime GenAI and others, verified against NeMo.
 
-In: a Hugging Face name or a `.nemo` file of a FastConformer-TDT model.
+In: a Hugging Face name, a `.nemo` file or a folder of transformers' ParakeetForTDT: a FastConformer-TDT model.
 Out: a folder with encoder.onnx, decoder.onnx and joint.onnx (each with one .data file), genai_config.json,
 audio_processor_config.json, manifest.json and README.md, the model card. Before the folder appears, each graph is run
 in ONNX Runtime and compared with NeMo's own module; with --precision fp16 twice: in float32, and again in float16.
@@ -25,6 +25,7 @@ from common.cli import Parser, Stages, run, size_text
 
 # isort: split
 
+from common.checkpoint import FORMAT_HELP, FORMAT_NAMES, MODEL_NAME_HELP
 from common.checkpoint.download import find_checkpoint
 from common.checkpoint.format import format_of
 from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
@@ -59,8 +60,9 @@ values on speech come near the largest float16 stay float32 (%(default)s)"""
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model_name", default=DEFAULT_MODEL, help="Hugging Face name or .nemo path (%(default)s)")
+    parser.add_argument("--model_name", default=DEFAULT_MODEL, help=MODEL_NAME_HELP)
     parser.add_argument("--revision", help=REVISION_HELP)
+    parser.add_argument("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
     parser.add_argument("--output_dir", type=Path, default=Path("onnx_models"), help="folder to write (./%(default)s)")
     parser.add_argument("--runtime", choices=(*LAYOUTS, ALL), default=GENAI.runtime, help=RUNTIME_HELP)
     parser.add_argument("--opset_version", type=int, default=MIN_OPSET, help=OPSET_HELP)
@@ -105,7 +107,7 @@ def _export(args: argparse.Namespace) -> None:
     check_same_layouts(args.output_dir, {name: layout for layout, name in subfolders.items()})
     clips = find_clips(SPEECH) if options.is_float16 else []
     require_device(options.device)
-    checkpoint = find_checkpoint(args.model_name, args.revision)
+    checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
     size = format_of(checkpoint).size(checkpoint)
     title = f"{checkpoint.name} ({size_text(size)})"
     state_needs(title, options.memory_bytes(size), options.disk_bytes(size), args.output_dir)
@@ -179,7 +181,8 @@ def _next_command(args: argparse.Namespace, subfolders: Mapping[Layout, str]) ->
     for layout, name in subfolders.items():
         if not layout.exports_vocabulary:
             command = ["python", "export_tokenizer.py", "--model_name", args.model_name]
-            command += ["--revision", args.revision] if args.revision else []
+            for flag in ("revision", "checkpoint_format"):
+                command += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
             return shlex.join([*command, "--output_dir", str(args.output_dir / name)])
     return shlex.join(["python", "optimize_encoder.py", "--model_dir", str(args.output_dir)])
 

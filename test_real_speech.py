@@ -1,5 +1,7 @@
 """Transcribe real speech with NeMo, plain ONNX Runtime and ONNX Runtime GenAI side by side, and count the words.
 
+For a checkpoint of transformers, transformers takes the place of NeMo.
+
 In: a model folder; clips (any format, rate and channels that libsndfile reads), or a NeMo manifest of clips with text.
 Out: for each clip, or over all clips, a table: engine, speed, word error rate against the text and against NeMo,
 transcript. All engines are given the same samples: mono, resampled once to the model's rate. NeMo computes its own
@@ -31,13 +33,14 @@ from common.cli import Parser, run
 
 # isort: split
 
+from common.checkpoint import FORMAT_HELP, FORMAT_NAMES
 from common.cli import MODEL_DIR_HELP, default_model_dir
-from common.evaluate.engines import ComparedFolder, load_nemo, open_folders
+from common.evaluate.engines import ComparedFolder, load_reference, open_folders
 from common.evaluate.side_by_side import SideBySide, with_progress
 from common.evaluate.subtitles import srt
 from common.evaluate.tables import ClipTables, print_corpus
-from common.evaluate.text_rules import ids_of_other_words, text_rules
-from common.evaluate.transcripts import NEMO, ComparedClip, Comparison
+from common.evaluate.text_rules import ids_of_other_words
+from common.evaluate.transcripts import ComparedClip, Comparison
 from common.evaluate.verdict import judge_texts, judge_times, judge_tokens, print_verdict, print_warnings
 from common.folder.outputs import check_outputs, is_standard_output, json_text, write_output
 from common.layouts.genai import genai_folder
@@ -58,8 +61,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__ or "")
     parser.add_argument("--model_dir", type=Path, help=MODEL_DIR_HELP)
     reference = parser.add_mutually_exclusive_group()
-    reference.add_argument("--model_name", help="NeMo reference (the checkpoint in manifest.json)")
+    reference.add_argument("--model_name", help="checkpoint of the reference (the one in manifest.json)")
     reference.add_argument("--skip_nemo", action="store_true", help="do without NeMo, which is then not even imported")
+    parser.add_argument("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
     clips = parser.add_mutually_exclusive_group()
     clips.add_argument("--audio", type=Path, nargs="+", default=[SAMPLE], help="clips (samples/jfk.wav)")
     clips.add_argument("--manifest", type=Path, help=MANIFEST_HELP)
@@ -94,13 +98,15 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     check_outputs(_outputs(args), _inputs(args, folders, clips))
     folders[0].config.check_clips(clips)
     config = folders[0].genai.config  # loads GenAI: what a folder lacks shows before NeMo takes its time
-    nemo = None if args.skip_nemo else load_nemo(args.model_name, folders[0])
+    reference, rules = None, ()
+    if not args.skip_nemo:
+        reference, rules = load_reference(folders[0], args.model_name, args.checkpoint_format)
     with_times = args.timestamps or args.srt is not None
-    engines = SideBySide(folders, nemo, args.batch_size, with_times)
+    engines = SideBySide(folders, reference, args.batch_size, with_times)
     comparison = Comparison(
         clips=clips,
         engines=[folder.engines for folder in folders],
-        rules=text_rules(nemo.sentencepiece_model) if nemo else (),
+        rules=rules,
         window_seconds=config.chunk / config.sample_rate,
         frame_seconds=config.frame_seconds,
     )
@@ -117,8 +123,8 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     print_verdict(comparison)
     judge_tokens(comparison.differences)
     judge_texts(comparison)
-    if nemo and with_times:
-        judge_times(comparison, ids_of_other_words(nemo.sentencepiece_model))
+    if reference and with_times:
+        judge_times(comparison, ids_of_other_words(reference.sentencepiece_model))
 
 
 def _transcribe(engines: SideBySide, comparison: Comparison, *, print_times: bool) -> None:
@@ -132,7 +138,7 @@ def _transcribe(engines: SideBySide, comparison: Comparison, *, print_times: boo
         return
     names = [name for each in comparison.engines for name in (each.genai, each.raw)]
     tables = ClipTables(
-        names if engines.nemo is None else [NEMO, *names],
+        names if engines.reference is None else [engines.reference.name, *names],
         comparison.rules,
         comparison.window_seconds,
         comparison.frame_seconds,

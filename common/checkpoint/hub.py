@@ -35,8 +35,8 @@ def hub_name(model_name: str) -> str | None:
         raise ValueError(f"expected a Hugging Face name or a path, got {model_name}; give --model_name {flags}")
     if "://" in model_name:
         raise ValueError(
-            f"expected a Hugging Face name (owner/model) or a path, got the address {model_name}; download the file and "
-            "give its path"
+            f"expected a Hugging Face name (owner/model) or a path, got the address {model_name}; download the file "
+            "and give its path"
         )
     name = model_name.rstrip("/")
     is_path = name.endswith(".nemo") or name.count("/") != 1 or name[0] in "./~" or Path(model_name).exists()

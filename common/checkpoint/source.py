@@ -5,8 +5,8 @@ from typing import Any
 
 from common.checkpoint.download import find_checkpoint
 from common.checkpoint.format import format_of
-from common.checkpoint.nemo import NEMO
 from common.checkpoint.hub import DEFAULT_REVISION, commit_of, hub_name
+from common.checkpoint.nemo import NEMO
 from common.folder.locations import CHECKPOINT, read_location
 from common.folder.manifest import read_manifest
 

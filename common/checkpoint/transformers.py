@@ -157,7 +157,9 @@ def _check_values(content: object, path: Path, key: str = "") -> None:
     """Raise ValueError naming a value that is too large, or that names code."""
     if isinstance(content, dict):
         if "auto_map" in content:
-            raise ValueError(f"expected a model of transformers' own in {path}, got code of its own (auto_map); refused")
+            raise ValueError(
+                f"expected a model of transformers' own in {path}, got code of its own (auto_map); refused"
+            )
         for name, value in content.items():
             _check_values(value, path, str(name))
     elif isinstance(content, list):
@@ -231,7 +233,7 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
     """
     require_device(device)
     check(checkpoint)
-    config_path, features_path, _, weights = files(checkpoint)
+    config_path, features_path, tokenizer, weights = files(checkpoint)
     config = _read_config(config_path)
     import torch
     from safetensors import safe_open
@@ -258,7 +260,7 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
         )
     counters = {name: torch.zeros((), dtype=torch.int64, device=device) for name in expected if name.endswith(COUNTER)}
     network.load_state_dict(counters | state, assign=True)
-    return ParakeetModel(network, extractor, checkpoint).to(device).eval().requires_grad_(requires_grad=False)
+    return ParakeetModel(network, extractor, tokenizer).to(device).eval().requires_grad_(requires_grad=False)
 
 
 TRANSFORMERS = register(

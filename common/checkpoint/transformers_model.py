@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    GenerationConfig,
     ParakeetEncoderConfig,
     ParakeetFeatureExtractor,
     ParakeetForTDT,
@@ -44,6 +45,12 @@ def build(
             raise ValueError(f"expected {name} to be {expected}, got {actual}")
     with torch.device("meta"):
         network = ParakeetForTDT(config)
+    # As transformers' converter sets it: a duration is no token.
+    network.generation_config = GenerationConfig(
+        decoder_start_token_id=config.blank_token_id,
+        pad_token_id=config.pad_token_id,
+        suppress_tokens=list(range(config.vocab_size, config.vocab_size + len(config.durations))),
+    )
     # The one buffer that is computed and not stored.
     positions = network.encoder.encode_positions
     positions.inv_freq = positions.compute_default_relative_positional_parameters(encoder_config)
@@ -53,11 +60,11 @@ def build(
 class ParakeetModel(nn.Module):
     """A model as CheckpointFormat.load_model returns it. `network` is transformers' own, with `generate`."""
 
-    def __init__(self, network: ParakeetForTDT, extractor: ParakeetFeatureExtractor, checkpoint: Path) -> None:
+    def __init__(self, network: ParakeetForTDT, extractor: ParakeetFeatureExtractor, tokenizer_file: Path) -> None:
         super().__init__()
         config = network.config
         self.network = network
-        self.checkpoint = checkpoint
+        self.tokenizer_file = tokenizer_file
         self.preprocessor = Preprocessor(extractor)
         self.encoder = Encoder(network.encoder)
         self.decoder = PredictionNetwork(network)
@@ -65,6 +72,13 @@ class ParakeetModel(nn.Module):
         self.cfg = SimpleNamespace(decoding=SimpleNamespace(durations=config.durations))
         # transformers' generate does not force a step; its config carries NeMo's limit for others.
         self.decoding = SimpleNamespace(decoding=SimpleNamespace(max_symbols=config.max_symbols_per_step))
+
+    @property
+    def sentencepiece_model(self) -> bytes:
+        """The SentencePiece model of the checkpoint."""
+        from common.checkpoint.transformers import read_tokenizer
+
+        return read_tokenizer(self.tokenizer_file.parent)
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,8 @@
-"""Several engines transcribe the same clips, and the tokens of those that run in float32 are compared with NeMo's.
+"""Several engines transcribe the same clips, and the tokens of those that run in float32 are compared with a reference's: NeMo's, or
+transformers' for a checkpoint of that format.
 
-Every engine is given the same samples. NeMo computes its own features, and plain ONNX Runtime is given those; without
-NeMo it is given GenAI's. GenAI always computes its own.
+Every engine is given the same samples. The reference computes its own features, and plain ONNX Runtime is given those; without a
+reference it is given GenAI's. GenAI always computes its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,11 +13,11 @@ import numpy as np
 from common.evaluate.differences import Difference, excused_by, first_difference, first_token_difference
 from common.evaluate.engines import ComparedFolder, timed
 from common.evaluate.timestamps import TimedWord, timed_words
-from common.evaluate.transcripts import NEMO, ComparedClip, EngineDifference, Transcript
+from common.evaluate.transcripts import ComparedClip, EngineDifference, Transcript
 from common.progress import progress_bar
 from common.run.decode import GENAI_RULE, NEMO_RULE, Hypothesis
 from common.run.genai import GenAI
-from common.run.nemo import Nemo, NemoTranscript
+from common.run.reference import Reference, ReferenceTranscript
 
 # Of as much audio clips are sorted by length into batches: more is padded less, and takes more memory, 8 MB a minute.
 POOL_SECONDS = 1200
@@ -30,10 +31,10 @@ class Recording:
     samples: np.ndarray  # mono, at the model's rate
     features: np.ndarray | None = None  # [M, T]
     features_seconds: float = 0.0  # that computing them took
-    reference: NemoTranscript | None = None  # NeMo's, where its tokens and frames must be met
+    reference: ReferenceTranscript | None = None  # the reference's, where its tokens and frames must be met
     traced: dict[str, Hypothesis] = field(default_factory=dict)  # by the name of an engine on plain ONNX Runtime
 
-    def compute_features(self, source: GenAI | Nemo) -> np.ndarray:
+    def compute_features(self, source: GenAI | Reference) -> np.ndarray:
         """Features [M, T] by the first source that is asked; those after it are given the same."""
         if self.features is not None:
             return self.features
@@ -48,10 +49,10 @@ OnEngine = Callable[[str], None]  # is called with the name of an engine that ha
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The engines, and how they are run: NeMo first, then GenAI and plain ONNX Runtime on each folder."""
+    """The engines, and how they are run: the reference first, then GenAI and plain ONNX Runtime on each folder."""
 
     folders: Sequence[ComparedFolder]
-    nemo: Nemo | None
+    reference: Reference | None
     batch_size: int = 1  # clips that plain ONNX Runtime takes at a time
     with_times: bool = False  # whether words are given with their times as well
 
@@ -73,10 +74,10 @@ class SideBySide:
 
     def transcribe(self, pool: Pool, on_engine: OnEngine) -> None:
         """Let each engine in turn transcribe the whole pool, into `transcripts` of every clip."""
-        if self.nemo:
+        if self.reference:
             for recording in pool:
-                _run_nemo(self.nemo, recording, with_times=self.with_times)
-            on_engine(NEMO)
+                _run_reference(self.reference, recording, with_times=self.with_times)
+            on_engine(self.reference.name)
         for folder in self.folders:
             for recording in pool:
                 tokens, seconds = timed(folder.genai.transcribe, recording.samples)
@@ -89,7 +90,7 @@ class SideBySide:
     def _run_raw(self, folder: ComparedFolder, pool: Pool) -> None:
         """Plain ONNX Runtime, in batches; each clip has its share of the time by its length."""
         features = [recording.compute_features(folder.genai) for recording in pool]
-        rule = NEMO_RULE if self.nemo else GENAI_RULE
+        rule = NEMO_RULE if self.reference else GENAI_RULE
         hypotheses, seconds = timed(folder.raw.transcribe_all, features, rule, self.batch_size)
         per_second = seconds / sum(recording.clip.seconds for recording in pool)
         for recording, hypothesis in zip(pool, hypotheses, strict=True):
@@ -102,7 +103,7 @@ class SideBySide:
             recording.traced[folder.engines.raw] = hypothesis
 
     def differences(self, pool: Pool) -> list[EngineDifference]:
-        """Where a float32 engine differs from NeMo; without NeMo, where GenAI differs from plain ONNX Runtime."""
+        """Where a float32 engine differs from the reference; without one, where GenAI differs from plain ONNX Runtime."""
         return [
             EngineDifference(recording.clip, engine, difference)
             for recording in pool
@@ -113,46 +114,47 @@ class SideBySide:
 
     def _compare(self, recording: Recording, folder: ComparedFolder) -> Iterator[tuple[str, Difference]]:
         """GenAI computes features of its own, so it is compared with plain ONNX Runtime on those, by GenAI's rule, and
-        that with NeMo. Without NeMo a batch of several clips is compared with each of them alone, too."""
+        that with the reference. Without one a batch of several clips is compared with each of them alone, too."""
         names, reference = folder.engines, recording.reference
         traced = recording.traced[names.raw]
         if reference:
             yield from self._explained(recording, names.raw, _difference_from(reference, traced), traced)
         tokens = recording.clip.transcripts[names.genai].tokens
-        if tokens == (reference.tokens if reference else None if self.nemo else traced.tokens):
+        if tokens == (reference.tokens if reference else None if self.reference else traced.tokens):
             return
-        again = self.nemo or self.batch_size > 1  # otherwise plain ONNX Runtime has run on GenAI's features, alone
+        again = self.reference or self.batch_size > 1  # otherwise plain ONNX Runtime has run on GenAI's features, alone
         baseline = folder.raw.transcribe(folder.genai.features(recording.samples)) if again else traced
         difference = first_token_difference(baseline, tokens)
         if reference and difference is None:
             difference = _difference_from(reference, baseline)
         yield from self._explained(recording, names.genai, difference, baseline)
-        if not self.nemo:
+        if not self.reference:
             in_batch = first_difference(baseline.tokens, baseline.frames, traced)
             yield from self._explained(recording, names.raw, in_batch, traced)
 
     def _explained(
         self, recording: Recording, engine: str, difference: Difference | None, actual: Hypothesis
     ) -> Iterator[tuple[str, Difference]]:
-        """The difference, if there is one; with NeMo, excused only by NeMo's own decisions."""
-        if difference and difference.excuse and self.nemo:
-            reference = self.nemo.trace(recording.compute_features(self.nemo))
+        """The difference, if there is one; with a reference, excused only by its own decisions."""
+        if difference and difference.excuse and self.reference:
+            reference = self.reference.trace(recording.compute_features(self.reference))
             difference = excused_by(reference, difference, actual)
         if difference:
             yield engine, difference
 
 
-def _run_nemo(nemo: Nemo, recording: Recording, *, with_times: bool) -> None:
-    features = recording.compute_features(nemo)
-    reference, seconds = timed(nemo.transcribe, features)
-    words = [TimedWord(*word) for word in nemo.words(features)] if with_times else None
+def _run_reference(reference: Reference, recording: Recording, *, with_times: bool) -> None:
+    features = recording.compute_features(reference)
+    made, seconds = timed(reference.transcribe, features)
+    timed_by_it = reference.words(features) if with_times else None
+    words = None if timed_by_it is None else [TimedWord(*word) for word in timed_by_it]
     seconds += recording.features_seconds
-    recording.clip.transcripts[NEMO] = Transcript(reference.tokens, reference.text, seconds, words)
+    recording.clip.transcripts[reference.name] = Transcript(made.tokens, made.text, seconds, words)
     if recording.clip.one_window:  # what is cut into windows may well be decoded differently
-        recording.reference = reference
+        recording.reference = made
 
 
-def _difference_from(reference: NemoTranscript, actual: Hypothesis) -> Difference | None:
+def _difference_from(reference: ReferenceTranscript, actual: Hypothesis) -> Difference | None:
     return first_difference(reference.tokens, reference.frames, actual)
 
 

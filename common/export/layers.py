@@ -104,6 +104,9 @@ class Subsampling(nn.Module):
     def __init__(self, subsampling: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(share_parameters(subsampling.conv))
+        for i, layer in enumerate(self.layers):
+            if hasattr(layer, "inplace"):  # names and order of the exported nodes depend on it, and on sharing
+                self.layers[i] = type(layer)()
         self.out = Linear.from_module(subsampling.out)
         first = cast(nn.Conv2d, self.layers[0])
         self.first_masks = first.in_channels == 1 and isinstance(self.layers[1], nn.ReLU)

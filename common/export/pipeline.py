@@ -16,8 +16,8 @@ from common.cli import size_text
 from common.contract import GRAPHS, Graph
 from common.export.options import ExportOptions
 from common.run.config import RuntimeConfig
-from common.run.nemo import Nemo
 from common.run.ort import MAPPED
+from common.run.reference import features_of
 
 if TYPE_CHECKING:
     from common.export.parity import Case
@@ -115,10 +115,9 @@ def find_clips(folder: Path) -> list[Path]:
 
 
 def speech_features(model: Any, folder: Path, clips: Sequence[Path]) -> list[np.ndarray]:
-    """NeMo's features of `clips`, [M, T] each, read as the configuration in `folder` says."""
-    nemo = Nemo(model)
+    """The model's own features of `clips`, [M, T] each, read as the configuration in `folder` says."""
     config = RuntimeConfig.read(folder)
-    return [nemo.features(config.read_audio(path)) for path in clips]
+    return [features_of(model, config.read_audio(path)) for path in clips]
 
 
 def convert_to_float16(
