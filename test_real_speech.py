@@ -98,9 +98,8 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     check_outputs(_outputs(args), _inputs(args, folders, clips))
     folders[0].config.check_clips(clips)
     config = folders[0].genai.config  # loads GenAI: what a folder lacks shows before NeMo takes its time
-    reference, rules = None, ()
-    if not args.skip_nemo:
-        reference, rules = load_reference(folders[0], args.model_name, args.checkpoint_format)
+    loaded = None if args.skip_nemo else load_reference(folders[0], args.model_name, args.checkpoint_format)
+    reference, rules = loaded or (None, ())
     with_times = args.timestamps or args.srt is not None
     engines = SideBySide(folders, reference, args.batch_size, with_times)
     comparison = Comparison(

@@ -17,9 +17,10 @@ import json
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer
 
-from common.checkpoint.tokenizer import ModelProto, Piece, parse_model, probe_sequences, special_ids
+from common.checkpoint.tokenizer import Piece, parse_model, probe_sequences, special_ids
 
 MODELS = ("BPE", "Unigram")
 BYTES = {f"<0x{value:02X}>" for value in range(256)}

@@ -30,7 +30,7 @@ def build(
     """
     encoder_config = ParakeetEncoderConfig(**encoder)
     config = ParakeetTDTConfig(**model, encoder_config=encoder_config)
-    extractor = ParakeetFeatureExtractor(**features)
+    extractor = ParakeetFeatureExtractor(**features)  # type: ignore[no-untyped-call]
     layers = math.log2(encoder_config.subsampling_factor)
     checks = (
         ("blank_token_id", config.blank_token_id, config.vocab_size - 1),  # where every runtime looks for it
@@ -46,7 +46,7 @@ def build(
     with torch.device("meta"):
         network = ParakeetForTDT(config)
     # As transformers' converter sets it: a duration is no token.
-    network.generation_config = GenerationConfig(
+    network.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         decoder_start_token_id=config.blank_token_id,
         pad_token_id=config.pad_token_id,
         suppress_tokens=list(range(config.vocab_size, config.vocab_size + len(config.durations))),

@@ -1,8 +1,8 @@
-"""Several engines transcribe the same clips, and the tokens of those that run in float32 are compared with a reference's: NeMo's, or
-transformers' for a checkpoint of that format.
+"""Several engines transcribe the same clips, and the tokens of those that run in float32 are compared with a reference's.
 
-Every engine is given the same samples. The reference computes its own features, and plain ONNX Runtime is given those; without a
-reference it is given GenAI's. GenAI always computes its own.
+The reference is NeMo, or transformers for a checkpoint of that format. Every engine is given the same samples. The
+reference computes its own features, and plain ONNX Runtime is given those; without one it is given GenAI's. GenAI
+always computes its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,7 +103,7 @@ class SideBySide:
             recording.traced[folder.engines.raw] = hypothesis
 
     def differences(self, pool: Pool) -> list[EngineDifference]:
-        """Where a float32 engine differs from the reference; without one, where GenAI differs from plain ONNX Runtime."""
+        """Where a float32 engine differs from the reference; without one, GenAI from plain ONNX Runtime."""
         return [
             EngineDifference(recording.clip, engine, difference)
             for recording in pool

@@ -57,8 +57,8 @@ def _print_clips_of_several_windows(comparison: Comparison) -> None:
     if words:
         print(
             f"{len(comparison.clips_of_several_windows)} of {len(comparison.clips)} clips have several windows of "
-            f"{comparison.window_seconds:g} s and are not compared token for token: {name} transcribed them whole, GenAI "
-            f"and ONNX Runtime did not; word errors against {name}: {words}"
+            f"{comparison.window_seconds:g} s and are not compared token for token: {name} transcribed them whole, "
+            f"GenAI and ONNX Runtime did not; word errors against {name}: {words}"
         )
 
 
@@ -83,8 +83,8 @@ def describe(each: EngineDifference) -> str:
 
 
 def judge_texts(comparison: Comparison) -> None:
-    """Compare texts of equal tokens: each engine's with the reference's own, and GenAI's with what `tokenizers` makes of
-    plain ONNX Runtime's. Print what was compared; raise CheckError where they differ and no rule says why."""
+    """Compare texts of equal tokens: each engine's with the reference's own, and GenAI's with what `tokenizers` makes
+    of plain ONNX Runtime's. Print what was compared; raise CheckError where they differ and no rule says why."""
     pairs = [(each.raw, each.genai) for each in comparison.engines]
     name_of_reference = comparison.reference
     if name_of_reference:
@@ -130,7 +130,7 @@ def _texts_summary(explanations: Sequence[Sequence[str]], reference: str) -> str
 
 
 def judge_times(comparison: Comparison, ids_of_other_words: frozenset[int]) -> None:
-    """Say how far the words of float32 ONNX are from the reference's own times; raise CheckError if further than the tolerance.
+    """Say how far the words of float32 ONNX are from the reference's times; raise CheckError beyond the tolerance.
 
     Compared are clips of one window whose tokens are the same, without any of `ids_of_other_words` (text_rules.py).
     """
@@ -154,8 +154,8 @@ def judge_times(comparison: Comparison, ids_of_other_words: frozenset[int]) -> N
             print(f"{raw}: no word's times were compared with {name}'s own; clips left out: {without}")
             continue
         print(
-            f"{raw}: {words} words; their times differ from {comparison.reference}'s by at most {furthest:g} encoder frames "
-            f"({comparison.frame_seconds:g} s each)" + (f"; clips left out: {without}" if without else "")
+            f"{raw}: {words} words; their times differ from {comparison.reference}'s by at most {furthest:g} encoder "
+            f"frames ({comparison.frame_seconds:g} s each)" + (f"; clips left out: {without}" if without else "")
         )
 
 
