@@ -67,7 +67,7 @@ def convert(checkpoint: Path, folder: Path, dtype: str = "float32") -> Path:
     model.load_state_dict(state, strict=True, assign=True)
     model.generation_config.decoder_start_token_id = model.config.blank_token_id
     model.to(getattr(torch, dtype)).save_pretrained(folder)
-    _save_processor(config["preprocessor"], tokenizer, folder)
+    save_processor(config["preprocessor"], tokenizer, folder)
     return folder
 
 
@@ -103,7 +103,8 @@ def _config(config: dict[str, Any]) -> Any:
     )
 
 
-def _save_processor(features: dict[str, Any], sentencepiece_model: bytes, folder: Path) -> None:
+def save_processor(features: dict[str, Any], sentencepiece_model: bytes, folder: Path) -> None:
+    """Write the tokenizer and the feature extractor, of the keys of a NeMo preprocessor, as the converter does."""
     from tokenizers import AddedToken
     from transformers import ParakeetFeatureExtractor, ParakeetProcessor, ParakeetTokenizer
     from transformers.convert_slow_tokenizer import ParakeetConverter

@@ -103,7 +103,7 @@ def test_the_default_command_downloads_exports_and_records_the_commit(shell, hub
     manifest = json.loads((shell.folder / "onnx_models" / "manifest.json").read_text())
     digest = hashlib.sha256(TINY.read_bytes()).hexdigest()
     assert manifest["export"]["source"] == {
-        "name": DEFAULT_MODEL, "revision": "main", "commit": COMMIT, "sha256": digest,
+        "name": DEFAULT_MODEL, "revision": "main", "commit": COMMIT, "sha256": digest, "format": "nemo",
     }  # fmt: skip
     assert manifest["export"]["parity"].keys() == {"encoder.onnx", "decoder.onnx", "joint.onnx"}
     card = (shell.folder / "onnx_models" / "README.md").read_text()

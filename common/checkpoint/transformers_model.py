@@ -120,6 +120,7 @@ class Preprocessor:
 class Encoder(nn.Module):
     """transformers' ParakeetEncoder, called as NeMo's ConformerEncoder is."""
 
+    library = "transformers"
     self_attention_model = "rel_pos"
     reduction_position = None
     out_proj = None
@@ -186,6 +187,7 @@ def _layer(layer: Any) -> SimpleNamespace:
 class PredictionNetwork(nn.Module):
     """The embedding and the LSTM of transformers' decoder, called as NeMo's RNNTDecoder is."""
 
+    library = "transformers"
     blank_as_pad = True  # the blank has a row of the embedding, which primes the network
 
     def __init__(self, network: ParakeetForTDT) -> None:
@@ -209,6 +211,8 @@ class PredictionNetwork(nn.Module):
 
 class Joint(nn.Module):
     """The projections and the joint of transformers, which belong together in NeMo's RNNTJoint."""
+
+    library = "transformers"
 
     def __init__(self, network: ParakeetForTDT) -> None:
         super().__init__()

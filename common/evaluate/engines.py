@@ -1,4 +1,4 @@
-"""The engines of a comparison: NeMo or transformers, and each model folder in ONNX Runtime GenAI and plain ONNX Runtime.
+"""The engines of a comparison: NeMo or transformers, and each folder in ONNX Runtime GenAI and plain ONNX Runtime.
 
 An engine is loaded when it is first asked for, and runs once on noise then, since a first run allocates memory.
 """

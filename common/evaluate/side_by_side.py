@@ -1,4 +1,4 @@
-"""Several engines transcribe the same clips, and the tokens of those that run in float32 are compared with a reference's.
+"""Several engines transcribe the same clips; the tokens of those that run in float32 are compared with a reference's.
 
 The reference is NeMo, or transformers for a checkpoint of that format. Every engine is given the same samples. The
 reference computes its own features, and plain ONNX Runtime is given those; without one it is given GenAI's. GenAI

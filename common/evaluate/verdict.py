@@ -89,18 +89,15 @@ def judge_texts(comparison: Comparison) -> None:
     name_of_reference = comparison.reference
     if name_of_reference:
         pairs = [(name_of_reference, name) for each in comparison.engines for name in (each.genai, each.raw)] + pairs
-    explanations: list[
-        list[str]
-    ] = []  # of each text that is compared with the reference's own, the rules by which it differs
+    explanations: list[list[str]] = []  # of each text compared with the reference's own, the rules by which it differs
     wrong = []
     for clip in comparison.clips:
         for reference, engine in pairs:
             expected, actual = clip.transcripts[reference], clip.transcripts[engine]
             if not expected.tokens or expected.tokens != actual.tokens:
                 continue
-            names = explaining_rules(
-                expected.text, actual.text, comparison.rules if reference == name_of_reference else ()
-            )
+            rules = comparison.rules if reference == name_of_reference else ()
+            names = explaining_rules(expected.text, actual.text, rules)
             if names is None:
                 wrong.append(
                     f"{clip.name}: {reference} shows its tokens as {expected.text!r}, {engine} the same tokens as "
