@@ -53,11 +53,12 @@ def _model(content: dict[str, Any], blank_id: int) -> ModelProto:
     missing = next((index for index in range(blank_id) if index not in names), None)
     if missing is not None or any(index > blank_id for index in names):
         raise ValueError(f"expected the tokens 0 to {blank_id}, the blank, got {len(names)} others")
+    has_bytes = BYTES.issubset(names.values())  # SentencePiece has all 256 or none
     unknown = names[model["unk_id"]] if unigram else model["unk_token"]
     proto = ModelProto()
     learned = 0
     for index in range(blank_id):
-        kind = _type(names[index], added.get(index), unknown, has_bytes=bool(model.get("byte_fallback")))
+        kind = _type(names[index], added.get(index), unknown, has_bytes=has_bytes)
         score = float(scores.get(index, 0.0)) if unigram else -float(learned) if kind == Piece.NORMAL else 0.0
         learned += kind == Piece.NORMAL
         proto.pieces.add(piece=names[index], score=score, type=kind)

@@ -1,6 +1,6 @@
 """Verification of the exported graphs against the checkpoint's library, NeMo or transformers: valid frames only.
 
-The reference is the library's own module, not the wrapper that was exported, so an error in the wrapper is found as well.
+The reference is the library's own module, not the wrapper that was exported, so an error in the wrapper shows as well.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,16 +56,16 @@ class Parity:
         if (self.max_rel > FLOAT16_TOLERANCE) if self.float16 else (self.max_abs > PARITY_TOLERANCE):
             kind, tolerance = ("relative", FLOAT16_TOLERANCE) if self.float16 else ("absolute", PARITY_TOLERANCE)
             raise ParityError(
-                f"{name} differs from {self.library} by {self.max_abs:.1e} absolute, {self.max_rel:.1e} relative; expected at "
-                f"most {tolerance:.0e} {kind}: the export is wrong, please report it"
+                f"{name} differs from {self.library} by {self.max_abs:.1e} absolute, {self.max_rel:.1e} relative; "
+                f"expected at most {tolerance:.0e} {kind}: the export is wrong, please report it"
             )
 
     def __str__(self) -> str:
         absolute = "" if self.float16 else f" (limit {PARITY_TOLERANCE:.0e})"
         relative = f" (limit {FLOAT16_TOLERANCE:.0e})" if self.float16 else ""
         return (
-            f"largest difference from {self.library} {self.max_abs:.0e}{absolute}  relative {self.max_rel:.0e}{relative}  "
-            f"{self.cases} comparisons"
+            f"largest difference from {self.library} {self.max_abs:.0e}{absolute}  "
+            f"relative {self.max_rel:.0e}{relative}  {self.cases} comparisons"
         )
 
     def record(self) -> dict[str, float]:

@@ -201,8 +201,9 @@ def _parity(manifest: dict[str, Any]) -> str:
     measured = manifest.get("export", {}).get("parity", {})
     if not measured:
         return f"The graphs were not verified against {_library(manifest)}."
+    library = _library(manifest)
     lines = [
-        f"Largest difference from the modules of {_library(manifest)}, over short and long inputs and ragged batches, as exported:",
+        f"Largest difference from {library}'s own modules, over short and long inputs and ragged batches, as exported:",
         "",
     ]
     lines += ["| graph | largest difference | of the largest value | comparisons |", "|---|---|---|---|"]
@@ -226,8 +227,8 @@ def _float16(manifest: dict[str, Any]) -> str:
     )
     if rounded:
         text += (
-            f" With the result of each operator rounded to float16, as a GPU does, outputs differ from {_library(manifest)}'s by up "
-            f"to {max(rounded):.1e} of the largest value."
+            f" With the result of each operator rounded to float16, as a GPU does, outputs differ from "
+            f"{_library(manifest)}'s by up to {max(rounded):.1e} of the largest value."
         )
     return text
 
