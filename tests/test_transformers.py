@@ -47,17 +47,11 @@ sys.exit(status or (f"imported {{loaded[:3]}}" if loaded else 0))
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory) -> Path:
-    """The bundled checkpoint as transformers saves it."""
-    return convert(TINY, tmp_path_factory.mktemp("transformers") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def converted_export(converted, tmp_path_factory) -> Path:
+def converted_export(tiny_transformers, tmp_path_factory) -> Path:
     """It exported, by scripts that never import NeMo."""
     folder = tmp_path_factory.mktemp("exported") / "onnx_models"
     for script in ("export_parakeet_to_onnx", "export_tokenizer"):
-        command = [sys.executable, "-c", WITHOUT_NEMO.format(script=script), "--model_name", str(converted)]
+        command = [sys.executable, "-c", WITHOUT_NEMO.format(script=script), "--model_name", str(tiny_transformers)]
         command += ["--output_dir", str(folder)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -65,11 +59,13 @@ def converted_export(converted, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def of_transformers(converted):
+def of_transformers(tiny_transformers):
     """The checkpoint in transformers, by its own loaders: the processor and the model."""
     from transformers import ParakeetForTDT, ParakeetProcessor
 
-    return ParakeetProcessor.from_pretrained(converted), ParakeetForTDT.from_pretrained(converted).eval()
+    return ParakeetProcessor.from_pretrained(tiny_transformers), ParakeetForTDT.from_pretrained(
+        tiny_transformers
+    ).eval()
 
 
 def test_the_bundled_checkpoint_has_the_same_graphs_and_tokenizer_in_both_formats(converted_export, tiny_export):
@@ -124,10 +120,10 @@ def test_random_checkpoints_have_the_same_graphs_in_both_formats(topology, tmp_p
     assert all("largest difference from transformers" in line for line in reports)
 
 
-def test_a_graph_that_differs_from_transformers_is_an_error(converted, tmp_path):
+def test_a_graph_that_differs_from_transformers_is_an_error(tiny_transformers, tmp_path):
     import torch
 
-    model = TRANSFORMERS.load_model(converted)
+    model = TRANSFORMERS.load_model(tiny_transformers)
     references = export_graphs(model, tmp_path, ExportOptions(runtime="genai", skip_verify=True))
     from common.export.parity import VERIFICATIONS
     from common.export.wrappers import WRAPPERS
@@ -143,11 +139,11 @@ def test_a_graph_that_differs_from_transformers_is_an_error(converted, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_checkpoints_in_half_precision_are_widened(dtype, converted, tmp_path):
+def test_checkpoints_in_half_precision_are_widened(dtype, tiny_transformers, tmp_path):
     import torch
 
     half = TRANSFORMERS.load_model(convert(TINY, tmp_path / dtype, dtype)).network.state_dict()
-    whole = TRANSFORMERS.load_model(converted).network.state_dict()
+    whole = TRANSFORMERS.load_model(tiny_transformers).network.state_dict()
     assert half.keys() == whole.keys()
     for name, tensor in whole.items():
         rounded = tensor.to(getattr(torch, dtype)).float() if tensor.is_floating_point() else tensor
@@ -172,11 +168,11 @@ def test_transcripts_are_those_of_generate(converted_export, of_transformers):
         assert genai.text(tokens) == processor.decode(made.sequences, skip_special_tokens=True)[0].strip(), clip
 
 
-def test_the_prediction_network_is_that_of_the_whole_decoder(converted):
+def test_the_prediction_network_is_that_of_the_whole_decoder(tiny_transformers):
     """Its steps, chained, and the projection: what transformers' decoder makes of the whole sequence."""
     import torch
 
-    model = TRANSFORMERS.load_model(converted)
+    model = TRANSFORMERS.load_model(tiny_transformers)
     tokens = torch.tensor([[8192, 300, 17, 8000, 300, 42]])
     state, steps = None, []
     with torch.inference_mode():
@@ -187,7 +183,7 @@ def test_the_prediction_network_is_that_of_the_whole_decoder(converted):
     torch.testing.assert_close(torch.cat(steps, dim=1), expected)
 
 
-def test_transformers_is_the_reference_row(converted, converted_export, capsys):
+def test_transformers_is_the_reference_row(tiny_transformers, converted_export, capsys):
     clips = list(map(str, CLIPS[:2]))
     argv = ["--model_dir", str(converted_export), "--timestamps", "--audio", *clips]
     assert test_real_speech.main(argv) == 0
@@ -198,22 +194,22 @@ def test_transformers_is_the_reference_row(converted, converted_export, capsys):
     assert "NeMo" not in output
     rows = [line.split()[0] for line in output.splitlines() if line.startswith("  ")]
     assert rows.count("transformers") == 2
-    reference = Transformers(TRANSFORMERS.load_model(converted))
+    reference = Transformers(TRANSFORMERS.load_model(tiny_transformers))
     features = reference.features(GenAI(converted_export).config.read_audio(CLIPS[0]))
     made, traced = reference.transcribe(features), reference.trace(features)
     assert made.tokens
     assert (made.tokens, made.frames) == (traced.tokens, traced.frames)
 
 
-def test_which_of_two_forms_is_taken(converted, tmp_path, capsys):
+def test_which_of_two_forms_is_taken(tiny_transformers, tmp_path, capsys):
     both = tmp_path / "both"
-    shutil.copytree(converted, both)
+    shutil.copytree(tiny_transformers, both)
     shutil.copy(TINY, both / "model.nemo")
     assert find_checkpoint(str(both)) == find_checkpoint(str(both), None, "nemo") == both / "model.nemo"
     assert find_checkpoint(str(both), None, "transformers") == both
-    assert find_checkpoint(str(converted)) == converted
+    assert find_checkpoint(str(tiny_transformers)) == tiny_transformers
     argv = ["--output_dir", tmp_path / "out", "--model_name"]
-    error = rejected(capsys, export_tokenizer, *argv, converted, "--checkpoint_format", "nemo")
+    error = rejected(capsys, export_tokenizer, *argv, tiny_transformers, "--checkpoint_format", "nemo")
     assert "expected a checkpoint of --checkpoint_format nemo, found none at" in error
     error = rejected(capsys, export_tokenizer, *argv, TINY, "--checkpoint_format", "transformers")
     assert "expected a checkpoint of --checkpoint_format transformers" in error
@@ -250,13 +246,13 @@ def test_a_tokenizer_json_gives_the_files_of_its_sentencepiece_model(recipe, tmp
     assert files_of(found) == files_of(model)
 
 
-def test_sentencepiece_beside_the_weights_is_read(converted, tmp_path):
+def test_sentencepiece_beside_the_weights_is_read(tiny_transformers, tmp_path):
     folder = tmp_path / "spm"
-    shutil.copytree(converted, folder)
+    shutil.copytree(tiny_transformers, folder)
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(NEMO.read_tokenizer(TINY))
     assert TRANSFORMERS.read_tokenizer(folder) == NEMO.read_tokenizer(TINY)
-    assert files_of(TRANSFORMERS.read_tokenizer(converted)) == files_of(NEMO.read_tokenizer(TINY))
+    assert files_of(TRANSFORMERS.read_tokenizer(tiny_transformers)) == files_of(NEMO.read_tokenizer(TINY))
 
 
 # ---- hostile and damaged folders
@@ -468,10 +464,10 @@ def features_that_are_not_normalised(folder):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_no_one_should_load_is_rejected_in_one_line(name, converted, tmp_path, capsys):
+def test_what_no_one_should_load_is_rejected_in_one_line(name, tiny_transformers, tmp_path, capsys):
     change, expected = CASES[name]
     folder = tmp_path / "in"
-    shutil.copytree(converted, folder)
+    shutil.copytree(tiny_transformers, folder)
     change(folder)
     before = sorted(tmp_path.rglob("*"))
     error = rejected(capsys, export_parakeet_to_onnx, "--model_name", folder, "--output_dir", tmp_path / "out")
@@ -496,18 +492,18 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_tokenizers_that_cannot_be_used(name, converted, tmp_path, capsys):
+def test_tokenizers_that_cannot_be_used(name, tiny_transformers, tmp_path, capsys):
     change, expected = TOKENIZERS[name]
     folder = tmp_path / "in"
-    shutil.copytree(converted, folder)
+    shutil.copytree(tiny_transformers, folder)
     edit(folder / "tokenizer.json", change)
     error = rejected(capsys, export_tokenizer, "--model_name", folder, "--output_dir", tmp_path / "out")
     assert expected in error, error
 
 
-def test_features_are_those_of_transformers(converted, of_transformers):
+def test_features_are_those_of_transformers(tiny_transformers, of_transformers):
     samples = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
     expected = of_transformers[0](samples, sampling_rate=16000)
-    features = Transformers(TRANSFORMERS.load_model(converted)).features(samples)
+    features = Transformers(TRANSFORMERS.load_model(tiny_transformers)).features(samples)
     valid = int(expected["attention_mask"].sum())
     np.testing.assert_array_equal(features, expected["input_features"][0, :valid].T.numpy())
