@@ -75,6 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"argument --batch_size: expected 1 or more, got {args.batch_size}")
+    if args.checkpoint_format and not args.model_name:
+        parser.error("argument --checkpoint_format: expected --model_name with it")
     if args.srt and (args.manifest or len(args.audio) != 1):
         parser.error("argument --srt: expected one clip, given with --audio, for one file of subtitles")
     return args

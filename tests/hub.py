@@ -19,8 +19,8 @@ class Hub:
     """`files`: path on the hub ("owner/model/model.nemo") → content. What it was asked is in `asked`.
 
     A JSON file is sent as it is. Any other is in LFS: a redirect to a content network of another origin, here
-    "localhost" beside "127.0.0.1", and only the redirect tells commit, size and SHA-256. `heads` and `gets` hold what becomes of the next requests for either:
-    a status; (status, headers); ("drop" | "reset" | "stall" | "flip", bytes sent before); "login"; "no range"; a
+    "localhost" beside "127.0.0.1", and only the redirect tells commit, size and SHA-256. `heads` and `gets` hold what
+    becomes of the next requests for either: a status; (status, headers); ("drop" | "reset" | "stall" | "flip", bytes sent before); "login"; "no range"; a
     number of bytes a second as ("slow", rate).
     """
 
