@@ -20,8 +20,8 @@ class Hub:
 
     A JSON file is sent as it is. Any other is in LFS: a redirect to a content network of another origin, here
     "localhost" beside "127.0.0.1", and only the redirect tells commit, size and SHA-256. `heads` and `gets` hold what
-    becomes of the next requests for either: a status; (status, headers); ("drop" | "reset" | "stall" | "flip", bytes sent before); "login"; "no range"; a
-    number of bytes a second as ("slow", rate).
+    becomes of the next requests for either: a status; (status, headers); ("drop" | "reset" | "stall" | "flip", bytes
+    sent before); "login"; "no range"; a number of bytes a second as ("slow", rate).
     """
 
     def __init__(self, files: dict[str, bytes]):

@@ -4,7 +4,6 @@ huggingface_hub gives the commit, the size and the SHA-256 of a file, and keeps 
 the project's own (transfer.py). A file in the cache is compared with the SHA-256 by which Hugging Face names it.
 """
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -88,11 +87,19 @@ def _fetch_format(name: str, revision: str, known: CheckpointFormat) -> Path:
 
 
 def _first_of(files: Iterable[HubFile]) -> Path:
-    """The first of these files that the repository has. Raises NotInRepositoryError where it has none."""
+    """The first of these files that the repository has. Raises NotInRepositoryError where it has none.
+
+    Where Hugging Face cannot be reached, the one that is in the local cache.
+    """
     *others, last = files
     for file in others:
-        with contextlib.suppress(NotInRepositoryError):
+        try:
             return _download(file)
+        except NotInRepositoryError:
+            continue
+        except ConnectionError:
+            if last.cached() is None:
+                raise
     return _download(last)
 
 

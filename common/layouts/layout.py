@@ -49,7 +49,7 @@ class Window:
         return cls(samples["chunk"], samples["left_context"], samples["right_context"])
 
 
-def _no_metadata(spec: ModelSpec) -> dict[str, str]:
+def _nothing(spec: ModelSpec) -> dict[str, Any]:
     return {}
 
 
@@ -68,7 +68,10 @@ class Layout:
     usage: str  # Python that transcribes a file; {folder} and {audio} stand for the paths
     check: Callable[[ModelSpec], None]  # raises ValueError naming what the runtime cannot compute of a checkpoint
     configs: Callable[[ModelSpec, Window, str], dict[str, dict[str, Any]]]  # spec, window, device → file name → content
-    encoder_metadata: Callable[[ModelSpec], dict[str, str]] = _no_metadata  # what the encoder's ONNX metadata must hold
+    encoder_metadata: Callable[[ModelSpec], dict[str, str]] = _nothing  # what the encoder's ONNX metadata must hold
+    feature_graphs: Callable[[ModelSpec], dict[str, bytes]] = _nothing  # file name → an ONNX model of the features
+    feature_files: tuple[str, ...] = ()  # the names that these may have
+    named_after_method: bool = False  # whether the runtime finds a quantized graph as NAME.METHOD.onnx
     measures_speech: bool = False  # whether common/run loads it: calibration and evaluation need one that it does
 
     @property
@@ -96,6 +99,10 @@ class Layout:
     @property
     def files(self) -> tuple[str, ...]:
         return (*self.graph_files, *self.config_files, *self.vocabulary)
+
+    def files_in(self, folder: Path) -> tuple[str, ...]:
+        """The files of a model folder, with those that not every checkpoint has."""
+        return (*self.files, *(name for name in self.feature_files if (folder / name).is_file()))
 
     def vocabulary_size(self, folder: Path) -> int:
         """V, blank included, of the model in `folder`."""
@@ -160,6 +167,8 @@ def write_views(layout: Layout, source: Path, target: Path, spec: ModelSpec) -> 
 
 
 def write_configs(layout: Layout, target: Path, spec: ModelSpec, window: Window, device: str) -> None:
-    """Write the runtime's configuration files into `target`."""
+    """Write the runtime's configuration files into `target`, and the graph of the features where it reads one."""
     for name, content in layout.configs(spec, window, device).items():
         write_json(target / name, content)
+    for name, model in layout.feature_graphs(spec).items():
+        (target / name).write_bytes(model)
