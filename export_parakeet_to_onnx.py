@@ -34,14 +34,14 @@ from common.checkpoint.source import source_record
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import parse_model, tokens_text
 from common.export.options import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
-from common.export.pipeline import export_checkpoint, find_clips
+from common.export.pipeline import Features, export_checkpoint, find_clips
 from common.folder.locations import write_locations
 from common.folder.manifest import MANIFEST, write_manifest
 from common.folder.staging import check_output_dir, staged_folder, state_needs
 from common.layouts import LAYOUTS, Layout, Window
 from common.layouts.genai import GENAI
 from common.layouts.identity import kept_by_export
-from common.layouts.layout import check_same_layouts, write_configs, write_views
+from common.layouts.layout import check_feature_graphs, check_same_layouts, write_configs, write_views
 from common.report.card import CARD, write_card
 
 ALL = "all"
@@ -154,10 +154,13 @@ def _vocabulary(checkpoint: Path, layouts: Iterable[Layout]) -> str:
     return tokens_text(parse_model(format_of(checkpoint).read_tokenizer(checkpoint))) if needed else ""
 
 
-def _configure(spec: ModelSpec, folder: Path, layouts: Iterable[Layout], options: ExportOptions) -> None:
+def _configure(
+    spec: ModelSpec, folder: Path, features: Features, layouts: Iterable[Layout], options: ExportOptions
+) -> None:
     """Check that every runtime can run the checkpoint, and write into `folder` what the measurements read."""
     for layout in layouts:
         layout.check(spec)
+        check_feature_graphs(layout, spec, features)
     write_configs(GENAI, folder, spec, _window(spec, options), options.device)
 
 

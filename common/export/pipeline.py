@@ -5,6 +5,7 @@ torch and NeMo are imported inside the functions, so that importing this module 
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 AUDIO_SUFFIXES = (".flac", ".wav")
 
 References = Mapping[Graph, Sequence["Case"]]  # empty where nothing is to be verified
-Configure = Callable[[ModelSpec, Path], None]
+Features = Callable[[np.ndarray], np.ndarray]  # samples [N] → the library's own features [M, T]
+Configure = Callable[[ModelSpec, Path, Features], None]
 Report = Callable[..., None]  # is given what one stage has measured, as strings; see ExportOptions.stages
 
 
@@ -48,7 +50,7 @@ def export_checkpoint(
     float32.mkdir(exist_ok=True)
     model = format_of(checkpoint).load_model(checkpoint, options.device, scratch)
     spec = ModelSpec.of(model)
-    configure(spec, float32)
+    configure(spec, float32, partial(features_of, model))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     report(
         checkpoint.name,

@@ -15,10 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.checkpoint.spec import ModelSpec
+from common.cli import CheckError
 from common.contract import Graph, View
 from common.folder.manifest import MANIFEST, read_manifest
 from common.folder.outputs import write_json
+from common.run.session import open_session
+
+# The largest difference from the features that the library computes; float32 and another order of sums give 3e-4.
+FEATURES_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,26 @@ def write_views(layout: Layout, source: Path, target: Path, spec: ModelSpec) -> 
             metadata = layout.encoder_metadata(spec) if graph is layout.encoder else {}
             write_view(graph, source, target, metadata)
             check_view(graph, source, target, spec.vocab_size)
+
+
+def check_feature_graphs(layout: Layout, spec: ModelSpec, features: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Compare the graph of the features, where the runtime reads one, with the features of the checkpoint's library.
+
+    features: samples [N] → [M, T], valid frames only. Raises CheckError beyond FEATURES_TOLERANCE.
+    """
+    for name, model in layout.feature_graphs(spec).items():
+        session = open_session(model)
+        samples = np.random.default_rng(0).normal(0, 0.1, 2 * spec.sample_rate).astype(np.float32)
+        samples[: spec.sample_rate // 2] *= 1e-3  # quiet, where the guard of the logarithm matters
+        inputs = {"waveforms": samples[None], "waveforms_lens": np.array([len(samples)])}
+        made, lengths = session.run(["features", "features_lens"], inputs)
+        expected, actual = features(samples), made[0, :, : lengths[0]]
+        error = float(np.max(np.abs(actual - expected))) if actual.shape == expected.shape else np.inf
+        if not error <= FEATURES_TOLERANCE:
+            raise CheckError(
+                f"expected {name} within {FEATURES_TOLERANCE:.0e} of the checkpoint's own features, of shape "
+                f"{expected.shape}, got shape {actual.shape} and a difference of {error:.1e}; please report it"
+            )
 
 
 def write_configs(layout: Layout, target: Path, spec: ModelSpec, window: Window, device: str) -> None:

@@ -6,8 +6,6 @@ is a convolution with the windowed sines and cosines, which every runtime has; t
 """
 
 import numpy as np
-import onnx
-from onnx import numpy_helper, parser
 
 from common.checkpoint.spec import ModelSpec
 
@@ -62,7 +60,9 @@ def log_mel_graph(spec: ModelSpec) -> bytes:
     T is 1 + N // hop, and features after features_lens are 0. The checkpoint's features must be those that
     ModelSpec.unsupported_features describes, none of which may differ.
     """
+    import onnx  # readers of a folder do without
     from librosa.filters import mel
+    from onnx import numpy_helper, parser
 
     bins = mel(sr=spec.sample_rate, n_fft=spec.fft_size, n_mels=spec.num_mels)  # [M, F]
     tensors = {
