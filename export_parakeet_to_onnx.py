@@ -56,6 +56,8 @@ RIGHT_HELP = "audio after the chunk that the encoder is given as context (%(defa
 DEVICE_HELP = "where to export and verify, and the provider that GenAI is configured for (%(default)s)"
 PRECISION_HELP = """fp16: float16 weights and arithmetic for GPU and WebGPU, inputs and outputs float32; operators whose
 values on speech come near the largest float16 stay float32 (%(default)s)"""
+SCRIPTS_HELP = """writing systems that the text may be in, such as latin or latin,greek: tokens with letters of others are
+never emitted (any)"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,6 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=DEVICE_HELP)
     parser.add_argument("--precision", choices=PRECISIONS, default=FP32, help=PRECISION_HELP)
+    parser.add_argument("--scripts", help=SCRIPTS_HELP)
     parser.add_argument("--skip_verify", action="store_true", help="do not compare the graphs with NeMo")
     return parser.parse_args(argv)
 
@@ -100,6 +103,7 @@ def _export(args: argparse.Namespace) -> None:
         left_context_seconds=args.left_context_seconds,
         right_context_seconds=args.right_context_seconds,
         skip_verify=args.skip_verify,
+        scripts=args.scripts,
     )
     options.validate()
     check_output_dir(args.output_dir)

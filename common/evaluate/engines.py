@@ -20,6 +20,7 @@ from common.checkpoint.transformers import TRANSFORMERS
 from common.evaluate.text_rules import TextRule, text_rules, transformers_text_rules
 from common.evaluate.timestamps import Pieces
 from common.evaluate.transcripts import FolderEngines
+from common.export.writing import suppress, suppressed_ids
 from common.folder.locations import CHECKPOINT, EXPORTED, read_location
 from common.folder.manifest import FILES, MANIFEST, is_float16, read_manifest
 from common.layouts.genai import GENAI
@@ -126,7 +127,10 @@ def load_reference(
         checkpoint = recorded_checkpoint(folder.path)
     known = format_of(checkpoint)
     library, rules = LIBRARIES.get(known, LIBRARIES[NEMO])
-    reference = library(known.load_model(checkpoint))
+    model = known.load_model(checkpoint)
+    scripts = read_manifest(folder.path).get("export", {}).get("flags", {}).get("scripts")
+    suppress(model.joint, suppressed_ids(checkpoint, scripts))  # as in the folder
+    reference = library(model)
     if reference.model.decoder.blank_idx != folder.config.blank_id:
         raise ValueError(
             f"expected the checkpoint that {folder.path} was exported from, got {checkpoint}, which has another "

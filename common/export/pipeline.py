@@ -16,6 +16,7 @@ from common.checkpoint.spec import ModelSpec
 from common.cli import size_text
 from common.contract import GRAPHS, Graph
 from common.export.options import ExportOptions
+from common.export.writing import suppress, suppressed_ids
 from common.run.config import RuntimeConfig
 from common.run.ort import MAPPED
 from common.run.reference import features_of
@@ -23,6 +24,7 @@ from common.run.reference import features_of
 if TYPE_CHECKING:
     from common.export.parity import Case
 
+SUPPRESSED = "suppressed_tokens"  # in the manifest: how many tokens --scripts suppresses
 AUDIO_SUFFIXES = (".flac", ".wav")
 
 References = Mapping[Graph, Sequence["Case"]]  # empty where nothing is to be verified
@@ -46,9 +48,11 @@ def export_checkpoint(
     before the export; it raises ValueError for a checkpoint that is not to be exported, and for float16 writes
     genai_config.json into the folder that it is given. Raises ParityError for a graph that differs from NeMo.
     """
+    suppressed = suppressed_ids(checkpoint, options.scripts)
     float32 = scratch / "float32" if options.is_float16 else target
     float32.mkdir(exist_ok=True)
     model = format_of(checkpoint).load_model(checkpoint, options.device, scratch)
+    suppress(model.joint, suppressed)
     spec = ModelSpec.of(model)
     configure(spec, float32, partial(features_of, model))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -64,9 +68,11 @@ def export_checkpoint(
     del model
     gc.collect()  # NeMo's modules refer to each other; the model is half of the memory in use
     parity = verify_graphs(float32, references, report)
+    results: dict[str, Any] = {SUPPRESSED: len(suppressed)} if options.scripts else {}
     if not options.is_float16:
-        return spec, {"parity": parity}
-    return spec, {**convert_to_float16(float32, target, references, speech, report), "float32_parity": parity}
+        return spec, {"parity": parity, **results}
+    converted = convert_to_float16(float32, target, references, speech, report)
+    return spec, {**converted, "float32_parity": parity, **results}
 
 
 def export_graphs(model: Any, folder: Path, options: ExportOptions) -> References:
