@@ -56,8 +56,8 @@ RIGHT_HELP = "audio after the chunk that the encoder is given as context (%(defa
 DEVICE_HELP = "where to export and verify, and the provider that GenAI is configured for (%(default)s)"
 PRECISION_HELP = """fp16: float16 weights and arithmetic for GPU and WebGPU, inputs and outputs float32; operators whose
 values on speech come near the largest float16 stay float32 (%(default)s)"""
-SCRIPTS_HELP = """writing systems that the text may be in, such as latin or latin,greek: tokens with letters of others are
-never emitted (any)"""
+SCRIPTS_HELP = """writing systems that the text may be in, such as latin or latin,greek: tokens with letters of others
+are never emitted (any)"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

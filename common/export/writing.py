@@ -1,4 +1,4 @@
-"""Keeping a model's text in chosen scripts (writing systems): tokens with letters of others are given a bias in the joint.
+"""Keeping a model's text in chosen scripts (writing systems): tokens with letters of others get a bias in the joint.
 
 A multilingual checkpoint without a language input sometimes writes one language in the script of another. A bias that
 no logit outweighs costs nothing when the model runs, and every runtime obeys it.
@@ -8,15 +8,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
 from common.checkpoint.format import format_of
-from common.checkpoint.tokenizer import ModelProto, Piece, parse_model, special_ids
+from common.checkpoint.tokenizer import Piece, parse_model, special_ids
 
 BIAS = -1e4  # logits are within hundreds; a number that float16 holds
 SHARED = (
     "Zyyy",
     "Zinh",
     "Zzzz",
-)  # ISO 15924 of characters of several scripts, or of none: digits, accents, punctuation
+)  # ISO 15924 of characters of several scripts or none: digits, accents
 LETTERS = ("L", "M")  # of Unicode's general categories: letters, and the marks that some scripts write vowels with
 
 

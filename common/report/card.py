@@ -145,7 +145,8 @@ def _origin(manifest: dict[str, Any]) -> str:
     return (
         f"{link}, a FastConformer-TDT model for speech recognition {made}, as ONNX graphs: encoder, "
         f"prediction network and joint, with tokenizer and configuration. The checkpoint's SHA-256 is "
-        f"`{source.get('sha256', 'not recorded')}`.{_scripts(manifest)}\n\n{LICENSE_TEXT[published.license if published else None]}"
+        f"`{source.get('sha256', 'not recorded')}`.{_scripts(manifest)}\n\n"
+        f"{LICENSE_TEXT[published.license if published else None]}"
     )
 
 
@@ -155,8 +156,8 @@ def _scripts(manifest: dict[str, Any]) -> str:
     if not scripts:
         return ""
     return (
-        f" The text is in these scripts alone: {scripts}. The {section.get('suppressed_tokens', 0)} tokens with letters "
-        "of others have a bias of −10,000 and are never emitted."
+        f" The text is in these scripts alone: {scripts}. The {section.get('suppressed_tokens', 0)} tokens with "
+        "letters of others have a bias of −10,000 and are never emitted."
     )
 
 
