@@ -55,9 +55,9 @@ def convert(checkpoint: Path, folder: Path, dtype: str = "float32") -> Path:
     import torch
     from transformers import ParakeetForTDT
 
-    config, weights, tokenizer = _unpacked(checkpoint)
+    source, weights, tokenizer = _unpacked(checkpoint)
     with torch.device("meta"):
-        model = ParakeetForTDT(_config(config))
+        model = ParakeetForTDT(_config(source))
     state = {}
     for name, tensor in weights.items():
         if not name.startswith(NOT_CONVERTED):
@@ -65,9 +65,11 @@ def convert(checkpoint: Path, folder: Path, dtype: str = "float32") -> Path:
                 name = re.sub(pattern, replacement, name)
             state[name] = tensor
     model.load_state_dict(state, strict=True, assign=True)
-    model.generation_config.decoder_start_token_id = model.config.blank_token_id
+    config = model.config
+    model.generation_config.decoder_start_token_id = config.blank_token_id
+    model.generation_config.suppress_tokens = [config.vocab_size + place for place in range(len(config.durations))]
     model.to(getattr(torch, dtype)).save_pretrained(folder)
-    save_processor(config["preprocessor"], tokenizer, folder)
+    save_processor(source["preprocessor"], tokenizer, folder)
     return folder
 
 
