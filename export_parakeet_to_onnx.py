@@ -1,6 +1,6 @@
 """Export a Parakeet-TDT checkpoint from NeMo to ONNX for ONNX Runtime GenAI and others, verified against NeMo.
 
-In: a Hugging Face name or a `.nemo` file of a FastConformer-TDT model.
+In: a Hugging Face name, a `.nemo` file or a folder of transformers' ParakeetForTDT: a FastConformer-TDT model.
 Out: a folder with encoder.onnx, decoder.onnx and joint.onnx (each with one .data file), genai_config.json,
 audio_processor_config.json, manifest.json and README.md, the model card. Before the folder appears, each graph is run
 in ONNX Runtime and compared with NeMo's own module; with --precision fp16 twice: in float32, and again in float16.
@@ -26,6 +26,7 @@ from common.cli import Parser, Stages, run, size_text
 
 # isort: split
 
+from common.checkpoint import FORMAT_HELP, FORMAT_NAMES, MODEL_NAME_HELP
 from common.checkpoint.download import find_checkpoint
 from common.checkpoint.format import format_of
 from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
@@ -33,7 +34,7 @@ from common.checkpoint.nemo import require_device
 from common.checkpoint.source import source_record
 from common.checkpoint.spec import ModelSpec
 from common.export.options import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
-from common.export.pipeline import export_checkpoint, find_clips
+from common.export.pipeline import Features, export_checkpoint, find_clips
 from common.folder.locations import write_locations
 from common.folder.manifest import MANIFEST, write_manifest
 from common.folder.staging import check_output_dir, staged_folder, state_needs
@@ -41,7 +42,7 @@ from common.layouts import LAYOUTS, Layout, Window
 from common.layouts.folders import ALL, read_vocabulary, subfolders_of, write_layout
 from common.layouts.genai import GENAI
 from common.layouts.identity import kept_by_export
-from common.layouts.layout import check_same_layouts, write_configs
+from common.layouts.layout import check_feature_graphs, check_same_layouts, write_configs
 from common.report.card import CARD, write_card
 
 SPEECH = Path(__file__).resolve().parent / "samples"  # 40 s, on which --precision fp16 measures the values
@@ -55,12 +56,15 @@ RIGHT_HELP = "audio after the chunk that the encoder is given as context (%(defa
 DEVICE_HELP = "where to export and verify, and the provider that GenAI is configured for (%(default)s)"
 PRECISION_HELP = """fp16: float16 weights and arithmetic for GPU and WebGPU, inputs and outputs float32; operators whose
 values on speech come near the largest float16 stay float32 (%(default)s)"""
+SCRIPTS_HELP = """writing systems that the text may be in, such as latin or latin,greek: tokens with letters of others
+are never emitted (any)"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model_name", default=DEFAULT_MODEL, help="Hugging Face name or .nemo path (%(default)s)")
+    parser.add_argument("--model_name", default=DEFAULT_MODEL, help=MODEL_NAME_HELP)
     parser.add_argument("--revision", help=REVISION_HELP)
+    parser.add_argument("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
     parser.add_argument("--output_dir", type=Path, default=Path("onnx_models"), help="folder to write (./%(default)s)")
     parser.add_argument("--runtime", choices=(*LAYOUTS, ALL), default=GENAI.runtime, help=RUNTIME_HELP)
     parser.add_argument("--opset_version", type=int, default=MIN_OPSET, help=OPSET_HELP)
@@ -73,6 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=DEVICE_HELP)
     parser.add_argument("--precision", choices=PRECISIONS, default=FP32, help=PRECISION_HELP)
+    parser.add_argument("--scripts", help=SCRIPTS_HELP)
     parser.add_argument("--skip_verify", action="store_true", help="do not compare the graphs with NeMo")
     return parser.parse_args(argv)
 
@@ -96,7 +101,7 @@ def _export(args: argparse.Namespace) -> None:
     check_same_layouts(args.output_dir, {name: layout for layout, name in subfolders.items()})
     clips = find_clips(SPEECH) if options.is_float16 else []
     require_device(options.device)
-    checkpoint = find_checkpoint(args.model_name, args.revision)
+    checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
     size = format_of(checkpoint).size(checkpoint)
     title = f"{checkpoint.name} ({size_text(size)})"
     state_needs(title, options.memory_bytes(size), options.disk_bytes(size), args.output_dir)
@@ -126,10 +131,13 @@ def _export(args: argparse.Namespace) -> None:
     print(f"wrote {args.output_dir}; next: {_next_command(args, subfolders)}")
 
 
-def _configure(spec: ModelSpec, folder: Path, layouts: Iterable[Layout], options: ExportOptions) -> None:
+def _configure(
+    spec: ModelSpec, folder: Path, features: Features, layouts: Iterable[Layout], options: ExportOptions
+) -> None:
     """Check that every runtime can run the checkpoint, and write into `folder` what the measurements read."""
     for layout in layouts:
         layout.check(spec)
+        check_feature_graphs(layout, spec, features)
     write_configs(GENAI, folder, spec, _window(spec, options), options.device)
 
 
@@ -142,7 +150,8 @@ def _next_command(args: argparse.Namespace, subfolders: Mapping[Layout, str]) ->
     for layout, name in subfolders.items():
         if not layout.exports_vocabulary:
             command = ["python", "export_tokenizer.py", "--model_name", args.model_name]
-            command += ["--revision", args.revision] if args.revision else []
+            for flag in ("revision", "checkpoint_format"):
+                command += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
             return shlex.join([*command, "--output_dir", str(args.output_dir / name)])
     return shlex.join(["python", "optimize_encoder.py", "--model_dir", str(args.output_dir)])
 

@@ -1,6 +1,6 @@
 """Export a Parakeet-TDT checkpoint's tokenizer for ONNX Runtime GenAI and Hugging Face.
 
-In: a checkpoint, by its Hugging Face name or its path. Only its SentencePiece model is read, without NeMo and torch.
+In: a checkpoint, by its Hugging Face name or its path. Only its tokenizer is read, without NeMo and torch.
 Out: in --output_dir
     tokenizer.json         a Hugging Face Unigram tokenizer: SentencePiece's pieces and scores, the blank last
     tokenizer_config.json  the class by which ONNX Runtime GenAI chooses its reader
@@ -30,6 +30,7 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer
 
+from common.checkpoint import FORMAT_HELP, FORMAT_NAMES, MODEL_NAME_HELP
 from common.checkpoint.download import find_checkpoint
 from common.checkpoint.format import format_of
 from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
@@ -58,8 +59,9 @@ OPTIMIZE_COMMAND = Command("python optimize_encoder.py --model_dir {}")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model_name", default=DEFAULT_MODEL, help="Hugging Face name or .nemo file (%(default)s)")
+    parser.add_argument("--model_name", default=DEFAULT_MODEL, help=MODEL_NAME_HELP)
     parser.add_argument("--revision", help=REVISION_HELP)
+    parser.add_argument("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
     parser.add_argument(
         "--output_dir", type=Path, default=Path("onnx_models"), help="model folder to write to (./%(default)s)"
     )
@@ -75,7 +77,7 @@ def _export(args: argparse.Namespace) -> None:
     folder = genai_folder(args.output_dir)
     check_name_for_graphs(folder, args.model_name)
     stages = Stages(2)
-    checkpoint = find_checkpoint(args.model_name, args.revision)
+    checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
     model = format_of(checkpoint).read_tokenizer(checkpoint)
     proto = parse_model(model)
     source = source_record(checkpoint, args.model_name, revision=args.revision)

@@ -1,5 +1,7 @@
 """Transcribe real speech with NeMo, plain ONNX Runtime and ONNX Runtime GenAI side by side, and count the words.
 
+For a checkpoint of transformers, transformers takes the place of NeMo.
+
 In: a model folder; clips (any format, rate and channels that libsndfile reads), or a NeMo manifest of clips with text.
 Out: for each clip, or over all clips, a table: engine, speed, word error rate against the text and against NeMo,
 transcript. All engines are given the same samples: mono, resampled once to the model's rate. NeMo computes its own
@@ -37,6 +39,7 @@ from common.cli import Parser, run
 
 # isort: split
 
+from common.checkpoint import FORMAT_HELP, FORMAT_NAMES
 from common.cli import MODEL_DIR_HELP, default_model_dir
 from common.evaluate.engines import (
     GENAI_ENGINE,
@@ -44,7 +47,7 @@ from common.evaluate.engines import (
     ONNX_ENGINE,
     ComparedFolder,
     add_engine_flags,
-    load_nemo,
+    load_reference,
     open_folders,
 )
 from common.evaluate.side_by_side import SideBySide
@@ -52,7 +55,7 @@ from common.evaluate.stress_run import StressOptions, add_stress_flags, stress_c
 from common.evaluate.stress_table import judge_stress
 from common.evaluate.subtitles import FORMATS, subtitle_files
 from common.evaluate.tables import MAX_PRINTED_CLIPS, print_corpus, transcribe_and_print
-from common.evaluate.text_rules import ids_of_other_words, text_rules
+from common.evaluate.text_rules import ids_of_other_words
 from common.evaluate.transcripts import ComparedClip, Comparison
 from common.evaluate.verdict import judge_times, print_and_judge
 from common.folder.outputs import check_outputs, is_standard_output, json_text, write_output
@@ -76,8 +79,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model_dir", type=Path, help=MODEL_DIR_HELP)
     add_engine_flags(parser)
     reference = parser.add_mutually_exclusive_group()
-    reference.add_argument("--model_name", help="NeMo reference (the checkpoint in manifest.json)")
+    reference.add_argument("--model_name", help="checkpoint of the reference (the one in manifest.json)")
     reference.add_argument("--skip_nemo", action="store_true", help="do without NeMo, which is then not even imported")
+    parser.add_argument("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
     clips = parser.add_mutually_exclusive_group()
     clips.add_argument("--audio", type=Path, nargs="+", default=[SAMPLE], help="clips (samples/jfk.wav)")
     clips.add_argument("--manifest", type=Path, help=MANIFEST_HELP)
@@ -96,6 +100,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument --engines: expected {'nemo' if args.model_name else 'genai or onnx'}, got no such name")
     if with_times and (ONNX_ENGINE not in args.engines or args.stress is not None):
         parser.error(f"argument {with_times[0]}: expected onnx among --engines and no --stress, got otherwise")
+    if args.checkpoint_format and not args.model_name:
+        parser.error("argument --checkpoint_format: expected --model_name with it")
     return args
 
 
@@ -124,9 +130,11 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     config.check_clips(clips)
     if GENAI_ENGINE in args.engines and args.stress is None:
         _ = folders[0].genai  # what a folder lacks shows before NeMo takes its time
-    nemo = load_nemo(args.model_name, folders[0]) if NEMO_ENGINE in args.engines else None
+    with_reference = NEMO_ENGINE in args.engines
+    loaded = load_reference(folders[0], args.model_name, args.checkpoint_format) if with_reference else None
+    reference, rules = loaded or (None, ())
     if args.stress is not None:
-        results = stress_compared(folders, nemo, clips, stress)
+        results = stress_compared(folders, reference, clips, stress)
         if args.json:
             write_output(args.json, json_text(results.as_json()), stdout)
         if stress.max_lost_words is not None:
@@ -134,11 +142,11 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         return
 
     with_times = bool(args.timestamps or subtitles)
-    engines = SideBySide(folders, nemo, args.batch_size, with_times)
+    engines = SideBySide(folders, reference, args.batch_size, with_times)
     comparison = Comparison(
         clips=clips,
         engines=[folder.engines for folder in folders],
-        rules=text_rules(nemo.sentencepiece_model) if nemo else (),
+        rules=rules,
         window_seconds=config.chunk / config.sample_rate,
         frame_seconds=config.frame_seconds,
     )
@@ -153,8 +161,8 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         text = file.render(comparison.words(clips[file.clip]), config.frame_seconds)
         write_output(file.path, text, stdout)
     print_and_judge(comparison)
-    if nemo and with_times:
-        judge_times(comparison, ids_of_other_words(nemo.sentencepiece_model))
+    if reference and with_times:
+        judge_times(comparison, ids_of_other_words(reference.sentencepiece_model))
 
 
 def _inputs(args: argparse.Namespace, folders: Sequence[ComparedFolder], clips: Sequence[Clip]) -> Iterator[Path]:

@@ -4,7 +4,7 @@
     cli          parser, stages, exit statuses and command lines of all scripts
     progress     progress bars
     folder       output folders: atomic replacement, manifest, ONNX files
-    checkpoint   `.nemo` files, treated as untrusted input: download, archive, numbers, tokenizer, NeMo's model
+    checkpoint   checkpoints of NeMo and transformers, as untrusted input: download, numbers, tokenizer, model
     run          audio and clips in, tokens out: NumPy's greedy loop, ONNX Runtime, ONNX Runtime GenAI, NeMo
     export       NeMo's modules → ONNX graphs, verified against NeMo; float16
     layouts      model folders of each runtime

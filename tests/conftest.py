@@ -24,6 +24,14 @@ def tiny_model():
 
 
 @pytest.fixture(scope="session")
+def tiny_transformers(tmp_path_factory) -> Path:
+    """The bundled checkpoint as transformers saves it."""
+    from benchmarks.transformers_checkpoint import convert
+
+    return convert(TINY, tmp_path_factory.mktemp("transformers") / "tiny")
+
+
+@pytest.fixture(scope="session")
 def tiny_export(tmp_path_factory) -> Path:
     """The bundled checkpoint exported and verified, with its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny") / "onnx_models"

@@ -18,10 +18,10 @@ LOGIN_PAGE = b"<html>Welcome to our wireless network. Please sign in.</html>"
 class Hub:
     """`files`: path on the hub ("owner/model/model.nemo") → content. What it was asked is in `asked`.
 
-    A file in LFS is a redirect to a content network of another origin, here "localhost" beside "127.0.0.1", and only
-    the redirect tells commit, size and SHA-256. `heads` and `gets` hold what becomes of the next requests for either:
-    a status; (status, headers); ("drop" | "reset" | "stall" | "flip", bytes sent before); "login"; "no range"; a
-    number of bytes a second as ("slow", rate).
+    A JSON file is sent as it is. Any other is in LFS: a redirect to a content network of another origin, here
+    "localhost" beside "127.0.0.1", and only the redirect tells commit, size and SHA-256. `heads` and `gets` hold what
+    becomes of the next requests for either: a status; (status, headers); ("drop" | "reset" | "stall" | "flip", bytes
+    sent before); "login"; "no range"; a number of bytes a second as ("slow", rate).
     """
 
     def __init__(self, files: dict[str, bytes]):
@@ -32,6 +32,13 @@ class Hub:
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
+
+    def fetched(self) -> set[str]:
+        """The names of the files that were sent, not only asked after."""
+        files = reversed(self.files.items())  # of two files of one content the first one is named
+        named = {f"/content/{hashlib.sha256(content).hexdigest()}": path for path, content in files}
+        paths = (named.get(path, path) for method, path, _ in self.asked if method == "GET")
+        return {path.rpartition("/")[2] for path in paths if path in named.values() or "/resolve/" in path}
 
     def ranges(self) -> list[str | None]:
         """The Range of each request to the content network."""
@@ -94,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(404, {"X-Error-Code": "RevisionNotFound"})
         elif content is None:
             self._reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        elif file.endswith(".json"):
+            self._plain_file(content)
         else:
             digest = hashlib.sha256(content).hexdigest()
             self._reply(
@@ -105,6 +114,15 @@ class _Handler(BaseHTTPRequestHandler):
                     "Location": f"http://localhost:{hub.port}/content/{digest}",
                 },
             )
+
+    def _plain_file(self, content):
+        """A small file, which is in git itself: from the same origin, named by git's SHA-1."""
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        blob = hashlib.sha1(b"blob %d\0%s" % (len(content), content)).hexdigest()
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{blob}"', "Content-Length": len(content) - start}
+        if self.command == "GET" and "Range" in self.headers:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self._reply(206 if "Content-Range" in headers else 200, headers, content[start:])
 
     def _content(self, fault):
         """Send a file, or the rest of it that the Range asks for, with a fault."""

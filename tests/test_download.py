@@ -103,7 +103,7 @@ def test_the_default_command_downloads_exports_and_records_the_commit(shell, hub
     manifest = json.loads((shell.folder / "onnx_models" / "manifest.json").read_text())
     digest = hashlib.sha256(TINY.read_bytes()).hexdigest()
     assert manifest["export"]["source"] == {
-        "name": DEFAULT_MODEL, "revision": "main", "commit": COMMIT, "sha256": digest,
+        "name": DEFAULT_MODEL, "revision": "main", "commit": COMMIT, "sha256": digest, "format": "nemo",
     }  # fmt: skip
     assert manifest["export"]["parity"].keys() == {"encoder.onnx", "decoder.onnx", "joint.onnx"}
     card = (shell.folder / "onnx_models" / "README.md").read_text()
@@ -289,8 +289,8 @@ def test_what_hugging_face_rejects_is_one_line(case, shell, hub):
 
 def test_no_such_repository_file_or_revision(shell, hub):
     assert "no model owner/other" in shell.rejected(model="owner/other")
-    hub.files["owner/empty/config.json"] = b"{}"
-    assert "no empty.nemo of owner/empty; check --model_name" in shell.rejected(model="owner/empty")
+    hub.files["owner/empty/notes.txt"] = b"nothing"
+    assert "no empty.nemo and no config.json of owner/empty; check --model_name" in shell.rejected(model="owner/empty")
     assert "no revision v9 of owner/model; check --revision" in shell.rejected("--revision", "v9")
     assert "--revision is for a name on Hugging Face" in shell.rejected("--revision", "v9", model=str(TINY))
 
@@ -486,3 +486,64 @@ def test_nothing_that_is_published_has_folder_names_of_the_machine(tmp_path):
     out = succeeded(Shell(models, None).run("test_real_speech.py", "--model_dir", optimized, "--audio", clip))
     assert "GenAI onnx_models " in out
     assert "\n  NeMo " in out
+
+
+class TestForms:
+    """Repositories in the format of transformers, alone or beside the `.nemo` file."""
+
+    NEEDED = {"config.json", "processor_config.json", "tokenizer.json", "model.safetensors"}  # noqa: RUF012
+
+    @pytest.fixture
+    def files(self, tiny_transformers):
+        found = {path.name: path.read_bytes() for path in tiny_transformers.iterdir()}
+        return {**found, "README.md": b"a card", "pytorch_model.bin": b"a pickle"}
+
+    def publish(self, hub, name, files, *without):
+        hub.files |= {f"{name}/{file}": content for file, content in files.items() if file not in without}
+
+    def source(self, shell, folder="onnx_models"):
+        return json.loads((shell.folder / folder / "manifest.json").read_text())["tokenizer"]["source"]
+
+    def test_of_both_forms_only_one_is_fetched(self, shell, hub, files):
+        self.publish(hub, NAME, files)
+        succeeded(shell.tokenizer())
+        assert hub.fetched() == {"model.nemo"}
+        assert self.source(shell)["format"] == "nemo"
+        hub.asked.clear()
+        argv = ("--checkpoint_format", "transformers", "--output_dir", "other")
+        succeeded(shell.tokenizer(*argv))
+        assert hub.fetched() == self.NEEDED
+        assert self.source(shell, "other")["format"] == "transformers"
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+            assert (shell.folder / "other" / name).read_bytes() == (shell.folder / "onnx_models" / name).read_bytes()
+        hub.asked.clear()
+        succeeded(shell.tokenizer(*argv, HF_HUB_OFFLINE="1"))
+        assert not hub.asked
+
+    def test_a_repository_of_that_form_alone(self, shell, hub, files):
+        self.publish(hub, "owner/new", files)
+        succeeded(shell.tokenizer(model="owner/new"))
+        assert hub.fetched() == self.NEEDED
+        source = self.source(shell)
+        assert (source["name"], source["commit"], source["format"]) == ("owner/new", COMMIT, "transformers")
+        hub.asked.clear()
+        succeeded(shell.tokenizer("--output_dir", "again", model="owner/new", HF_HUB_OFFLINE="1"))
+        succeeded(shell.tokenizer("--output_dir", "third", model="owner/new", HF_ENDPOINT="http://127.0.0.1:9"))
+        assert not hub.asked
+        assert self.source(shell, "again") == self.source(shell, "third") == source
+        # The folder records what recorded_checkpoint, and with it the reference of a comparison, finds again.
+        (shell.folder / "again" / "manifest.json").write_text(json.dumps({"export": {"source": source}}))
+        code = "import sys; from pathlib import Path; from common.checkpoint.source import recorded_checkpoint; "
+        command = [sys.executable, "-c", code + "print(recorded_checkpoint(Path(sys.argv[1])))", "again"]
+        environment = shell.environment | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        found = subprocess.run(command, cwd=shell.folder, env=environment, capture_output=True, text=True)
+        assert Path(succeeded(found).splitlines()[-1]) == shell.cache / "models--owner--new" / "snapshots" / COMMIT
+
+    def test_what_rules_a_repository_out_is_known_before_its_weights(self, shell, hub, files):
+        other = files["config.json"].replace(b"ParakeetForTDT", b"ParakeetForCTC")
+        self.publish(hub, "owner/ctc", {**files, "config.json": other})
+        assert "not a TDT model" in shell.rejected(model="owner/ctc")
+        assert hub.fetched() == {"config.json"}
+        self.publish(hub, "owner/shards", files, "model.safetensors")
+        error = shell.rejected(model="owner/shards")
+        assert "expected model.safetensors beside config.json of owner/shards on Hugging Face, found none" in error

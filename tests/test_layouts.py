@@ -90,7 +90,8 @@ def test_every_runtime_has_its_folder_and_they_share_the_weights(exported):
     assert sorted(path.name for path in exported.iterdir()) == sorted(LAYOUTS)
     for name, layout in LAYOUTS.items():
         files = sorted(path.name for path in (exported / name).iterdir() if path.is_file())
-        assert files == sorted((*layout.files, MANIFEST, CARD))
+        assert files == sorted((*layout.files_in(exported / name), MANIFEST, CARD))
+        assert ("nemo128.onnx" in files) == (layout is ONNX_ASR)
         assert verify_files(exported / name, layout.files) == len(layout.files)
         manifest = read_manifest(exported / name)["export"]
         assert manifest["source"]["file"] == TINY.name

@@ -231,14 +231,14 @@ class TestFormats:
         """A folder with a checkpoint inside, which is a format of its own as soon as it is registered."""
         folder = tmp_path / "checkpoint"
         folder.mkdir()
-        shutil.copy(TINY, folder / "model.nemo")
+        shutil.copy(TINY, folder / "model.toy")
         (folder / "notes.txt").write_text("a second file")
         argv = ["--model_name", str(folder), "--output_dir"]
         assert export_tokenizer.main([*argv, str(tmp_path / "unknown")]) == 2
         assert not (tmp_path / "unknown").exists()
 
         monkeypatch.setattr(formats, "FORMATS", [*formats.FORMATS])
-        inside = "model.nemo"
+        inside = "model.toy"
         toy = register(
             CheckpointFormat(
                 name="folder",
@@ -256,16 +256,20 @@ class TestFormats:
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
             assert (tmp_path / "toy" / name).read_bytes() == (tmp_path / "nemo" / name).read_bytes()
 
-        # Both files are in the size and in the digest, which is that of what `sha256sum model.nemo notes.txt` prints.
+        # Both files are in the size and in the digest, which is that of what `sha256sum model.toy notes.txt` prints.
         source = json.loads((tmp_path / "toy" / "manifest.json").read_text())["tokenizer"]["source"]
         digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-        printed = "".join(f"{digests[name]}  {name}\n" for name in ("model.nemo", "notes.txt"))
-        assert source == {"file": "checkpoint", "sha256": hashlib.sha256(printed.encode()).hexdigest()}
+        printed = "".join(f"{digests[name]}  {name}\n" for name in ("model.toy", "notes.txt"))
+        assert source == {
+            "file": "checkpoint",
+            "sha256": hashlib.sha256(printed.encode()).hexdigest(),
+            "format": "folder",
+        }
         assert toy.size(folder) == TINY.stat().st_size + len("a second file")
 
         (folder / inside).write_bytes(TINY.read_bytes()[:1000])
         assert export_tokenizer.main([*argv, str(tmp_path / "damaged")]) == 2
 
     def test_a_name_is_taken_once(self):
-        with pytest.raises(ValueError, match=r"expected a new name for a checkpoint format, got \.nemo again"):
+        with pytest.raises(ValueError, match=r"expected a new name for a checkpoint format, got nemo again"):
             register(NEMO)

@@ -26,9 +26,14 @@ class LoadModel(Protocol):
 class CheckpointFormat:
     """One way in which checkpoints are stored. Its files are untrusted input to all of these functions."""
 
-    name: str
+    name: str  # as --checkpoint_format takes it
     matches: Callable[[Path], bool]  # whether a path, which may not exist, is of this format; opens no file
+    within: Callable[[Path], Path | None] = lambda folder: None  # the checkpoint of this format that a folder holds
+    # The files of `owner/model` on Hugging Face that make a checkpoint; of each group the first that is there.
+    hub_files: Callable[[str], Sequence[Sequence[str]]] = lambda name: ()
     files: Callable[[Path], Sequence[Path]]  # the files of a checkpoint, in a fixed order
+    # Raises ValueError for a downloaded file that rules the checkpoint out, before the next one is downloaded.
+    check_file: Callable[[Path], None] = lambda path: None
     check: Callable[[Path], None]  # raises ValueError unless it is complete and safe to unpack
     read_tokenizer: Callable[[Path], bytes]  # its SentencePiece model, without building the network; raises ValueError
     load_model: LoadModel
@@ -63,6 +68,30 @@ def format_of(checkpoint: Path) -> CheckpointFormat:
             return checkpoint_format
     if checkpoint.is_dir():
         raise IsADirectoryError(
-            f"expected a .nemo file or a Hugging Face name, got the folder {checkpoint}; name the file"
+            f"expected a .nemo file, a folder with config.json and model.safetensors, or a Hugging Face name, got the "
+            f"folder {checkpoint}, which has neither; name the file"
         )
-    raise FileNotFoundError(f"expected a .nemo file or a Hugging Face name, got nothing at {checkpoint}")
+    raise FileNotFoundError(
+        f"expected a .nemo file, a folder of a checkpoint or a Hugging Face name, got nothing at {checkpoint}"
+    )
+
+
+def formats_named(name: str | None) -> Sequence[CheckpointFormat]:
+    """The format of that name; all, the one to prefer first, for None."""
+    return [known for known in FORMATS if name in (None, known.name)]
+
+
+def checkpoint_at(path: Path, name: str | None = None) -> Path:
+    """The checkpoint at a path that a user gave: the path itself, or what the folder there holds.
+
+    name: of the only format to take. Raises FileNotFoundError where it holds none of that format.
+    """
+    if name is None and not path.is_dir():
+        return path
+    for known in formats_named(name):
+        inside = known.within(path) if path.is_dir() else path if known.matches(path) else None
+        if inside is not None:
+            return inside
+    if name is None:
+        return path
+    raise FileNotFoundError(f"expected a checkpoint of --checkpoint_format {name}, found none at {path}")

@@ -35,30 +35,33 @@ def hub_name(model_name: str) -> str | None:
         raise ValueError(f"expected a Hugging Face name or a path, got {model_name}; give --model_name {flags}")
     if "://" in model_name:
         raise ValueError(
-            f"expected a Hugging Face name (owner/model) or a .nemo file, got the address {model_name}; download the "
-            "file and give its path"
+            f"expected a Hugging Face name (owner/model) or a path, got the address {model_name}; download the file "
+            "and give its path"
         )
     name = model_name.rstrip("/")
     is_path = name.endswith(".nemo") or name.count("/") != 1 or name[0] in "./~" or Path(model_name).exists()
     return None if is_path else name
 
 
+class NotInRepositoryError(ValueError):
+    """A repository on Hugging Face lacks a file."""
+
+
 def commit_of(checkpoint: Path) -> str | None:
-    """The commit of a file in the cache, where it lies in snapshots/COMMIT/; None for other files."""
-    folder = checkpoint.parent
-    return folder.name if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name) else None
+    """The commit of a checkpoint in the cache, which is snapshots/COMMIT/ or a file there; None for others."""
+    for folder in (checkpoint, checkpoint.parent):
+        if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name):
+            return folder.name
+    return None
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """The checkpoint of a repository; NVIDIA publishes it as `model.nemo` (nemo/core/classes/common.py)."""
+    """A file of a repository."""
 
     name: str  # owner/model
     revision: str  # branch, tag or commit
-
-    @property
-    def file(self) -> str:
-        return self.name.split("/")[1] + ".nemo"
+    file: str
 
     @property
     def url(self) -> str:
@@ -156,7 +159,7 @@ def _explanation(error: BaseException, file: HubFile) -> Exception:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return ConnectionError(
             f"expected {file} in the local cache, got none; Hugging Face cannot be reached while HF_HUB_OFFLINE is "
-            "set: unset it, or pass the path of a .nemo file as --model_name"
+            "set: unset it, or pass the path of a checkpoint as --model_name"
         )
     if isinstance(error, errors.GatedRepoError):
         return PermissionError(
@@ -165,7 +168,7 @@ def _explanation(error: BaseException, file: HubFile) -> Exception:
     if isinstance(error, errors.RevisionNotFoundError):
         return ValueError(f"Hugging Face has no revision {file.revision} of {file.name}; check --revision")
     if isinstance(error, errors.EntryNotFoundError):
-        return ValueError(f"Hugging Face has no {file}; check --model_name")
+        return NotInRepositoryError(f"Hugging Face has no {file}; check --model_name")
     status = http_status(error)
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         return PermissionError(
@@ -177,7 +180,7 @@ def _explanation(error: BaseException, file: HubFile) -> Exception:
     return ConnectionError(
         f"expected {file} from {constants.ENDPOINT}, but Hugging Face cannot be reached: {failure_of(error)}; check "
         "the network, HF_ENDPOINT and any proxy, and run the command again (a download is continued), or pass the path "
-        "of a .nemo file as --model_name"
+        "of a checkpoint as --model_name"
     )
 
 

@@ -121,10 +121,19 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
     return model.eval().requires_grad_(requires_grad=False)
 
 
+def _only_archive(folder: Path) -> Path | None:
+    """The `.nemo` file in a folder; None where it holds none, or several."""
+    found = sorted(folder.glob("*.nemo"))
+    return found[0] if len(found) == 1 else None
+
+
 NEMO = register(
     CheckpointFormat(
-        name=".nemo",
+        name="nemo",
         matches=Path.is_file,
+        within=_only_archive,
+        # NVIDIA publishes `owner/model` as `model.nemo` (nemo/core/classes/common.py).
+        hub_files=lambda name: ((f"{name.split('/')[1]}.nemo",),),
         files=lambda checkpoint: (checkpoint,),
         check=check,
         read_tokenizer=read_tokenizer,

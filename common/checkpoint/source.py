@@ -6,6 +6,7 @@ from typing import Any
 from common.checkpoint.download import find_checkpoint
 from common.checkpoint.format import format_of
 from common.checkpoint.hub import DEFAULT_REVISION, commit_of, hub_name
+from common.checkpoint.nemo import NEMO
 from common.folder.locations import CHECKPOINT, read_location
 from common.folder.manifest import read_manifest
 
@@ -13,18 +14,20 @@ from common.folder.manifest import read_manifest
 def source_record(checkpoint: Path, model_name: str, *, revision: str | None = None) -> dict[str, Any]:
     """The record of a checkpoint that was found by `model_name`.
 
-    Its Hugging Face `name`, the `revision` asked for and the `commit` used, or the name of its `file`; and its
-    `sha256`. Its path is not published (common/folder/locations.py).
+    Its Hugging Face `name`, the `revision` asked for and the `commit` used, or the name of its `file`; its `sha256`;
+    and its `format`. Its path is not published (common/folder/locations.py).
     """
-    digest = format_of(checkpoint).digest(checkpoint)
+    known = format_of(checkpoint)
+    digest = known.digest(checkpoint)
     name = hub_name(model_name)
     if name is None:
-        return {"file": checkpoint.name, "sha256": digest}
+        return {"file": checkpoint.name, "sha256": digest, "format": known.name}
     return {
         "name": name,
         "revision": revision or DEFAULT_REVISION,
         "commit": commit_of(checkpoint),
         "sha256": digest,
+        "format": known.name,
     }
 
 
@@ -39,7 +42,8 @@ def recorded_checkpoint(folder: Path) -> Path:
             f"expected a manifest that names its checkpoint in {folder}, got none; pass --model_name or --skip_nemo"
         )
     if "name" in source:
-        checkpoint = find_checkpoint(source["name"], source.get("commit"))
+        # Folders of earlier versions, which knew one format only, record none.
+        checkpoint = find_checkpoint(source["name"], source.get("commit"), source.get("format", NEMO.name))
     else:
         checkpoint = read_location(folder, CHECKPOINT) or folder / source.get("file", "its checkpoint")
     if not checkpoint.exists():

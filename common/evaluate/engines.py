@@ -1,4 +1,4 @@
-"""The engines of a comparison: NeMo, and each model folder in ONNX Runtime GenAI and in plain ONNX Runtime.
+"""The engines of a comparison: NeMo or transformers, and each folder in ONNX Runtime GenAI and plain ONNX Runtime.
 
 An engine is loaded when it is first asked for, and runs once on noise then, since a first run allocates memory. Plain
 ONNX Runtime computes no features: it is given NeMo's, or else those of GenAI, which is then loaded for them.
@@ -15,11 +15,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from common.checkpoint.download import find_checkpoint
-from common.checkpoint.format import format_of
+from common.checkpoint.format import CheckpointFormat, format_of
+from common.checkpoint.nemo import NEMO
 from common.checkpoint.source import recorded_checkpoint
+from common.checkpoint.transformers import TRANSFORMERS
 from common.cli import Parser
+from common.evaluate.text_rules import TextRule, text_rules, transformers_text_rules
 from common.evaluate.timestamps import Pieces
 from common.evaluate.transcripts import FolderEngines
+from common.export.writing import suppress, suppressed_ids
 from common.folder.locations import CHECKPOINT, EXPORTED, read_location
 from common.folder.manifest import FILES, MANIFEST, is_float16, read_manifest
 from common.layouts.genai import GENAI
@@ -29,6 +33,8 @@ from common.run.config import RuntimeConfig
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
 from common.run.ort import OpenGraph, OrtGraph
+from common.run.reference import Reference
+from common.run.transformers import Transformers
 
 # What --engines and --folders choose from.
 NEMO_ENGINE, GENAI_ENGINE, ONNX_ENGINE = ENGINES = ("nemo", "genai", "onnx")
@@ -149,20 +155,38 @@ def add_engine_flags(parser: Parser) -> None:
                              "there (%(default)s)")  # fmt: skip
 
 
-def load_nemo(model_name: str | None, folder: ComparedFolder) -> Nemo:
-    """NeMo with the checkpoint `model_name`, or with the one that `folder` was exported from where that is None.
+# The library of a format, and the rules by which its text differs; a format that is not listed is loaded by NeMo.
+LIBRARIES: dict[CheckpointFormat, tuple[type[Reference], Callable[[bytes], Sequence[TextRule]]]] = {
+    NEMO: (Nemo, text_rules),
+    TRANSFORMERS: (Transformers, transformers_text_rules),
+}
+
+
+def load_reference(
+    folder: ComparedFolder, model_name: str | None = None, checkpoint_format: str | None = None
+) -> tuple[Reference, Sequence[TextRule]]:
+    """The library with the checkpoint `model_name`, or with the one that `folder` was exported from where that is None;
+    and the rules by which its text may differ from the folder's.
 
     Raises ValueError where the vocabulary is not the folder's, and as find_checkpoint and recorded_checkpoint do.
     """
-    checkpoint = find_checkpoint(model_name) if model_name else recorded_checkpoint(folder.path)
-    nemo = Nemo(format_of(checkpoint).load_model(checkpoint))
-    if nemo.model.decoder.blank_idx != folder.config.blank_id:
+    if model_name:
+        checkpoint = find_checkpoint(model_name, checkpoint_format=checkpoint_format)
+    else:
+        checkpoint = recorded_checkpoint(folder.path)
+    known = format_of(checkpoint)
+    library, rules = LIBRARIES.get(known, LIBRARIES[NEMO])
+    model = known.load_model(checkpoint)
+    scripts = read_manifest(folder.path).get("export", {}).get("flags", {}).get("scripts")
+    suppress(model.joint, suppressed_ids(checkpoint, scripts))  # as in the folder
+    reference = library(model)
+    if reference.model.decoder.blank_idx != folder.config.blank_id:
         raise ValueError(
             f"expected the checkpoint that {folder.path} was exported from, got {checkpoint}, which has another "
             "vocabulary; give another --model_name"
         )
-    nemo.transcribe(nemo.features(folder.noise()))
-    return nemo
+    reference.transcribe(reference.features(folder.noise()))
+    return reference, rules(reference.sentencepiece_model)
 
 
 class ObservedBaseline(RawOrt):

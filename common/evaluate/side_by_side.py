@@ -1,7 +1,8 @@
-"""Several engines transcribe the same clips, and the tokens of those that run in float32 are compared with NeMo's.
+"""Several engines transcribe the same clips; the tokens of those that run in float32 are compared with a reference's.
 
-Every engine is given the same samples. NeMo computes its own features, and plain ONNX Runtime is given those; without
-NeMo it is given GenAI's. GenAI always computes its own.
+The reference is NeMo, or transformers for a checkpoint of that format. Every engine is given the same samples. The
+reference computes its own features, and plain ONNX Runtime is given those; without one it is given GenAI's. GenAI
+always computes its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +13,10 @@ import numpy as np
 from common.evaluate.differences import Difference, excused_by, first_difference, first_token_difference
 from common.evaluate.engines import ComparedFolder, timed
 from common.evaluate.timestamps import TimedWord, timed_words
-from common.evaluate.transcripts import NEMO, ComparedClip, EngineDifference, Transcript
+from common.evaluate.transcripts import ComparedClip, EngineDifference, Transcript
 from common.run.decode import GENAI_RULE, NEMO_RULE, Hypothesis
 from common.run.genai import GenAI
-from common.run.nemo import Nemo, NemoTranscript
+from common.run.reference import Reference, ReferenceTranscript
 
 # Of as much audio clips are sorted by length into batches: more is padded less, and takes more memory, 8 MB a minute.
 POOL_SECONDS = 1200
@@ -29,10 +30,10 @@ class Recording:
     samples: np.ndarray  # mono, at the model's rate
     features: np.ndarray | None = None  # [M, T]
     features_seconds: float = 0.0  # that computing them took
-    reference: NemoTranscript | None = None  # NeMo's, where its tokens and frames must be met
+    reference: ReferenceTranscript | None = None  # the reference's, where its tokens and frames must be met
     traced: dict[str, Hypothesis] = field(default_factory=dict)  # by the name of an engine on plain ONNX Runtime
 
-    def compute_features(self, source: Callable[[], GenAI | Nemo]) -> np.ndarray:
+    def compute_features(self, source: Callable[[], GenAI | Reference]) -> np.ndarray:
         """Features [M, T] by the first source that is asked; those after it are given the same, and not loaded."""
         if self.features is not None:
             return self.features
@@ -47,10 +48,10 @@ OnEngine = Callable[[str], None]  # is called with the name of an engine that ha
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The engines, and how they are run: NeMo first, then GenAI and plain ONNX Runtime on each folder."""
+    """The engines, and how they are run: the reference first, then GenAI and plain ONNX Runtime on each folder."""
 
     folders: Sequence[ComparedFolder]
-    nemo: Nemo | None
+    reference: Reference | None
     batch_size: int = 1  # clips that plain ONNX Runtime takes at a time
     with_times: bool = False  # whether words are given with their times as well
 
@@ -72,10 +73,10 @@ class SideBySide:
 
     def transcribe(self, pool: Pool, on_engine: OnEngine) -> None:
         """Let each engine in turn transcribe the whole pool, into `transcripts` of every clip."""
-        if self.nemo:
+        if self.reference:
             for recording in pool:
-                _run_nemo(self.nemo, recording, with_times=self.with_times)
-            on_engine(NEMO)
+                _run_reference(self.reference, recording, with_times=self.with_times)
+            on_engine(self.reference.name)
         for folder in self.folders:
             if name := folder.engines.genai:
                 for recording in pool:
@@ -89,7 +90,7 @@ class SideBySide:
     def _run_raw(self, folder: ComparedFolder, name: str, pool: Pool) -> None:
         """Plain ONNX Runtime, in batches; each clip has its share of the time by its length."""
         features = [recording.compute_features(lambda: folder.genai) for recording in pool]
-        rule = NEMO_RULE if self.nemo else GENAI_RULE
+        rule = NEMO_RULE if self.reference else GENAI_RULE
         hypotheses, seconds = timed(folder.raw.transcribe_all, features, rule, self.batch_size)
         per_second = seconds / sum(recording.clip.seconds for recording in pool)
         for recording, hypothesis in zip(pool, hypotheses, strict=True):
@@ -102,7 +103,7 @@ class SideBySide:
             recording.traced[name] = hypothesis
 
     def differences(self, pool: Pool) -> list[EngineDifference]:
-        """Where a float32 engine differs from NeMo; without NeMo, where GenAI differs from plain ONNX Runtime."""
+        """Where a float32 engine differs from the reference; without one, GenAI from plain ONNX Runtime."""
         return [
             EngineDifference(recording.clip, engine, difference)
             for recording in pool
@@ -113,7 +114,7 @@ class SideBySide:
 
     def _compare(self, recording: Recording, folder: ComparedFolder) -> Iterator[tuple[str, Difference]]:
         """GenAI computes features of its own, so it is compared with plain ONNX Runtime on those, by GenAI's rule, and
-        that with NeMo. Without NeMo a batch of several clips is compared with each of them alone, too."""
+        that with the reference. Without one a batch of several clips is compared with each of them alone, too."""
         names, reference = folder.engines, recording.reference
         traced = recording.traced[names.raw] if names.raw else None
         if names.raw and traced and reference:
@@ -121,39 +122,40 @@ class SideBySide:
         if not names.genai or not (traced or reference):
             return
         tokens = recording.clip.transcripts[names.genai].tokens
-        if tokens == (reference.tokens if reference else None if self.nemo or not traced else traced.tokens):
+        if tokens == (reference.tokens if reference else None if self.reference or not traced else traced.tokens):
             return
-        alone = traced if not self.nemo and self.batch_size == 1 else None  # on GenAI's features, in no batch
+        alone = traced if not self.reference and self.batch_size == 1 else None  # on GenAI's features, in no batch
         baseline = alone or folder.raw.transcribe(folder.genai.features(recording.samples))
         difference = first_token_difference(baseline, tokens)
         if reference and difference is None:
             difference = _difference_from(reference, baseline)
         yield from self._explained(recording, names.genai, difference, baseline)
-        if names.raw and traced and not self.nemo:
+        if names.raw and traced and not self.reference:
             in_batch = first_difference(baseline.tokens, baseline.frames, traced)
             yield from self._explained(recording, names.raw, in_batch, traced)
 
     def _explained(
         self, recording: Recording, engine: str, difference: Difference | None, actual: Hypothesis
     ) -> Iterator[tuple[str, Difference]]:
-        """The difference, if there is one; with NeMo, excused only by NeMo's own decisions."""
-        if difference and difference.excuse and self.nemo:
-            nemo = self.nemo
-            reference = nemo.trace(recording.compute_features(lambda: nemo))
+        """The difference, if there is one; with a reference, excused only by its own decisions."""
+        library = self.reference
+        if difference and difference.excuse and library:
+            reference = library.trace(recording.compute_features(lambda: library))
             difference = excused_by(reference, difference, actual)
         if difference:
             yield engine, difference
 
 
-def _run_nemo(nemo: Nemo, recording: Recording, *, with_times: bool) -> None:
-    features = recording.compute_features(lambda: nemo)
-    reference, seconds = timed(nemo.transcribe, features)
-    words = [TimedWord(*word) for word in nemo.words(features)] if with_times else None
+def _run_reference(reference: Reference, recording: Recording, *, with_times: bool) -> None:
+    features = recording.compute_features(lambda: reference)
+    made, seconds = timed(reference.transcribe, features)
+    timed_by_it = reference.words(features) if with_times else None
+    words = None if timed_by_it is None else [TimedWord(*word) for word in timed_by_it]
     seconds += recording.features_seconds
-    recording.clip.transcripts[NEMO] = Transcript(reference.tokens, reference.text, seconds, words)
+    recording.clip.transcripts[reference.name] = Transcript(made.tokens, made.text, seconds, words)
     if recording.clip.one_window:  # what is cut into windows may well be decoded differently
-        recording.reference = reference
+        recording.reference = made
 
 
-def _difference_from(reference: NemoTranscript, actual: Hypothesis) -> Difference | None:
+def _difference_from(reference: ReferenceTranscript, actual: Hypothesis) -> Difference | None:
     return first_difference(reference.tokens, reference.frames, actual)

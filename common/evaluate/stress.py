@@ -15,12 +15,11 @@ import numpy as np
 from common.cli import CheckError
 from common.evaluate.conditions import CLEAN, Condition, Speech, Take, conditions_of
 from common.evaluate.engines import timed
-from common.evaluate.transcripts import NEMO
 from common.evaluate.wer import WordCounts, normalize, word_counts
 from common.progress import progress_bar
 from common.run.baseline import RawOrt
 from common.run.config import RuntimeConfig
-from common.run.nemo import Nemo
+from common.run.reference import Reference
 
 MIN_SHARE_WITH_WORDS = 0.5  # of a take's speech: from there on it is expected to have a word
 
@@ -259,11 +258,11 @@ def folder_engines(name: str, raw: RawOrt, spell: Callable[[list[int]], str]) ->
     ]
 
 
-def nemo_engine(nemo: Nemo) -> StressedEngine:
-    """NeMo, which encodes every take in one window."""
+def reference_engine(reference: Reference) -> StressedEngine:
+    """NeMo or transformers, which encode every take in one window."""
 
     def transcribe(features: np.ndarray) -> Output:
-        transcript = nemo.transcribe(features)
+        transcript = reference.transcribe(features)
         return Output(transcript.text, transcript.frames)
 
-    return StressedEngine(NEMO, transcribe)
+    return StressedEngine(reference.name, transcribe)

@@ -10,15 +10,21 @@ from tokenizers import Tokenizer
 from common.cli import Parser
 from common.evaluate.conditions import KINDS, Speech
 from common.evaluate.engines import ComparedFolder
-from common.evaluate.stress import StressedEngine, StressResults, StressTest, folder_engines, nemo_engine, run_stress
+from common.evaluate.stress import (
+    StressedEngine,
+    StressResults,
+    StressTest,
+    folder_engines,
+    reference_engine,
+    run_stress,
+)
 from common.evaluate.stress_table import print_stress, print_worst, worst_results, write_worst
-from common.evaluate.transcripts import NEMO
 from common.run.baseline import RawOrt
 from common.run.clips import Clip
 from common.run.config import RuntimeConfig
 from common.run.genai import GenAI
-from common.run.nemo import Nemo
 from common.run.ort import MAPPED
+from common.run.reference import Reference
 
 FLOAT32, OPTIMIZED = "float32", "optimized"  # the names of their rows
 
@@ -62,7 +68,7 @@ def add_stress_flags(parser: Parser) -> None:
 
 
 def stress_compared(
-    folders: Sequence[ComparedFolder], nemo: Nemo | None, clips: Sequence[Clip], options: StressOptions
+    folders: Sequence[ComparedFolder], reference: Reference | None, clips: Sequence[Clip], options: StressOptions
 ) -> StressResults:
     """Stress the engines of a comparison. Raises ValueError where there is a limit and no float32 folder to compare
     with, and as run_stress does."""
@@ -72,10 +78,10 @@ def stress_compared(
         raise ValueError(
             f"--max_lost_words expects an optimized folder and the exported one beside it, got {optimized.path} alone"
         )
-    engines = [] if nemo is None else [nemo_engine(nemo)]
+    engines = [] if reference is None else [reference_engine(reference)]
     for folder, name in reversed(list(zip(folders, names, strict=False))):
         engines += folder_engines(name, folder.raw, folder.raw_text)
-    baseline = FLOAT32 if exported else names[0] if nemo is None else NEMO
+    baseline = FLOAT32 if exported else names[0] if reference is None else reference.name
     test = StressTest(
         judged=names[0],
         speech=_read(optimized.config, clips, options.seed),
@@ -83,7 +89,7 @@ def stress_compared(
         texts=[clip.text for clip in clips],
         engines=engines,
         baseline=baseline,
-        features=nemo.features if nemo else optimized.genai.features,
+        features=reference.features if reference else optimized.genai.features,
         config=optimized.config,
         kinds=options.stress or (),
     )

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from common.evaluate.side_by_side import Pool, SideBySide
 from common.evaluate.text_rules import TextRule
 from common.evaluate.timestamps import TimedWord
-from common.evaluate.transcripts import NEMO, ComparedClip, Comparison, EngineFigures
+from common.evaluate.transcripts import NEMO, REFERENCES, ComparedClip, Comparison, EngineFigures
 from common.evaluate.wer import CONFIDENCE, WordErrorRate, no_rate, word_errors
 from common.progress import progress_bar
 
 MAX_PRINTED_CLIPS = 20  # transcripts of more clips than a person reads are in the --json file alone
 NONE = "–"  # stands for a figure where there is nothing to compare with
-CLIP_HEADER = ("engine", "RTFx", "WER", "against NeMo", "transcript")
-CORPUS_HEADER = ("engine", "RTFx", "WER", "normalised WER", "against NeMo", "clips with other tokens")
+CLIP_HEADER = ("engine", "RTFx", "WER", "against {}", "transcript")
+CORPUS_HEADER = ("engine", "RTFx", "WER", "normalised WER", "against {}", "clips with other tokens")
 RTFX_MEANING = "RTFx: seconds of audio transcribed in one second, features included; larger is faster"
 
 
@@ -36,20 +36,22 @@ class ClipTables:
 
     def __init__(
         self,
-        engines: Iterable[str],
+        engines: Sequence[str],
         rules: Sequence[TextRule],
         window_seconds: float,
         frame_seconds: float,
         words_of: str | None,
     ) -> None:
         """words_of: the engine whose words are listed with their times, if any."""
-        self.widths = (max(map(len, engines)), 6, 5, len(CLIP_HEADER[3]))
+        reference = next((name for name in REFERENCES if name in engines), NEMO)
+        self.header = _named(CLIP_HEADER, reference)
+        self.widths = (max(map(len, engines)), 6, 5, len(self.header[3]))
         self.rules = rules
         self.window_seconds = window_seconds
         self.frame_seconds = frame_seconds
         self.words_of = words_of
         self.clip: ComparedClip | None = None  # whose table is being printed
-        print(f"{RTFX_MEANING}; WER: word error rate in %, against the clip's text and against NeMo's")
+        print(f"{RTFX_MEANING}; WER: word error rate in %, against the clip's text and against {reference}'s")
 
     def begin(self, pool: Pool) -> None:
         """To be called before the engines run."""
@@ -76,7 +78,7 @@ class ClipTables:
 
     def _print_header(self, clip: ComparedClip) -> None:
         print(f"{clip.name}  {clip.seconds:.1f} s" + ("" if clip.text is None else f"  {clip.text!r}"))
-        print(f"  {format_row(CLIP_HEADER, self.widths)}", flush=True)
+        print(f"  {format_row(self.header, self.widths)}", flush=True)
 
     def _print_row(self, clip: ComparedClip, engine: str) -> None:
         transcript = clip.transcripts[engine]
@@ -84,7 +86,7 @@ class ClipTables:
             engine,
             f"{clip.seconds / transcript.seconds:.1f}",
             clip_percent(clip.text, transcript.text),
-            percent_against_nemo(clip, engine, self.rules),
+            percent_against_reference(clip, engine, self.rules),
             transcript.text,
         )
         print(f"  {format_row(row, self.widths)}", flush=True)
@@ -106,7 +108,7 @@ def transcribe_and_print(engines: SideBySide, comparison: Comparison, *, print_t
         return
     names = [name for each in comparison.engines for name in each.names]
     tables = ClipTables(
-        names if engines.nemo is None else [NEMO, *names],
+        names if engines.reference is None else [engines.reference.name, *names],
         comparison.rules,
         comparison.window_seconds,
         comparison.frame_seconds,
@@ -127,24 +129,26 @@ def clip_percent(reference: str | None, transcript: str) -> str:
     return f"{100 * errors / words:.1f}" if words else no_rate(errors)
 
 
-def percent_against_nemo(clip: ComparedClip, engine: str, rules: Sequence[TextRule]) -> str:
-    """The same against NeMo's own text; what differs by rule is no error."""
-    if NEMO not in clip.transcripts or engine == NEMO:
+def percent_against_reference(clip: ComparedClip, engine: str, rules: Sequence[TextRule]) -> str:
+    """The same against the reference's own text; what differs by rule is no error."""
+    if clip.reference in (None, engine):
         return NONE
     reference, transcript = clip.texts(engine, rules)
     return clip_percent(reference, transcript)
 
 
 def clip_notes(clip: ComparedClip, rules: Sequence[TextRule], window_seconds: float) -> list[str]:
-    """What a reader of a clip's table must know: why its rows may differ from NeMo's."""
-    if NEMO not in clip.transcripts:
+    """What a reader of a clip's table must know: why its rows may differ from the reference's."""
+    if clip.reference is None:
         return []
     notes = []
     if not clip.one_window:
-        notes.append(f"NeMo transcribed this clip whole, GenAI and ONNX Runtime in windows of {window_seconds:g} s")
+        notes.append(
+            f"{clip.reference} transcribed this clip whole, GenAI and ONNX Runtime in windows of {window_seconds:g} s"
+        )
     named = Counter(name for engine in clip.transcripts for name in clip.rules_that_explain(engine, rules))
     if named:
-        notes.append(f"differs from NeMo's own text by rule: {'; '.join(named)}")
+        notes.append(f"differs from {clip.reference}'s own text by rule: {'; '.join(named)}")
     return notes
 
 
@@ -161,10 +165,19 @@ def print_corpus(comparison: Comparison) -> None:
     print(RTFX_MEANING)
     print(f"WER: word error rate against the clips' texts, with its {CONFIDENCE} % bootstrap interval over clips")
     print("normalised WER: without case and punctuation (whisper_normalizer)")
-    if comparison.with_nemo:
-        print("against NeMo: WER against NeMo's own text, on clips of one window, without what differs by rule")
-        print("clips with other tokens: those of one window whose tokens differ from NeMo's")
-    print_table([CORPUS_HEADER, *(_corpus_row(*item) for item in comparison.figures.items())])
+    if name := comparison.reference:
+        print(f"against {name}: WER against {name}'s own text, on clips of one window, without what differs by rule")
+        print(f"clips with other tokens: those of one window whose tokens differ from {name}'s")
+    print_table(
+        [
+            _named(CORPUS_HEADER, comparison.reference or NEMO),
+            *(_corpus_row(*item) for item in comparison.figures.items()),
+        ]
+    )
+
+
+def _named(header: Sequence[str], reference: str) -> tuple[str, ...]:
+    return tuple(title.format(reference) for title in header)
 
 
 def _corpus_row(engine: str, figures: EngineFigures) -> tuple[str, ...]:

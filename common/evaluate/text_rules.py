@@ -42,6 +42,17 @@ def text_rules(sentencepiece_model: bytes) -> tuple[TextRule, ...]:
     )
 
 
+def transformers_text_rules(sentencepiece_model: bytes) -> tuple[TextRule, ...]:
+    """How transformers' text differs from GenAI's: it leaves out special tokens, among which a mark is only where the
+    checkpoint's tokenizer.json says so."""
+    proto = _parsed(sentencepiece_model)
+    spellings = [_spelling(piece.piece) for piece in proto.pieces if _is_mark(piece)]
+    return (
+        TextRule("transformers shows marks such as <|en|>", _remover("|".join(spellings) or "(?!)")),
+        TextRule("transformers keeps spaces at both ends", str.strip, str.strip),
+    )
+
+
 def ids_of_other_words(sentencepiece_model: bytes) -> frozenset[int]:
     """Tokens of which NeMo's timestamps make words of their own: the unknown piece, marks, and each byte."""
     proto = _parsed(sentencepiece_model)

@@ -11,7 +11,9 @@ from common.evaluate.timestamps import TimedWord
 from common.evaluate.wer import WordErrorRate, normalize, word_error_rate
 from common.run.clips import Clip
 
-NEMO = "NeMo"  # the reference's name among the engines
+NEMO = "NeMo"
+TRANSFORMERS = "transformers"
+REFERENCES = (NEMO, TRANSFORMERS)  # the references' names among the engines; a comparison has one of them or none
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class ComparedClip(Clip):
 
     seconds: float = 0.0  # of audio
     transcripts: dict[str, Transcript] = field(default_factory=dict)
-    one_window: bool = True  # whether the encoder is given the whole clip at once, as NeMo's is
+    one_window: bool = True  # whether the encoder is given the whole clip at once, as the reference's is
 
     @classmethod
     def of(cls, clip: Clip) -> Self:
@@ -42,16 +44,26 @@ class ComparedClip(Clip):
         """The file, and the segment of it."""
         return f"{self.path}{self.segment}"
 
+    @property
+    def reference(self) -> str | None:
+        """The name of the reference among the engines; None without one."""
+        return next((name for name in REFERENCES if name in self.transcripts), None)
+
+    @property
+    def expected(self) -> Transcript:
+        """The reference's transcript."""
+        return self.transcripts[self.reference or NEMO]
+
     def texts(self, engine: str, rules: Sequence[TextRule]) -> tuple[str, str]:
-        """NeMo's text and the engine's, both without what differs by rule."""
-        return comparable(self.transcripts[NEMO].text, self.transcripts[engine].text, rules)
+        """The reference's text and the engine's, both without what differs by rule."""
+        return comparable(self.expected.text, self.transcripts[engine].text, rules)
 
     def rules_that_explain(self, engine: str, rules: Sequence[TextRule]) -> list[str]:
-        """The names of the rules by which the engine's text of NeMo's own tokens differs from NeMo's text."""
-        nemo, other = self.transcripts[NEMO], self.transcripts[engine]
-        if engine == NEMO or other.tokens != nemo.tokens:
+        """The names of the rules by which the engine's text of the reference's own tokens differs from its text."""
+        other = self.transcripts[engine]
+        if engine == self.reference or other.tokens != self.expected.tokens:
             return []
-        return explaining_rules(nemo.text, other.text, rules) or []
+        return explaining_rules(self.expected.text, other.text, rules) or []
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ class FolderEngines:
 
     genai: str | None
     raw: str | None  # plain ONNX Runtime
-    is_float32: bool  # whether the folder is neither quantized nor float16, so that it must equal NeMo
+    is_float32: bool  # whether the folder is neither quantized nor float16, so that it must equal the reference
 
     @property
     def names(self) -> list[str]:
@@ -84,9 +96,9 @@ class EngineFigures:
     rtfx: float  # seconds of audio that are transcribed in one second
     wer: WordErrorRate | None = None  # against the clips' texts, as written
     normalised_wer: WordErrorRate | None = None  # without case and punctuation
-    clips_compared: int | None = None  # of one window, with NeMo
+    clips_compared: int | None = None  # of one window, with the reference; the names below are kept from NeMo's
     clips_of_several_windows: int | None = None
-    clips_differing_from_nemo: int | None = None  # of those compared, with other tokens than NeMo's
+    clips_differing_from_nemo: int | None = None  # of those compared, with other tokens than the reference's
     wer_against_nemo: WordErrorRate | None = None  # on the clips of one window
     wer_against_nemo_of_several_windows: WordErrorRate | None = None
 
@@ -98,13 +110,14 @@ class Comparison:
     clips: Sequence[ComparedClip]
     engines: Sequence[FolderEngines]
     differences: list[EngineDifference] = field(default_factory=list)  # collected clip by clip
-    rules: Sequence[TextRule] = ()  # by which NeMo's text may differ
-    window_seconds: float  # of audio that the engines decode at a time; NeMo decodes a clip whole
+    rules: Sequence[TextRule] = ()  # by which the reference's text may differ
+    window_seconds: float  # of audio that the engines decode at a time; the reference decodes a clip whole
     frame_seconds: float  # length of an encoder frame
 
     @property
-    def with_nemo(self) -> bool:
-        return NEMO in self.clips[0].transcripts
+    def reference(self) -> str | None:
+        """The name of the reference among the engines; None without one."""
+        return self.clips[0].reference
 
     @property
     def float32_engines(self) -> list[FolderEngines]:
@@ -129,7 +142,7 @@ class Comparison:
         pairs = [(clip.text, clip.transcripts[engine].text) for clip in self.clips if clip.text is not None]
         normalised = [(normalize(text), normalize(transcript)) for text, transcript in pairs]
         figures = EngineFigures(rtfx, _error_rate(pairs), _error_rate(normalised))
-        if not self.with_nemo or engine == NEMO:
+        if self.reference in (None, engine):
             return figures
         whole, cut = self.clips_of_one_window, self.clips_of_several_windows
         return EngineFigures(
@@ -138,9 +151,7 @@ class Comparison:
             figures.normalised_wer,
             clips_compared=len(whole),
             clips_of_several_windows=len(cut),
-            clips_differing_from_nemo=sum(
-                clip.transcripts[engine].tokens != clip.transcripts[NEMO].tokens for clip in whole
-            ),
+            clips_differing_from_nemo=sum(clip.transcripts[engine].tokens != clip.expected.tokens for clip in whole),
             wer_against_nemo=_error_rate([clip.texts(engine, self.rules) for clip in whole]),
             wer_against_nemo_of_several_windows=_error_rate([clip.texts(engine, self.rules) for clip in cut]),
         )

@@ -12,7 +12,7 @@ from common.evaluate.timestamps import TimedWord, furthest_apart
 from common.evaluate.transcripts import NEMO, ComparedClip, Comparison, EngineDifference
 from common.evaluate.wer import high_error_warning
 
-# The largest difference of a word's start or end from NeMo's, in encoder frames.
+# The largest difference of a word's start or end from the reference's, in encoder frames.
 TIMES_TOLERANCE = 1
 
 
@@ -38,24 +38,24 @@ def print_warnings(comparison: Comparison) -> None:
 
 def print_verdict(comparison: Comparison) -> None:
     """Say what the comparison of tokens came to, and what was not compared."""
-    if not comparison.with_nemo:
+    if comparison.reference is None:
         print("nothing was compared with NeMo (--skip_nemo)")
-    reference = NEMO if comparison.with_nemo else "plain ONNX Runtime"
-    compared = comparison.clips_of_one_window if comparison.with_nemo else comparison.clips
+    reference = comparison.reference or "plain ONNX Runtime"
+    compared = comparison.clips_of_one_window if comparison.reference else comparison.clips
     if not comparison.float32_engines:
         print("no float32 engine was compared: the exported folder is not beside the optimized one, or was not chosen")
-    elif not comparison.with_nemo and all(len(each.names) < 2 for each in comparison.float32_engines):
+    elif comparison.reference is None and all(len(each.names) < 2 for each in comparison.float32_engines):
         print("no engines were compared token for token: of each float32 folder one engine ran")
     elif compared:
         differing = {id(each.clip) for each in comparison.differences}  # not the path: a file may have several segments
         equal = sum(id(clip) not in differing for clip in compared)
-        engine = "float32 ONNX" if comparison.with_nemo else "GenAI in float32"
-        kind = " of one window" if comparison.with_nemo else ""
+        engine = "float32 ONNX" if comparison.reference else "GenAI in float32"
+        kind = " of one window" if comparison.reference else ""
         print(f"{engine} equals {reference} token for token on {equal} of {len(compared)} clips{kind}")
     else:
         print(
-            "no clip was compared with NeMo token for token: none fits a window of "
-            f"{comparison.window_seconds:g} s, and NeMo transcribes a clip whole"
+            f"no clip was compared with {reference} token for token: none fits a window of "
+            f"{comparison.window_seconds:g} s, and {reference} transcribes a clip whole"
         )
     _print_clips_of_several_windows(comparison)
 
@@ -63,11 +63,12 @@ def print_verdict(comparison: Comparison) -> None:
 def _print_clips_of_several_windows(comparison: Comparison) -> None:
     rates = {engine: row.wer_against_nemo_of_several_windows for engine, row in comparison.figures.items()}
     words = ", ".join(f"{engine} {rate.percent:.2f} %" for engine, rate in rates.items() if rate)
+    name = comparison.reference
     if words:
         print(
             f"{len(comparison.clips_of_several_windows)} of {len(comparison.clips)} clips have several windows of "
-            f"{comparison.window_seconds:g} s and are not compared token for token: NeMo transcribed them whole, GenAI "
-            f"and ONNX Runtime did not; word errors against NeMo: {words}"
+            f"{comparison.window_seconds:g} s and are not compared token for token: {name} transcribed them whole, "
+            f"GenAI and ONNX Runtime did not; word errors against {name}: {words}"
         )
 
 
@@ -92,28 +93,30 @@ def describe(each: EngineDifference) -> str:
 
 
 def judge_texts(comparison: Comparison) -> None:
-    """Compare texts of equal tokens: each engine's with NeMo's own, and GenAI's with what `tokenizers` makes of plain
-    ONNX Runtime's. Print what was compared; raise CheckError where they differ and no rule says why."""
+    """Compare texts of equal tokens: each engine's with the reference's own, and GenAI's with what `tokenizers` makes
+    of plain ONNX Runtime's. Print what was compared; raise CheckError where they differ and no rule says why."""
     pairs = [(each.raw, each.genai) for each in comparison.engines if each.raw and each.genai]
-    if comparison.with_nemo:
-        pairs = [(NEMO, name) for each in comparison.engines for name in each.names] + pairs
-    explanations: list[list[str]] = []  # of each text that is compared with NeMo's own, the rules by which it differs
+    name_of_reference = comparison.reference
+    if name_of_reference:
+        pairs = [(name_of_reference, name) for each in comparison.engines for name in each.names] + pairs
+    explanations: list[list[str]] = []  # of each text compared with the reference's own, the rules by which it differs
     wrong = []
     for clip in comparison.clips:
         for reference, engine in pairs:
             expected, actual = clip.transcripts[reference], clip.transcripts[engine]
             if not expected.tokens or expected.tokens != actual.tokens:
                 continue
-            names = explaining_rules(expected.text, actual.text, comparison.rules if reference == NEMO else ())
+            rules = comparison.rules if reference == name_of_reference else ()
+            names = explaining_rules(expected.text, actual.text, rules)
             if names is None:
                 wrong.append(
                     f"{clip.name}: {reference} shows its tokens as {expected.text!r}, {engine} the same tokens as "
                     f"{actual.text!r}; no rule explains it"
                 )
-            elif reference == NEMO:
+            elif reference == name_of_reference:
                 explanations.append(names)
-    if comparison.with_nemo and (explanations or not wrong):
-        print(_texts_summary(explanations))
+    if name_of_reference and (explanations or not wrong):
+        print(_texts_summary(explanations, name_of_reference))
     if wrong:
         print("\n".join(wrong))
         raise CheckError(
@@ -122,19 +125,19 @@ def judge_texts(comparison: Comparison) -> None:
         )
 
 
-def _texts_summary(explanations: Sequence[Sequence[str]]) -> str:
+def _texts_summary(explanations: Sequence[Sequence[str]], reference: str) -> str:
     if not explanations:
-        return "no text was compared with NeMo's own: no engine has NeMo's tokens on a clip with words"
+        return f"no text was compared with {reference}'s own: no engine has {reference}'s tokens on a clip with words"
     same = sum(not names for names in explanations)
     by_rule = Counter(name for names in explanations for name in names)
     named = "; ".join(f"{name} ({count})" for name, count in by_rule.items())
-    return f"of the transcripts with NeMo's tokens {same} are NeMo's own text letter for letter" + (
+    return f"of the transcripts with {reference}'s tokens {same} are {reference}'s own text letter for letter" + (
         f", {len(explanations) - same} by rule: {named}" if by_rule else ""
     )
 
 
 def judge_times(comparison: Comparison, ids_of_other_words: frozenset[int]) -> None:
-    """Say how far the words of float32 ONNX are from NeMo's own times; raise CheckError if further than the tolerance.
+    """Say how far the words of float32 ONNX are from the reference's times; raise CheckError beyond the tolerance.
 
     Compared are clips of one window whose tokens are the same, without any of `ids_of_other_words` (text_rules.py).
     """
@@ -146,38 +149,37 @@ def judge_times(comparison: Comparison, ids_of_other_words: frozenset[int]) -> N
             if reason := _why_no_times(clip, raw, ids_of_other_words):
                 left_out[reason] += 1
                 continue
-            expected, actual = _words(clip, NEMO), _words(clip, raw)
+            expected, actual = clip.expected.words or [], clip.transcripts[raw].words or []
             apart = furthest_apart(expected, actual)
             if apart > TIMES_TOLERANCE:
-                raise CheckError(f"{clip.name}: {_times_error(expected, actual, apart)}")
+                raise CheckError(f"{clip.name}: {_times_error(comparison.reference, expected, actual, apart)}")
             words += len(expected)
             furthest = max(furthest, apart)
         without = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         if not words:
-            print(f"{raw}: no word's times were compared with NeMo's own; clips left out: {without}")
+            name = comparison.reference
+            print(f"{raw}: no word's times were compared with {name}'s own; clips left out: {without}")
             continue
         print(
-            f"{raw}: {words} words; their times differ from NeMo's by at most {furthest:g} encoder frames "
-            f"({comparison.frame_seconds:g} s each)" + (f"; clips left out: {without}" if without else "")
+            f"{raw}: {words} words; their times differ from {comparison.reference}'s by at most {furthest:g} encoder "
+            f"frames ({comparison.frame_seconds:g} s each)" + (f"; clips left out: {without}" if without else "")
         )
 
 
-def _words(clip: ComparedClip, engine: str) -> list[TimedWord]:
-    return clip.transcripts[engine].words or []
-
-
 def _why_no_times(clip: ComparedClip, raw: str, ids_of_other_words: frozenset[int]) -> str | None:
-    expected, actual = clip.transcripts[NEMO], clip.transcripts[raw]
+    expected, actual = clip.expected, clip.transcripts[raw]
     if not clip.one_window:
         return "of several windows"
     if expected.tokens != actual.tokens:
-        return "with other tokens than NeMo's"
+        return f"with other tokens than {clip.reference}'s"
+    if expected.words is None:
+        return f"to whose words {clip.reference} gives no times"
     if not expected.words:
         return "without a word"
     return "with bytes, marks or unknown pieces" if ids_of_other_words.intersection(expected.tokens) else None
 
 
-def _times_error(expected: Sequence[TimedWord], actual: Sequence[TimedWord], apart: float) -> str:
+def _times_error(name: str | None, expected: Sequence[TimedWord], actual: Sequence[TimedWord], apart: float) -> str:
     if apart < float("inf"):
-        return f"expected words within {TIMES_TOLERANCE} encoder frame of NeMo's own, got {apart:g}"
-    return f"expected NeMo's own words {[word.text for word in expected]}, got {[word.text for word in actual]}"
+        return f"expected words within {TIMES_TOLERANCE} encoder frame of {name}'s own, got {apart:g}"
+    return f"expected {name}'s own words {[word.text for word in expected]}, got {[word.text for word in actual]}"

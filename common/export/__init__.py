@@ -6,5 +6,6 @@ wrappers    the three modules that are exported; layers: what the encoder consis
 trace       a module → an .onnx and a .data file
 parity      the comparison of each graph with NeMo's module
 ranges      the largest values inside the graphs, measured on speech; float16 converts what they allow
+writing     which scripts the text may be in: a bias for tokens with letters of others
 typed_graph a graph with the type of every value known, and a session that changes nothing in it
 """

@@ -151,6 +151,9 @@ class Subsampling(nn.Module):
     def __init__(self, subsampling: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(share_parameters(subsampling.conv))
+        for i, layer in enumerate(self.layers):
+            if hasattr(layer, "inplace"):  # names and order of the exported nodes depend on it, and on sharing
+                self.layers[i] = type(layer)()
         self.out = Linear.from_module(subsampling.out)
         first = cast(nn.Conv2d, self.layers[0])
         self.first_masks = first.in_channels == 1 and isinstance(self.layers[1], nn.ReLU)
@@ -209,8 +212,8 @@ class Subsampling(nn.Module):
 
 
 def _padding(layer: Any, axis: int) -> tuple[int, int]:
-    """The padding before and after the input of an nn.Conv2d, along time (axis 0) or frequency (axis 1)."""
-    if hasattr(layer, "_left_padding"):  # NeMo's CausalConv2D, the same along both
+    """The padding before and after the input of a convolution, along time (axis 0) or frequency (axis 1)."""
+    if hasattr(layer, "_left_padding"):  # NeMo's CausalConv1D and CausalConv2D, the same along both
         return layer._left_padding, layer._right_padding
     return layer.padding[axis], layer.padding[axis]
 
@@ -322,7 +325,7 @@ class Convolution(nn.Module):
         self.project = Linear.from_module(convolution.pointwise_conv2)
         depthwise = convolution.depthwise_conv
         self.norm = convolution.batch_norm
-        self.padding: tuple[int, int] = (depthwise._left_padding, depthwise._right_padding)
+        self.padding = _padding(depthwise, 0)
         self.activation = convolution.activation
         if isinstance(self.norm, nn.BatchNorm1d):
             depthwise = fuse_conv_bn_eval(depthwise, self.norm)

@@ -38,6 +38,7 @@ class ExportOptions:
     left_context_seconds: float = 10
     right_context_seconds: float = 2
     skip_verify: bool = False
+    scripts: str | None = None  # writing systems that the text may be in, by commas; None: any
 
     def validate(self) -> None:
         """Raise ValueError naming the flag that cannot be fulfilled."""

@@ -1,6 +1,6 @@
-"""Verification of the exported graphs against NeMo: valid frames only, with a tolerance.
+"""Verification of the exported graphs against the checkpoint's library, NeMo or transformers: valid frames only.
 
-The reference is NeMo's own module, not the wrapper that was exported, so an error in the wrapper is found as well.
+The reference is the library's own module, not the wrapper that was exported, so an error in the wrapper shows as well.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ ExampleInputs = Callable[..., tuple[torch.Tensor, ...]]
 
 
 class ParityError(CheckError):
-    """A graph differs from NeMo by more than the tolerance."""
+    """A graph differs from the checkpoint's library by more than the tolerance."""
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Parity:
     FLOAT16_TOLERANCE: see common/contract.py for both.
     """
 
+    library: str = "NeMo"
     float16: bool = False
     max_abs: float = 0.0
     max_rel: float = 0.0
@@ -55,16 +56,16 @@ class Parity:
         if (self.max_rel > FLOAT16_TOLERANCE) if self.float16 else (self.max_abs > PARITY_TOLERANCE):
             kind, tolerance = ("relative", FLOAT16_TOLERANCE) if self.float16 else ("absolute", PARITY_TOLERANCE)
             raise ParityError(
-                f"{name} differs from NeMo by {self.max_abs:.1e} absolute, {self.max_rel:.1e} relative; expected at "
-                f"most {tolerance:.0e} {kind}: the export is wrong, please report it"
+                f"{name} differs from {self.library} by {self.max_abs:.1e} absolute, {self.max_rel:.1e} relative; "
+                f"expected at most {tolerance:.0e} {kind}: the export is wrong, please report it"
             )
 
     def __str__(self) -> str:
         absolute = "" if self.float16 else f" (limit {PARITY_TOLERANCE:.0e})"
         relative = f" (limit {FLOAT16_TOLERANCE:.0e})" if self.float16 else ""
         return (
-            f"largest difference from NeMo {self.max_abs:.0e}{absolute}  relative {self.max_rel:.0e}{relative}  "
-            f"{self.cases} comparisons"
+            f"largest difference from {self.library} {self.max_abs:.0e}{absolute}  "
+            f"relative {self.max_rel:.0e}{relative}  {self.cases} comparisons"
         )
 
     def record(self) -> dict[str, float]:
@@ -74,10 +75,11 @@ class Parity:
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of a graph and the outputs of NeMo's module for them, independent of the module, which can be freed."""
+    """Inputs of a graph and the outputs of the library's module for them; the module can be freed."""
 
     inputs: tuple[np.ndarray, ...]
     expected: tuple[np.ndarray, ...]
+    library: str
 
 
 def encoder_cases(encoder: Any, example_inputs: ExampleInputs) -> list[Case]:
@@ -90,7 +92,7 @@ def encoder_cases(encoder: Any, example_inputs: ExampleInputs) -> list[Case]:
         features, lengths = example_inputs(batch, frames)
         with torch.inference_mode():
             expected = encoder(audio_signal=_like(features, encoder), length=_like(lengths, encoder))
-        cases.append(_case((features, lengths), expected))
+        cases.append(_case(encoder, (features, lengths), expected))
     return cases
 
 
@@ -110,7 +112,7 @@ def decoder_cases(decoder: Any, example_inputs: ExampleInputs) -> list[Case]:
         with torch.inference_mode():
             output, state = decoder.predict(fed, state=before, add_sos=False)
         inputs = (targets, torch.ones(batch, dtype=torch.int64), *before)
-        cases.append(_case(inputs, (output.transpose(1, 2), *state)))
+        cases.append(_case(decoder, inputs, (output.transpose(1, 2), *state)))
     return cases
 
 
@@ -122,7 +124,7 @@ def joint_cases(joint: Any, example_inputs: ExampleInputs) -> list[Case]:
         with torch.inference_mode():
             hidden = joint.project_encoder(_like(encoded, joint))[:, :, None]
             hidden = hidden + joint.project_prednet(_like(predicted, joint))[:, None]
-            cases.append(_case((encoded, predicted), (joint.joint_net(hidden),)))
+            cases.append(_case(joint, (encoded, predicted), (joint.joint_net(hidden),)))
     return cases
 
 
@@ -131,13 +133,13 @@ def check_encoder(
 ) -> Parity:
     """Compare the valid frames and the lengths. Raises ParityError."""
     graph = open_graph(folder, ENCODER)
-    parity = Parity(float16=float16)
+    parity = Parity(library=cases[0].library, float16=float16)
     for case in cases:
         actual, lengths = graph(*case.inputs)
         expected, expected_lengths = case.expected
         if lengths.tolist() != expected_lengths.tolist():
             raise ParityError(
-                f"expected encoded_lengths {expected_lengths.tolist()} as in NeMo, got {lengths.tolist()}"
+                f"expected encoded_lengths {expected_lengths.tolist()} as in {case.library}, got {lengths.tolist()}"
             )
         for row, valid in enumerate(lengths):
             parity.add(ENCODER.file, actual[row, :, :valid], expected[row, :, :valid])
@@ -149,7 +151,7 @@ def check_decoder(
 ) -> Parity:
     """Compare outputs and states along the chain. Raises ParityError."""
     graph = open_graph(folder, DECODER)
-    parity = Parity(float16=float16)
+    parity = Parity(library=cases[0].library, float16=float16)
     state = list(cases[0].inputs[2:])
     for case in cases:
         output, _, *state = graph(*case.inputs[:2], *state)
@@ -163,7 +165,7 @@ def check_joint(
 ) -> Parity:
     """Compare raw logits. Raises ParityError."""
     graph = open_graph(folder, JOINT)
-    parity = Parity(float16=float16)
+    parity = Parity(library=cases[0].library, float16=float16)
     for case in cases:
         (actual,) = graph(*case.inputs)
         (expected,) = case.expected
@@ -186,8 +188,9 @@ VERIFICATIONS: dict[Graph, Verification] = {
 }
 
 
-def _case(inputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> Case:
+def _case(module: Any, inputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> Case:
     return Case(
+        library=getattr(module, "library", "NeMo"),
         inputs=tuple(tensor.cpu().numpy() for tensor in inputs),
         expected=tuple(tensor.cpu().numpy() for tensor in expected),
     )

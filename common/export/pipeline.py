@@ -5,6 +5,7 @@ torch and NeMo are imported inside the functions, so that importing this module 
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,20 @@ from common.checkpoint.spec import ModelSpec
 from common.cli import PrintStage, size_text
 from common.contract import GRAPHS, Graph
 from common.export.options import ExportOptions
+from common.export.writing import suppress, suppressed_ids
 from common.run.config import RuntimeConfig
-from common.run.nemo import Nemo
 from common.run.ort import MAPPED
+from common.run.reference import features_of
 
 if TYPE_CHECKING:
     from common.export.parity import Case
 
+SUPPRESSED = "suppressed_tokens"  # in the manifest: how many tokens --scripts suppresses
 AUDIO_SUFFIXES = (".flac", ".wav")
 
 References = Mapping[Graph, Sequence["Case"]]  # empty where nothing is to be verified
-Configure = Callable[[ModelSpec, Path], None]
+Features = Callable[[np.ndarray], np.ndarray]  # samples [N] → the library's own features [M, T]
+Configure = Callable[[ModelSpec, Path, Features], None]
 
 
 def export_checkpoint(
@@ -43,11 +47,13 @@ def export_checkpoint(
     before the export; it raises ValueError for a checkpoint that is not to be exported, and for float16 writes
     genai_config.json into the folder that it is given. Raises ParityError for a graph that differs from NeMo.
     """
+    suppressed = suppressed_ids(checkpoint, options.scripts)
     float32 = scratch / "float32" if options.is_float16 else target
     float32.mkdir(exist_ok=True)
     model = format_of(checkpoint).load_model(checkpoint, options.device, scratch)
+    suppress(model.joint, suppressed)
     spec = ModelSpec.of(model)
-    configure(spec, float32)
+    configure(spec, float32, partial(features_of, model))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print_stage(
         checkpoint.name,
@@ -61,9 +67,11 @@ def export_checkpoint(
     del model
     gc.collect()  # NeMo's modules refer to each other; the model is half of the memory in use
     parity = verify_graphs(float32, references, print_stage)
+    results: dict[str, Any] = {SUPPRESSED: len(suppressed)} if options.scripts else {}
     if not options.is_float16:
-        return spec, {"parity": parity}
-    return spec, {**convert_to_float16(float32, target, references, speech, print_stage), "float32_parity": parity}
+        return spec, {"parity": parity, **results}
+    converted = convert_to_float16(float32, target, references, speech, print_stage)
+    return spec, {**converted, "float32_parity": parity, **results}
 
 
 def export_graphs(model: Any, folder: Path, options: ExportOptions) -> References:
@@ -116,10 +124,9 @@ def find_clips(folder: Path) -> list[Path]:
 
 
 def speech_features(model: Any, folder: Path, clips: Sequence[Path]) -> list[np.ndarray]:
-    """NeMo's features of `clips`, [M, T] each, read as the configuration in `folder` says."""
-    nemo = Nemo(model)
+    """The model's own features of `clips`, [M, T] each, read as the configuration in `folder` says."""
     config = RuntimeConfig.read(folder)
-    return [nemo.features(config.read_audio(path)) for path in clips]
+    return [features_of(model, config.read_audio(path)) for path in clips]
 
 
 def convert_to_float16(

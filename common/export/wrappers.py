@@ -1,7 +1,7 @@
 """The three PyTorch modules that are exported: the encoder, the prediction network with its state, and the joint.
 
-Each shares the parameters of NeMo's module and computes the same function. What a wrapper does not support it rejects
-with a ValueError that names it.
+Each shares the parameters of NeMo's module, or of transformers' under NeMo's names, and computes the same function.
+What a wrapper does not support it rejects with a ValueError that names it.
 """
 
 from collections.abc import Callable, Iterator
@@ -103,12 +103,17 @@ def _check_supported(encoder: Any) -> None:
         if actual not in supported:
             choices = " or ".join(map(repr, supported))
             raise ValueError(f"expected a FastConformer encoder with {name} {choices}, got {actual!r}: not supported")
-    if any(layer.is_adapter_available() for layer in encoder.layers):
-        raise ValueError("expected an encoder without adapters, got one with adapters: merge or disable them first")
+    for layer in encoder.layers:
+        _check_no_adapters(layer, "an encoder")
+
+
+def _check_no_adapters(module: Any, name: str) -> None:
+    if getattr(module, "is_adapter_available", bool)():
+        raise ValueError(f"expected {name} without adapters, got one with adapters: merge or disable them first")
 
 
 class StatefulDecoder(Wrapper):
-    """NeMo's RNNTDecoder (the prediction network) for one or more tokens, with its LSTM state as input and output.
+    """The prediction network (NeMo's RNNTDecoder) for one or more tokens, with its LSTM state as input and output.
 
     Raises ValueError for a network that is not a plain LSTM.
     """
@@ -117,28 +122,30 @@ class StatefulDecoder(Wrapper):
 
     def __init__(self, decoder: Any) -> None:
         super().__init__()
-        self.decoder = share_parameters(decoder)
-        lstm = getattr(self.decoder.prediction["dec_rnn"], "lstm", None)
+        _check_no_adapters(decoder, "a prediction network")
+        lstm = getattr(decoder.prediction["dec_rnn"], "lstm", None)
         if not isinstance(lstm, nn.LSTM) or lstm.hidden_size != decoder.pred_hidden or lstm.proj_size:
             raise ValueError(
                 f"expected an LSTM prediction network of width {decoder.pred_hidden} without normalisation or "
                 f"projection, got {decoder.prediction['dec_rnn']}: not supported"
             )
         self.state_shape = (lstm.num_layers, lstm.hidden_size)
+        self.lstm = share_parameters(lstm)
+        self.lstm.batch_first = False
+        embedding = decoder.prediction["embed"]
+        weight = embedding.weight.detach()
         if not decoder.blank_as_pad:  # give blank, which primes the network, the zero vector that NeMo uses there
-            embedding = self.decoder.prediction["embed"]
-            weight = torch.cat((embedding.weight, torch.zeros_like(embedding.weight[:1])))
-            extended = nn.Embedding.from_pretrained(weight)  # type: ignore[no-untyped-call]
-            self.decoder.prediction["embed"] = extended
-        self.vocab_size: int = self.decoder.prediction["embed"].num_embeddings
+            weight = torch.cat((weight, torch.zeros_like(weight[:1])))
+        self.embedding: nn.Embedding = nn.Embedding.from_pretrained(weight)  # type: ignore[no-untyped-call]
+        self.vocab_size = self.embedding.num_embeddings
         self.eval()
 
     def forward(
         self, targets: Tensor, target_length_orig: Tensor, h_in: Tensor, c_in: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """targets [B, U], lengths [B], h and c [L, B, H] → [B, H, U], lengths [B], h and c [L, B, H]"""
-        output, (h_out, c_out) = self.decoder.predict(targets, state=(h_in, c_in), add_sos=False)
-        return output.transpose(1, 2), target_length_orig.clone(), h_out, c_out
+        output, (h_out, c_out) = self.lstm(self.embedding(targets.transpose(0, 1)), (h_in, c_in))  # [U, B, H]
+        return output.permute(1, 2, 0), target_length_orig.clone(), h_out, c_out
 
     def example_inputs(self, batch: int = 2, targets: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Random tokens [B, U], their lengths [B], and a state of zeros, h and c [L, B, H]."""
@@ -150,22 +157,28 @@ class StatefulDecoder(Wrapper):
 
 
 class TdtJoint(Wrapper):
-    """NeMo's RNNTJoint with raw logits: tokens with the blank last, then durations."""
+    """The joint (NeMo's RNNTJoint) with raw logits: tokens with the blank last, then durations.
+
+    NeMo's own forward takes log_softmax on a CPU, and over tokens and durations together, which is a probability of
+    neither.
+    """
 
     weights_as_inputs = False
 
     def __init__(self, joint: Any) -> None:
         super().__init__()
-        self.joint = share_parameters(joint)
-        # NeMo's None means log_softmax on a CPU, and over tokens and durations together, which is a probability of
-        # neither.
-        self.joint.log_softmax = False
+        _check_no_adapters(joint, "a joint")
+        self.encoder = share_parameters(joint.enc)
+        self.prediction = share_parameters(joint.pred)
+        layers = (layer for layer in joint.joint_net if not isinstance(layer, nn.Dropout))
+        self.output = nn.Sequential(*(share_parameters(layer) for layer in layers))
         self.widths: tuple[int, int] = (joint.enc.in_features, joint.pred.in_features)  # D, H
         self.eval()
 
     def forward(self, encoder_output: Tensor, decoder_output: Tensor) -> Tensor:
         """[B, S, D], [B, U, H] → [B, S, U, V+K]"""
-        logits: Tensor = self.joint.joint(encoder_output, decoder_output)
+        encoded, predicted = self.encoder(encoder_output), self.prediction(decoder_output)
+        logits: Tensor = self.output(encoded[:, :, None] + predicted[:, None])
         return logits
 
     def example_inputs(self, batch: int = 2, frames: int = 3, targets: int = 2) -> tuple[Tensor, Tensor]:

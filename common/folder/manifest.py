@@ -15,7 +15,9 @@ from common.folder.outputs import read_json, write_json
 MANIFEST = "manifest.json"
 FILES = "files"  # section of the manifest: name → bytes and sha256
 # Packages whose version decides what an exported folder contains.
-RECORDED_PACKAGES = ("nemo_toolkit", "torch", "onnx", "onnxruntime", "onnxruntime-genai", "sentencepiece", "tokenizers")
+RECORDED_PACKAGES = (
+    "nemo_toolkit", "transformers", "torch", "onnx", "onnxruntime", "onnxruntime-genai", "sentencepiece", "tokenizers",
+)  # fmt: skip
 # The types of the values that are read from a manifest. A key may be absent; "*" stands for every entry of a mapping,
 # and such an entry has all of its keys.
 NUMBER = int | float | None

@@ -31,20 +31,31 @@ def write_view(view: View, source: Path, target: Path, metadata: Mapping[str, st
     if len(view.parts) > 1:
         save_model(model, target / view.file)
         return
-    link(source / view.parts[0].data_file, target / view.data_file)
+    _save_with_data_of(source / view.parts[0].data_file, model, target / view.file)
+
+
+def write_second_name(folder: Path, file: str, name: str) -> None:
+    """Write the graph `file` of a folder once more as `name`, with data of that name that are the same file."""
+    _save_with_data_of(folder / f"{file}.data", load(folder / file), folder / name)
+
+
+def _save_with_data_of(data: Path, model: ir.Model, path: Path) -> None:
+    """Save a model whose weights are in the file `data`, which becomes the data file of `path` under a second name."""
+    name = f"{path.name}.data"
+    link(data, path.with_name(name))
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             value.const_value = ir.ExternalTensor(
-                view.data_file,
+                name,
                 tensor.offset,
                 tensor.length,
                 tensor.dtype,
                 shape=tensor.shape,
                 name=tensor.name,
-                base_dir=target,
+                base_dir=path.parent,
             )
-    ir.save(model, target / view.file)
+    ir.save(model, path)
 
 
 def check_view(view: View, source: Path, target: Path, vocabulary: int) -> None:

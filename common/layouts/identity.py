@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint.hub import hub_name
+from common.checkpoint.nemo import NEMO
 from common.cli import EXPORT_COMMAND, TOKENIZER_COMMAND, Command
 from common.contract import GENAI_CONFIG, JOINT, TOKENIZER_FILES
 from common.folder.locations import CHECKPOINT, read_location
@@ -165,4 +166,7 @@ def _tokenizer_command(folder: Path) -> str:
     path = read_location(folder, CHECKPOINT)
     name = graphs.get("name") or (str(path.resolve()) if path else "CHECKPOINT_OF_THE_GRAPHS")
     command = Command(f"{TOKENIZER_COMMAND} --model_name {{}}").format(folder, name)
-    return command + Command(" --revision {}").format(graphs["revision"]) if "revision" in graphs else command
+    for flag, key in (("--revision", "revision"), ("--checkpoint_format", "format")):
+        if "name" in graphs and graphs.get(key) not in (None, NEMO.name):
+            command += Command(" {} {}").format(flag, graphs[key])
+    return command

@@ -15,10 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.checkpoint.spec import ModelSpec
+from common.cli import CheckError
 from common.contract import Graph, View
 from common.folder.manifest import MANIFEST, read_manifest
 from common.folder.outputs import write_json
+from common.run.session import open_session
+
+# The largest difference from the features that the library computes; float32 and another order of sums give 3e-4.
+FEATURES_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Window:
         return cls(samples["chunk"], samples["left_context"], samples["right_context"])
 
 
-def _no_metadata(spec: ModelSpec) -> dict[str, str]:
+def _nothing(spec: ModelSpec) -> dict[str, Any]:
     return {}
 
 
@@ -68,7 +75,10 @@ class Layout:
     usage: str  # Python that transcribes a file; {folder} and {audio} stand for the paths
     check: Callable[[ModelSpec], None]  # raises ValueError naming what the runtime cannot compute of a checkpoint
     configs: Callable[[ModelSpec, Window, str], dict[str, dict[str, Any]]]  # spec, window, device → file name → content
-    encoder_metadata: Callable[[ModelSpec], dict[str, str]] = _no_metadata  # what the encoder's ONNX metadata must hold
+    encoder_metadata: Callable[[ModelSpec], dict[str, str]] = _nothing  # what the encoder's ONNX metadata must hold
+    feature_graphs: Callable[[ModelSpec], dict[str, bytes]] = _nothing  # file name → an ONNX model of the features
+    feature_files: tuple[str, ...] = ()  # the names that these may have
+    named_after_method: bool = False  # whether the runtime finds a quantized graph as NAME.METHOD.onnx
     measures_speech: bool = False  # whether common/run loads it: calibration and evaluation need one that it does
 
     @property
@@ -96,6 +106,10 @@ class Layout:
     @property
     def files(self) -> tuple[str, ...]:
         return (*self.graph_files, *self.config_files, *self.vocabulary)
+
+    def files_in(self, folder: Path) -> tuple[str, ...]:
+        """The files of a model folder, with those that not every checkpoint has."""
+        return (*self.files, *(name for name in self.feature_files if (folder / name).is_file()))
 
     def vocabulary_size(self, folder: Path) -> int:
         """V, blank included, of the model in `folder`."""
@@ -159,7 +173,29 @@ def write_views(layout: Layout, source: Path, target: Path, spec: ModelSpec) -> 
             check_view(graph, source, target, spec.vocab_size)
 
 
+def check_feature_graphs(layout: Layout, spec: ModelSpec, features: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Compare the graph of the features, where the runtime reads one, with the features of the checkpoint's library.
+
+    features: samples [N] → [M, T], valid frames only. Raises CheckError beyond FEATURES_TOLERANCE.
+    """
+    for name, model in layout.feature_graphs(spec).items():
+        session = open_session(model)
+        samples = np.random.default_rng(0).normal(0, 0.1, 2 * spec.sample_rate).astype(np.float32)
+        samples[: spec.sample_rate // 2] *= 1e-3  # quiet, where the guard of the logarithm matters
+        inputs = {"waveforms": samples[None], "waveforms_lens": np.array([len(samples)])}
+        made, lengths = session.run(["features", "features_lens"], inputs)
+        expected, actual = features(samples), made[0, :, : lengths[0]]
+        error = float(np.max(np.abs(actual - expected))) if actual.shape == expected.shape else np.inf
+        if not error <= FEATURES_TOLERANCE:
+            raise CheckError(
+                f"expected {name} within {FEATURES_TOLERANCE:.0e} of the checkpoint's own features, of shape "
+                f"{expected.shape}, got shape {actual.shape} and a difference of {error:.1e}; please report it"
+            )
+
+
 def write_configs(layout: Layout, target: Path, spec: ModelSpec, window: Window, device: str) -> None:
-    """Write the runtime's configuration files into `target`."""
+    """Write the runtime's configuration files into `target`, and the graph of the features where it reads one."""
     for name, content in layout.configs(spec, window, device).items():
         write_json(target / name, content)
+    for name, model in layout.feature_graphs(spec).items():
+        (target / name).write_bytes(model)

@@ -1,4 +1,8 @@
-"""The folder of onnx-asr 0.12.0 (src/onnx_asr/asr.py, src/onnx_asr/models/nemo.py)."""
+"""The folder of onnx-asr 0.12.0 (src/onnx_asr/asr.py, src/onnx_asr/models/nemo.py).
+
+onnx-asr brings its own features. Programs that read its folders without it, such as transcribe-rs and parakeet.js, take
+the graph `nemo128.onnx` from the folder. `-q METHOD` makes onnx-asr look for encoder-model.METHOD.onnx.
+"""
 
 from typing import Any
 
@@ -7,6 +11,7 @@ from common.cli import EXPORT_COMMAND
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.layouts.features import FIXED_FEATURES, NO_SYMBOL_LIMIT, check_fixed
 from common.layouts.layout import Layout, Window, register
+from common.layouts.log_mel import log_mel_graph
 
 ONNX_ASR_CONFIG = "config.json"
 FEATURES = {**FIXED_FEATURES, "num_mels": (80.0, 128.0)}
@@ -63,6 +68,9 @@ ONNX_ASR = register(
         vocabulary_command=EXPORT_COMMAND,
         check=check_onnx_asr_supports,
         configs=_configs,
+        feature_graphs=lambda spec: {f"nemo{spec.num_mels}.onnx": log_mel_graph(spec)},
+        feature_files=("nemo80.onnx", "nemo128.onnx"),
+        named_after_method=True,
         usage="""\
 import onnx_asr
 import soundfile

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from common.cli import size_text
+from common.evaluate.transcripts import NEMO, TRANSFORMERS
 from common.evaluate.wer import WordErrorRate
 from common.folder.manifest import FILES, MANIFEST, fingerprint, is_float16, read_manifest, sha256
 from common.folder.outputs import write_json
@@ -138,11 +139,31 @@ def _origin(manifest: dict[str, Any]) -> str:
     source = _source(manifest)
     link = f"[{name}](https://huggingface.co/{name})" if "name" in source else f"the checkpoint `{name}`"
     published = PUBLISHED.get(name)
-    return (
-        f"{link}, a FastConformer-TDT model for speech recognition made with NVIDIA NeMo, as ONNX graphs: encoder, "
-        f"prediction network and joint, with tokenizer and configuration. The checkpoint's SHA-256 is "
-        f"`{source.get('sha256', 'not recorded')}`.\n\n{LICENSE_TEXT[published.license if published else None]}"
+    made = (
+        f"in the format of Hugging Face {library}" if (library := _library(manifest)) != NEMO else f"made with {NEMO}"
     )
+    return (
+        f"{link}, a FastConformer-TDT model for speech recognition {made}, as ONNX graphs: encoder, "
+        f"prediction network and joint, with tokenizer and configuration. The checkpoint's SHA-256 is "
+        f"`{source.get('sha256', 'not recorded')}`.{_scripts(manifest)}\n\n"
+        f"{LICENSE_TEXT[published.license if published else None]}"
+    )
+
+
+def _scripts(manifest: dict[str, Any]) -> str:
+    section = manifest.get("export", {})
+    scripts = section.get("flags", {}).get("scripts")
+    if not scripts:
+        return ""
+    return (
+        f" The text is in these scripts alone: {scripts}. The {section.get('suppressed_tokens', 0)} tokens with "
+        "letters of others have a bias of −10,000 and are never emitted."
+    )
+
+
+def _library(manifest: dict[str, Any]) -> str:
+    """The library of the checkpoint; folders of earlier versions, which knew NeMo only, record none."""
+    return TRANSFORMERS if _source(manifest).get("format") == TRANSFORMERS else NEMO
 
 
 def _usage(manifest: dict[str, Any], layout: Layout) -> str:
@@ -170,7 +191,10 @@ def _commands(manifest: dict[str, Any]) -> str:
             continue
         flags = dict(manifest[section].get("flags", {}))
         if section != "optimize":
-            flags = {"model_name": _source_name(manifest), "revision": _source(manifest).get("commit"), **flags}
+            source = _source(manifest)
+            form = source.get("format") if "name" in source and _library(manifest) != NEMO else None
+            named = {"model_name": _source_name(manifest), "revision": source.get("commit"), "checkpoint_format": form}
+            flags = {**named, **flags}
         given = {name: value for name, value in flags.items() if value is not None and value is not False}
         words = ([f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in given.items())
         lines.append(shlex.join(("python", script, *itertools.chain(*words))))
@@ -188,9 +212,10 @@ def _measured(manifest: dict[str, Any]) -> list[str]:
 def _parity(manifest: dict[str, Any]) -> str:
     measured = manifest.get("export", {}).get("parity", {})
     if not measured:
-        return "The graphs were not verified against NeMo."
+        return f"The graphs were not verified against {_library(manifest)}."
+    library = _library(manifest)
     lines = [
-        "Largest difference from NeMo's own modules, over short and long inputs and ragged batches, as exported:",
+        f"Largest difference from {library}'s own modules, over short and long inputs and ragged batches, as exported:",
         "",
     ]
     lines += ["| graph | largest difference | of the largest value | comparisons |", "|---|---|---|---|"]
@@ -214,8 +239,8 @@ def _float16(manifest: dict[str, Any]) -> str:
     )
     if rounded:
         text += (
-            f" With the result of each operator rounded to float16, as a GPU does, outputs differ from NeMo's by up to "
-            f"{max(rounded):.1e} of the largest value."
+            f" With the result of each operator rounded to float16, as a GPU does, outputs differ from "
+            f"{_library(manifest)}'s by up to {max(rounded):.1e} of the largest value."
         )
     return text
 

@@ -18,6 +18,7 @@ from common.folder.locations import CHECKPOINT, read_location, write_locations
 from common.folder.manifest import fingerprint, is_float16, read_manifest, verify_files, write_manifest
 from common.folder.onnx_files import of_one_name, save_model
 from common.folder.staging import check_output_dir, state_needs
+from common.layouts.adapt import write_second_name
 from common.layouts.identity import check_one_checkpoint
 from common.layouts.layout import Layout, check_same_layouts
 from common.progress import progress
@@ -160,7 +161,7 @@ def finish_folder(
     ratio = compare(folder.source, folder.staging, floor, layout.encoder)
     print_stage("against the exported encoder, on noise", _ratio_text(ratio, quantized=bool(encoder.stored)))
     tokens = _quantize_tokens(folder, options, print_stage)
-    for file in layout.files:
+    for file in layout.files_in(folder.source):
         if not (folder.staging / file).exists():
             shutil.copyfile(folder.source / file, folder.staging / file)
     evaluation = _evaluate(folder, options, speech, print_stage) if speech.clips else Evaluation()
@@ -176,6 +177,9 @@ def finish_folder(
     if evaluation.stress:
         content["stress"] = [asdict(row) for row in evaluation.stress]
     write_report(folder.staging, content, evaluation.clips, write_page)
+    if layout.named_after_method and options.method:
+        for graph in layout.graphs:
+            write_second_name(folder.staging, graph.file, f"{graph.name}.{options.method.name}.onnx")
     write_manifest(folder.staging, folder.manifest, "optimize", section)
     write_card(folder.staging, folder.target, layout)
     checkpoint = read_location(folder.source, CHECKPOINT)

@@ -1,0 +1,278 @@
+"""The format of Hugging Face transformers: a folder with config.json of `ParakeetForTDT` and model.safetensors.
+
+Its files are untrusted input. Before a tensor is read, it is checked that
+    the folder    holds the files themselves, or links that stay inside it (or inside the cache of huggingface_hub)
+    the configs   are JSON of a plausible size, name `ParakeetForTDT`, and name no code of their own (`auto_map`)
+    the weights   are one file that the safetensors library accepts (no offset overlaps, no byte is left over), with
+                  exactly the tensors, shapes and types of the network that the config describes
+
+Nothing of the folder is executed, and transformers' own loaders, which may download and run code, are not used: the
+network is built from the numbers of the config, and the tensors are mapped. NeMo is not imported.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint.format import CheckpointFormat, register
+from common.checkpoint.hub import commit_of
+from common.checkpoint.nemo import MAX_TOKENIZER_BYTES, require_device
+from common.checkpoint.tokenizer_json import sentencepiece_model
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+FEATURES = ("preprocessor_config.json", "processor_config.json")  # transformers 5 writes the second, with all in it
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+GROUPS = ((CONFIG,), FEATURES, TOKENIZERS, (WEIGHTS,))  # of each the first that is there
+ARCHITECTURE = "ParakeetForTDT"
+
+MAX_CONFIG_BYTES = 1_000_000  # published ones have 2 kB
+MAX_NUMBER = 100_000  # with larger counts and sizes a network takes hours to build; the largest in use are 48 kHz
+LARGEST = {"num_hidden_layers": 1000, "num_decoder_layers": 100}
+FLOATS = ("F32", "F16", "BF16")
+COUNTER = "num_batches_tracked"  # of a batch normalisation; not used by inference, and not every writer keeps it
+# Configs of models that are trained for streaming have these, and compute something else with the same tensors.
+STREAMING = {
+    "att_context_size": (None, [-1, -1], [[-1, -1]]),
+    "att_context_style": (None, "regular"),
+    "causal_downsampling": (None, False),
+    "conv_context_size": (None,),
+    "conv_norm_type": (None, "batch_norm"),
+}
+ACTIVATIONS = ("relu", "silu", "swish", "gelu", "tanh", "sigmoid")
+ENCODER_KEYS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "attention_bias",
+    "convolution_bias", "conv_kernel_size", "subsampling_factor", "subsampling_conv_channels", "num_mel_bins",
+    "subsampling_conv_kernel_size", "subsampling_conv_stride", "max_position_embeddings", "scale_input",
+)  # fmt: skip
+MODEL_KEYS = (
+    "vocab_size", "decoder_hidden_size", "num_decoder_layers", "hidden_act", "max_symbols_per_step", "durations",
+    "pad_token_id", "blank_token_id",
+)  # fmt: skip
+FEATURE_KEYS = (
+    "feature_size", "sampling_rate", "hop_length", "n_fft", "win_length", "preemphasis", "padding_value",
+)  # fmt: skip
+
+
+def files(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint. Raises ValueError where one is missing, or is a link to somewhere else."""
+    found = []
+    for group in GROUPS:
+        path = next((checkpoint / name for name in group if (checkpoint / name).is_file()), None)
+        if path is None:
+            raise ValueError(f"expected {' or '.join(group)} in {checkpoint}, {_what_else(checkpoint, group)}")
+        if not _is_inside(path, checkpoint):
+            raise ValueError(f"expected {path.name} itself in {checkpoint}, got a link to a place outside; refused")
+        found.append(path)
+    return found
+
+
+def _what_else(checkpoint: Path, group: Sequence[str]) -> str:
+    if group == (WEIGHTS,) and (checkpoint / f"{WEIGHTS}.index.json").exists():
+        return "got an index of shards; save the model again with max_shard_size larger than it"
+    if group == (WEIGHTS,) and (checkpoint / "pytorch_model.bin").exists():
+        return "got a pickle, which may run code; save the model again with safe_serialization"
+    return "found none; download the checkpoint again"
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file lies in the folder, links followed; in huggingface_hub's cache, whether it is one of its blobs."""
+    if commit_of(folder) and path.is_symlink():
+        # One link only: the blob may be a link into a store that several caches share.
+        target = Path(os.path.normpath(path.parent.absolute() / path.readlink()))
+        return target.parent == folder.absolute().parents[1] / "blobs"
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def check(checkpoint: Path) -> None:
+    """Raise ValueError unless the folder holds a whole and safe checkpoint of ParakeetForTDT."""
+    config, features, _, weights = files(checkpoint)
+    check_config(config)
+    _read_features(features)
+    _read_header(weights)
+
+
+def check_config(path: Path) -> None:
+    """Raise ValueError unless a file, if it is called config.json, describes a ParakeetForTDT."""
+    if path.name == CONFIG:
+        _read_config(path)
+
+
+def _read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """The content of a JSON file. Raises ValueError where it is no mapping, is too large, or names code."""
+    size = path.stat().st_size
+    if size > limit:
+        raise ValueError(f"expected at most {limit} bytes of {path}, got {size}; refused")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path} is damaged or not JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a mapping in {path}, got {type(content).__name__}; download it again")
+    return content
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json. Raises ValueError unless it describes a ParakeetForTDT that can be built."""
+    config = _read_json(path)
+    architectures = config.get("architectures")
+    if architectures != [ARCHITECTURE]:
+        raise ValueError(
+            f"not a TDT model: expected architectures [{ARCHITECTURE!r}] in {path}, got {architectures!r}; pass a "
+            "Parakeet-TDT checkpoint"
+        )
+    if "quantization_config" in config:
+        raise ValueError(f"expected the weights of {path.parent} as they were trained, got quantized ones; refused")
+    _check_values(config, path)
+    encoder = config.get("encoder_config")
+    if not isinstance(encoder, dict):
+        raise ValueError(f"expected a mapping as encoder_config in {path}, got {encoder!r}; download it again")
+    for key, supported in STREAMING.items():
+        if encoder.get(key) not in supported:
+            raise ValueError(f"expected an encoder of whole clips in {path}, got {key} {encoder[key]!r}: not supported")
+    for content in (config, encoder):
+        if content.get("hidden_act", "relu") not in ACTIVATIONS:
+            raise ValueError(
+                f"expected hidden_act {', '.join(ACTIVATIONS)} in {path}, got {content['hidden_act']!r}: not supported"
+            )
+    return config
+
+
+def _read_features(path: Path) -> dict[str, Any]:
+    """The numbers of the feature extractor. Raises ValueError where they are not of a ParakeetFeatureExtractor."""
+    content = _read_json(path)
+    _check_values(content, path)
+    features = content if path.name == FEATURES[0] else content.get("feature_extractor")
+    kind = features.get("feature_extractor_type") if isinstance(features, dict) else None
+    if not isinstance(features, dict) or kind not in (None, "ParakeetFeatureExtractor"):
+        raise ValueError(f"expected a ParakeetFeatureExtractor in {path}, got {kind or features!r}; refused")
+    if features.get("do_normalize", True) is not True:  # which transformers 5.23 itself ignores
+        raise ValueError(f"expected features normalised over the clip in {path}, got do_normalize false: not supported")
+    return {key: features[key] for key in FEATURE_KEYS if key in features}
+
+
+def _check_values(content: object, path: Path, key: str = "") -> None:
+    """Raise ValueError naming a value that is too large, or that names code."""
+    if isinstance(content, dict):
+        if "auto_map" in content:
+            raise ValueError(
+                f"expected a model of transformers' own in {path}, got code of its own (auto_map); refused"
+            )
+        for name, value in content.items():
+            _check_values(value, path, str(name))
+    elif isinstance(content, list):
+        for value in content:
+            _check_values(value, path, key)
+    elif isinstance(content, int | float) and not abs(content) <= LARGEST.get(key, MAX_NUMBER):
+        raise ValueError(f"expected at most {LARGEST.get(key, MAX_NUMBER)} as {key} in {path}, got {content}; refused")
+
+
+Header = Mapping[str, tuple[str, tuple[int, ...]]]  # name → type as safetensors spells it, shape
+
+
+def _read_header(path: Path) -> Header:
+    """What model.safetensors holds; no tensor is read. Raises ValueError where the library does not accept the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  not a mapping
+            header = {name: (str(one.get_dtype()), tuple(one.get_shape())) for name, one in slices.items()}
+    except (SafetensorError, OSError, OverflowError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); download it again") from None
+    for name, (dtype, _) in header.items():
+        if dtype not in FLOATS and not name.endswith(COUNTER):
+            raise ValueError(f"expected {' or '.join(FLOATS)} as the type of {name} in {path}, got {dtype}; refused")
+    return header
+
+
+def _check_tensors(header: Header, expected: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError unless the file holds the tensors of the network, of its shapes. `expected` is its state."""
+    missing = [name for name in expected if name not in header and not name.endswith(COUNTER)]
+    extra = [name for name in header if name not in expected]
+    for kind, names in (("lacks", missing), ("holds, beside those of its config,", extra)):
+        if names:
+            more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+            raise ValueError(f"{path} {kind} {names[0]}{more}: it does not fit {CONFIG}; download it again")
+    for name, (_, shape) in header.items():
+        if shape != tuple(expected[name].shape):
+            raise ValueError(
+                f"expected {name} of shape {tuple(expected[name].shape)} by {CONFIG}, got {shape} in {path}; download "
+                "it again"
+            )
+
+
+def read_tokenizer(checkpoint: Path) -> bytes:
+    """The SentencePiece model of the checkpoint: its own, or the one that its tokenizer.json was converted from.
+
+    Raises ValueError where the tokenizer is of another kind, or has another number of pieces than the network.
+    """
+    config, _, tokenizer, _ = files(checkpoint)
+    if tokenizer.name == TOKENIZERS[0]:
+        blank = _read_config(config).get("blank_token_id")
+        if not isinstance(blank, int):
+            raise ValueError(f"expected a whole number as blank_token_id in {config}, got {blank!r}; download it again")
+        content = _read_json(tokenizer, MAX_TOKENIZER_BYTES)
+        try:
+            return sentencepiece_model(content, blank)
+        except ValueError as error:
+            raise ValueError(f"{tokenizer} cannot be used: {error}") from None
+    size = tokenizer.stat().st_size
+    if size > MAX_TOKENIZER_BYTES:
+        raise ValueError(f"expected at most {MAX_TOKENIZER_BYTES} bytes of {tokenizer}, got {size}; refused")
+    return tokenizer.read_bytes()
+
+
+def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = None) -> Any:
+    """transformers' ParakeetForTDT in float32, in evaluation mode, with the parts that a model of NeMo's has.
+
+    Weights are mapped from disk where they are float32. `scratch` is not needed. Raises ValueError for a checkpoint
+    that does not fit its config or is unsafe, or a device that torch cannot use.
+    """
+    require_device(device)
+    check(checkpoint)
+    config_path, features_path, tokenizer, weights = files(checkpoint)
+    config = _read_config(config_path)
+    import torch
+    from safetensors import safe_open
+
+    from common.checkpoint.transformers_model import ParakeetModel, build
+
+    try:
+        network, extractor = build(
+            {key: config[key] for key in MODEL_KEYS if key in config},
+            {key: config["encoder_config"][key] for key in ENCODER_KEYS if key in config["encoder_config"]},
+            _read_features(features_path),
+        )
+    except Exception as error:  # transformers raises whatever its checks and torch's constructors raise
+        raise ValueError(f"{config_path} cannot be built: {error}") from error
+    expected = network.state_dict()
+    _check_tensors(_read_header(weights), expected, weights)
+    with safe_open(weights, framework="pt", device=device) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    wrong = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        raise ValueError(
+            f"{weights}: {wrong[0]} and {len(wrong) - 1} more of its tensors hold values that are not finite"
+        )
+    counters = {name: torch.zeros((), dtype=torch.int64, device=device) for name in expected if name.endswith(COUNTER)}
+    network.load_state_dict(counters | state, assign=True)
+    return ParakeetModel(network, extractor, tokenizer).to(device).eval().requires_grad_(requires_grad=False)
+
+
+TRANSFORMERS = register(
+    CheckpointFormat(
+        name="transformers",
+        matches=lambda path: (path / CONFIG).is_file(),
+        within=lambda folder: folder if (folder / CONFIG).is_file() else None,
+        hub_files=lambda name: GROUPS,
+        files=files,
+        check_file=check_config,
+        check=check,
+        read_tokenizer=read_tokenizer,
+        load_model=load_model,
+    )
+)

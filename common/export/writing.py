@@ -1,0 +1,71 @@
+"""Keeping a model's text in chosen scripts (writing systems): tokens with letters of others get a bias in the joint.
+
+A multilingual checkpoint without a language input sometimes writes one language in the script of another. A bias that
+no logit outweighs costs nothing when the model runs, and every runtime obeys it.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+from common.checkpoint.format import format_of
+from common.checkpoint.tokenizer import Piece, parse_model, special_ids
+
+BIAS = -1e4  # logits are within hundreds; a number that float16 holds
+SHARED = (
+    "Zyyy",
+    "Zinh",
+    "Zzzz",
+)  # ISO 15924 of characters of several scripts or none: digits, accents
+LETTERS = ("L", "M")  # of Unicode's general categories: letters, and the marks that some scripts write vowels with
+
+
+def suppressed_ids(checkpoint: Path, scripts: str | None) -> list[int]:
+    """Ids of the tokens with letters of other scripts than `scripts`, names by commas; none where that is None.
+
+    Marks, bytes, the unknown piece and the blank are never among them. Raises ValueError for a script that the
+    vocabulary has no letter of, listing those that it has.
+    """
+    if scripts is None:
+        return []
+    proto = parse_model(format_of(checkpoint).read_tokenizer(checkpoint))
+    return ids_of_other_scripts(proto, scripts.split(","))
+
+
+def ids_of_other_scripts(proto: ModelProto, scripts: Iterable[str]) -> list[int]:
+    """The same for a SentencePiece model and names such as `latin`."""
+    hidden = set(special_ids(proto))
+    found = {
+        index: _scripts_of(piece.piece)
+        for index, piece in enumerate(proto.pieces)
+        if index not in hidden and piece.type != Piece.BYTE
+    }
+    known = sorted(set().union(*found.values()))
+    wanted = {name.strip().lower() for name in scripts}
+    if unknown := sorted(wanted.difference(known)):
+        raise ValueError(
+            f"expected --scripts among those of the checkpoint's vocabulary, {', '.join(known)}, got "
+            f"{', '.join(unknown) or 'none'}"
+        )
+    return [index for index, names in found.items() if not names <= wanted]
+
+
+def _scripts_of(text: str) -> set[str]:
+    """Names of the scripts of the letters in `text`, as Unicode has them, in lower case."""
+    from fontTools import unicodedata
+
+    codes = {unicodedata.script(one) for one in text if unicodedata.category(one)[0] in LETTERS}
+    return {unicodedata.script_name(code).lower() for code in codes.difference(SHARED)}
+
+
+def suppress(joint: Any, ids: Iterable[int]) -> None:
+    """Add BIAS to the logits of the tokens `ids` of a joint of NeMo's. Raises ValueError where it has no bias."""
+    import torch
+
+    last = joint.joint_net[-1]
+    if last.bias is None:
+        raise ValueError("expected a joint with a bias for --scripts, got one without; leave --scripts out")
+    with torch.no_grad():
+        last.bias[list(ids)] += BIAS

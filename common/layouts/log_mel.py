@@ -1,0 +1,98 @@
+"""The log-mel features of a checkpoint as an ONNX graph, with the names of onnx-asr's own preprocessors.
+
+It computes what NeMo's FilterbankFeatures computes without dither (nemo/collections/asr/parts/preprocessing/features.py
+3.0.0): emphasis, Hann window, power spectrum, Slaney mels, logarithm, normalisation over the valid frames. The spectrum
+is a convolution with the windowed sines and cosines, which every runtime has; the operator STFT is not in WebGPU.
+"""
+
+import numpy as np
+
+from common.checkpoint.spec import ModelSpec
+
+# N samples, M mel bins, T frames. `keep` is 1 for a valid frame, else 0.
+GRAPH = """
+<ir_version: 8, opset_import: ["" : 17]>
+log_mel (float[batch, samples] waveforms, int64[batch] waveforms_lens)
+    => (float[batch, {mels}, frames] features, int64[batch] features_lens)
+{{
+    rows = Unsqueeze(waveforms, axis1)
+    emphasised = Conv<pads = [1, 0]>(rows, emphasis)
+    samples_shape = Shape<start = 1, end = 2>(waveforms)
+    samples = Squeeze(samples_shape)
+    sample_places = Range(zero, samples, one)
+    sample_ends = Unsqueeze(waveforms_lens, axes12)
+    sample_valid = Less(sample_places, sample_ends)
+    sample_keep = Cast<to = 1>(sample_valid)
+    signal = Mul(emphasised, sample_keep)
+    spectrum = Conv<strides = [{hop}], pads = [{pad}, {pad}]>(signal, sinusoids)
+    squares = Mul(spectrum, spectrum)
+    energies = MatMul(mels, squares)
+    guarded = Add(energies, guard)
+    logarithms = Log(guarded)
+    features_lens = Div(waveforms_lens, hop)
+    frames_shape = Shape<start = 2, end = 3>(logarithms)
+    frames = Squeeze(frames_shape)
+    frame_places = Range(zero, frames, one)
+    frame_ends = Unsqueeze(features_lens, axes12)
+    frame_valid = Less(frame_places, frame_ends)
+    keep = Cast<to = 1>(frame_valid)
+    count = Cast<to = 1>(frame_ends)
+    kept = Mul(logarithms, keep)
+    sums = ReduceSum(kept, axis2)
+    means = Div(sums, count)
+    distances = Sub(logarithms, means)
+    centred = Mul(distances, keep)
+    distances2 = Mul(centred, centred)
+    sums2 = ReduceSum(distances2, axis2)
+    less_one = Sub(count, one_float)
+    degrees = Max(less_one, one_float)
+    variances = Div(sums2, degrees)
+    deviations = Sqrt(variances)
+    divisors = Add(deviations, epsilon)
+    features = Div(centred, divisors)
+}}
+"""
+
+
+def log_mel_graph(spec: ModelSpec) -> bytes:
+    """An ONNX model: waveforms [B, N] float32, waveforms_lens [B] → features [B, M, T] float32, features_lens [B].
+
+    T is 1 + N // hop, and features after features_lens are 0. The checkpoint's features must be those that
+    ModelSpec.unsupported_features describes, none of which may differ.
+    """
+    import onnx  # readers of a folder do without
+    from librosa.filters import mel
+    from onnx import numpy_helper, parser
+
+    bins = mel(sr=spec.sample_rate, n_fft=spec.fft_size, n_mels=spec.num_mels)  # [M, F]
+    tensors = {
+        "emphasis": np.array([[[-spec.preemphasis, 1]]], np.float32),
+        "sinusoids": _sinusoids(spec.fft_size, spec.win_length),
+        "mels": np.concatenate([bins, bins], axis=1).astype(np.float32),  # of the squares of cosines, and of sines
+        "guard": np.float32(spec.log_guard),
+        "epsilon": np.float32(spec.norm_eps),
+        "hop": np.int64(spec.hop_length),
+        "zero": np.int64(0),
+        "one": np.int64(1),
+        "one_float": np.float32(1),
+        "axis1": np.array([1]),
+        "axis2": np.array([2]),
+        "axes12": np.array([1, 2]),
+    }
+    text = GRAPH.format(mels=spec.num_mels, hop=spec.hop_length, pad=spec.win_length // 2)
+    model = parser.parse_model(text)
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in tensors.items())
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString())
+
+
+def _sinusoids(fft_size: int, win_length: int) -> np.ndarray:
+    """Cosines and sines of each frequency under a symmetric Hann window: [2F, 1, win_length].
+
+    The transform of `fft_size` has the window in its middle, with zeros around it; a shift changes no magnitude.
+    """
+    places = np.arange(win_length)
+    window = np.hanning(win_length)
+    angles = 2 * np.pi / fft_size * np.outer(np.arange(fft_size // 2 + 1), places)
+    both = np.concatenate([np.cos(angles), np.sin(angles)]) * window
+    return both.astype(np.float32)[:, None]

@@ -1,0 +1,131 @@
+"""The features as a graph, against NeMo's own preprocessor, and onnx-asr's own command line on the folder."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import soundfile
+
+import export_parakeet_to_onnx
+import optimize_encoder
+from common.checkpoint.spec import ModelSpec
+from common.cli import CheckError
+from common.folder.manifest import FILES, read_manifest
+from common.layouts.layout import FEATURES_TOLERANCE, check_feature_graphs
+from common.layouts.log_mel import log_mel_graph
+from common.layouts.onnx_asr import ONNX_ASR
+from common.run.audio import load_audio
+from common.run.nemo import Nemo
+from common.run.reference import features_of
+from tests.helpers import CLIPS, REDUCED, SAMPLES, TINY
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_model) -> ModelSpec:
+    return ModelSpec.of(tiny_model)
+
+
+NUMBERS = {
+    "128 mels": {},
+    "80 mels": {"num_mels": 80},
+    "other lengths": {"num_mels": 64, "fft_size": 1024, "win_length": 512, "hop_length": 320},
+    "no emphasis, another guard": {"preemphasis": 0.0, "log_guard": 1e-5},
+}
+
+
+@pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
+def test_the_graph_computes_nemos_features(numbers, spec):
+    """A ragged batch of speech, digital silence, and a clip of one sample less than a frame more."""
+    import torch
+    from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
+
+    spec = dataclasses.replace(spec, **numbers)
+    nemo = AudioToMelSpectrogramPreprocessor(
+        sample_rate=spec.sample_rate,
+        features=spec.num_mels,
+        n_fft=spec.fft_size,
+        n_window_size=spec.win_length,
+        window_size=None,
+        n_window_stride=spec.hop_length,
+        window_stride=None,
+        preemph=spec.preemphasis or None,
+        log_zero_guard_value=spec.log_guard,
+        dither=1e-5,
+        pad_to=0,
+    ).eval()
+    clips = [load_audio(clip, 16000, 0) for clip in CLIPS[:3]]
+    clips += [
+        np.zeros(16000, np.float32),
+        np.concatenate([clips[0][:24000], np.zeros(8000, np.float32)]),
+        clips[1][:799],
+    ]
+    lengths = np.array([len(clip) for clip in clips])
+    waveforms = np.zeros((len(clips), lengths.max()), np.float32)
+    for row, clip in zip(waveforms, clips, strict=True):
+        row[: len(clip)] = clip
+    session = ort.InferenceSession(log_mel_graph(spec))
+    made, made_lengths = session.run(["features", "features_lens"], {"waveforms": waveforms, "waveforms_lens": lengths})
+    with torch.inference_mode():
+        expected, expected_lengths = nemo(input_signal=torch.from_numpy(waveforms), length=torch.from_numpy(lengths))
+    assert made.dtype == np.float32
+    assert made.shape[1] == spec.num_mels
+    assert made_lengths.tolist() == expected_lengths.tolist()
+    for actual, wanted, length in zip(made, expected.numpy(), made_lengths, strict=True):
+        np.testing.assert_allclose(actual[:, :length], wanted[:, :length], rtol=0, atol=FEATURES_TOLERANCE)
+        assert not actual[:, length:].any()
+
+
+def test_features_that_differ_are_an_error(spec, tiny_model):
+    features = partial(features_of, tiny_model)
+    check_feature_graphs(ONNX_ASR, spec, features)
+    for wrong in ({"preemphasis": 0.95}, {"log_guard": 2.0**-20}, {"norm_eps": 0.1}, {"hop_length": 161}):
+        with pytest.raises(CheckError, match=r"expected nemo128.onnx within 1e-03 of the checkpoint's own features"):
+            check_feature_graphs(ONNX_ASR, dataclasses.replace(spec, **wrong), features)
+
+
+@pytest.mark.slow
+class TestOnnxAsr:
+    @pytest.fixture(scope="class")
+    def exported(self, tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("onnx-asr") / "onnx_models"
+        argv = ["--model_name", str(TINY), "--runtime", "onnx-asr", "--skip_verify", "--output_dir", str(folder)]
+        assert export_parakeet_to_onnx.main(argv) == 0
+        return folder / "onnx-asr"
+
+    def command_line(self, clip: Path, *argv) -> str:
+        """What `onnx-asr` prints, run as a user runs it."""
+        command = [str(Path(sys.executable).with_name("onnx-asr")), "nemo-conformer-tdt", str(clip), *map(str, argv)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def test_its_command_line_finds_the_float32_and_the_int8_graphs(self, exported, tiny_model, tmp_path):
+        clip = tmp_path / "clip.wav"
+        samples, rate = soundfile.read(SAMPLES / "jfk.wav")
+        soundfile.write(clip, samples, rate, subtype="PCM_16")
+        nemo = Nemo(tiny_model)
+        expected = nemo.transcribe(nemo.features(load_audio(clip, 16000, 0))).text.strip()
+        assert self.command_line(clip, "-p", exported) == expected
+        optimized = tmp_path / "int8"
+        argv = ["--model_dir", str(exported), "--output_dir", str(optimized), "--quant_method", "int8", *REDUCED]
+        assert optimize_encoder.main(argv) == 0
+        assert self.command_line(clip, "-p", optimized, "-q", "int8") == expected
+        # Under that name alone, as onnx-asr downloads it.
+        alone = tmp_path / "alone"
+        alone.mkdir()
+        names = [f"{graph.name}.int8.onnx{suffix}" for graph in ONNX_ASR.graphs for suffix in ("", ".data")]
+        for name in (*names, "config.json", "vocab.txt"):
+            (alone / name).write_bytes((optimized / name).read_bytes())
+        assert self.command_line(clip, "-p", alone, "-q", "int8") == expected
+        listed = read_manifest(optimized)[FILES]
+        assert {*names, "nemo128.onnx"} <= listed.keys()
+        for graph in ONNX_ASR.graphs:
+            assert (optimized / graph.data_file).samefile(optimized / f"{graph.name}.int8.onnx.data")
+        assert (optimized / "nemo128.onnx").read_bytes() == (exported / "nemo128.onnx").read_bytes()
+        assert json.loads((exported / "config.json").read_text())["features_size"] == 128

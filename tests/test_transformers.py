@@ -1,0 +1,509 @@
+"""Checkpoints in the format of transformers: the same graphs, transformers as the reference, hostile files.
+
+They are written by transformers' own `save_pretrained` (benchmarks/transformers_checkpoint.py), and read by
+transformers' own `from_pretrained` where a transcript is compared.
+"""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import export_parakeet_to_onnx
+import export_tokenizer
+import test_real_speech
+from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.transformers_checkpoint import convert, save_processor
+from common.checkpoint import NEMO, TRANSFORMERS, format_of
+from common.checkpoint.download import find_checkpoint
+from common.checkpoint.spec import ModelSpec
+from common.checkpoint.tokenizer import parse_model, tokenizer_config, tokenizer_json, vocab_text
+from common.checkpoint.tokenizer_json import sentencepiece_model
+from common.contract import GRAPH_FILES, GRAPHS, TOKENIZER_FILES
+from common.export.options import ExportOptions
+from common.export.parity import ParityError
+from common.export.pipeline import export_graphs, verify_graphs
+from common.folder.manifest import read_manifest
+from common.layouts.genai import GENAI
+from common.report.card import model_card
+from common.run.genai import GenAI
+from common.run.transformers import Transformers
+from tests.helpers import CLIPS, ROOT, SMALL, TINY, rejected, trained
+
+WITHOUT_NEMO = """
+import sys
+import {script}
+status = {script}.main(sys.argv[1:])
+loaded = [name for name in sys.modules if name.split(".")[0] == "nemo"]
+sys.exit(status or (f"imported {{loaded[:3]}}" if loaded else 0))
+"""
+
+
+@pytest.fixture(scope="module")
+def converted_export(tiny_transformers, tmp_path_factory) -> Path:
+    """It exported, by scripts that never import NeMo."""
+    folder = tmp_path_factory.mktemp("exported") / "onnx_models"
+    for script in ("export_parakeet_to_onnx", "export_tokenizer"):
+        command = [sys.executable, "-c", WITHOUT_NEMO.format(script=script), "--model_name", str(tiny_transformers)]
+        command += ["--output_dir", str(folder)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_transformers(tiny_transformers):
+    """The checkpoint in transformers, by its own loaders: the processor and the model."""
+    from transformers import ParakeetForTDT, ParakeetProcessor
+
+    return ParakeetProcessor.from_pretrained(tiny_transformers), ParakeetForTDT.from_pretrained(
+        tiny_transformers
+    ).eval()
+
+
+def test_the_bundled_checkpoint_has_the_same_graphs_and_tokenizer_in_both_formats(converted_export, tiny_export):
+    for name in (*GRAPH_FILES, *TOKENIZER_FILES, "genai_config.json", "audio_processor_config.json"):
+        assert (converted_export / name).read_bytes() == (tiny_export / name).read_bytes(), name
+
+
+def test_the_manifest_and_the_card_name_the_format_and_the_library(converted_export):
+    manifest = read_manifest(converted_export)
+    assert manifest["export"]["source"]["format"] == manifest["tokenizer"]["source"]["format"] == "transformers"
+    assert manifest["export"]["parity"].keys() == {graph.file for graph in GRAPHS}
+    card = model_card(manifest, GENAI)
+    assert "Largest difference from transformers's own modules" in card
+    assert "NeMo" not in card
+
+
+RANDOM = {
+    "80 mels, biases, xscaling, durations 0-1-2-4-8, one LSTM layer": {
+        "mels": 80,
+        "durations": [0, 1, 2, 4, 8],
+        "predictor": 48,
+        "predictor_layers": 1,
+        "pieces": 64,
+        "encoder": {**SMALL, "d_model": 96, "use_bias": True, "xscaling": True, "conv_kernel_size": 15},
+    },
+    "4× subsampling, three LSTM layers": {
+        "predictor": 32,
+        "predictor_layers": 3,
+        "pieces": 40,
+        "encoder": {**SMALL, "d_model": 64, "subsampling_factor": 4},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("topology", RANDOM.values(), ids=RANDOM)
+def test_random_checkpoints_have_the_same_graphs_in_both_formats(topology, tmp_path):
+    """And they equal transformers' own modules within the tolerance."""
+    source = tmp_path / "model.nemo"
+    write_checkpoint(source, topology)
+    folder = convert(source, tmp_path / "converted")
+    options, specs, reports = ExportOptions(runtime="genai"), [], []
+    for checkpoint, target, known in ((source, tmp_path / "a", NEMO), (folder, tmp_path / "b", TRANSFORMERS)):
+        target.mkdir()
+        assert format_of(checkpoint) is known
+        model = known.load_model(checkpoint)
+        specs.append(ModelSpec.of(model))
+        references = export_graphs(model, target, options)
+    assert specs[0] == specs[1]
+    for name in GRAPH_FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    verify_graphs(tmp_path / "b", references, lambda *fields: reports.append(" ".join(fields)))
+    assert all("largest difference from transformers" in line for line in reports)
+
+
+def test_a_graph_that_differs_from_transformers_is_an_error(tiny_transformers, tmp_path):
+    import torch
+
+    model = TRANSFORMERS.load_model(tiny_transformers)
+    references = export_graphs(model, tmp_path, ExportOptions(runtime="genai", skip_verify=True))
+    from common.export.parity import VERIFICATIONS
+    from common.export.wrappers import WRAPPERS
+
+    with torch.no_grad():
+        model.network.joint.head.bias[5] += 0.01
+    references = {
+        graph: VERIFICATIONS[graph].cases(module, WRAPPERS[graph](module).example_inputs)
+        for graph, module in ((GRAPHS[2], model.joint),)
+    }
+    with pytest.raises(ParityError, match=r"joint.onnx differs from transformers by 1.0e-02 absolute"):
+        verify_graphs(tmp_path, references, lambda *fields: None)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_checkpoints_in_half_precision_are_widened(dtype, tiny_transformers, tmp_path):
+    import torch
+
+    half = TRANSFORMERS.load_model(convert(TINY, tmp_path / dtype, dtype)).network.state_dict()
+    whole = TRANSFORMERS.load_model(tiny_transformers).network.state_dict()
+    assert half.keys() == whole.keys()
+    for name, tensor in whole.items():
+        rounded = tensor.to(getattr(torch, dtype)).float() if tensor.is_floating_point() else tensor
+        assert half[name].dtype == tensor.dtype
+        assert torch.equal(half[name], rounded), name
+
+
+def test_transcripts_are_those_of_generate(converted_export, of_transformers):
+    """Through transformers' own processor, on every bundled clip: tokens and text of GenAI on the exported folder."""
+    import torch
+
+    processor, model = of_transformers
+    genai = GenAI(converted_export)
+    for clip in CLIPS:
+        samples = genai.config.read_audio(clip)
+        inputs = processor(samples, sampling_rate=16000)
+        with torch.inference_mode():
+            made = model.generate(**inputs)
+        expected = [token for token in made.sequences[0].tolist() if token != model.config.blank_token_id]
+        tokens = genai.transcribe(samples)
+        assert tokens == expected, clip
+        assert genai.text(tokens) == processor.decode(made.sequences, skip_special_tokens=True)[0].strip(), clip
+
+
+def test_the_prediction_network_is_that_of_the_whole_decoder(tiny_transformers):
+    """Its steps, chained, and the projection: what transformers' decoder makes of the whole sequence."""
+    import torch
+
+    model = TRANSFORMERS.load_model(tiny_transformers)
+    tokens = torch.tensor([[8192, 300, 17, 8000, 300, 42]])
+    state, steps = None, []
+    with torch.inference_mode():
+        for place in range(tokens.size(1)):
+            output, state = model.decoder.predict(tokens[:, place : place + 1] if place else None, state)
+            steps.append(model.joint.project_prednet(output))
+        expected = model.network.decoder(tokens)
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected)
+
+
+def test_transformers_is_the_reference_row(tiny_transformers, converted_export, capsys):
+    clips = list(map(str, CLIPS[:2]))
+    argv = ["--model_dir", str(converted_export), "--timestamps", "--audio", *clips]
+    assert test_real_speech.main(argv) == 0
+    output = capsys.readouterr().out
+    assert "float32 ONNX equals transformers token for token on 2 of 2 clips of one window" in output
+    assert "of the transcripts with transformers's tokens 4 are transformers's own text letter for letter" in output
+    assert "clips left out: 2 to whose words transformers gives no times" in output
+    assert "NeMo" not in output
+    rows = [line.split()[0] for line in output.splitlines() if line.startswith("  ")]
+    assert rows.count("transformers") == 2
+    reference = Transformers(TRANSFORMERS.load_model(tiny_transformers))
+    features = reference.features(GenAI(converted_export).config.read_audio(CLIPS[0]))
+    made, traced = reference.transcribe(features), reference.trace(features)
+    assert made.tokens
+    assert (made.tokens, made.frames) == (traced.tokens, traced.frames)
+
+
+def test_which_of_two_forms_is_taken(tiny_transformers, tmp_path, capsys):
+    both = tmp_path / "both"
+    shutil.copytree(tiny_transformers, both)
+    shutil.copy(TINY, both / "model.nemo")
+    assert find_checkpoint(str(both)) == find_checkpoint(str(both), None, "nemo") == both / "model.nemo"
+    assert find_checkpoint(str(both), None, "transformers") == both
+    assert find_checkpoint(str(tiny_transformers)) == tiny_transformers
+    argv = ["--output_dir", tmp_path / "out", "--model_name"]
+    error = rejected(capsys, export_tokenizer, *argv, tiny_transformers, "--checkpoint_format", "nemo")
+    assert "expected a checkpoint of --checkpoint_format nemo, found none at" in error
+    error = rejected(capsys, export_tokenizer, *argv, TINY, "--checkpoint_format", "transformers")
+    assert "expected a checkpoint of --checkpoint_format transformers" in error
+    assert "invalid choice" in rejected(capsys, export_tokenizer, *argv, TINY, "--checkpoint_format", "onnx")
+
+
+# ---- tokenizers
+
+
+def files_of(model: bytes) -> tuple:
+    proto = parse_model(model)
+    return tokenizer_json(proto), tokenizer_config(proto), vocab_text(proto)
+
+
+@pytest.mark.parametrize("recipe", ["bpe", "bpe bytes", "bpe nemo", "unigram", "unigram nemo"])
+def test_a_tokenizer_json_gives_the_files_of_its_sentencepiece_model(recipe, tmp_path):
+    """As transformers converts it: a BPE model as Parakeet's, a Unigram one as others'."""
+    from tokenizers import AddedToken
+    from transformers.convert_slow_tokenizer import SpmConverter
+
+    proto = parse_model(trained(recipe))
+    proto.normalizer_spec.remove_extra_whitespaces = False  # as NeMo trains, which tokenizer.json does not say
+    model = proto.SerializeToString()
+    if "unigram" in recipe:
+        (tmp_path / "tokenizer.model").write_bytes(model)
+        converted = SpmConverter(SimpleNamespace(vocab_file=str(tmp_path / "tokenizer.model"))).converted()
+        converted.add_special_tokens([AddedToken("<blank>", normalized=False, special=True)])
+        converted.save(str(tmp_path / "tokenizer.json"))
+    else:
+        features = {"sample_rate": 16000, "features": 80, "window_stride": 0.01, "window_size": 0.025, "n_fft": 512}
+        save_processor(features, model, tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    found = sentencepiece_model(content, len(proto.pieces))
+    assert files_of(found) == files_of(model)
+
+
+def test_sentencepiece_beside_the_weights_is_read(tiny_transformers, tmp_path):
+    folder = tmp_path / "spm"
+    shutil.copytree(tiny_transformers, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(NEMO.read_tokenizer(TINY))
+    assert TRANSFORMERS.read_tokenizer(folder) == NEMO.read_tokenizer(TINY)
+    assert files_of(TRANSFORMERS.read_tokenizer(tiny_transformers)) == files_of(NEMO.read_tokenizer(TINY))
+
+
+# ---- hostile and damaged folders
+
+CASES = {}
+
+
+def case(*expected: str):
+    def register(change):
+        CASES[change.__name__.replace("_", " ")] = change, expected
+        return change
+
+    return register
+
+
+def edit(path: Path, change) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def edit_header(path: Path, change) -> None:
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+def edit_tensors(folder: Path, change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+NAME = "encoder.layers.0.conv.depthwise_conv.weight"
+
+
+@case("not a safetensors file")
+def offsets_that_overlap(folder):
+    def overlap(header):
+        names = [name for name in header if name != "__metadata__"]
+        header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
+
+    edit_header(folder / "model.safetensors", overlap)
+
+
+@case("not a safetensors file")
+def offsets_beyond_the_file(folder):
+    edit_header(folder / "model.safetensors", lambda header: header[NAME].update(data_offsets=[0, 2**40]))
+
+
+@case("not a safetensors file")
+def an_absurd_shape(folder):
+    edit_header(folder / "model.safetensors", lambda header: header[NAME].update(shape=[2**62, 2**62]))
+
+
+@case("not a safetensors file")
+def a_header_of_an_exabyte(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + data[8:])
+
+
+@case("not a safetensors file")
+def half_of_the_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@case("not a safetensors file")
+def a_pickle_under_that_name(folder):
+    import torch
+
+    torch.save({NAME: torch.zeros(3)}, folder / "model.safetensors")
+
+
+@case("as the type of", "got I32")
+def a_type_that_is_no_float(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({NAME: tensors[NAME].int()}))
+
+
+@case("of shape (128, 1, 9) by config.json, got (64, 2, 9)")
+def a_tensor_of_another_shape(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({NAME: tensors[NAME].reshape(64, 2, 9)}))
+
+
+@case("lacks " + NAME, "does not fit config.json")
+def a_tensor_missing(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop(NAME))
+
+
+@case("holds, beside those of its config, extra and 1 more tensors")
+def tensors_too_many(folder):
+    import torch
+
+    edit_tensors(folder, lambda tensors: tensors.update(extra=torch.zeros(2), more=torch.zeros(2)))
+
+
+@case("values that are not finite")
+def a_weight_that_is_no_number(folder):
+    edit_tensors(folder, lambda tensors: tensors[NAME].fill_(float("nan")))
+
+
+@case("got an index of shards")
+def shards(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+@case("got a pickle, which may run code")
+def a_pickle_alone(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@case("code of its own (auto_map)")
+def code_in_the_config(folder):
+    (folder / "model.py").write_text(f"open({str(folder.parent / 'canary')!r}, 'w')")
+    edit(folder / "config.json", lambda config: config.update(auto_map={"AutoModel": "model.ParakeetForTDT"}))
+
+
+@case("code of its own (auto_map)")
+def code_in_the_processor(folder):
+    edit(
+        folder / "processor_config.json",
+        lambda config: config["feature_extractor"].update(auto_map={"AutoFeatureExtractor": "model.X"}),
+    )
+
+
+@case("a link to a place outside")
+def a_link_out_of_the_folder(folder):
+    shutil.move(folder / "model.safetensors", folder.parent / "elsewhere")
+    (folder / "model.safetensors").symlink_to(folder.parent / "elsewhere")
+
+
+@case("a link to a place outside")
+def a_link_to_a_link_out_of_the_folder(folder):
+    shutil.move(folder / "config.json", folder.parent / "elsewhere")
+    (folder / "inner").symlink_to(Path("..", "elsewhere"))
+    (folder / "config.json").symlink_to("inner")
+
+
+@case("expected tokenizer.json or tokenizer.model")
+def a_pipe_as_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
+
+
+@case("config.json is damaged or not JSON")
+def a_config_of_brackets(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+@case("expected a mapping in")
+def a_config_that_is_a_list(folder):
+    (folder / "config.json").write_text("[1, 2]")
+
+
+@case("expected at most 1000000 bytes of")
+def a_config_of_megabytes(folder):
+    edit(folder / "config.json", lambda config: config.update(padding="x" * 2_000_000))
+
+
+@case("not a TDT model", "ParakeetForCTC")
+def another_family(folder):
+    edit(folder / "config.json", lambda config: config.update(architectures=["ParakeetForCTC"]))
+
+
+@case("got quantized ones")
+def quantized_weights(folder):
+    edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"}))
+
+
+@case("att_context_size", "not supported")
+def an_encoder_for_streaming(folder):
+    edit(folder / "config.json", lambda config: config["encoder_config"].update(att_context_size=[70, 13]))
+
+
+@case("expected at most 1000 as num_hidden_layers")
+def a_million_layers(folder):
+    edit(folder / "config.json", lambda config: config["encoder_config"].update(num_hidden_layers=10**6))
+
+
+@case("cannot be built")
+def a_width_that_is_a_word(folder):
+    edit(folder / "config.json", lambda config: config["encoder_config"].update(hidden_size="wide"))
+
+
+@case("expected blank_token_id to be 8192, got 5")
+def a_blank_in_the_vocabulary(folder):
+    edit(folder / "config.json", lambda config: config.update(blank_token_id=5))
+
+
+@case("hidden_act", "not supported")
+def an_activation_of_its_own(folder):
+    edit(folder / "config.json", lambda config: config["encoder_config"].update(hidden_act="xielu"))
+
+
+@case("feature_size of the feature extractor")
+def features_of_another_size(folder):
+    edit(folder / "processor_config.json", lambda config: config["feature_extractor"].update(feature_size=80))
+
+
+@case("do_normalize false")
+def features_that_are_not_normalised(folder):
+    edit(folder / "processor_config.json", lambda config: config["feature_extractor"].update(do_normalize=False))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_no_one_should_load_is_rejected_in_one_line(name, tiny_transformers, tmp_path, capsys):
+    change, expected = CASES[name]
+    folder = tmp_path / "in"
+    shutil.copytree(tiny_transformers, folder)
+    change(folder)
+    before = sorted(tmp_path.rglob("*"))
+    error = rejected(capsys, export_parakeet_to_onnx, "--model_name", folder, "--output_dir", tmp_path / "out")
+    assert all(part in error for part in expected), error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+TOKENIZERS = {
+    "a token missing": (lambda content: content["model"]["vocab"].pop("e"), "expected the tokens 0 to 8192"),
+    "another kind": (lambda content: content["model"].update(type="WordPiece"), "expected a tokenizer of type BPE"),
+    "byte-level": (
+        lambda content: content.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False}),
+        "expected a Metaspace pre-tokenizer",
+    ),
+    "another text": (lambda content: content["decoder"].update(replacement="e"), "got one that decodes"),
+    "a broken map": (
+        lambda content: content["normalizer"]["normalizers"][0].update(precompiled_charsmap="%%%"),
+        "converted from SentencePiece",
+    ),
+    "no model": (lambda content: content.pop("model"), "converted from SentencePiece"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers_that_cannot_be_used(name, tiny_transformers, tmp_path, capsys):
+    change, expected = TOKENIZERS[name]
+    folder = tmp_path / "in"
+    shutil.copytree(tiny_transformers, folder)
+    edit(folder / "tokenizer.json", change)
+    error = rejected(capsys, export_tokenizer, "--model_name", folder, "--output_dir", tmp_path / "out")
+    assert expected in error, error
+
+
+def test_features_are_those_of_transformers(tiny_transformers, of_transformers):
+    samples = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
+    expected = of_transformers[0](samples, sampling_rate=16000)
+    features = Transformers(TRANSFORMERS.load_model(tiny_transformers)).features(samples)
+    valid = int(expected["attention_mask"].sum())
+    np.testing.assert_array_equal(features, expected["input_features"][0, :valid].T.numpy())
