@@ -13,6 +13,7 @@ import test_real_speech
 from common.evaluate.wer import WordErrorRate, word_error_rate
 from common.run.audio import check_audio, load_clip
 from common.run.clips import Clip, read_clips, shared_clips
+from common.run.config import RuntimeConfig
 from tests.helpers import SAMPLES, rejected
 
 CLIPS = sorted((SAMPLES / "clips").glob("*.flac"))[:3]
@@ -123,6 +124,23 @@ class TestManifests:
         assert (first.path, first.text, first.offset, first.duration) == (tmp_path / "a.flac", "Ça va", 0, None)
         assert (second.offset, second.duration) == (1, 2.5)
         assert first.line == f"{path}:1"
+
+    def test_a_duration_without_an_offset_describes_the_whole_file(self, tiny_export, tmp_path, capsys):
+        """Manifests of corpora have a duration in each line, and not always that of the file."""
+        length = soundfile.info(CLIPS[0]).duration
+        row = {"audio_filepath": str(CLIPS[0])}
+        rows = [
+            {**row, "duration": length + 0.7},
+            {**row, "duration": length - 0.7},
+            {**row, "duration": length + 0.01},
+        ]
+        clips = read_clips(manifest_of(tmp_path / "m.jsonl", *rows, {**row, "offset": 0, "duration": length - 0.7}))
+        config = RuntimeConfig.read(tiny_export)
+        assert config.check_clips(clips) == pytest.approx(4 * length - 0.7, abs=0.001)
+        warning = capsys.readouterr().err
+        assert warning.startswith(f"warning: {tmp_path / 'm.jsonl'}:1 and 1 other lines give a duration")
+        whole = config.read_audio(CLIPS[0])
+        assert [len(whole) - len(config.read_clip(clip)) for clip in clips] == [0, 0, 0, pytest.approx(11_200, abs=160)]
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -240,7 +258,7 @@ def test_shared_clips_are_those_of_one_file_whose_segments_overlap(tmp_path):
 
 def test_a_manifest_that_calibrates_and_judges_is_warned_of(tiny_export, tmp_path, capsys):
     manifest = SAMPLES / "manifest.jsonl"
-    both = ("--calibration_manifest", manifest, "--eval_manifest", manifest, "--quant_method", "int8")
+    both = ("--calibration_manifest", manifest, "--eval_manifest", manifest, "--quant_method", "int8", "--reduce_range")
     argv = ("--model_dir", tiny_export, "--output_dir", tmp_path / "out", *both)
     assert optimize_encoder.main([*map(str, argv)]) == 0
     error = capsys.readouterr().err

@@ -282,7 +282,6 @@ GENAI_PROGRAM = """
 import json, sys
 from pathlib import Path
 from common.run.genai import GenAI
-from common.run.audio import load_audio
 
 folder, *clips = sys.argv[1:]
 genai = GenAI(Path(folder))

@@ -20,7 +20,8 @@ from common.folder.manifest import FILES, read_manifest
 from common.layouts.layout import FEATURES_TOLERANCE, check_feature_graphs
 from common.layouts.log_mel import log_mel_graph
 from common.layouts.onnx_asr import ONNX_ASR
-from common.run.audio import load_audio
+from common.run.audio import load_clip
+from common.run.clips import Clip
 from common.run.nemo import Nemo
 from common.run.reference import features_of
 from tests.helpers import CLIPS, REDUCED, SAMPLES, TINY
@@ -59,7 +60,7 @@ def test_the_graph_computes_nemos_features(numbers, spec):
         dither=1e-5,
         pad_to=0,
     ).eval()
-    clips = [load_audio(clip, 16000, 0) for clip in CLIPS[:3]]
+    clips = [load_clip(Clip(clip), 16000, 0) for clip in CLIPS[:3]]
     clips += [
         np.zeros(16000, np.float32),
         np.concatenate([clips[0][:24000], np.zeros(8000, np.float32)]),
@@ -110,7 +111,7 @@ class TestOnnxAsr:
         samples, rate = soundfile.read(SAMPLES / "jfk.wav")
         soundfile.write(clip, samples, rate, subtype="PCM_16")
         nemo = Nemo(tiny_model)
-        expected = nemo.transcribe(nemo.features(load_audio(clip, 16000, 0))).text.strip()
+        expected = nemo.transcribe(nemo.features(load_clip(Clip(clip), 16000, 0))).text.strip()
         assert self.command_line(clip, "-p", exported) == expected
         optimized = tmp_path / "int8"
         argv = ["--model_dir", str(exported), "--output_dir", str(optimized), "--quant_method", "int8", *REDUCED]

@@ -26,7 +26,7 @@ BLOCK_VALUES = 2**20  # samples times channels decoded at a time, 4 MB
 # Subtypes in which libsndfile seeks to the exact sample; FLAC's is PCM. After a seek in the others the decoder lacks
 # what went before: samples of Opus are up to 0.002 off, those of MP3 audibly.
 SEEKABLE = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
-# Manifests round durations: a segment that ends this close to the end of the file ends there.
+# Manifests round durations: what ends this close to the end of the file ends there.
 SEGMENT_TOLERANCE = 0.05  # seconds
 # The smallest share of the channels' energy that their average may have. It is 1/channels for unrelated channels, and
 # near 0 where one channel is the other with its sign inverted.

@@ -1,7 +1,8 @@
 """The clips of a NeMo manifest, a file of JSON lines.
 
 Each line has `audio_filepath`, relative to the manifest, and may have `text`, `lang`, and a segment of the file as
-`offset` and `duration` in seconds.
+`offset` and `duration` in seconds. Without an `offset` it is the whole file, which `duration` then describes: tools
+that write manifests round it, or take it from the audio before it was cut or resampled.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ class Clip:
     lang: str | None = None  # the language, as the manifest names it
     offset: float = 0.0  # seconds; where the clip begins in the file
     duration: float | None = None  # seconds; None: to the end of the file
+    stated_length: float | None = None  # seconds; what the manifest says of a whole file
     line: str | None = None  # manifest:number, for messages
 
     @property
@@ -109,7 +111,10 @@ def _read_clip(line: str, folder: Path) -> Clip:
     offset, duration = (_seconds(row, key) for key in ("offset", "duration"))
     if duration == 0:
         raise ValueError("expected a duration of more than 0 s, got 0")
-    return Clip(folder / row["audio_filepath"], row.get("text"), row.get("lang"), offset or 0.0, duration)
+    path = folder / row["audio_filepath"]
+    if offset is None:
+        return Clip(path, row.get("text"), row.get("lang"), stated_length=duration)
+    return Clip(path, row.get("text"), row.get("lang"), offset, duration)
 
 
 def _seconds(row: dict[str, Any], key: str) -> float | None:

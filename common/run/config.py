@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import EXPORT_COMMAND
+from common.cli import EXPORT_COMMAND, warn
 from common.contract import GENAI_CONFIG
 from common.folder.outputs import read_json
-from common.run.audio import check_audio, load_clip
+from common.run.audio import SEGMENT_TOLERANCE, check_audio, load_clip
 from common.run.clips import Clip
 
 # NeMo's features need two frames for a standard deviation.
@@ -92,13 +92,22 @@ class RuntimeConfig:
         """Seconds of all clips by the headers of their files.
 
         Raises before the work, as check_audio does, for a clip that is missing, too short or outside of its file; the
-        message names its line of the manifest.
+        message names its line of the manifest. Warns of whole files that are not as long as the manifest says.
         """
-        seconds = 0.0
+        total = 0.0
+        others: list[Clip] = []
         for clip in clips:
             with clip.located():
-                seconds += check_audio(clip, self.sample_rate, self.min_samples)
-        return seconds
+                seconds = check_audio(clip, self.sample_rate, self.min_samples)
+            total += seconds
+            if clip.stated_length is not None and abs(clip.stated_length - seconds) > SEGMENT_TOLERANCE:
+                others.append(clip)
+        if others:
+            warn(
+                f"{others[0].line} and {len(others) - 1} other lines give a duration that is not the file's, and no "
+                "offset; the whole files are taken. To cut the files, add an offset of 0 to the lines"
+            )
+        return total
 
     def read_audio(self, path: Path) -> np.ndarray:
         """The samples of a whole file, as read_clip returns them."""
