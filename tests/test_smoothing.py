@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -156,6 +157,34 @@ def test_a_normalization_that_also_goes_elsewhere_is_left_alone(elsewhere):
         assert normalized_inputs(model, [weight]) == {}
         with pytest.raises(ValueError, match="expected a normalization before"):
             fold(model, {weight: np.ones((K, 1), np.float32)})
+
+
+def test_normalizations_with_the_same_numbers_get_their_own():
+    """The exporter stores equal scales once, and each normalization has factors of its own."""
+    K, draw = 64, np.random.default_rng(4)
+    weights = [f"layers.{i}.feed_forward1.expand.weight" for i in range(2)]
+    arrays = {"g": draw.uniform(0.5, 9, K), "b": draw.standard_normal(K)}
+    arrays |= {name: draw.standard_normal((K, K)) * draw.uniform(0.1, 3, (K, 1)) for name in weights}
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "g", "b"], ["n"]),
+        helper.make_node("MatMul", ["n", weights[0]], ["h"]),
+        helper.make_node("LayerNormalization", ["h", "g", "b"], ["m"]),
+        helper.make_node("MatMul", ["m", weights[1]], ["y"]),
+    ]
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, ["R", K])] for name in "xy"]
+    constants = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "norms", *ends, constants)
+    exported = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = ir.from_proto(exported)
+    factors = factors_without_speech(model, weights)
+    assert not np.allclose(factors[weights[0]], factors[weights[1]], rtol=0.01)
+    fold(model, factors)
+    x = draw.standard_normal((7, K)).astype(np.float32)
+    wanted, found = (
+        ort.InferenceSession(proto.SerializeToString()).run(None, {"x": x})[0]
+        for proto in (exported, ir.to_proto(model))
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
 @pytest.mark.slow
