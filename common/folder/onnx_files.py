@@ -24,7 +24,14 @@ EXTERNAL_DATA_ALIGNED_FROM = 2**20  # bytes; onnx_ir's default
 
 
 def save_model(model: ir.Model, path: Path) -> None:
-    """Write a model as `path` and `path`.data, large tensors at offsets that every system can map."""
+    """Write a model as `path` and `path`.data, large tensors at offsets that every system can map.
+
+    The largest come first: sizes of large ones are mostly multiples of the alignment, so there is next to no padding
+    between them, where 5 MB were between those of a 4-bit encoder of 0.6B.
+    """
+    initializers = model.graph.initializers
+    for name in sorted(initializers, key=lambda name: -tensor_bytes(initializers[name])):
+        initializers[name] = initializers.pop(name)
     ir.save(
         model,
         path,
@@ -34,10 +41,15 @@ def save_model(model: ir.Model, path: Path) -> None:
     )
 
 
+def tensor_bytes(value: ir.Value) -> int:
+    """Bytes of an initializer's tensor."""
+    return 0 if value.const_value is None else value.const_value.nbytes
+
+
 def data_bytes(sizes: Iterable[int]) -> int:
-    """Bytes of the data file that save_model writes for tensors of these sizes, in this order."""
+    """Bytes of the data file that save_model writes for tensors of these sizes."""
     offset = 0
-    for size in sizes:
+    for size in sorted(sizes, reverse=True):
         if size > EXTERNAL_DATA_ALIGNED_FROM:
             offset += -offset % EXTERNAL_DATA_ALIGNMENT  # up to the next boundary
         offset += size
