@@ -1,5 +1,7 @@
-"""How sure a decoding is of its tokens, by measures of NeMo's (asr/parts/utils/asr_confidence_utils.py 3.0.0), from the log
-probabilities of a step, over the tokens with the blank or over the durations."""
+"""How sure a decoding is of its tokens, by measures of NeMo's (asr/parts/utils/asr_confidence_utils.py 3.0.0).
+
+They are computed from the log probabilities of a step, over the tokens with the blank or over the durations.
+"""
 
 import math
 from dataclasses import dataclass
