@@ -9,7 +9,7 @@
     export       NeMo's modules → ONNX graphs, verified against NeMo; float16
     layouts      model folders of each runtime
     quantize     4-bit and 8-bit weights of the encoder, calibration, fidelity
-    evaluate     word error rates, differences with their reasons, timestamps, subtitles
+    evaluate     word error rates, differences with their reasons, timestamps, subtitles, stress
     report       the report of an optimization, the model card
 
 Importing the package checks that this Python is new enough, and has a missing package reported in one line: the scripts

@@ -10,7 +10,10 @@ import pytest
 import test_real_speech
 from common.evaluate.subtitles import LINE_CHARACTERS, MAX_CUE_SECONDS, cues, srt, vtt
 from common.evaluate.timestamps import Pieces, TimedWord, furthest_apart, timed_words
+from common.run.audio import load_clip
 from common.run.baseline import RawOrt
+from common.run.clips import Clip
+from common.run.confidence import confidence_of, log_softmax
 from common.run.decode import NEMO_RULE, Step
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
@@ -195,13 +198,65 @@ def test_script_writes_words_and_subtitles(tiny_export, tmp_path, capsys):
     )
     found = json.loads(results.read_text())["clips"][0]["engines"]
     words = found["ONNX Runtime onnx_models"]["words"]
-    assert words == found["NeMo"]["words"]
+    times = [{key: word[key] for key in ("text", "start", "end")} for word in words]
+    assert times == found["NeMo"]["words"]
+    assert all(0 < word["max_prob"] <= 1 and 0 < word["entropy"] <= 1 for word in words)
     assert found["GenAI onnx_models"]["words"] is None
     assert [word["text"] for word in words] == ROWS[0]["text"].split()
-    assert re.findall(r"^ +([\d.]+) +([\d.]+)  (\S+)$", output, re.M) == [
-        (f"{word['start']:.2f}", f"{word['end']:.2f}", word["text"]) for word in words
+    assert re.findall(r"^ +([\d.]+) +([\d.]+) +(\d+) %  (\S+)$", output, re.M) == [
+        (f"{word['start']:.2f}", f"{word['end']:.2f}", f"{100 * word['max_prob']:.0f}", word["text"]) for word in words
     ]
     assert " ".join(target.read_text().split("\n")[2:]).split() == ROWS[0]["text"].split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("field", "method"),
+    [
+        ("max_prob", {"name": "max_prob", "alpha": 1.0}),
+        ("entropy", {"name": "entropy"}),  # the rest is NeMo's default
+    ],
+)
+def test_confidences_are_nemos_own(field, method, tiny_model, tiny_export):
+    """Of each token and of each word, on every clip that has the same tokens."""
+    import torch
+    from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecoding
+    from omegaconf import OmegaConf
+
+    config = tiny_model.cfg.decoding.copy()
+    config.strategy = "greedy_batch"
+    confidence = {"preserve_word_confidence": True, "method_cfg": method}
+    OmegaConf.update(config, "confidence_cfg", confidence, force_add=True)
+    decoding = RNNTBPEDecoding(config, tiny_model.decoder, tiny_model.joint, tiny_model.tokenizer)
+    nemo, raw, pieces = Nemo(tiny_model), RawOrt(tiny_export), Pieces.read(tiny_export)
+    compared = 0
+    for path in CLIPS:
+        features = nemo.features(load_clip(Clip(path), 16000, 1))
+        with torch.inference_mode():
+            encoded = tiny_model.encoder(
+                audio_signal=torch.from_numpy(features)[None], length=torch.tensor([features.shape[1]])
+            )
+            expected = decoding.rnnt_decoder_predictions_tensor(*encoded, return_hypotheses=True)[0]
+        found = raw.transcribe(features, NEMO_RULE)
+        if found.tokens != [int(token) for token in expected.y_sequence]:
+            continue
+        tokens = [getattr(step.confidence, field) for step in found.emitted]
+        np.testing.assert_allclose(tokens, expected.token_confidence, atol=1e-3)
+        words = [getattr(word.confidence, field) for word in timed_words(found.emitted, pieces)]
+        np.testing.assert_allclose(words, expected.word_confidence, atol=1e-3)
+        compared += len(words)
+    assert compared > 40
+
+
+def test_log_probabilities_sum_to_one():
+    log_probs = log_softmax(np.array([1000.0, 1000.0, -1000.0], np.float32))
+    np.testing.assert_allclose(np.exp(log_probs), [0.5, 0.5, 0], atol=1e-12)
+    even = confidence_of(log_softmax(np.zeros(8)))
+    assert even.max_prob == pytest.approx(0)
+    assert even.entropy == pytest.approx(0)
+    certain = confidence_of(log_softmax(np.array([0.0] * 7 + [500])))
+    assert certain.max_prob == pytest.approx(1)
+    assert certain.entropy == pytest.approx(1)
 
 
 def test_script_notices_times_that_are_not_nemos(tiny_export, capsys, monkeypatch):

@@ -153,9 +153,10 @@ def clip_notes(clip: ComparedClip, rules: Sequence[TextRule], window_seconds: fl
 
 
 def print_words(words: Iterable[TimedWord], frame_seconds: float) -> None:
-    """A line for each word: start and end in seconds."""
+    """A line for each word: start and end in seconds, and its probability (`max_prob` of Confidence) in per cent."""
     for word in words:
-        print(f"  {word.start * frame_seconds:8.2f} {word.end * frame_seconds:8.2f}  {word.text}")
+        sure = f"{100 * word.confidence.max_prob:4.0f} %" if word.confidence else ""
+        print(f"  {word.start * frame_seconds:8.2f} {word.end * frame_seconds:8.2f} {sure}  {word.text}")
 
 
 def print_corpus(comparison: Comparison) -> None:

@@ -17,12 +17,13 @@ and special tokens are left out, as from every transcript here.
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.checkpoint.tokenizer import SPACE
 from common.cli import TOKENIZER_COMMAND
 from common.folder.outputs import read_json
+from common.run.confidence import Confidence
 from common.run.decode import Step
 
 # What NeMo takes for a special token, and not for a source of punctuation (extract_punctuation_from_vocab).
@@ -36,6 +37,7 @@ class TimedWord:
     text: str
     start: int
     end: int
+    confidence: Confidence | None = field(default=None, compare=False)  # where the engine gives it
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def timed_words(emitted: Sequence[Step], pieces: Pieces) -> list[TimedWord]:
     """The words of a clip whose decoding emitted these steps."""
     words: list[TimedWord] = []
     tokens: list[int] = []  # of the word that is being built
+    confidences: list[Confidence] = []  # of these tokens
     start = end = 0
     for step in emitted:
         if step.token in pieces.special:
@@ -82,16 +85,25 @@ def timed_words(emitted: Sequence[Step], pieces: Pieces) -> list[TimedWord]:
         name = pieces.names[step.token]
         is_mark = name.lstrip(SPACE) in pieces.marks
         if tokens and SPACE in name and not is_mark:
-            words.append(TimedWord(pieces.spell(tokens), start, end))
-            tokens = []
+            words.append(TimedWord(pieces.spell(tokens), start, end, _least(confidences)))
+            tokens, confidences = [], []
         if not tokens:
             start = step.frame
         if not (is_mark and (words or tokens)):
             end = step.frame + step.duration
         tokens.append(step.token)
+        if step.confidence:
+            confidences.append(step.confidence)
     if tokens:
-        words.append(TimedWord(pieces.spell(tokens), start, end))
+        words.append(TimedWord(pieces.spell(tokens), start, end, _least(confidences)))
     return words
+
+
+def _least(tokens: Sequence[Confidence]) -> Confidence | None:
+    """The confidence of a word by those of its tokens; None where they have none."""
+    if not tokens:
+        return None
+    return Confidence(min(each.max_prob for each in tokens), min(each.entropy for each in tokens))
 
 
 def furthest_apart(expected: Sequence[TimedWord], actual: Sequence[TimedWord]) -> float:

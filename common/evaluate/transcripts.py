@@ -187,7 +187,8 @@ class Comparison:
 
     def _word_json(self, word: TimedWord) -> dict[str, Any]:
         start, end = (round(frame * self.frame_seconds, 3) for frame in (word.start, word.end))
-        return {"text": word.text, "start": start, "end": end}
+        confidence = {} if word.confidence is None else asdict(word.confidence)
+        return {"text": word.text, "start": start, "end": end, **{name: round(x, 4) for name, x in confidence.items()}}
 
 
 def _error_rate(pairs: Sequence[tuple[str, str]]) -> WordErrorRate | None:

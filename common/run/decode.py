@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from common.run.confidence import Confidence, confidence_of, log_softmax
+
 
 class BlankZero(Enum):
     """What a loop does at a blank whose best duration is 0."""
@@ -84,6 +86,9 @@ class Step:
     duration: int  # frames to advance
     margin: float  # logits; the lead of token or duration over the second best, the smaller of the two
     blank_zero: bool  # whether it was a blank with duration 0, where the two loops differ
+    log_prob: float = 0.0  # of the token, natural logarithm
+    duration_log_prob: float = 0.0  # of the duration
+    confidence: Confidence | None = None  # of a token that is emitted
 
 
 @dataclass
@@ -142,7 +147,19 @@ def greedy_tdt_decode(
                 emitted[i] = token
                 symbols[i] += 1
             margin = min(token_margin, duration_margin)
-            hypotheses[i].steps.append(Step(frames[i], token, duration, margin, is_blank_zero))
+            log_probs, duration_log_probs = log_softmax(row[:num_tokens]), log_softmax(row[num_tokens:])
+            hypotheses[i].steps.append(
+                Step(
+                    frames[i],
+                    token,
+                    duration,
+                    margin,
+                    is_blank_zero,
+                    float(log_probs[token]),
+                    float(duration_log_probs[index]),
+                    None if is_blank else confidence_of(log_probs),
+                )
+            )
             if duration == 0 and symbols[i] == config.max_symbols:
                 duration = 1
             if duration > 0:

@@ -1,0 +1,35 @@
+"""How sure a decoding is of its tokens, by measures of NeMo's (asr/parts/utils/asr_confidence_utils.py 3.0.0).
+
+They are computed from the log probabilities of a step, over the tokens with the blank or over the durations.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+ALPHA = 0.33  # NeMo's default for its entropies
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """Of one token, in 0 … 1, or of a word, which is as sure as its least sure token (NeMo's aggregation `min`)."""
+
+    max_prob: float  # the token's probability, scaled so that a choice by chance has 0; `max_prob`, alpha 1
+    entropy: float  # 1 for a single possible token; NeMo's default, `entropy` of type `tsallis`, norm `exp`, alpha 0.33
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """logits [V] → log probabilities [V], float64"""
+    shifted = logits.astype(np.float64) - logits.max()
+    normal: np.ndarray = shifted - math.log(float(np.exp(shifted).sum()))
+    return normal
+
+
+def confidence_of(log_probs: np.ndarray) -> Confidence:
+    """Log probabilities [V] of one decision, whose largest is taken."""
+    size = len(log_probs)
+    probability = math.exp(float(log_probs.max()))
+    least = math.exp((1 - size ** (1 - ALPHA)) / (1 - ALPHA))  # where all are equally likely
+    entropy = (1 - float(np.exp(ALPHA * log_probs).sum())) / (1 - ALPHA)
+    return Confidence((probability * size - 1) / (size - 1), (math.exp(entropy) - least) / (1 - least))
