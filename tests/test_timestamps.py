@@ -250,7 +250,7 @@ def test_confidences_are_nemos_own(field, method, tiny_model, tiny_export):
 
 def test_log_probabilities_sum_to_one():
     log_probs = log_softmax(np.array([1000.0, 1000.0, -1000.0], np.float32))
-    np.testing.assert_allclose(np.exp(log_probs), [0.5, 0.5, 0], atol=1e-12)
+    np.testing.assert_allclose(np.exp(log_probs), [0.5, 0.5, 0], atol=1e-6)
     even = confidence_of(log_softmax(np.zeros(8)))
     assert even.max_prob == pytest.approx(0)
     assert even.entropy == pytest.approx(0)

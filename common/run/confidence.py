@@ -20,9 +20,9 @@ class Confidence:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """logits [V] → log probabilities [V], float64"""
-    shifted = logits.astype(np.float64) - logits.max()
-    normal: np.ndarray = shifted - math.log(float(np.exp(shifted).sum()))
+    """logits [V] → log probabilities [V], of the same type; float32, NeMo's, takes half of float64's time."""
+    shifted = logits - logits.max()
+    normal: np.ndarray = shifted - logits.dtype.type(math.log(np.exp(shifted).sum()))
     return normal
 
 
@@ -31,5 +31,5 @@ def confidence_of(log_probs: np.ndarray) -> Confidence:
     size = len(log_probs)
     probability = math.exp(float(log_probs.max()))
     least = math.exp((1 - size ** (1 - ALPHA)) / (1 - ALPHA))  # where all are equally likely
-    entropy = (1 - float(np.exp(ALPHA * log_probs).sum())) / (1 - ALPHA)
+    entropy = (1 - float(np.exp(log_probs.dtype.type(ALPHA) * log_probs).sum())) / (1 - ALPHA)
     return Confidence((probability * size - 1) / (size - 1), (math.exp(entropy) - least) / (1 - least))
