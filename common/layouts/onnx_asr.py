@@ -23,8 +23,8 @@ ONNX_ASR_GRAPHS = (
         "decoder_joint-model",
         (
             Tensor("encoder_outputs", ("B", "D", "S"), of="encoder_output"),
-            Tensor("targets", ("B", "U"), dtype="int64"),
-            Tensor("target_length", ("B",), dtype="int64", of="target_length_orig"),
+            Tensor("targets", ("B", "U"), dtype="int32"),
+            Tensor("target_length", ("B",), dtype="int32", of="target_length_orig"),
             Tensor("input_states_1", ("L", "B", "H"), of="h_in"),
             Tensor("input_states_2", ("L", "B", "H"), of="c_in"),
         ),
