@@ -5,8 +5,9 @@ INSTALLED := .venv/installed
 TINY := samples/parakeet-tdt-tiny.nemo
 DEMO := build/demo
 RANDOM := build/parakeet-0.6b-random.nemo
+BROWSER := build/browser
 
-.PHONY: demo test check faults bench lint types clean
+.PHONY: demo test check faults browser bench lint types clean
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -31,6 +32,20 @@ check: lint types
 # Kills, full disks, hostile and odd input, with a table of the results: about ten minutes. A part of it is in `test`.
 faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults.drill
+
+# The page of docs/runtimes.md in a headless Chromium, on what the scripts export: minutes. Debian's package is installed
+# where there is no Chromium and root runs this.
+browser: $(INSTALLED) $(BROWSER)/installed
+	command -v chromium >/dev/null || test "$$(id -u)" != 0 || apt-get install --yes --no-install-recommends chromium
+	@command -v chromium >/dev/null || { echo "expected chromium on the path, got none; install it"; exit 2; }
+	$(BIN)/python -m pytest -rs tests/test_browser.py
+
+$(BROWSER)/installed: tests/browser/package.json
+	@command -v npm >/dev/null || { echo "expected npm on the path, got none; install Node.js 20 or newer"; exit 2; }
+	mkdir -p $(BROWSER)
+	cp tests/browser/package.json $(BROWSER)/package.json
+	cd $(BROWSER) && npm install --no-package-lock --ignore-scripts --no-audit --no-fund
+	touch $@
 
 # At full size, on random weights: hours, 16 GB of memory, 30 GB of disk. What is built stays, a second run only times.
 bench: $(INSTALLED) $(RANDOM)

@@ -73,6 +73,8 @@ class Layout:
     vocabulary_command: str  # what writes them; {} stands for the folder
     exports_vocabulary: bool = True  # whether the export writes them, not a script of its own
     usage: str  # Python that transcribes a file; {folder} and {audio} stand for the paths
+    page: Path | None = None  # HTML that transcribes in a browser, put beside the files of the folder
+    page_packages: tuple[str, ...] = ()  # on npm: what `page` imports
     check: Callable[[ModelSpec], None]  # raises ValueError naming what the runtime cannot compute of a checkpoint
     configs: Callable[[ModelSpec, Window, str], dict[str, dict[str, Any]]]  # spec, window, device → file name → content
     encoder_metadata: Callable[[ModelSpec], dict[str, str]] = _nothing  # what the encoder's ONNX metadata must hold
