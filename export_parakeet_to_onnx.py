@@ -148,7 +148,7 @@ def _window(spec: ModelSpec, options: ExportOptions) -> Window:
 
 def _next_command(args: argparse.Namespace, subfolders: Mapping[Layout, str]) -> str:
     for layout, name in subfolders.items():
-        if not layout.exports_vocabulary:
+        if not layout.vocabulary_texts:
             command = ["python", "export_tokenizer.py", "--model_name", args.model_name]
             for flag in ("revision", "checkpoint_format"):
                 command += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []

@@ -169,6 +169,14 @@ def tokens_text(proto: ModelProto) -> str:
     return "".join(f"{piece} {index}\n" for index, piece in enumerate([*pieces, PLAIN_BLANK]))
 
 
+def bpe_text(proto: ModelProto) -> str:
+    """sherpa-onnx's bpe.vocab, by which it spells hotwords: piece, tab and score on each line, in id order.
+
+    As SentencePiece's own `spm_export_vocab` writes it.
+    """
+    return "".join(f"{piece.piece}\t{piece.score:g}\n" for piece in proto.pieces)
+
+
 def probe_sequences(proto: ModelProto, length: int, seed: int = 0) -> list[list[int]]:
     """Shuffled id sequences of about `length` ids that hold every piece, bytes as whole UTF-8 characters.
 

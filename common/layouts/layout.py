@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from common.checkpoint.spec import ModelSpec
+from common.checkpoint.tokenizer import ModelProto, tokens_text
 from common.cli import CheckError
 from common.contract import Graph, View
 from common.folder.manifest import MANIFEST, read_manifest
@@ -71,7 +72,8 @@ class Layout:
     config_files: tuple[str, ...]
     vocabulary: tuple[str, ...]  # the first file has a line for each token
     vocabulary_command: str  # what writes them; {} stands for the folder
-    exports_vocabulary: bool = True  # whether the export writes them, not a script of its own
+    # What writes each of them in the export; none where a script of its own writes them.
+    vocabulary_texts: tuple[Callable[[ModelProto], str], ...] = (tokens_text,)
     usage: str  # Python that transcribes a file; {folder} and {audio} stand for the paths
     page: Path | None = None  # HTML that transcribes in a browser, put beside the files of the folder
     page_packages: tuple[str, ...] = ()  # on npm: what `page` imports
