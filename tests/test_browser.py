@@ -1,9 +1,9 @@
-"""The page of docs/runtimes.md in a browser: Chromium runs parakeet.js on the folder for onnx-asr, with what NeMo transcribes.
+"""The page of docs/runtimes.md in Chromium: parakeet.js on the folder for onnx-asr transcribes what NeMo does.
 
 `make browser` installs what this needs; where it is missing these tests are skipped.
 
-parakeet.js 1.4.4 has the size of the prediction network in its code: two layers of 640, as the published checkpoints have.
-The bundled checkpoint has two of 64, and is widened here with units whose weights are zero: an LSTM unit without weights
+parakeet.js 1.4.4 has the prediction network's size in its code: two layers of 640, those of published checkpoints.
+The bundled checkpoint has two of 64, and is widened here with units of zero weights: an LSTM unit without weights
 stays at zero, so the function is the same, and NeMo's transcripts of the checkpoint as it is are the reference.
 """
 

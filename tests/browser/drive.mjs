@@ -22,12 +22,13 @@ try {
     await page.setInputFiles("#audio", clip);
     await idle();
     texts.push(await page.evaluate(() => document.getElementById("text").value));
+    console.error(texts.at(-1));
   }
   const adapter = await page.evaluate(async () => {
     const found = await navigator.gpu?.requestAdapter();
     return found ? { name: `${found.info.vendor} ${found.info.architecture}`, features: [...found.features] } : null;
   });
-  console.log(JSON.stringify({ texts, adapter, requests, threads: await page.evaluate(() => crossOriginIsolated) }));
+  console.log(JSON.stringify({ texts, adapter, requests }));
 } finally {
   await browser.close();
 }
