@@ -174,7 +174,14 @@ def _usage(manifest: dict[str, Any], layout: Layout) -> str:
         package = layout.cuda_package
     pinned = f"{package}=={version}" if version else package
     packages = " ".join((pinned, *others))
-    return f"In this folder, with `pip install {packages}`:\n\n```python\n{layout.usage_of('.')}```"
+    text = f"In this folder, with `pip install {packages}`:\n\n```python\n{layout.usage_of('.')}```"
+    if layout.page is None:
+        return text
+    return (
+        f"{text}\n\nIn a browser: save this as `index.html` in this folder, run `npm install "
+        f"{' '.join(layout.page_packages)}` there, and serve the folder.\n\n"
+        f"```html\n{layout.page.read_text(encoding='utf-8')}```"
+    )
 
 
 def _files(listed: dict[str, Any]) -> str:
