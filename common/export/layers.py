@@ -296,8 +296,8 @@ class RelativeAttention(nn.Module):
     def _weights(self, query: Tensor, key: Tensor, position: Tensor, block: Block) -> Tensor:
         """How much each of the block's n frames attends to each frame: [B, heads, n, S]
 
-        query [B, heads, S, dk]. The biases are added after its transpose: ONNX Runtime would fuse a transpose in front of
-        a product with it, and up to 1.30 that divides by zero for a block of no frames.
+        query [B, heads, S, dk]. The biases are added after its transpose: ONNX Runtime fuses a transpose right in
+        front of a product with it, and up to 1.30 that divides by zero for a block of no frames.
         """
         query = query[:, :, block.first : block.stop]
         # Row 0 holds distance S-1. The distances from the block's last frame begin at stop-1, those from its first end
