@@ -9,6 +9,7 @@ CONFIDENCE = 95  # per cent
 PARENTHESES = str.maketrans("()", "  ")
 # Of a float32 model's words, per cent, normalised; the published checkpoints stay far below on languages they know.
 SUSPICIOUS_WER = 60
+CONTEXT = 4  # words shown before and after a change
 
 
 @dataclass(frozen=True)
@@ -142,3 +143,21 @@ def word_changes(before: str, after: str) -> list[tuple[str, str]]:
         (" ".join(one[c.ref_start_idx : c.ref_end_idx]), " ".join(other[c.hyp_start_idx : c.hyp_end_idx]))
         for c in chunks
     ]
+
+
+def marked_changes(before: str, after: str) -> list[tuple[str, str]]:
+    """Runs of words of two transcripts; what is equal and far from any change is cut to an ellipsis."""
+    runs = word_changes(before, after)
+    last = len(runs) - 1
+    return [
+        (shown, shown) if one == other and (shown := _shortened(one, first=i == 0, last=i == last)) else (one, other)
+        for i, (one, other) in enumerate(runs)
+    ]
+
+
+def _shortened(words: str, *, first: bool, last: bool) -> str:
+    """The ends of an equal run that are near a change."""
+    split = words.split()
+    begin = 0 if first else CONTEXT
+    end = 0 if last else CONTEXT
+    return words if len(split) <= begin + end + 1 else " ".join([*split[:begin], "…", *split[len(split) - end :]])
