@@ -250,7 +250,7 @@ def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
 
     printed = capsys.readouterr().out.splitlines()
     advice = "6 to 10 % faster without fusion; add --skip_fusion"
-    stages = ("20 SkipLayerNormalization", "61 weights at 4 bits", "5.7 times", "SQNR", REPORT_HTML)
+    stages = ("20 SkipLayerNormalization", "61 weights at 4 bits", "5.5 times", "SQNR", REPORT_HTML)
     wanted_parts = ("about", *stages, advice, "wrote")
     for line, wanted in zip(printed, wanted_parts, strict=True):
         assert wanted in line
