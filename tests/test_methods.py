@@ -17,6 +17,7 @@ import test_e2e
 from common.contract import ENCODER, LAYER_ROLES, EncoderWeight, Role, encoder_weight, encoder_weights
 from common.folder.manifest import MANIFEST
 from common.folder.onnx_files import load
+from common.evaluate.stress_run import StressOptions
 from common.quantize import METHODS, RTN
 from common.quantize.blocks import relative_error
 from common.quantize.method import QuantMethod, WeightOptions, register
@@ -76,7 +77,7 @@ def test_a_method_of_its_own_kind_needs_nothing_but_its_registration(toy, tiny_e
     assert "rounded  56 weights at 16 bits" in printed  # 12 matrices in 5 layers and the subsampling's, 5 left out
     assert "20 SkipLayerNormalization" in printed
     record = json.loads((tmp_path / "out" / MANIFEST).read_text())["optimize"]
-    assert (record["method"], record["weights_by_bits"]) == ("rounded", {"16": 51})
+    assert (record["method"], record["weights_by_bits"]) == ("rounded", {"16": 56})
     assert 25 < record["sqnr_db_on_noise"] < 60
     assert "rounded" in (tmp_path / "out" / REPORT_HTML).read_text()
     weights = load(tmp_path / "out" / ENCODER.file).graph.initializers
@@ -105,7 +106,9 @@ def test_a_name_is_registered_once():
 
 def test_every_flag_but_the_folders_is_an_option():
     args = vars(optimize_encoder.parse_args([]))
-    options = {field.name: field.default for field in dataclasses.fields(OptimizeOptions)}
+    options = {
+        field.name: field.default for kind in (OptimizeOptions, StressOptions) for field in dataclasses.fields(kind)
+    }
     assert args == {"verbose": False, "model_dir": Path("onnx_models"),
                     "output_dir": Path("onnx_models_optimized"), **options}  # fmt: skip
 
