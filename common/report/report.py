@@ -22,6 +22,7 @@ from common.folder.onnx_files import load
 from common.folder.outputs import write_json
 from common.quantize.plan import Sensitivity, Stored
 from common.report.card import CARD
+from common.report.pages import page_environment
 
 REPORT_JSON, REPORT_HTML = "optimization_report.json", "optimization_report.html"
 TEMPLATE = "report.html.j2"
@@ -43,18 +44,9 @@ class QuantizedWeights:
 
 def page_writer() -> PageWriter:
     """A function that writes the page. Call it before the work: raises ModuleNotFoundError without its packages."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from common.report import plots
 
-    folder = Path(__file__).resolve().parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters |= {"size": size_text, "ratio": _ratio, "chosen": chosen_sensitivity}
     template = environment.get_template(TEMPLATE)
 
