@@ -16,11 +16,10 @@ Exit status 1 when float32 ONNX differs from NeMo in a token for no listed reaso
 encoder frame, or when an engine shows NeMo's own tokens as another text than NeMo does and no rule in
 common/evaluate/text_rules.py explains it; with --stress, beyond --max_lost_words.
 
-Engines are loaded when their turn comes, and a line is printed as soon as one has transcribed a clip. Speed is that of
-an engine that has run before, features included; of a batch's time each clip has its share by length.
+Engines are loaded when their turn comes. Speed is that of an engine that has run before, features included; of a
+batch's time each clip has its share by length.
 
     python test_real_speech.py --audio my.wav --skip_nemo
-    python test_real_speech.py --audio my.wav --engines genai --folders optimized
     python test_real_speech.py --audio my.wav --skip_nemo --timestamps --srt my.srt
     python test_real_speech.py --manifest samples/manifest.jsonl --html speech.html
     python test_real_speech.py --manifest samples/manifest.jsonl --skip_nemo --stress --max_lost_words 2
@@ -29,7 +28,6 @@ an engine that has run before, features included; of a batch's time each clip ha
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
@@ -45,8 +43,8 @@ from common.evaluate.engines import (
     GENAI_ENGINE,
     NEMO_ENGINE,
     ONNX_ENGINE,
-    ComparedFolder,
     add_engine_flags,
+    input_files,
     load_reference,
     open_folders,
 )
@@ -126,7 +124,9 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     folders = open_folders(genai_folder(args.model_dir or default_model_dir()), args.engines, args.folders)
     subtitles = subtitle_files({suffix: getattr(args, suffix) for suffix in FORMATS}, clips)
     outputs = [path for path in (args.json, args.html) if path]
-    check_outputs([*outputs, *(file.path for file in subtitles)], _inputs(args, folders, clips))
+    check_outputs(
+        [*outputs, *(file.path for file in subtitles)], input_files(folders, clips, args.manifest, args.model_name)
+    )
     render_page = clips_page_writer() if args.html else None
     config = folders[0].config
     config.check_clips(clips)
@@ -170,13 +170,6 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     print_and_judge(comparison)
     if reference and with_times:
         judge_times(comparison, ids_of_other_words(reference.sentencepiece_model))
-
-
-def _inputs(args: argparse.Namespace, folders: Sequence[ComparedFolder], clips: Sequence[Clip]) -> Iterator[Path]:
-    """What is read, and must not be written over."""
-    yield from (Path(path) for path in (args.manifest, args.model_name) if path)
-    yield from (file for folder in folders for file in folder.files())
-    yield from (clip.path for clip in clips)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ policy by its hash, so that no other runs.
 import base64
 import hashlib
 import io
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -253,7 +254,7 @@ def audio_uri(samples: np.ndarray, rate: int) -> str:
 def wave_path(samples: np.ndarray) -> str:
     """The lowest and the highest sample of each column as the path of an SVG, as high as the loudest one."""
     edges = np.linspace(0, len(samples), WAVE_COLUMNS + 1).astype(int)
-    columns = [samples[begin:end] for begin, end in zip(edges, edges[1:], strict=False) if end > begin]
+    columns = [samples[begin:end] for begin, end in itertools.pairwise(edges) if end > begin]
     peak = max(float(np.abs(samples).max(initial=0.0)), 1e-9)
     lines = (
         f"M{column} {1 - piece.max() / peak:.2f}V{1.01 - piece.min() / peak:.2f}"  # never without height
