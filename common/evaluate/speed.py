@@ -7,7 +7,6 @@ holds nothing else, and they take turns, so that what else the machine does slow
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -34,7 +33,7 @@ MEMORY_FACTOR = 3.0
 class Speed:
     """Of one encoder. The names are keys of the report's JSON."""
 
-    rtfx: float  # seconds of audio encoded in one second, by the median run
+    rtfx: float  # seconds of audio encoded in one second, by the fastest run, the one least disturbed
     peak_memory: int | None  # bytes of its process; None where the system does not tell
 
 
@@ -86,7 +85,7 @@ def _take_turns(processes: Sequence["subprocess.Popen[str]"]) -> list[Speed]:
             answer = _answer(process)
             seconds[number].append(answer["seconds"])
             peaks[number] = answer["peak_memory"]
-    rates = [AUDIO_SECONDS / statistics.median(each) for each in seconds]
+    rates = [AUDIO_SECONDS / min(each) for each in seconds]
     return [Speed(round(rate, 2), peak) for rate, peak in zip(rates, peaks, strict=True)]
 
 

@@ -251,12 +251,13 @@ def _plots(report: dict[str, Any], plots: ModuleType) -> dict[str, str]:
     """The pictures that there are data for, by name."""
     pictures = {"size": plots.sizes(report["components"], KINDS)}
     rows = [row for row in report["tensors"] if row["graph"] == report["encoder"] and row["bits"]]
-    if cells := _cells(rows, lambda row: row["weight_error"]):
-        pictures["weights"] = plots.by_layer("weights", cells, "Signal to error of the weight, dB", plots.OF_WEIGHTS)
-    if cells := _cells(rows, chosen_sensitivity):
-        pictures["outputs"] = plots.by_layer(
-            "outputs", cells, "Signal to error of the encoder’s output, dB", plots.OF_OUTPUTS
-        )
+    maps = (
+        ("weights", _weight_error, "Signal to error of the weight, dB", plots.OF_WEIGHTS),
+        ("outputs", chosen_sensitivity, "Signal to error of the encoder’s output, dB", plots.OF_OUTPUTS),
+    )
+    for name, error_of, title, scale in maps:
+        if cells := _cells(rows, error_of):
+            pictures[name] = plots.by_layer(name, cells, title, scale)
     evaluation = report["evaluation"] or {"clips": [], "normalised": []}
     increases = [
         (
@@ -287,6 +288,11 @@ def _cells(
         if weight.layer is not None and ratio is not None:
             cells[weight.role.value, weight.layer] = (ratio, row["bits"])
     return cells
+
+
+def _weight_error(row: dict[str, Any]) -> float | None:
+    error: float | None = row["weight_error"]
+    return error
 
 
 def chosen_sensitivity(row: dict[str, Any]) -> float | None:
