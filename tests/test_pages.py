@@ -68,7 +68,7 @@ def test_bins_and_calibration_error_by_hand():
 
 
 def test_differing_words_are_marked():
-    words = [ShownWord(word, start=i, end=i + 1) for i, word in enumerate("And so, my friends ask".split())]
+    words = [ShownWord(word, start=i, end=i + 1) for i, word in enumerate(["And", "so,", "my", "friends", "ask"])]
     (row,) = marked_rows("and so my fellow Americans ask", [("ONNX", words)], "and so my fellow Americans ask")
     assert [word.text for word in row.words if not word.mark] == ["And", "so,", "my", "ask"]
     assert {word.text for word in row.words if word.mark == "lost"} == {"fellow", "Americans"}
