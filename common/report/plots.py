@@ -108,7 +108,7 @@ def by_layer(name: str, cells: dict[tuple[str, int], tuple[float, int]], title: 
     axes.set_xlabel("layer")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(mesh, location="top", aspect=22, pad=0.02, label=title)
+    bar = figure.colorbar(mesh, location="top", aspect=13, pad=0.02, label=title)
     bar.set_ticks([scale.low, scale.look, scale.fine, scale.high])
     bar.ax.text((scale.low + scale.look) / 2, 0.5, "look here", color="white", ha="center", va="center", fontsize=8)
     bar.ax.text((scale.fine + scale.high) / 2, 0.5, "fine", color="black", ha="center", va="center", fontsize=8)
