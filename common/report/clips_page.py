@@ -122,11 +122,11 @@ def stress_page(title: str, results: StressResults) -> ClipsPage:
     """Of a stress test: its table, and its worst results with their audio, made again from the seed."""
     test = results.test
     worst = worst_results(results)
-    listed = f"the worst {_count(len(worst), 'result')} of {test.judged}" if worst else f"no errors of {test.judged}"
+    listed = _count(len(worst), "worst result")
     return ClipsPage(
         title,
         f"{_count(len(test.names), 'clip')} under {_count(len(test.conditions), 'condition')}, seed "
-        f"{test.speech.seed}; {listed}",
+        f"{test.speech.seed}; {listed} of {test.judged}",
         clips=[_stressed(each, results) for each in worst],
         stress=stress_rows(results),
         baseline=test.baseline,
@@ -189,6 +189,7 @@ def _stressed(result: StressResult, results: StressResults) -> ShownClip:
     samples = np.concatenate(takes)
     rate = test.config.sample_rate
     text = " ".join(map(results.text_of, result.group))
+    has_text = all(test.texts[clip] is not None for clip in result.group)
     rows = [(each.engine, _plain(each.transcript)) for each in results.results if each.case == result.case]
     name = f"{result.condition.name}: {test.name_of(result.group)}"
     pieces = f", {len(takes)} pieces" if len(takes) > 1 else ""
@@ -197,7 +198,7 @@ def _stressed(result: StressResult, results: StressResults) -> ShownClip:
         len(samples) / rate,
         audio_uri(samples, rate),
         wave_path(samples),
-        [*_text_row(text), *marked_rows(text, rows, text)],
+        [ShownRow("text" if has_text else f"{test.baseline}, as it is", _plain(text)), *marked_rows(text, rows, text)],
     )
 
 
