@@ -147,6 +147,15 @@ def test_a_page_has_every_clip_with_its_words_and_times(speech_page):
             assert value.startswith("data:audio/ogg")
 
 
+def test_a_page_of_a_stress_test_has_its_table(tiny_export, tmp_path):
+    page = tmp_path / "stress.html"
+    argv = ["--model_dir", tiny_export, "--skip_nemo", "--audio", CLIPS[0], "--stress", "level", "--html", page]
+    assert test_real_speech.main([*map(str, argv)]) == 0
+    text = flat(Page(page.read_text()))
+    assert "Where speech is hard" in text
+    assert "as it isfloat320000.00" in text  # nothing lost, added or changed
+
+
 def test_the_page_is_not_written_over_a_clip(tiny_export, tmp_path, capsys):
     clip = tmp_path / "clip.flac"
     clip.write_bytes(CLIPS[0].read_bytes())
