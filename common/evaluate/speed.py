@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-import common
 from common.run.session import open_session
 
 AUDIO_SECONDS = 10
@@ -53,7 +52,7 @@ def measure_speed(graphs: Sequence[Path]) -> list[Speed] | None:
     free = _fields(Path("/proc/meminfo")).get("MemAvailable")
     if free and int(free.split()[0]) * 1024 < MEMORY_FACTOR * largest:
         return None
-    root = Path(common.__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "common.evaluate.speed", str(path.resolve())],
