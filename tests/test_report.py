@@ -172,6 +172,10 @@ def test_page_is_whole_and_loads_nothing(folder):
         "feed_forward1.expand",
         "clip, s",
         "limit was +50",
+        "Passed",
+        "at most +50 points",
+        "encoder, weights",
+        "python optimize_encoder.py --model_dir",
     ):
         assert expected in page.text
 

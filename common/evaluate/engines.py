@@ -29,6 +29,7 @@ from common.folder.manifest import FILES, MANIFEST, is_float16, read_manifest
 from common.layouts.genai import GENAI
 from common.layouts.identity import check_one_checkpoint, check_same_checkpoint
 from common.run.baseline import RawOrt
+from common.run.clips import Clip
 from common.run.config import RuntimeConfig
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
@@ -92,6 +93,13 @@ class ComparedFolder:
         yield from (self.path / name for name in {MANIFEST, *GENAI.files, *manifest.get(FILES, {})})
         if checkpoint := read_location(self.path, CHECKPOINT):
             yield checkpoint
+
+
+def input_files(folders: Sequence[ComparedFolder], clips: Sequence[Clip], *named: Path | str | None) -> Iterator[Path]:
+    """What a comparison reads, and must not be written over; `named`: on its command line, where it is given."""
+    yield from (Path(path) for path in named if path)
+    yield from (file for folder in folders for file in folder.files())
+    yield from (clip.path for clip in clips)
 
 
 def _is_float32(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 """Word error rates with their intervals, and transcripts aligned word by word."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,15 +133,24 @@ def _counts(references: list[str], hypotheses: list[str]) -> np.ndarray:
 
 
 def word_changes(before: str, after: str) -> list[tuple[str, str]]:
-    """Two transcripts aligned word by word (jiwer): runs of words of each, equal ones, or what stands for what."""
+    """Two transcripts aligned word by word: runs of words of each, equal ones, or what stands for what."""
+    one, other = before.split(), after.split()
+    return [
+        (" ".join(one[own.start : own.stop]), " ".join(other[its.start : its.stop]))
+        for own, its, _ in word_runs(one, other)
+    ]
+
+
+def word_runs(one: Sequence[str], other: Sequence[str]) -> list[tuple[range, range, bool]]:
+    """Words without spaces, aligned with the fewest errors (jiwer): runs as positions in each, and whether they are
+    equal."""
     import jiwer
 
-    one, other = before.split(), after.split()
     if not one or not other:  # jiwer does not accept an empty reference
-        return [(" ".join(one), " ".join(other))] if one or other else []
+        return [(range(len(one)), range(len(other)), False)] if one or other else []
     chunks = jiwer.process_words(" ".join(one), " ".join(other)).alignments[0]
     return [
-        (" ".join(one[c.ref_start_idx : c.ref_end_idx]), " ".join(other[c.hyp_start_idx : c.hyp_end_idx]))
+        (range(c.ref_start_idx, c.ref_end_idx), range(c.hyp_start_idx, c.hyp_end_idx), c.type == "equal")
         for c in chunks
     ]
 
