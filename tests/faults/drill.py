@@ -136,7 +136,7 @@ def _child(script, argv: list[str], errors, folder: Path | None, file_limit: int
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every entry below `folder` with its kind, mode and content; of a report, which has a date and speeds, no content."""
+    """Every entry below `folder` with its kind, mode and content, as far as the same input gives it again."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name, mode = str(path.relative_to(folder)), oct(path.lstat().st_mode)
