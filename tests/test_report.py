@@ -60,8 +60,9 @@ def report(folder) -> dict:
     return json.loads((folder / REPORT_JSON).read_text(), parse_constant=no_constants)
 
 
-def test_every_byte_is_accounted_for(report, folder, tiny_export):
-    for side, key, place in (("exported", "bytes_before", tiny_export), ("optimized", "bytes_after", folder)):
+def test_every_byte_is_accounted_for(report, folder, tiny_export, tmp_path):
+    for side, key, source in (("exported", "bytes_before", tiny_export), ("optimized", "bytes_after", folder)):
+        place = shutil.copytree(source, tmp_path / side)  # onnx reads no data file with a second name, if a test made one
         for graph in GRAPHS:
             component = report["components"][graph.name][side]
             on_disk = sum((place / file).stat().st_size for file in (graph.file, graph.data_file))
