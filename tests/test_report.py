@@ -62,7 +62,7 @@ def report(folder) -> dict:
 
 def test_every_byte_is_accounted_for(report, folder, tiny_export, tmp_path):
     for side, key, source in (("exported", "bytes_before", tiny_export), ("optimized", "bytes_after", folder)):
-        place = shutil.copytree(source, tmp_path / side)  # onnx reads no data file with a second name, if a test made one
+        place = shutil.copytree(source, tmp_path / side)  # onnx reads no file of several names
         for graph in GRAPHS:
             component = report["components"][graph.name][side]
             on_disk = sum((place / file).stat().st_size for file in (graph.file, graph.data_file))
