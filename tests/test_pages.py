@@ -80,11 +80,11 @@ def test_differing_words_are_marked():
 def test_audio_is_the_clip_and_small():
     samples, _ = soundfile.read(CLIPS[0], dtype="float32")
     uri = audio_uri(samples, RATE)
-    heard, rate = decoded(uri)
+    shown, rate = decoded(uri)
     assert rate == RATE
-    assert abs(len(heard) - len(samples)) <= RATE // 50
-    size = min(len(heard), len(samples))
-    assert np.corrcoef(heard[:size], samples[:size])[0, 1] > 0.9
+    assert abs(len(shown) - len(samples)) <= RATE // 50
+    size = min(len(shown), len(samples))
+    assert np.corrcoef(shown[:size], samples[:size])[0, 1] > 0.9
     assert len(uri) < 8000 * len(samples) / RATE + 4000  # 20 clips of a minute: 10 MB
     loud, _ = decoded(audio_uri(samples * 1e6, RATE))
     assert np.abs(loud).max() < 1.5
