@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import CheckError
-from common.evaluate.engines import ObservedBaseline
+from common.evaluate.engines import ObservedBaseline, tokenizer_text
 from common.evaluate.wer import (
     WordErrorRate,
     high_error_warning,
@@ -82,12 +82,10 @@ def transcribe_with_both(
     Each folder's tokens are shown by its own tokenizer, so that one that loses words is counted.
     Float32 weights stay in the data file: both models are in memory at once, and one of them is small.
     """
-    from tokenizers import Tokenizer
-
     genai = GenAI(optimized)
     float32_engine = _Engine(exported, MAPPED)
     optimized_engine = _Engine(optimized, OrtGraph)
-    exported_tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
+    float32_text = tokenizer_text(exported)
     evaluated = []
     for clip in progress(clips):
         samples = genai.config.read_clip(clip)
@@ -103,7 +101,7 @@ def transcribe_with_both(
                 clip.lang,
                 len(samples) / genai.config.sample_rate,
                 clip.text or "",
-                exported_tokenizer.decode(expected_tokens).strip(),
+                float32_text(expected_tokens),
                 genai.text(tokens),
                 sqnr_db(expected_output, output),
             )

@@ -174,7 +174,7 @@ def _compared(clip: ComparedClip, frame_seconds: float, config: RuntimeConfig) -
     ]
     samples = config.read_clip(clip)
     return ShownClip(
-        f"{clip.path.name}{clip.segment}",
+        clip.label,
         clip.seconds,
         audio_uri(samples, config.sample_rate),
         wave_path(samples),

@@ -23,12 +23,13 @@ from common.evaluate.word_limit import EvaluatedClip, WordErrors, changed, marke
 from common.folder.manifest import FILES, package_versions, sha256
 from common.folder.onnx_files import load
 from common.folder.outputs import write_json
+from common.layouts.identity import REPORT_FILES
 from common.quantize.plan import Sensitivity, Stored
 from common.report.card import CARD
 from common.report.decision import verdict
 from common.report.pages import page_environment
 
-REPORT_JSON, REPORT_HTML = "optimization_report.json", "optimization_report.html"
+REPORT_JSON, REPORT_HTML = REPORT_FILES
 TEMPLATE = "report.html.j2"
 MAX_SHOWN_CLIPS = 200  # in the page; the JSON has them all
 PageWriter = Callable[[Path, dict[str, Any], list[EvaluatedClip]], None]
