@@ -16,6 +16,7 @@ its turn; weights that turn out equal are shared again.
 """
 
 import argparse
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from common.quantize.rewrite import optimize_graph
 from common.report.optimized_folder import (
     EvaluationSpeech,
     ModelFolder,
+    ReportOptions,
     check_folders,
     finish_folder,
     open_folder,
@@ -47,7 +49,7 @@ from common.report.optimized_folder import (
 from common.report.report import page_writer
 from common.run.clips import Clip
 
-STAGES = 5  # of each folder: fusion, quantization, size, comparison, report
+STAGES = 6  # of each folder: fusion, quantization, size, comparison, speed, report
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -100,7 +102,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              f"{never_fused} is not fused")  # fmt: skip
     add("--skip_quantization", action="store_true", help="leave the weights float32")
     add_stress_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.command = ["python", Path(__file__).name, *(sys.argv[1:] if argv is None else argv)]
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,7 +123,7 @@ def _optimize(args: argparse.Namespace) -> None:
     check_folders(source, target, layouts)
     speech_folder = next((name for name, layout in layouts.items() if layout.measures_speech), None)
     calibration, evaluation = read_speech_manifests(options, source, speech_folder)
-    write_page = page_writer()
+    report = ReportOptions(page_writer(), args.command)
     state_needs_of_folders(source, target, layouts, options)
     if advice := reduce_range_advice(options):
         warn(advice)
@@ -138,7 +142,7 @@ def _optimize(args: argparse.Namespace) -> None:
             with open_folder(layout, name, source, target, staging) as folder:
                 encoder = optimize_graph(folder.encoder, options, folder.device, calibrated, print_stage)
                 speech = EvaluationSpeech(evaluation if layout.measures_speech else [], stress)
-                finish_folder(folder, encoder, options, speech, write_page, print_stage)
+                finish_folder(folder, encoder, options, speech, report, print_stage)
         share_equal_data([staging / name for name in layouts])
     for advice in filter(None, (options.fusion_advice(folder.device), options.calibration_advice())):
         print(advice)

@@ -16,20 +16,18 @@ Exit status 1 when float32 ONNX differs from NeMo in a token for no listed reaso
 encoder frame, or when an engine shows NeMo's own tokens as another text than NeMo does and no rule in
 common/evaluate/text_rules.py explains it; with --stress, beyond --max_lost_words.
 
-Engines are loaded when their turn comes, and a line is printed as soon as one has transcribed a clip. Speed is that of
-an engine that has run before, features included; of a batch's time each clip has its share by length.
+Engines are loaded when their turn comes. Speed is that of an engine that has run before, features included; of a
+batch's time each clip has its share by length.
 
     python test_real_speech.py --audio my.wav --skip_nemo
-    python test_real_speech.py --audio my.wav --engines genai --folders optimized
     python test_real_speech.py --audio my.wav --skip_nemo --timestamps --srt my.srt
-    python test_real_speech.py --manifest samples/manifest.jsonl
+    python test_real_speech.py --manifest samples/manifest.jsonl --html speech.html
     python test_real_speech.py --manifest samples/manifest.jsonl --skip_nemo --stress --max_lost_words 2
 """
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
@@ -45,21 +43,22 @@ from common.evaluate.engines import (
     GENAI_ENGINE,
     NEMO_ENGINE,
     ONNX_ENGINE,
-    ComparedFolder,
     add_engine_flags,
+    input_files,
     load_reference,
     open_folders,
 )
 from common.evaluate.side_by_side import SideBySide
 from common.evaluate.stress_run import StressOptions, add_stress_flags, stress_compared
 from common.evaluate.stress_table import judge_stress
-from common.evaluate.subtitles import FORMATS, subtitle_files
+from common.evaluate.subtitles import FORMATS, add_subtitle_flags, subtitle_files
 from common.evaluate.tables import MAX_PRINTED_CLIPS, print_corpus, transcribe_and_print
 from common.evaluate.text_rules import ids_of_other_words
 from common.evaluate.transcripts import ComparedClip, Comparison
 from common.evaluate.verdict import judge_times, print_and_judge
 from common.folder.outputs import check_outputs, is_standard_output, json_text, write_output
 from common.layouts.genai import genai_folder
+from common.report.clips_page import clips_page_writer, comparison_page, stress_page
 from common.run.clips import Clip, read_clips
 
 SAMPLE = Path(__file__).resolve().parent / "samples" / "jfk.wav"
@@ -69,8 +68,8 @@ JSON_HELP = """write every transcript and figure to FILE; - is the standard outp
 the error output"""
 TIMESTAMPS_HELP = """print each word with its start and end in seconds, by plain ONNX Runtime (GenAI gives no times);
 with NeMo, compare them with NeMo's own"""
-SUBTITLE_HELP = """write subtitles: of one clip to the file PATH (- as for --json), of several to files in the folder
-PATH"""
+HTML_HELP = """write a page to FILE to look at and listen to: each clip with its audio, and the engines' words under
+each other with their times and confidences; with --stress its table and the worst clips (- as for --json)"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -88,8 +87,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help=JSON_HELP)
     add("--batch_size", type=int, default=1, help="clips that plain ONNX Runtime takes at a time (%(default)s)")
     add("--timestamps", action="store_true", help=TIMESTAMPS_HELP)
-    for suffix in FORMATS:
-        add(f"--{suffix}", type=Path, metavar="PATH", help=SUBTITLE_HELP)
+    add("--html", type=Path, metavar="FILE", help=HTML_HELP)
+    add_subtitle_flags(parser)
     add_stress_flags(parser)
     args = parser.parse_args(argv)
     args.engines -= {NEMO_ENGINE} if args.skip_nemo else set()
@@ -112,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 def _compare_beside_output(args: argparse.Namespace) -> None:
     """Compare; where a result goes to the standard output, to be read by a program, print to the error output."""
     stdout = sys.stdout
-    to_stdout = any(is_standard_output(path) for path in (args.json, args.srt, args.vtt) if path)
+    to_stdout = any(is_standard_output(path) for path in (args.json, args.html, args.srt, args.vtt) if path)
     with contextlib.redirect_stdout(sys.stderr if to_stdout else stdout):
         _compare(args, stdout)
 
@@ -124,8 +123,11 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     clips = [ComparedClip.of(clip) for clip in listed]
     folders = open_folders(genai_folder(args.model_dir or default_model_dir()), args.engines, args.folders)
     subtitles = subtitle_files({suffix: getattr(args, suffix) for suffix in FORMATS}, clips)
-    outputs = [args.json] if args.json else []
-    check_outputs([*outputs, *(file.path for file in subtitles)], _inputs(args, folders, clips))
+    outputs = [path for path in (args.json, args.html) if path]
+    check_outputs(
+        [*outputs, *(file.path for file in subtitles)], input_files(folders, clips, args.manifest, args.model_name)
+    )
+    render_page = clips_page_writer() if args.html else None
     config = folders[0].config
     config.check_clips(clips)
     if GENAI_ENGINE in args.engines and args.stress is None:
@@ -137,11 +139,13 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         results = stress_compared(folders, reference, clips, stress)
         if args.json:
             write_output(args.json, json_text(results.as_json()), stdout)
+        if render_page:
+            write_output(args.html, render_page(stress_page(f"{folders[0].path.name} under stress", results)), stdout)
         if stress.max_lost_words is not None:
             judge_stress(results, stress.max_lost_words)
         return
 
-    with_times = bool(args.timestamps or subtitles)
+    with_times = bool(args.timestamps or subtitles or (args.html and ONNX_ENGINE in args.engines))
     engines = SideBySide(folders, reference, args.batch_size, with_times)
     comparison = Comparison(
         clips=clips,
@@ -157,6 +161,9 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         write_output(args.json, json_text(comparison.as_json()), stdout)
     elif len(clips) > MAX_PRINTED_CLIPS:
         print("the transcripts of so many clips are not printed; --json FILE writes them")
+    if render_page:
+        page = comparison_page(f"{folders[0].path.name} on speech", comparison, config)
+        write_output(args.html, render_page(page), stdout)
     for file in subtitles:
         text = file.render(comparison.words(clips[file.clip]), config.frame_seconds)
         write_output(file.path, text, stdout)
@@ -165,13 +172,6 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         judge_times(comparison, ids_of_other_words(reference.sentencepiece_model))
     if reference:
         print(f"next, to publish it: {PUBLISH_COMMAND.format(folders[0].path)}")
-
-
-def _inputs(args: argparse.Namespace, folders: Sequence[ComparedFolder], clips: Sequence[Clip]) -> Iterator[Path]:
-    """What is read, and must not be written over."""
-    yield from (Path(path) for path in (args.manifest, args.model_name) if path)
-    yield from (file for folder in folders for file in folder.files())
-    yield from (clip.path for clip in clips)
 
 
 if __name__ == "__main__":

@@ -75,16 +75,17 @@ def encode(folder: Path, features: list[np.ndarray]) -> np.ndarray:
 
 def measure(folder: Path, features: list[np.ndarray]) -> dict[str, tuple[float, float]]:
     """Method → SQNR in dB without channel scaling and with it, against the float32 encoder of `folder`."""
-    wanted, found = encode(folder, features), {}
+    expected = encode(folder, features)
+    ratios_of: dict[str, tuple[float, float]] = {}
     for name in tqdm(METHODS, desc=folder.parent.name, unit="method", leave=False, disable=None):
         ratios = []
         for scales_channels in (False, True):
             with tempfile.TemporaryDirectory() as scratch:
                 model = quantized(folder / ENCODER.file, name, scales_channels=scales_channels)
                 save_model(model, Path(scratch) / ENCODER.file)
-                ratios.append(sqnr_db(wanted, encode(Path(scratch), features)))
-        found[name] = (ratios[0], ratios[1])
-    return found
+                ratios.append(sqnr_db(expected, encode(Path(scratch), features)))
+        ratios_of[name] = (ratios[0], ratios[1])
+    return ratios_of
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -43,23 +43,23 @@ WRITERS = ("feed_forward1.linear2", "self_attn.linear_out", "conv.pointwise_conv
 
 def loud_scales(encoder, channels: list[int], features) -> None:
     """Scales and biases times SCALES_FACTOR, the weights behind them divided."""
-    for layer in encoder.layers:
-        for norm, readers in READERS.items():
-            for parameter in layer.get_submodule(norm).parameters():
-                parameter[channels] *= SCALES_FACTOR
-            for reader in readers:
-                layer.get_submodule(reader).weight[:, channels] /= SCALES_FACTOR
+    _scale_normalized(encoder, channels, SCALES_FACTOR)
 
 
 def loud_stream(encoder, channels: list[int], features) -> None:
     """The stream times STREAM_FACTOR, the weights that read it divided."""
     _scale_stream(encoder, channels, features)
+    _scale_normalized(encoder, channels, STREAM_FACTOR)
+
+
+def _scale_normalized(encoder, channels: list[int], factor: float) -> None:
+    """What the normalizations give times `factor`, the weights that read it divided."""
     for layer in encoder.layers:
         for norm, readers in READERS.items():
             for parameter in layer.get_submodule(norm).parameters():
-                parameter[channels] *= STREAM_FACTOR
+                parameter[channels] *= factor
             for reader in readers:
-                layer.get_submodule(reader).weight[:, channels] /= STREAM_FACTOR
+                layer.get_submodule(reader).weight[:, channels] /= factor
 
 
 def loud_stream_quiet_scales(encoder, channels: list[int], features) -> None:

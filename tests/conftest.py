@@ -10,7 +10,17 @@ import pytest
 import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
+from common.report import optimized_folder
 from tests.helpers import TINY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def speed_is_not_measured():
+    """Where an optimization runs in this process: two processes and seconds of runs each time. tests/test_pages.py
+    measures it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimized_folder, "measure_speed", lambda graphs: None)
+        yield
 
 
 @pytest.fixture(scope="session")

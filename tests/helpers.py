@@ -15,6 +15,8 @@ from sentencepiece import SentencePieceTrainer
 import export_parakeet_to_onnx
 import export_tokenizer
 from common.checkpoint.tokenizer import ModelProto, Piece
+from common.folder.manifest import sha256
+from common.layouts.identity import REPORT_FILES
 from common.quantize.cpu import exact_bits
 
 # ---- files of the project
@@ -258,3 +260,17 @@ print(json.dumps(texts))
 BITS = exact_bits()
 REDUCED = () if BITS == 8 else ("--reduce_range",)
 BIT_DB = 6 * (8 - BITS)  # of error that a missing bit is worth
+
+
+def reproducible(path: Path) -> object:
+    """What the same input gives again of a file: its checksum; of a manifest all but the checksums of reports, which
+    have a date and speeds; of a report nothing."""
+    if path.name in REPORT_FILES:
+        return None
+    try:
+        manifest = json.loads(path.read_text()) if path.name == "manifest.json" else {}
+        for name in REPORT_FILES:
+            del manifest["files"][name]
+    except (ValueError, KeyError, TypeError):  # another file, a folder without a report, a damaged manifest
+        return sha256(path)
+    return manifest

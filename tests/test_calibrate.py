@@ -248,12 +248,12 @@ REJECTED = {
         "--size_budget_mb expects --quant_method k_quant_mixed or int8, got rtn",
     ),
     "too small a budget for int8": (
-        ("--quant_method", "int8", "--calibration_manifest", CLIPS, "--size_budget_mb", "1"),
+        ("--quant_method", "int8", "--reduce_range", "--calibration_manifest", CLIPS, "--size_budget_mb", "1"),
         "MB, which 4 bits for every weight take, got 1 MB; give a larger --size_budget_mb\n",
     ),
     "too small a budget": (
         (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "1"),
-        "expected a --size_budget_mb of at least 1.5",
+        "expected a --size_budget_mb of at least 1.6",
     ),
     "no number": (
         (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "nan"),

@@ -59,9 +59,10 @@ def test_8_bit_weights_are_warned_of_where_sums_overflow(options, bits):
     [
         OptimizeOptions(),
         OptimizeOptions(quant_method="int8", reduce_range=True),
+        OptimizeOptions(quant_method="int8", weight_bits=4),
         OptimizeOptions(quant_method="int8", skip_quantization=True),
     ],
-    ids=["4 bits", "7 bits", "float32"],
+    ids=["4 bits", "7 bits", "int8 in 4 bits", "float32"],
 )
 def test_other_weights_are_not_warned_of(options, bits):
     assert reduce_range_advice(options) is None

@@ -415,7 +415,8 @@ def test_a_checkpoint_is_hashed_once(monkeypatch, tmp_path):
     shutil.copy(TINY, path)
     for _ in range(3):
         record = source_record(find_checkpoint(str(path)), str(path))
-    assert record == {"file": "copy.nemo", "sha256": hashlib.sha256(TINY.read_bytes()).hexdigest()}
+    expected = {"file": "copy.nemo", "format": "nemo", "sha256": hashlib.sha256(TINY.read_bytes()).hexdigest()}
+    assert record == expected
     assert read == [path]
     with path.open("ab") as file:
         file.write(b"\0")
@@ -449,7 +450,7 @@ def test_names_and_addresses(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=advice):
             hub_name(text)
-    with pytest.raises(IsADirectoryError, match="got the folder folder/inside; name the file"):
+    with pytest.raises(IsADirectoryError, match="got the folder folder/inside, which has neither; name the file"):
         find_checkpoint("folder/inside/")
 
 

@@ -127,7 +127,7 @@ def test_sherpa_onnx_writes_the_same_numbers(exported, clip, nemo_text):
 def test_timestamps_and_subtitles_have_the_same_numbers(exported, clip, nemo_text, tmp_path, capsys):
     outputs = ["--timestamps", "--srt", str(tmp_path / "clip.srt"), "--json", str(tmp_path / "clip.json")]
     assert test_real_speech.main(["--model_dir", str(exported), "--audio", str(clip), *outputs]) == 0
-    printed = re.findall(r"^ +\d+\.\d\d +\d+\.\d\d  (\S+)$", capsys.readouterr().out, re.MULTILINE)
+    printed = re.findall(r"^ +\d+\.\d\d +\d+\.\d\d +\d+ %  (\S+)$", capsys.readouterr().out, re.MULTILINE)
     assert printed == nemo_text.split()
     lines = (tmp_path / "clip.srt").read_text(encoding="utf-8").splitlines()
     subtitles = [line for line in lines if line and "-->" not in line][1::2]

@@ -180,11 +180,11 @@ def test_normalizations_with_the_same_numbers_get_their_own():
     assert not np.allclose(factors[weights[0]], factors[weights[1]], rtol=0.01)
     fold(model, factors)
     x = draw.standard_normal((7, K)).astype(np.float32)
-    wanted, found = (
+    expected, actual = (
         ort.InferenceSession(proto.SerializeToString()).run(None, {"x": x})[0]
         for proto in (exported, ir.to_proto(model))
     )
-    np.testing.assert_allclose(found, wanted, atol=1e-3)
+    np.testing.assert_allclose(actual, expected, atol=1e-3)
 
 
 @pytest.mark.slow

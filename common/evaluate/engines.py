@@ -29,6 +29,7 @@ from common.folder.manifest import FILES, MANIFEST, is_float16, read_manifest
 from common.layouts.genai import GENAI
 from common.layouts.identity import check_one_checkpoint, check_same_checkpoint
 from common.run.baseline import RawOrt
+from common.run.clips import Clip
 from common.run.config import RuntimeConfig
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
@@ -75,12 +76,9 @@ class ComparedFolder:
         return Pieces.read(self.path)
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Hugging Face's reader of tokenizer.json, for plain ONNX Runtime; GenAI has its own."""
-        return Tokenizer.from_file(str(self.path / "tokenizer.json"))
-
-    def raw_text(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens)).strip()
+    def raw_text(self) -> Callable[[list[int]], str]:
+        """The text of plain ONNX Runtime's tokens; GenAI has a reader of its own."""
+        return tokenizer_text(self.path)
 
     def noise(self) -> np.ndarray:
         """A second of noise, [samples], to warm an engine up with."""
@@ -92,6 +90,19 @@ class ComparedFolder:
         yield from (self.path / name for name in {MANIFEST, *GENAI.files, *manifest.get(FILES, {})})
         if checkpoint := read_location(self.path, CHECKPOINT):
             yield checkpoint
+
+
+def tokenizer_text(folder: Path) -> Callable[[list[int]], str]:
+    """The text of tokens by Hugging Face's reader of the folder's tokenizer.json."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return lambda tokens: str(tokenizer.decode(tokens)).strip()
+
+
+def input_files(folders: Sequence[ComparedFolder], clips: Sequence[Clip], *named: Path | str | None) -> Iterator[Path]:
+    """What a comparison reads, and must not be written over; `named`: on its command line, where it is given."""
+    yield from (Path(path) for path in named if path)
+    yield from (file for folder in folders for file in folder.files())
+    yield from (clip.path for clip in clips)
 
 
 def _is_float32(folder: Path) -> bool:

@@ -176,7 +176,7 @@ def run_stress(test: StressTest) -> StressResults:
 def _outlook(test: StressTest) -> str:
     """What will be done, and for about how long, by the second run of the first clip: a first one takes longer."""
     durations = test.speech.durations
-    ((take,),) = (test.takes(CLEAN, [0]),)
+    (take,) = test.takes(CLEAN, [0])
     for _ in range(2):
         features, seconds = timed(test.features, take.samples)
         for engine in test.engines:

@@ -1,15 +1,14 @@
 """A stress test of model folders: its flags, the engines, and what it prints."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-from tokenizers import Tokenizer
 
 from common.cli import Parser
 from common.evaluate.conditions import KINDS, Speech
-from common.evaluate.engines import ComparedFolder
+from common.evaluate.engines import ComparedFolder, tokenizer_text
 from common.evaluate.stress import (
     StressedEngine,
     StressResults,
@@ -82,18 +81,9 @@ def stress_compared(
     for folder, name in reversed(list(zip(folders, names, strict=False))):
         engines += folder_engines(name, folder.raw, folder.raw_text)
     baseline = FLOAT32 if exported else names[0] if reference is None else reference.name
-    test = StressTest(
-        judged=names[0],
-        speech=_read(optimized.config, clips, options.seed),
-        names=[f"{clip.path.name}{clip.segment}" for clip in clips],
-        texts=[clip.text for clip in clips],
-        engines=engines,
-        baseline=baseline,
-        features=reference.features if reference else optimized.genai.features,
-        config=optimized.config,
-        kinds=options.stress or (),
-    )
-    return _run_and_print(test, options)
+    features = reference.features if reference else optimized.genai.features
+    test = partial(StressTest, judged=names[0], engines=engines, baseline=baseline, features=features)
+    return _run_and_print(test, optimized.config, clips, options)
 
 
 def stress_optimized(exported: Path, optimized: Path, clips: Sequence[Clip], options: StressOptions) -> StressResults:
@@ -102,35 +92,26 @@ def stress_optimized(exported: Path, optimized: Path, clips: Sequence[Clip], opt
     Each folder's tokens are shown by its own tokenizer; float32 weights stay in the data file.
     """
     genai = GenAI(optimized)
-    tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
-
-    def float32_text(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens)).strip()
-
     engines: list[StressedEngine] = [
-        *folder_engines(FLOAT32, RawOrt(exported, MAPPED), float32_text),
+        *folder_engines(FLOAT32, RawOrt(exported, MAPPED), tokenizer_text(exported)),
         *folder_engines(OPTIMIZED, RawOrt(optimized), genai.text),
     ]
-    test = StressTest(
-        judged=OPTIMIZED,
-        speech=_read(genai.config, clips, options.seed),
-        names=[f"{clip.path.name}{clip.segment}" for clip in clips],
+    test = partial(StressTest, judged=OPTIMIZED, engines=engines, baseline=FLOAT32, features=genai.features)
+    return _run_and_print(test, genai.config, clips, options)
+
+
+def _run_and_print(
+    test_of: Callable[..., StressTest], config: RuntimeConfig, clips: Sequence[Clip], options: StressOptions
+) -> StressResults:
+    """test_of: a StressTest that lacks the clips. All samples are read at once, 230 MB an hour: clips are noise to each
+    other. Raises as read_clip and run_stress do."""
+    test = test_of(
+        speech=Speech([config.read_clip(clip) for clip in clips], config.sample_rate, options.seed),
+        names=[clip.label for clip in clips],
         texts=[clip.text for clip in clips],
-        engines=engines,
-        baseline=FLOAT32,
-        features=genai.features,
-        config=genai.config,
+        config=config,
         kinds=options.stress or (),
     )
-    return _run_and_print(test, options)
-
-
-def _read(config: RuntimeConfig, clips: Sequence[Clip], seed: int) -> Speech:
-    """All samples at once, 230 MB an hour: clips are noise to each other. Raises as read_clip does."""
-    return Speech([config.read_clip(clip) for clip in clips], config.sample_rate, seed)
-
-
-def _run_and_print(test: StressTest, options: StressOptions) -> StressResults:
     results = run_stress(test)
     print_stress(results)
     worst = worst_results(results)

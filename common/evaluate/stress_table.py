@@ -10,8 +10,7 @@ from pathlib import Path
 from common.cli import CheckError
 from common.evaluate.stress import StressResult, StressResults, StressTest, Windows
 from common.evaluate.tables import NONE, print_table
-from common.evaluate.wer import NO_WORDS, WordCounts
-from common.evaluate.word_limit import marked_changes
+from common.evaluate.wer import NO_WORDS, WordCounts, marked_changes
 
 MAX_WORST = 10  # clips that are listed
 MAX_LINE = 300  # characters of the words of one

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.cli import Parser
 from common.evaluate.timestamps import TimedWord
 from common.folder.outputs import is_standard_output
 from common.run.clips import Clip
@@ -80,6 +81,14 @@ def _clock(seconds: float, point: str) -> str:
 
 Render = Callable[[Sequence[TimedWord], float], str]  # words, and the length of a frame in seconds
 FORMATS: dict[str, Render] = {"srt": srt, "vtt": vtt}  # by the suffix of their files
+SUBTITLE_HELP = """write subtitles: of one clip to the file PATH (- as for --json), of several to files in the folder
+PATH"""
+
+
+def add_subtitle_flags(parser: Parser) -> None:
+    """A flag for each format."""
+    for suffix in FORMATS:
+        parser.add_argument(f"--{suffix}", type=Path, metavar="PATH", help=SUBTITLE_HELP)
 
 
 @dataclass(frozen=True)

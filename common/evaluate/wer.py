@@ -1,5 +1,6 @@
 """Word error rates with their intervals, and transcripts aligned word by word."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ CONFIDENCE = 95  # per cent
 PARENTHESES = str.maketrans("()", "  ")
 # Of a float32 model's words, per cent, normalised; the published checkpoints stay far below on languages they know.
 SUSPICIOUS_WER = 60
+CONTEXT = 4  # words shown before and after a change
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,41 @@ def _counts(references: list[str], hypotheses: list[str]) -> np.ndarray:
 
 
 def word_changes(before: str, after: str) -> list[tuple[str, str]]:
-    """Two transcripts aligned word by word (jiwer): runs of words of each, equal ones, or what stands for what."""
+    """Two transcripts aligned word by word: runs of words of each, equal ones, or what stands for what."""
+    one, other = before.split(), after.split()
+    return [
+        (" ".join(one[own.start : own.stop]), " ".join(other[its.start : its.stop]))
+        for own, its, _ in word_runs(one, other)
+    ]
+
+
+def word_runs(one: Sequence[str], other: Sequence[str]) -> list[tuple[range, range, bool]]:
+    """Words without spaces, aligned with the fewest errors (jiwer): runs as positions in each, and whether they are
+    equal."""
     import jiwer
 
-    one, other = before.split(), after.split()
     if not one or not other:  # jiwer does not accept an empty reference
-        return [(" ".join(one), " ".join(other))] if one or other else []
+        return [(range(len(one)), range(len(other)), False)] if one or other else []
     chunks = jiwer.process_words(" ".join(one), " ".join(other)).alignments[0]
     return [
-        (" ".join(one[c.ref_start_idx : c.ref_end_idx]), " ".join(other[c.hyp_start_idx : c.hyp_end_idx]))
+        (range(c.ref_start_idx, c.ref_end_idx), range(c.hyp_start_idx, c.hyp_end_idx), c.type == "equal")
         for c in chunks
     ]
+
+
+def marked_changes(before: str, after: str) -> list[tuple[str, str]]:
+    """Runs of words of two transcripts; what is equal and far from any change is cut to an ellipsis."""
+    runs = word_changes(before, after)
+    last = len(runs) - 1
+    return [
+        (shown, shown) if one == other and (shown := _shortened(one, first=i == 0, last=i == last)) else (one, other)
+        for i, (one, other) in enumerate(runs)
+    ]
+
+
+def _shortened(words: str, *, first: bool, last: bool) -> str:
+    """The ends of an equal run that are near a change."""
+    split = words.split()
+    begin = 0 if first else CONTEXT
+    end = 0 if last else CONTEXT
+    return words if len(split) <= begin + end + 1 else " ".join([*split[:begin], "…", *split[len(split) - end :]])

@@ -12,14 +12,20 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import CheckError
-from common.evaluate.engines import ObservedBaseline
-from common.evaluate.wer import WordErrorRate, high_error_warning, normalize, word_changes, word_error_rate, word_errors
+from common.evaluate.engines import ObservedBaseline, tokenizer_text
+from common.evaluate.wer import (
+    WordErrorRate,
+    high_error_warning,
+    marked_changes,
+    normalize,
+    word_error_rate,
+    word_errors,
+)
 from common.quantize.fidelity import sqnr_db
 from common.run.clips import Clip
 from common.run.genai import GenAI
 from common.run.ort import MAPPED, OpenGraph, OrtGraph
 
-CONTEXT = 4  # words shown before and after a change
 MAX_PRINTED_CLIPS = 20  # a person reads no more; the report has them all
 
 
@@ -76,12 +82,10 @@ def transcribe_with_both(
     Each folder's tokens are shown by its own tokenizer, so that one that loses words is counted.
     Float32 weights stay in the data file: both models are in memory at once, and one of them is small.
     """
-    from tokenizers import Tokenizer
-
     genai = GenAI(optimized)
     float32_engine = _Engine(exported, MAPPED)
     optimized_engine = _Engine(optimized, OrtGraph)
-    exported_tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
+    float32_text = tokenizer_text(exported)
     evaluated = []
     for clip in progress(clips):
         samples = genai.config.read_clip(clip)
@@ -97,7 +101,7 @@ def transcribe_with_both(
                 clip.lang,
                 len(samples) / genai.config.sample_rate,
                 clip.text or "",
-                exported_tokenizer.decode(expected_tokens).strip(),
+                float32_text(expected_tokens),
                 genai.text(tokens),
                 sqnr_db(expected_output, output),
             )
@@ -154,24 +158,6 @@ def changed(clips: list[EvaluatedClip]) -> list[EvaluatedClip]:
 def marked(clip: EvaluatedClip) -> list[tuple[str, str]]:
     """Runs of words of both transcripts as written."""
     return marked_changes(clip.float32, clip.optimized)
-
-
-def marked_changes(before: str, after: str) -> list[tuple[str, str]]:
-    """Runs of words of two transcripts; what is equal and far from any change is cut to an ellipsis."""
-    runs = word_changes(before, after)
-    last = len(runs) - 1
-    return [
-        (shown, shown) if one == other and (shown := _shortened(one, first=i == 0, last=i == last)) else (one, other)
-        for i, (one, other) in enumerate(runs)
-    ]
-
-
-def _shortened(words: str, *, first: bool, last: bool) -> str:
-    """The ends of an equal run that are near a change."""
-    split = words.split()
-    begin = 0 if first else CONTEXT
-    end = 0 if last else CONTEXT
-    return words if len(split) <= begin + end + 1 else " ".join([*split[:begin], "…", *split[len(split) - end :]])
 
 
 def print_word_errors(table: list[WordErrors], clips: list[EvaluatedClip]) -> None:

@@ -51,11 +51,14 @@ BLOCK_FRAMES = 64
 
 
 class _BlockBounds(torch.autograd.Function):
+    """The first frames of `count` blocks, then the frame after the last of each."""
+
     @staticmethod
     def forward(ctx: Any, like: Tensor, count: int) -> Tensor:
         frames = like.size(-1)
         size = max(-(-frames // count), BLOCK_FRAMES)
-        return torch.tensor([min(block * size, frames) for block in range(count + 1)])
+        firsts = [min(block * size, frames - 1) for block in range(count)]
+        return torch.tensor([*firsts, *(min(block * size, frames) for block in range(1, count + 1))])
 
     @staticmethod
     def symbolic(g: Any, like: Any, count: int) -> Any:
@@ -65,11 +68,17 @@ class _BlockBounds(torch.autograd.Function):
         frames = g.op("Gather", g.op("Shape", like), constant(-1), axis_i=0)
         size = g.op("Div", g.op("Add", frames, constant(count - 1)), constant(count))
         size = g.op("Max", size, constant(BLOCK_FRAMES))
-        return g.op("Min", g.op("Mul", size, constant(*range(count + 1))), frames)
+        firsts = g.op("Min", g.op("Mul", size, constant(*range(count))), g.op("Sub", frames, constant(1)))
+        stops = g.op("Min", g.op("Mul", size, constant(*range(1, count + 1))), frames)
+        return g.op("Concat", firsts, stops, axis_i=0)
 
 
 class Block(NamedTuple):
-    """The frames first … stop-1 of S, which attend to all S frames; there may be none (the first three are scalars)."""
+    """The frames first … stop-1 of S, which attend to all S frames (the first three are scalars).
+
+    There is one at least: where S is too short for all blocks, the last ones are the last frame again. In products
+    without rows ONNX Runtime 1.28 divides by zero, which ends the process.
+    """
 
     first: Tensor
     stop: Tensor
@@ -82,8 +91,8 @@ def attention_blocks(bias: Tensor, count: int, *, of_each_row: bool) -> list[Blo
     bounds = cast(Tensor, _BlockBounds.apply(bias, count))  # type: ignore[no-untyped-call]
     blocks = []
     for index in range(count):
-        first, stop = bounds[index], bounds[index + 1]
-        blocks.append(Block(first, stop, bounds[count], bias[:, :, first:stop] if of_each_row else bias))
+        first, stop = bounds[index], bounds[count + index]
+        blocks.append(Block(first, stop, bounds[-1], bias[:, :, first:stop] if of_each_row else bias))
     return blocks
 
 
@@ -91,7 +100,7 @@ class _RelativeShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: Tensor, frames: Tensor) -> Tensor:
         rows, columns = int(count), int(frames)
-        skipped = max(rows, 1) - 1
+        skipped = rows - 1
         width = columns + skipped
         flat = x.flatten(2)[:, :, skipped : skipped + rows * width]
         return flat.reshape(*flat.shape[:2], rows, width)[..., :columns]
@@ -103,7 +112,7 @@ class _RelativeShift(torch.autograd.Function):
 
         # Every layer writes the same shape arithmetic; common/export/trace.py merges it into one.
         rows, columns = (g.op("Reshape", scalar, constant(1)) for scalar in (count, frames))
-        skipped = g.op("Sub", g.op("Max", rows, constant(1)), constant(1))
+        skipped = g.op("Sub", rows, constant(1))
         width = g.op("Add", columns, skipped)
         stop = g.op("Add", skipped, g.op("Mul", rows, width))
         flat = g.op("Slice", g.op("Reshape", x, constant(0, 0, -1)), skipped, stop, constant(2))
@@ -283,7 +292,9 @@ class RelativeAttention(nn.Module):
         value = value.permute(1, 2, 0, 3)
         query = query.permute(1, 2, 0, 3)
         contexts = [torch.matmul(self._weights(query, key, position, block), value) for block in blocks]
-        context = torch.cat(contexts, dim=2)  # [B, heads, S, dk]
+        context = contexts[0]  # [B, heads, S, dk]
+        if len(blocks) > 1:
+            context = torch.cat(contexts, dim=2)[:, :, : blocks[0].frames]  # without the last frame again
         out: Tensor = self.out(reshape(context.transpose(1, 2), 0, 0, -1))
         return out
 

@@ -32,8 +32,7 @@ def exact_bits() -> int:
 
 def reduce_range_advice(options: OptimizeOptions) -> str | None:
     """A line for the user where 8-bit weights are asked for and this CPU does not sum their products exactly."""
-    by_integers = options.int8_tokens or (options.method is not None and options.method.reduces_range)
-    if not by_integers or options.reduce_range or exact_bits() == 8:
+    if not options.has_8_bit_products or options.reduce_range or exact_bits() == 8:
         return None
     return (
         "this CPU has no VNNI, so sums of 8-bit products overflow, which makes the model less exact here: add "

@@ -36,6 +36,12 @@ class OptimizeOptions(WeightOptions):
         return self.decoder_joint_precision == TOKEN_PRECISIONS[1]
 
     @property
+    def has_8_bit_products(self) -> bool:
+        """Whether there are weights that --reduce_range gives 7 bits."""
+        narrow = self.weight_bits != WeightOptions.weight_bits
+        return self.int8_tokens or (self.method is not None and self.method.reduces_range and not narrow)
+
+    @property
     def description(self) -> str | None:
         """How the encoder's weights are stored, in one line of output; None for float32."""
         return self.method.describe(self) if self.method else None
@@ -95,8 +101,7 @@ class OptimizeOptions(WeightOptions):
                 f"--weight_bits {self.weight_bits} expects no --size_budget_mb, which chooses the bits of each weight, "
                 "got both; leave one out"
             )
-        reduced = self.method is not None and self.method.reduces_range and not other_bits
-        if self.reduce_range and not (self.int8_tokens or reduced):
+        if self.reduce_range and not self.has_8_bit_products:
             got = f"--weight_bits {self.weight_bits}, which needs no reduction" if other_bits else "neither"
             raise ValueError(
                 f"--reduce_range expects {_flag(m for m in METHODS.values() if m.reduces_range)} or "

@@ -4,13 +4,14 @@ import contextlib
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.cli import EXPORT_COMMAND, PrintStage, size_text
 from common.evaluate import word_limit
+from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed
 from common.evaluate.stress_run import StressOptions, stress_optimized
 from common.evaluate.stress_table import StressRow, judge_stress, stress_rows
 from common.evaluate.word_limit import EvaluatedClip, WordErrors
@@ -27,7 +28,16 @@ from common.quantize.options import OptimizeOptions
 from common.quantize.rewrite import OptimizedEncoder
 from common.quantize.token_graphs import QuantizedTokenGraphs, quantize_token_graphs
 from common.report.card import write_card
-from common.report.report import REPORT_HTML, PageWriter, QuantizedWeights, make_evaluation, make_report, write_report
+from common.report.decision import verdict
+from common.report.report import (
+    REPORT_HTML,
+    PageWriter,
+    QuantizedWeights,
+    make_evaluation,
+    make_report,
+    run_record,
+    write_report,
+)
 from common.run.clips import Clip
 
 # Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, when they are compared.
@@ -132,6 +142,14 @@ class EvaluationSpeech:
 
 
 @dataclass(frozen=True)
+class ReportOptions:
+    """How the report is written, and the command that it names."""
+
+    write_page: PageWriter
+    command: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The transcripts of both models and their error rates; empty where there are no evaluation clips."""
 
@@ -145,7 +163,7 @@ def finish_folder(
     encoder: OptimizedEncoder,
     options: OptimizeOptions,
     speech: EvaluationSpeech,
-    write_page: PageWriter,
+    report: ReportOptions,
     print_stage: PrintStage,
 ) -> None:
     """Write the encoder and the other files of the folder into its staging folder.
@@ -174,9 +192,14 @@ def finish_folder(
         else None
     )
     content = make_report(folder.readable, folder.staging, layout.graphs, folder.manifest, section, weights, words)
-    if evaluation.stress:
-        content["stress"] = [asdict(row) for row in evaluation.stress]
-    write_report(folder.staging, content, evaluation.clips, write_page)
+    content |= {
+        "stress": [asdict(row) for row in evaluation.stress],
+        "max_lost_words": speech.stress.max_lost_words,
+        "speed": _speed(folder, print_stage),
+        "run": run_record(report.command),
+    }
+    content["verdict"] = asdict(verdict(content))
+    write_report(folder.staging, content, evaluation.clips, report.write_page)
     if layout.named_after_method and options.method:
         for graph in layout.graphs:
             write_second_name(folder.staging, graph.file, f"{graph.name}.{options.method.name}.onnx")
@@ -185,6 +208,20 @@ def finish_folder(
     checkpoint = read_location(folder.source, CHECKPOINT)
     write_locations(folder.staging, folder.target, checkpoint=checkpoint, exported=folder.source)
     print_stage("report", str(folder.target / REPORT_HTML))
+
+
+def _speed(folder: ModelFolder, print_stage: PrintStage) -> dict[str, Any] | None:
+    """Of the exported encoder and of the optimized one, on this machine; None where it could not be measured."""
+    file = folder.layout.encoder.file
+    speeds = measure_speed([folder.source / file, folder.staging / file])
+    if speeds is None:
+        print_stage("speed", "not measured: too little memory is free")
+        return None
+    before, after = speeds
+    memory = [size_text(each.peak_memory) for each in speeds if each.peak_memory]
+    rates = f"encoder RTFx {before.rtfx:.1f} → {after.rtfx:.1f}"
+    print_stage("speed", rates, *([f"peak memory {' → '.join(memory)}"] if memory else []))
+    return {"exported": asdict(before), "optimized": asdict(after), "audio_seconds": AUDIO_SECONDS, **machine()}
 
 
 def _ratio_text(ratio: float, *, quantized: bool) -> str:

@@ -1,11 +1,14 @@
 """The report of an optimization, for programs (optimization_report.json) and for people (optimization_report.html).
 
-Both depend only on the two folders and on what was measured: they hold no date, so the same run gives the same bytes.
+Both depend on the two folders and on what was measured, and say when, by which command, and on which machine. Paths
+that a user keeps files at are no part of them.
 """
 
+import datetime
 import math
 import re
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +23,13 @@ from common.evaluate.word_limit import EvaluatedClip, WordErrors, changed, marke
 from common.folder.manifest import FILES, package_versions, sha256
 from common.folder.onnx_files import load
 from common.folder.outputs import write_json
+from common.layouts.identity import REPORT_FILES
 from common.quantize.plan import Sensitivity, Stored
 from common.report.card import CARD
+from common.report.decision import verdict
+from common.report.pages import page_environment
 
-REPORT_JSON, REPORT_HTML = "optimization_report.json", "optimization_report.html"
+REPORT_JSON, REPORT_HTML = REPORT_FILES
 TEMPLATE = "report.html.j2"
 MAX_SHOWN_CLIPS = 200  # in the page; the JSON has them all
 PageWriter = Callable[[Path, dict[str, Any], list[EvaluatedClip]], None]
@@ -43,18 +49,9 @@ class QuantizedWeights:
 
 def page_writer() -> PageWriter:
     """A function that writes the page. Call it before the work: raises ModuleNotFoundError without its packages."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from common.report import plots
 
-    folder = Path(__file__).resolve().parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters |= {"size": size_text, "ratio": _ratio, "chosen": chosen_sensitivity}
     template = environment.get_template(TEMPLATE)
 
@@ -62,6 +59,7 @@ def page_writer() -> PageWriter:
         differing = changed(clips)
         page = template.render(
             report=report,
+            verdict=verdict(report),
             plots=_plots(report, plots),
             kinds=[kind for kind in KINDS if any(_kind_bytes(report, kind))],
             changes=[(clip, marked(clip)) for clip in differing[:MAX_SHOWN_CLIPS]],
@@ -114,14 +112,35 @@ def make_report(
         "components": components,
         "sqnr_db_on_noise": {encoder.name: section["sqnr_db_on_noise"], **section["token_sqnr_db_on_noise"]},
         "evaluation": evaluation,
+        "stress": [],  # rows of a stress test
+        "max_lost_words": None,
+        "speed": None,  # of both encoders
+        "run": None,  # when, by which command
         "tensors": tensors,
         "source": {
             "checkpoint": source.get("name") or source.get("file"),
             "sha256": source.get("sha256"),
             "files": {name: listed["sha256"] for name, listed in manifest.get(FILES, {}).items() if name != CARD},
+            "roles": {name: _role(name, graphs) for name in manifest.get(FILES, {}) if name != CARD},
         },
         "versions": package_versions(),
     }
+
+
+def _role(name: str, graphs: tuple[Graph, ...]) -> str:
+    """What a file of the source folder is, for a reader of the report."""
+    for graph in graphs:
+        if name in (graph.file, graph.data_file):
+            return f"{graph.name}, {'operators' if name == graph.file else 'weights'}"
+    return "vocabulary" if re.search(r"token|vocab", name) else "configuration"
+
+
+def run_record(command: Sequence[str]) -> dict[str, str]:
+    """The time, and the command as a shell takes it; of absolute paths the last part alone, since a report is
+    published with its folder."""
+    shown = [f"…/{Path(part).name}" if Path(part).is_absolute() else part for part in command]
+    now = datetime.datetime.now().astimezone()
+    return {"date": now.isoformat(" ", "minutes"), "command": shlex.join(shown)}
 
 
 def make_evaluation(
@@ -233,10 +252,13 @@ def _plots(report: dict[str, Any], plots: ModuleType) -> dict[str, str]:
     """The pictures that there are data for, by name."""
     pictures = {"size": plots.sizes(report["components"], KINDS)}
     rows = [row for row in report["tensors"] if row["graph"] == report["encoder"] and row["bits"]]
-    if cells := _cells(rows, lambda row: row["weight_error"]):
-        pictures["weights"] = plots.by_layer("weights", cells, "Signal to error of the weight, dB")
-    if cells := _cells(rows, chosen_sensitivity):
-        pictures["outputs"] = plots.by_layer("outputs", cells, "Signal to error of the encoder’s output, dB")
+    maps = (
+        ("weights", _weight_error, "Signal to error of the weight, dB", plots.OF_WEIGHTS),
+        ("outputs", chosen_sensitivity, "Signal to error of the encoder’s output, dB", plots.OF_OUTPUTS),
+    )
+    for name, error_of, title, scale in maps:
+        if cells := _cells(rows, error_of):
+            pictures[name] = plots.by_layer(name, cells, title, scale)
     evaluation = report["evaluation"] or {"clips": [], "normalised": []}
     increases = [
         (
@@ -267,6 +289,11 @@ def _cells(
         if weight.layer is not None and ratio is not None:
             cells[weight.role.value, weight.layer] = (ratio, row["bits"])
     return cells
+
+
+def _weight_error(row: dict[str, Any]) -> float | None:
+    error: float | None = row["weight_error"]
+    return error
 
 
 def chosen_sensitivity(row: dict[str, Any]) -> float | None:

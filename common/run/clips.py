@@ -36,6 +36,11 @@ class Clip:
         end = "" if self.duration is None else f"{self.offset + self.duration:g}"
         return f" [{self.offset:g}–{end} s]" if self.offset or end else ""
 
+    @property
+    def label(self) -> str:
+        """The name of the file without its folder, and the segment of it."""
+        return f"{self.path.name}{self.segment}"
+
     def overlaps(self, other: "Clip") -> bool:
         """Whether two clips of one file have samples in common."""
         ends = (float("inf") if clip.duration is None else clip.offset + clip.duration for clip in (self, other))

@@ -29,10 +29,10 @@ import optimize_encoder
 import test_e2e
 import test_real_speech
 from common.cli import quiet_libraries
-from common.folder.manifest import MANIFEST, sha256
+from common.folder.manifest import MANIFEST
 from common.folder.outputs import read_json, write_json
 from tests.faults import audio, checkpoints
-from tests.helpers import ROOT, TINY
+from tests.helpers import ROOT, TINY, reproducible
 
 CLIP = audio.SPEECH
 KILLS, SHORT_KILLS = 60, 3
@@ -136,14 +136,14 @@ def _child(script, argv: list[str], errors, folder: Path | None, file_limit: int
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every entry below `folder` with its kind, mode and content."""
+    """Every entry below `folder` with its kind, mode and content, as far as the same input gives it again."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name, mode = str(path.relative_to(folder)), oct(path.lstat().st_mode)
         if path.is_symlink():
             found[name] = f"{mode} → {path.readlink()}"
         else:
-            found[name] = f"{mode} {sha256(path)}" if path.is_file() else mode
+            found[name] = f"{mode} {reproducible(path)!r}" if path.is_file() else mode
     return found
 
 

@@ -1,0 +1,127 @@
+"""How fast two encoders run on this machine, and the memory that each takes: each runs in a process of its own, which
+holds nothing else, and they take turns, so that what else the machine does slows both.
+
+    python -m common.evaluate.speed ENCODER.onnx    (a line of the standard input for each run)
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.run.session import open_session
+
+AUDIO_SECONDS = 10
+FRAMES_PER_SECOND = 100  # mel frames; the hop of every published Parakeet is 10 ms
+MIN_ROUNDS, MAX_ROUNDS = 3, 20
+SECONDS = 2  # of runs, after which no further round begins
+PAUSE = 0.1  # seconds before a run, in which the threads of the other process stop waiting actively
+# Memory of both processes as a multiple of the float32 file: it, its repacked copy, and the optimized model.
+MEMORY_FACTOR = 3.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one encoder. The names are keys of the report's JSON."""
+
+    rtfx: float  # seconds of audio encoded in one second, by the fastest run, the one least disturbed
+    peak_memory: int | None  # bytes of its process; None where the system does not tell
+
+
+def machine() -> dict[str, Any]:
+    """The CPU by its name, and the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    names = _fields(Path("/proc/cpuinfo"))
+    return {"cpu": names.get("model name") or platform.processor() or platform.machine(), "cores": cores}
+
+
+def measure_speed(graphs: Sequence[Path]) -> list[Speed] | None:
+    """Speeds of encoders by the paths of their .onnx files, the largest first, in a few seconds.
+
+    None where free memory does not suffice, or a process ends early, as one does that the system stops for its memory.
+    """
+    largest = sum(path.stat().st_size for path in graphs[0].parent.glob(f"{graphs[0].name}*"))
+    free = _fields(Path("/proc/meminfo")).get("MemAvailable")
+    if free and int(free.split()[0]) * 1024 < MEMORY_FACTOR * largest:
+        return None
+    root = Path(__file__).resolve().parents[2]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "common.evaluate.speed", str(path.resolve())],
+            cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )
+        for path in graphs
+    ]  # fmt: skip
+    try:
+        return _take_turns(processes)
+    except (OSError, ValueError):
+        return None
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def _take_turns(processes: Sequence["subprocess.Popen[str]"]) -> list[Speed]:
+    """Raises ValueError or OSError where a process has ended."""
+    for process in processes:  # each is loaded, and has run once
+        _answer(process)
+    seconds: list[list[float]] = [[] for _ in processes]
+    peaks: list[int | None] = [None] * len(processes)
+    while len(seconds[0]) < MIN_ROUNDS or (sum(map(sum, seconds)) < SECONDS and len(seconds[0]) < MAX_ROUNDS):
+        for number, process in enumerate(processes):
+            assert process.stdin, "a pipe"
+            process.stdin.write("\n")
+            process.stdin.flush()
+            answer = _answer(process)
+            seconds[number].append(answer["seconds"])
+            peaks[number] = answer["peak_memory"]
+    rates = [AUDIO_SECONDS / min(each) for each in seconds]
+    return [Speed(round(rate, 2), peak) for rate, peak in zip(rates, peaks, strict=True)]
+
+
+def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    assert process.stdout, "a pipe"
+    answer: dict[str, Any] = json.loads(process.stdout.readline())
+    return answer
+
+
+def _serve(path: Path) -> None:
+    """In the process of an encoder: run it once for each line, and print how long that took."""
+    session = open_session(path)
+    features, length = session.get_inputs()
+    shape = (1, features.shape[1], AUDIO_SECONDS * FRAMES_PER_SECOND)
+    noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    inputs = {features.name: noise, length.name: np.array([shape[2]])}
+    session.run(None, inputs)
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        time.sleep(PAUSE)
+        start = time.perf_counter()
+        session.run(None, inputs)
+        seconds = time.perf_counter() - start
+        # Not getrusage: its largest size of a process includes the one that it was forked from.
+        peak = _fields(Path("/proc/self/status")).get("VmHWM")
+        print(
+            json.dumps({"seconds": seconds, "peak_memory": int(peak.split()[0]) * 1024 if peak else None}), flush=True
+        )
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """The lines `name: value` of a file of Linux; nothing elsewhere."""
+    if not path.is_file():
+        return {}
+    pairs = (line.partition(":") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))

@@ -1,0 +1,232 @@
+"""The page of clips to listen to, the verdict of an optimization, and the speed that it states."""
+
+import base64
+import copy
+import hashlib
+import io
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+import test_real_speech
+from common.evaluate.reliability import bins, calibration_error, words_right
+from common.evaluate.speed import MIN_ROUNDS, measure_speed
+from common.report.clips_page import (
+    ClipsPage,
+    ShownClip,
+    ShownWord,
+    audio_uri,
+    clips_page_writer,
+    marked_rows,
+    wave_path,
+)
+from common.report.decision import verdict
+from common.report.report import run_record
+from tests.helpers import CLIPS, ROWS, rejected
+from tests.test_report import HOSTILE_TEXT, Page
+
+RATE = 16000
+
+
+def decoded(uri: str) -> tuple[np.ndarray, int]:
+    kind, _, content = uri.partition(",")
+    assert kind == "data:audio/ogg;base64"
+    return soundfile.read(io.BytesIO(base64.b64decode(content)), dtype="float32")
+
+
+def flat(page: Page) -> str:
+    return " ".join(page.text.split())
+
+
+# ---- confidences
+
+
+def test_words_right_by_an_alignment_without_case_and_punctuation():
+    assert words_right("The cat, sat.", ["the", "Cat", "sad"]) == [True, True, False]
+    assert words_right("a b", ["x", "a", "b"]) == [False, True, True]
+    assert words_right("", ["x"]) == [False]
+    assert words_right("a b", []) == []
+    assert words_right("one two", ["one", "–", "two", ""]) == [True, False, True, False]
+
+
+def test_bins_and_calibration_error_by_hand():
+    made = bins([(0.92, True), (0.94, False), (1.0, True), (0.99, True), (0.2, False), (0.9, True)])
+    assert [(each.low, each.high, each.words, each.right) for each in made] == [
+        (0.0, 0.5, 1, 0),
+        (0.9, 0.95, 3, 2),
+        (0.99, 1.0, 2, 2),
+    ]
+    # |0 - 0.2|, 3 |2/3 - 0.92|, 2 |1 - 0.995| over 6 words
+    assert calibration_error(made) == pytest.approx((0.2 + 3 * (0.92 - 2 / 3) + 2 * 0.005) / 6)
+
+
+# ---- the page
+
+
+def test_differing_words_are_marked():
+    words = [ShownWord(word, start=i, end=i + 1) for i, word in enumerate(["And", "so,", "my", "friends", "ask"])]
+    (row,) = marked_rows("and so my fellow Americans ask", [("ONNX", words)], "and so my fellow Americans ask")
+    assert [word.text for word in row.words if not word.mark] == ["And", "so,", "my", "ask"]
+    assert {word.text for word in row.words if word.mark == "lost"} == {"fellow", "Americans"}
+    assert [word.text for word in row.words if word.mark == "other"] == ["friends"]
+    assert row.errors == (2, 6)
+    assert [word.start for word in row.words if word.mark != "lost"] == [0, 1, 2, 3, 4]
+
+
+def test_audio_is_the_clip_and_small():
+    samples, _ = soundfile.read(CLIPS[0], dtype="float32")
+    uri = audio_uri(samples, RATE)
+    shown, rate = decoded(uri)
+    assert rate == RATE
+    assert abs(len(shown) - len(samples)) <= RATE // 50
+    size = min(len(shown), len(samples))
+    assert np.corrcoef(shown[:size], samples[:size])[0, 1] > 0.9
+    assert len(uri) < 8000 * len(samples) / RATE + 4000  # 20 clips of a minute: 10 MB
+    loud, _ = decoded(audio_uri(samples * 1e6, RATE))
+    assert np.abs(loud).max() < 1.5
+
+
+def test_a_waveform_follows_the_samples():
+    samples = np.zeros(4000, np.float32)
+    samples[2000:] = np.tile([0.5, -0.25], 1000)
+    heights = [tuple(map(float, pair)) for pair in re.findall(r"M\d+ ([\d.]+)V([\d.]+)", wave_path(samples))]
+    assert len(heights) == 400
+    assert set(heights[:200]) == {(1.0, 1.01)}
+    assert set(heights[200:]) == {(0.0, 1.51)}
+    assert "nan" not in wave_path(np.zeros(10, np.float32))
+
+
+def test_hostile_text_is_text_and_no_other_script_runs():
+    samples = np.zeros(RATE, np.float32)
+    words = [ShownWord(word, 0.0, 0.5, 0.4) for word in HOSTILE_TEXT.split()]
+    rows = list(marked_rows("none of it", [(HOSTILE_TEXT, words)], None))
+    clip = ShownClip(HOSTILE_TEXT, 1.0, audio_uri(samples, RATE), wave_path(samples), rows)
+    text = clips_page_writer()(ClipsPage(HOSTILE_TEXT, HOSTILE_TEXT, [clip]))
+    page = Page(text)
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    script = re.search("<script>(.*?)</script>", text, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(v for n, v in page.attributes if "default-src" in (v or ""))
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert HOSTILE_TEXT in page.text
+    assert "below 0.5" in page.text
+
+
+@pytest.fixture(scope="module")
+def speech_page(tiny_export, tmp_path_factory) -> Page:
+    """Of three clips with texts, by GenAI and plain ONNX Runtime."""
+    place = tmp_path_factory.mktemp("page")
+    manifest = place / "speech.jsonl"
+    rows = [{**row, "audio_filepath": str(clip)} for row, clip in zip(ROWS, CLIPS, strict=True)][:3]
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    argv = ["--model_dir", tiny_export, "--skip_nemo", "--manifest", manifest, "--html", place / "page.html"]
+    assert test_real_speech.main([*map(str, argv), "--json", str(place / "all.json")]) == 0
+    page = Page((place / "page.html").read_text())
+    page.clips = json.loads((place / "all.json").read_text())["clips"]
+    return page
+
+
+def test_a_page_has_every_clip_with_its_words_and_times(speech_page):
+    assert speech_page.tags.count("article") == speech_page.tags.count("audio") == len(speech_page.clips) == 3
+    timed = [word for clip in speech_page.clips for made in clip["engines"].values() for word in made["words"] or ()]
+    starts = [float(value) for name, value in speech_page.attributes if name == "data-start"]
+    assert starts == [pytest.approx(word["start"], abs=0.006) for word in timed]
+    text = flat(speech_page)
+    for clip in speech_page.clips:
+        assert clip["text"] in text
+    assert "How often a word of a confidence is right" in text
+    assert "ONNX Runtime onnx_models, max_prob" in text
+    for name, value in speech_page.attributes:
+        if name in ("src", "href"):
+            assert value.startswith("data:audio/ogg")
+
+
+def test_a_page_of_a_stress_test_has_its_table(tiny_export, tmp_path):
+    page = tmp_path / "stress.html"
+    argv = ["--model_dir", tiny_export, "--skip_nemo", "--audio", CLIPS[0], "--stress", "level", "--html", page]
+    assert test_real_speech.main([*map(str, argv)]) == 0
+    text = flat(Page(page.read_text()))
+    assert "Where speech is hard" in text
+    assert "as it isfloat320000.00" in text  # nothing lost, added or changed
+
+
+def test_the_page_is_not_written_over_a_clip(tiny_export, tmp_path, capsys):
+    clip = tmp_path / "clip.flac"
+    clip.write_bytes(CLIPS[0].read_bytes())
+    argv = ["--model_dir", tiny_export, "--skip_nemo", "--audio", clip, "--html", clip]
+    assert "which is read" in rejected(capsys, test_real_speech, *argv)
+    assert clip.read_bytes() == CLIPS[0].read_bytes()
+
+
+# ---- the verdict
+
+
+REPORT = {
+    "encoder": "encoder",
+    "tensors": [{"graph": "encoder", "bits": 4}],
+    "sqnr_db_on_noise": {"encoder": 17.0, "joint": 31.0},
+    "evaluation": {
+        "max_wer_increase": 0.5,
+        "normalised": [{"words": 100, "increase": {"percent": 0.1}}, {"words": 10, "increase": {"percent": 0.4}}],
+    },
+    "stress": [
+        {"engine": "float32", "points": None},
+        {"engine": "optimized", "points": 1.0},
+        {"engine": "optimized", "points": -2.0},
+    ],
+    "max_lost_words": 1.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "passed", "text"),
+    [
+        ({}, True, "every limit"),
+        ({"sqnr_db_on_noise": {"encoder": 2.9}}, False, "encoder on noise"),
+        ({"sqnr_db_on_noise": {"encoder": 17.0, "joint": 19.9}}, False, "joint on noise"),
+        ({"tensors": []}, False, "encoder on noise"),  # float32: 80 dB
+        ({"max_lost_words": 0.9}, False, "speech is hard"),
+        ({"max_lost_words": None}, True, "not judged: words where speech is hard"),
+        ({"evaluation": None, "stress": [], "max_lost_words": None}, None, "not decided"),
+    ],
+)
+def test_a_verdict_follows_the_limits(change, passed, text):
+    found = verdict({**copy.deepcopy(REPORT), **change})
+    assert found.passed is passed
+    assert text in found.reason.lower()
+
+
+def test_a_language_beyond_the_limit_fails():
+    report = copy.deepcopy(REPORT)
+    report["evaluation"]["normalised"][1]["increase"]["percent"] = 0.6
+    found = verdict(report)
+    assert (found.passed, found.title) == (False, "Not passed")
+    assert [check.measured for check in found.checks if check.met is False] == ["+0.60 points"]
+
+
+def test_a_command_has_no_folders_of_the_user():
+    record = run_record(["python", "optimize_encoder.py", "--model_dir", "/home/me/my models", "--output_dir", "out"])
+    assert record["command"] == "python optimize_encoder.py --model_dir '…/my models' --output_dir out"
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d", record["date"])
+
+
+# ---- speed
+
+
+def test_speed_and_memory_of_two_encoders(tiny_export):
+    both = measure_speed([tiny_export / "encoder.onnx"] * 2)
+    assert MIN_ROUNDS >= 3
+    assert all(each.rtfx > 1 for each in both)
+    if sys.platform == "linux":
+        assert all(20e6 < each.peak_memory < 1e9 for each in both)  # this process has NeMo's gigabytes or not
+
+
+def test_speed_is_not_measured_where_a_process_ends(tmp_path):
+    (tmp_path / "encoder.onnx").write_bytes(b"no model")
+    assert measure_speed([tmp_path / "encoder.onnx"] * 2) is None
