@@ -290,7 +290,6 @@ class RelativeAttention(nn.Module):
             for y in (self.query(x), self.key(x), self.value(x), self._project(positions))
         )
         value = value.permute(1, 2, 0, 3)
-        query = query.permute(1, 2, 0, 3)
         contexts = [torch.matmul(self._weights(query, key, position, block), value) for block in blocks]
         context = contexts[0]  # [B, heads, S, dk]
         if len(blocks) > 1:
@@ -305,23 +304,19 @@ class RelativeAttention(nn.Module):
         return torch.cat(((even + odd)[1:], (even - odd)[:-1].flip(0)))
 
     def _weights(self, query: Tensor, key: Tensor, position: Tensor, block: Block) -> Tensor:
-        """How much each of the block's n frames attends to each frame: [B, heads, n, S]
-
-        query [B, heads, S, dk]. The biases are added after its transpose: ONNX Runtime fuses a transpose right in
-        front of a product with it, and up to 1.30 that divides by zero for a block of no frames.
-        """
-        query = query[:, :, block.first : block.stop]
+        """How much each of the block's n frames attends to each frame: [B, heads, n, S]"""
+        query = query[block.first : block.stop]
         # Row 0 holds distance S-1. The distances from the block's last frame begin at stop-1, those from its first end
         # at first+1-S; one more, and the relative shift is a slice without padding.
         position = position[block.frames - block.stop : 2 * block.frames - block.first]
-        by_content = self._product(query + self.content_bias[:, None], key)
-        by_position = self._product(query + self.position_bias[:, None], position)
+        by_content = self._product(query + self.content_bias, key)
+        by_position = self._product(query + self.position_bias, position)
         by_position = relative_shift(by_position, block.stop - block.first, block.frames)
         return (by_content + by_position + block.bias).softmax(dim=-1)
 
     def _product(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """[B, heads, S, dk], [S', B, heads, dk] → [B, heads, S, S']"""
-        product: Tensor = torch.matmul(queries, keys.permute(1, 2, 3, 0)) * self.scale
+        """[S, B, heads, dk], [S', B, heads, dk] → [B, heads, S, S']"""
+        product: Tensor = torch.matmul(queries.permute(1, 2, 0, 3), keys.permute(1, 2, 3, 0)) * self.scale
         return product
 
 
