@@ -102,9 +102,9 @@ def _export(args: argparse.Namespace) -> None:
     clips = find_clips(SPEECH) if options.is_float16 else []
     require_device(options.device)
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
-    size = format_of(checkpoint).size(checkpoint)
-    title = f"{checkpoint.name} ({size_text(size)})"
-    state_needs(title, options.memory_bytes(size), options.disk_bytes(size), args.output_dir)
+    known = format_of(checkpoint)
+    title, loaded = f"{checkpoint.name} ({size_text(known.size(checkpoint))})", known.loaded_bytes(checkpoint)
+    state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded), args.output_dir)
     vocabulary = read_vocabulary(checkpoint, subfolders)
     source = source_record(checkpoint, args.model_name, revision=args.revision)
     kept = {name: kept_by_export(args.output_dir / name, source, layout) for layout, name in subfolders.items()}
