@@ -357,7 +357,8 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         """x [B, S, D], keep [B, S, 1], 1 for a valid frame and 0 for a masked one → [B, S, D]"""
-        x = nn.functional.glu(self.expand(x), dim=-1) * keep
+        # Not dim -1: WebGPU's Split takes no negative axis (ONNX Runtime Web 1.24.1).
+        x = nn.functional.glu(self.expand(x), dim=2) * keep
         x = x.unsqueeze(1).permute(0, 3, 1, 2)  # [B, D, 1, S]
         left, right = self.padding
         inner = 0

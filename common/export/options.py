@@ -12,8 +12,8 @@ PRECISIONS = (FP32, FP16)
 MIN_OPSET = 17  # the first with LayerNormalization
 MAX_OPSET = 21  # the newest that the wheels of onnxruntime-genai were built for
 
-# Peak memory and disk as multiples of the weights' size in float32, measured at 0.6B. Memory: the weights, in NeMo or in
-# the ONNX Runtime session, activations, and the code of NeMo. Disk: the unpacked checkpoint and the exported weights.
+# Peak memory and disk as multiples of the weights' size in float32, measured at 0.6B. Memory: the weights, in NeMo or
+# in the ONNX Runtime session, activations, and the code of NeMo. Disk: the unpacked checkpoint and exported weights.
 MEMORY_FACTOR = 1.3
 MEMORY_OF_NEMO = 1e9  # bytes
 MEMORY_OF_LONG_CASE = 2.8e9  # bytes; a clip past 400 s, on which small encoders are verified; measured with 4 heads

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from common.checkpoint.spec import ModelSpec
-from common.checkpoint.tokenizer import ModelProto, tokens_text
+from common.checkpoint.tokenizer import tokens_text
 from common.cli import CheckError
 from common.contract import Graph, View
 from common.folder.manifest import MANIFEST, read_manifest
