@@ -37,6 +37,7 @@ from common.export.options import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, Export
 from common.export.pipeline import Features, export_checkpoint, find_clips
 from common.folder.locations import write_locations
 from common.folder.manifest import MANIFEST, write_manifest
+from common.folder.minimum_runtime import MINIMUM_RUNTIME, minimum_runtime
 from common.folder.staging import check_output_dir, staged_folder, state_needs
 from common.layouts import LAYOUTS, Layout, Window
 from common.layouts.folders import ALL, read_vocabulary, subfolders_of, write_layout
@@ -123,7 +124,8 @@ def _export(args: argparse.Namespace) -> None:
             # A checkpoint of the Hub is found again by its name and commit.
             write_locations(folder, args.output_dir / name, checkpoint=checkpoint if "file" in source else None)
             manifest, _ = kept[name]
-            write_manifest(folder, manifest, "export", record)
+            oldest = minimum_runtime(folder / graph.file for graph in layout.graphs)
+            write_manifest(folder, manifest, "export", {**record, MINIMUM_RUNTIME: oldest})
             write_card(folder, args.output_dir / name, layout)
             print_stage(*([name] if name else []), *layout.config_files, MANIFEST, CARD)
     if removed:

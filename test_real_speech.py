@@ -171,7 +171,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     if reference and with_times:
         judge_times(comparison, ids_of_other_words(reference.sentencepiece_model))
     if reference:
-        print(f"next, to publish it: {PUBLISH_COMMAND.format(folders[0].path)}")
+        print(f"if the words are good enough to publish, next: {PUBLISH_COMMAND.format(folders[0].path)}")
 
 
 if __name__ == "__main__":

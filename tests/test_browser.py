@@ -135,11 +135,3 @@ def test_webgpu_transcribes_as_nemo_does(exported, nemo_texts):
     if shown["adapter"] is None:
         pytest.skip("this Chromium has no WebGPU adapter: parakeet.js went on with WebAssembly")
     assert shown["texts"] == nemo_texts
-
-
-def test_the_documentation_has_the_page_that_runs():
-    text = (ROOT / "docs/runtimes.md").read_text(encoding="utf-8")
-    assert f"```html\n{BROWSER_PAGE.read_text(encoding='utf-8')}```" in text
-    packages = json.loads((ROOT / "tests/browser/package.json").read_text())["dependencies"]
-    for name in ("parakeet.js", "onnxruntime-web"):
-        assert f"{name}@{packages[name]}" in text
