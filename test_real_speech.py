@@ -38,7 +38,7 @@ from common.cli import Parser, run
 # isort: split
 
 from common.checkpoint import FORMAT_HELP, FORMAT_NAMES
-from common.cli import MODEL_DIR_HELP, default_model_dir
+from common.cli import MODEL_DIR_HELP, PUBLISH_COMMAND, default_model_dir
 from common.evaluate.engines import (
     GENAI_ENGINE,
     NEMO_ENGINE,
@@ -170,6 +170,8 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     print_and_judge(comparison)
     if reference and with_times:
         judge_times(comparison, ids_of_other_words(reference.sentencepiece_model))
+    if reference:
+        print(f"if the words are good enough to publish, next: {PUBLISH_COMMAND.format(folders[0].path)}")
 
 
 if __name__ == "__main__":

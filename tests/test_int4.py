@@ -241,6 +241,7 @@ def test_manifest_card_and_advice_say_it(tiny_export, plain, tmp_path, capsys):
     assert record["runs_as"].startswith("4 bits in the file, products of 8-bit integers")
     text = (plain / CARD).read_text()
     assert "61 at 4 bits" in text
+    assert "(the graphs need ONNX Runtime 1.23 or newer)" in text
     assert "4 bits in the file, products of 8-bit integers when it runs: ONNX Runtime 1.23 or newer" in text
     assert "--weight_bits 4" in text
     assert "products of 8-bit integers" in (plain / "optimization_report.html").read_text()

@@ -14,13 +14,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
+from common.checkpoint import NEMO
 from common.checkpoint.spec import ModelSpec
-from common.checkpoint.tokenizer import tokens_text
+from common.checkpoint.tokenizer import bpe_text, tokens_text
 from common.cli import EXPORT_COMMAND, CheckError
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.folder.locations import CHECKPOINT, read_location
@@ -36,7 +38,7 @@ from common.run.audio import load_clip
 from common.run.clips import Clip
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.helpers import CLIPS, REDUCED, ROOT, SAMPLES, SHERPA_PROGRAM, TINY, export_for_every_runtime
+from tests.helpers import CLIPS, REDUCED, ROOT, ROWS, SAMPLES, SHERPA_PROGRAM, TINY, export_for_every_runtime, trained
 
 pytestmark = pytest.mark.slow  # the fixture exports for every runtime
 
@@ -251,6 +253,37 @@ def test_a_checkpoint_that_a_runtime_cannot_compute_is_rejected_by_name(runtime,
         LAYOUTS[runtime].check(other)
     if "unsupported_features" not in change:
         check_genai_supports(other)
+
+
+def test_a_hotword_changes_a_transcript_of_sherpa_onnx(exported, tmp_path):
+    """By the program in the documentation, with what it does without hotwords as the reference."""
+    section = (ROOT / "docs/runtimes.md").read_text(encoding="utf-8").split("\n## Hotwords in sherpa-onnx\n")[1]
+    program = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    program = program.replace("onnx_models_all", str(exported)).replace("audio.wav", str(CLIPS[5]))
+    assert ROWS[5]["text"] == "Do 40 do for."
+    for hotword, expected in (("", "Do 40 do 4."), ("do for.", "Do 40 do for.")):
+        (tmp_path / "hotwords.txt").write_text(hotword, encoding="utf-8")
+        done = python(program, cwd=tmp_path)
+        assert done.stdout.strip() == expected, done.stderr
+
+
+def test_bpe_vocab_holds_every_piece_in_the_order_of_the_tokens(exported):
+    """Named by SentencePiece itself. Scores of a Unigram model are its own."""
+    processor = SentencePieceProcessor(model_proto=NEMO.read_tokenizer(TINY))
+    pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+    lines = (exported / SHERPA_ONNX.runtime / "bpe.vocab").read_text(encoding="utf-8").splitlines()
+    assert [line.split("\t")[0] for line in lines] == pieces
+    scores = [float(line.split("\t")[1]) for line in lines]
+    ranks = [processor.get_score(index) for index in range(len(pieces))]
+    assert sorted(range(len(pieces)), key=lambda index: -scores[index]) == sorted(
+        range(len(pieces)), key=lambda index: -ranks[index]
+    )
+    assert 2 * max(scores) < min(scores)  # one piece is better than two
+    unigram = SentencePieceProcessor(model_proto=trained("unigram"))
+    for index, line in enumerate(bpe_text(ModelProto.FromString(trained("unigram"))).splitlines()):
+        piece, score = line.split("\t")
+        assert piece == unigram.id_to_piece(index)
+        assert float(score) == pytest.approx(unigram.get_score(index), rel=1e-5)
 
 
 def pieces(*texts: str) -> ModelProto:

@@ -17,6 +17,7 @@ from common.evaluate.stress_table import StressRow, judge_stress, stress_rows
 from common.evaluate.word_limit import EvaluatedClip, WordErrors
 from common.folder.locations import CHECKPOINT, read_location, write_locations
 from common.folder.manifest import fingerprint, is_float16, read_manifest, verify_files, write_manifest
+from common.folder.minimum_runtime import MINIMUM_RUNTIME, minimum_runtime
 from common.folder.onnx_files import of_one_name, save_model
 from common.folder.staging import check_output_dir, state_needs
 from common.layouts.adapt import write_second_name
@@ -290,6 +291,7 @@ def _manifest_section(
         "encoder_bytes": {"exported": folder.bytes_in(folder.source), "optimized": folder.bytes_in(folder.staging)},
         "sqnr_db_on_noise": round(ratio, 2) if math.isfinite(ratio) else None,
         "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in tokens.sqnr_db.items()},
+        MINIMUM_RUNTIME: minimum_runtime(folder.staging / graph.file for graph in folder.layout.graphs),
     }
     if evaluation.table:
         over_all = evaluation.table[0]
