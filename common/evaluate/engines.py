@@ -159,9 +159,9 @@ def engine_names(text: str) -> frozenset[str]:
 
 def add_engine_flags(parser: Parser) -> None:
     """--engines and --folders."""
-    parser.add_argument("--engines", type=engine_names, metavar="LIST", default=",".join(ENGINES),
-                        help="which to run, with commas between them (%(default)s); onnx without nemo is given the "
-                             "features of GenAI, which is loaded for them")  # fmt: skip
+    parser.add_argument("--engines", type=engine_names, metavar="LIST",
+                        help=f"which to run, with commas between them ({','.join(ENGINES)}; with --stress nemo,onnx); "
+                             "onnx without nemo is given the features of GenAI, which is loaded for them")  # fmt: skip
     parser.add_argument("--folders", choices=FOLDERS, default=BOTH_FOLDERS,
                         help="the optimized folder, the exported one that it was made from, or both where they are "
                              "there (%(default)s)")  # fmt: skip

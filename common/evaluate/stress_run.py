@@ -14,6 +14,7 @@ from common.evaluate.stress import (
     StressResults,
     StressTest,
     folder_engines,
+    genai_engine,
     reference_engine,
     run_stress,
 )
@@ -76,7 +77,10 @@ def stress_compared(
         )
     engines = [] if reference is None else [reference_engine(reference)]
     for folder, name in reversed(list(zip(folders, names, strict=False))):
-        engines += folder_engines(name, folder.raw, folder.raw_text)
+        if folder.engines.raw:
+            engines += folder_engines(name, folder.raw, folder.raw_text)
+        if folder.engines.genai:
+            engines.append(genai_engine(f"{name}, GenAI" if folder.engines.raw else name, folder.genai))
     baseline = FLOAT32 if exported else names[0] if reference is None else reference.name
     features = reference.features if reference else optimized.genai.features
     test = partial(StressTest, judged=names[0], engines=engines, baseline=baseline, features=features)
