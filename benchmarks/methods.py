@@ -23,9 +23,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.bench import machine, parse_args
+from benchmarks.bench import ObservedBaseline, machine, parse_args
 from benchmarks.recipes import EXACT, FLOAT32, INT8, Recipe, build, encoder_bytes, mode_flags, mode_name, ours
-from common.evaluate.engines import ObservedBaseline
 from common.evaluate.wer import WordErrorRate, word_error_rate
 from common.folder.outputs import write_json
 from common.quantize import METHODS

@@ -25,6 +25,7 @@ from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import bpe_text, tokens_text
 from common.cli import EXPORT_COMMAND, CheckError
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
+from common.evaluate.speed import Speed
 from common.folder.locations import CHECKPOINT, read_location
 from common.folder.manifest import MANIFEST, read_manifest, verify_files
 from common.folder.staging import staged_folder
@@ -33,7 +34,9 @@ from common.layouts.genai import GENAI, check_genai_supports, genai_folder
 from common.layouts.layout import LAYOUTS, Layout, layout_of, layouts_in, register
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX, SHERPA_ONNX_GRAPHS
+from common.report import optimized_folder
 from common.report.card import CARD
+from common.report.report import REPORT_JSON
 from common.run.audio import load_clip
 from common.run.clips import Clip
 from common.run.genai import GenAI
@@ -139,6 +142,22 @@ def test_an_optimized_folder_for_several_runtimes_shares_its_weights(exported, o
             assert (optimized / name / graph.data_file).stat().st_size < (
                 exported / name / graph.data_file
             ).stat().st_size
+
+
+def test_the_speed_of_one_encoder_is_in_the_reports_of_all_runtimes(exported, tmp_path, monkeypatch):
+    measured = []
+
+    def measure(graphs):
+        measured.append(graphs)
+        return [Speed(1.0, None), Speed(2.0 * len(measured), None)]
+
+    monkeypatch.setattr(optimized_folder, "measure_speed", measure)
+    argv = ["--model_dir", str(exported), "--output_dir", str(tmp_path / "out"), "--quant_method", "int8", *REDUCED]
+    assert optimize_encoder.main(argv) == 0
+    assert len(measured) == 1
+    reports = [json.loads((tmp_path / "out" / name / REPORT_JSON).read_text()) for name in LAYOUTS]
+    assert [report["speed"]["optimized"]["rtfx"] for report in reports] == [2.0] * len(LAYOUTS)
+    assert {report["speed"]["runtime"] for report in reports} == {measured[0][0].parent.name} <= {*LAYOUTS}
 
 
 @pytest.mark.parametrize(
