@@ -5,8 +5,9 @@ INSTALLED := .venv/installed
 TINY := samples/parakeet-tdt-tiny.nemo
 DEMO := build/demo
 RANDOM := build/parakeet-0.6b-random.nemo
+BROWSER := build/browser
 
-.PHONY: demo test check faults bench lint types clean
+.PHONY: demo test check faults browser browser-programs bench lint types clean
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -27,7 +28,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxpro
 	--dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED)
-	$(PYTEST)
+	$(PYTEST) -rs
 
 # Before every commit: lint, types, and the tests that are not marked slow; about a minute.
 check: lint types
@@ -36,6 +37,25 @@ check: lint types
 # Kills, full disks, hostile and odd input, with a table of the results: about ten minutes. A part of it is in `test`.
 faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults.drill
+
+# The page of docs/runtimes.md in a headless Chromium, on what the scripts export: two minutes. It is a part of `test` as
+# well, once the programs are installed.
+browser: $(INSTALLED) browser-programs
+	$(BIN)/python -m pytest -rs tests/test_browser.py
+
+# Chromium, npm and the packages of npm. Debian's packages are installed where a program is missing and root runs this.
+browser-programs: $(BROWSER)/installed
+	@for program in chromium node npm; do \
+		command -v $$program >/dev/null || { echo "expected $$program on the path, got none; install it"; exit 2; }; done
+
+$(BROWSER)/installed: tests/browser/package.json
+	{ command -v chromium && command -v npm; } >/dev/null || test "$$(id -u)" != 0 || \
+		{ apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium npm; }
+	@command -v npm >/dev/null || { echo "expected npm on the path, got none; install Node.js 20 or newer"; exit 2; }
+	mkdir -p $(BROWSER)
+	cp tests/browser/package.json $(BROWSER)/package.json
+	cd $(BROWSER) && npm install --no-package-lock --ignore-scripts --no-audit --no-fund
+	touch $@
 
 # At full size, on random weights: hours, 16 GB of memory, 30 GB of disk. What is built stays, a second run only times.
 bench: $(INSTALLED) $(RANDOM)

@@ -37,6 +37,7 @@ from common.export.options import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, Export
 from common.export.pipeline import Features, export_checkpoint, find_clips
 from common.folder.locations import write_locations
 from common.folder.manifest import MANIFEST, write_manifest
+from common.folder.minimum_runtime import MINIMUM_RUNTIME, minimum_runtime
 from common.folder.staging import check_output_dir, staged_folder, state_needs
 from common.layouts import LAYOUTS, Layout, Window
 from common.layouts.folders import ALL, read_vocabulary, subfolders_of, write_layout
@@ -102,9 +103,9 @@ def _export(args: argparse.Namespace) -> None:
     clips = find_clips(SPEECH) if options.is_float16 else []
     require_device(options.device)
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
-    size = format_of(checkpoint).size(checkpoint)
-    title = f"{checkpoint.name} ({size_text(size)})"
-    state_needs(title, options.memory_bytes(size), options.disk_bytes(size), args.output_dir)
+    known = format_of(checkpoint)
+    title, loaded = f"{checkpoint.name} ({size_text(known.size(checkpoint))})", known.loaded_bytes(checkpoint)
+    state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded), args.output_dir)
     vocabulary = read_vocabulary(checkpoint, subfolders)
     source = source_record(checkpoint, args.model_name, revision=args.revision)
     kept = {name: kept_by_export(args.output_dir / name, source, layout) for layout, name in subfolders.items()}
@@ -123,7 +124,8 @@ def _export(args: argparse.Namespace) -> None:
             # A checkpoint of the Hub is found again by its name and commit.
             write_locations(folder, args.output_dir / name, checkpoint=checkpoint if "file" in source else None)
             manifest, _ = kept[name]
-            write_manifest(folder, manifest, "export", record)
+            oldest = minimum_runtime(folder / graph.file for graph in layout.graphs)
+            write_manifest(folder, manifest, "export", {**record, MINIMUM_RUNTIME: oldest})
             write_card(folder, args.output_dir / name, layout)
             print_stage(*([name] if name else []), *layout.config_files, MANIFEST, CARD)
     if removed:
@@ -148,7 +150,7 @@ def _window(spec: ModelSpec, options: ExportOptions) -> Window:
 
 def _next_command(args: argparse.Namespace, subfolders: Mapping[Layout, str]) -> str:
     for layout, name in subfolders.items():
-        if not layout.exports_vocabulary:
+        if not layout.vocabulary_texts:
             command = ["python", "export_tokenizer.py", "--model_name", args.model_name]
             for flag in ("revision", "checkpoint_format"):
                 command += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []

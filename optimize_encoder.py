@@ -17,7 +17,7 @@ its turn; weights that turn out equal are shared again.
 
 import argparse
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 # First of all, since a package that is missing below is then reported in one line (common/__init__.py).
@@ -142,7 +142,7 @@ def _optimize(args: argparse.Namespace) -> None:
             with open_folder(layout, name, source, target, staging) as folder:
                 encoder = optimize_graph(folder.encoder, options, folder.device, calibrated, print_stage)
                 speech = EvaluationSpeech(evaluation if layout.measures_speech else [], stress)
-                finish_folder(folder, encoder, options, speech, report, print_stage)
+                report = replace(report, speed=finish_folder(folder, encoder, options, speech, report, print_stage))
         share_equal_data([staging / name for name in layouts])
     for advice in filter(None, (options.fusion_advice(folder.device), options.calibration_advice())):
         print(advice)

@@ -15,9 +15,8 @@ from statistics import median
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.bench import machine, peak_memory
+from benchmarks.bench import ObservedBaseline, machine, peak_memory
 from common.cli import quiet_libraries, size_text
-from common.evaluate.engines import ObservedBaseline
 from common.run.clips import read_clips
 from common.run.genai import GenAI
 

@@ -6,7 +6,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import quiet_libraries
+from common.evaluate.engines import timed
 from common.run.audio import load_clip
+from common.run.baseline import RawOrt
 from common.run.clips import Clip
+from common.run.ort import OpenGraph, OrtGraph
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 CORES = os.cpu_count()
@@ -47,6 +50,25 @@ def _begin(initializer: Callable | None, arguments: tuple) -> None:
 def peak_memory() -> int:
     """Peak resident bytes of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class ObservedBaseline(RawOrt):
+    """Plain ONNX Runtime; `observe` is called after each run of the encoder, with its outputs [S, D] of each clip and
+    the seconds that the run took."""
+
+    def __init__(
+        self,
+        folder: Path,
+        observe: Callable[[list[np.ndarray], float], None],
+        open_graph: OpenGraph = OrtGraph,
+    ) -> None:
+        super().__init__(folder, open_graph)
+        self.observe = observe
+
+    def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
+        encoded, seconds = timed(super().encode, features)
+        self.observe(encoded, seconds)
+        return encoded
 
 
 def speech(seconds: float, sample_rate: int) -> np.ndarray:

@@ -17,7 +17,7 @@ is the window that GenAI gives the encoder: 10 s of context, 60 s, 2 s of contex
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,15 +100,16 @@ def seconds(features: np.ndarray) -> float:
     return time.perf_counter() - start
 
 
-def load_clips(checkpoint: Path) -> dict[str, dict[int, np.ndarray]]:
-    """Speech of each length, by what an encoder takes: NeMo's FEATURES [1, M, T] or SAMPLES [n] → seconds → clip."""
+def load_clips(checkpoint: Path, lengths: Iterable[int]) -> dict[str, dict[int, np.ndarray]]:
+    """Speech of these lengths in seconds, by what an encoder takes: NeMo's FEATURES [1, M, T] or SAMPLES [n] → seconds
+    → clip."""
     from common.checkpoint.nemo import load_model
     from common.checkpoint.spec import ModelSpec
     from common.run.nemo import Nemo
 
     model = load_model(checkpoint)
     rate = ModelSpec.of(model).sample_rate
-    samples = {length: speech(length, rate) for length in CLIP_SECONDS}
+    samples = {length: speech(length, rate) for length in lengths}
     features = {length: Nemo(model).features(clip)[None] for length, clip in samples.items()}
     return {FEATURES: features, SAMPLES: samples}
 
@@ -184,17 +185,19 @@ def peer_candidates(
     return found
 
 
-def measure(candidates: list[Candidate], clips: dict[str, dict[int, np.ndarray]], rounds: int) -> None:
+def measure(
+    candidates: list[Candidate], clips: dict[str, dict[int, np.ndarray]], lengths: Sequence[int], rounds: int
+) -> None:
     """Fill in the results: load times, then errors and times with every encoder in memory, then sizes."""
     from common.quantize.fidelity import sqnr_db
 
     running = [candidate for candidate in candidates if "failed" not in candidate.result]
-    progress = tqdm(total=len(running) * (LOADS + len(CLIP_SECONDS) * (rounds + 1)), leave=False, disable=None)
+    progress = tqdm(total=len(running) * (LOADS + len(lengths) * (rounds + 1)), leave=False, disable=None)
     for _ in range(LOADS):
         for candidate in running:
             candidate.restart()
             progress.update()
-    for length in CLIP_SECONDS:
+    for length in lengths:
         outputs = []  # of the first turn, which also warms up; the baseline's comes first
         for turn in range(rounds + 1):
             for candidate in running:
@@ -226,8 +229,8 @@ def row(name: str, result: dict, baseline: dict) -> str:
     return "| " + " | ".join((name, *facts, *speeds, errors)) + " |"
 
 
-def plot(results: dict[str, dict], path: Path) -> None:
-    """Size of the encoder against its speed."""
+def plot(results: dict[str, dict], seconds: int, path: Path) -> None:
+    """Size of the encoder against its speed on a clip of so many seconds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -236,9 +239,9 @@ def plot(results: dict[str, dict], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     for name, result in results.items():
         if "failed" not in result:
-            speed = PLOT_SECONDS / median(result["seconds"][PLOT_SECONDS])
+            speed = seconds / median(result["seconds"][seconds])
             axes.scatter(result["bytes"] / 1e6, speed, s=60, marker="o" if name.startswith("ours") else "s", label=name)
-    axes.set(xscale="log", xlabel="encoder, MB", ylabel=f"RTFx at {PLOT_SECONDS} s", ylim=(0, None))
+    axes.set(xscale="log", xlabel="encoder, MB", ylabel=f"RTFx at {seconds} s", ylim=(0, None))
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 4, 6)))
     axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
     axes.xaxis.set_minor_locator(ticker.NullLocator())
@@ -251,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns that each encoder takes (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only encoders with one of these in their name")
+    parser.add_argument("--seconds", type=int, nargs="+", default=CLIP_SECONDS, help="lengths of the clips %(default)s")
     parser.add_argument("--peers_python", type=Path, default=peers.PYTHON, help="Python of the peers (%(default)s)")
     parser.add_argument("--gguf", type=Path, default=peers.GGUF, help="transcribe.cpp's model file (%(default)s)")
     args = parse_args(parser, argv)
@@ -259,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         return not args.only or name == FLOAT32.name or any(word in name for word in args.only)
 
     with process() as worker:
-        clips = worker.submit(load_clips, args.model_name).result()
+        clips = worker.submit(load_clips, args.model_name, {*args.seconds, CALIBRATION_SECONDS}).result()
     compared = candidates(args.model_name, args.work_dir, is_selected)
     chosen = [peer for peer in peers.PEERS if is_selected(peer.name)]
     environment = (args.peers_python.absolute(), args.gguf.absolute())
@@ -267,18 +271,18 @@ def main(argv: list[str] | None = None) -> int:
     compared += peer_candidates(chosen, *environment, args.model_name, args.work_dir, features)
     before = machine()
     try:
-        measure(compared, clips, args.rounds)
+        measure(compared, clips, args.seconds, args.rounds)
     finally:
         for candidate in compared:
             candidate.stop()
 
     results = {candidate.name: candidate.result for candidate in compared}
-    plot(results, args.work_dir / "encoder.png")
+    plot(results, PLOT_SECONDS if PLOT_SECONDS in args.seconds else args.seconds[0], args.work_dir / "encoder.png")
     print(f"{before}; {args.rounds} rounds\n")
-    columns = " | ".join(f"RTFx at {length} s" for length in CLIP_SECONDS)
-    lengths = ", ".join(str(length) for length in CLIP_SECONDS)
+    columns = " | ".join(f"RTFx at {length} s" for length in args.seconds)
+    lengths = ", ".join(str(length) for length in args.seconds)
     print(f"| encoder | size | load | peak memory | {columns} | SQNR dB at {lengths} s |")
-    print("|---" * (5 + len(CLIP_SECONDS)) + "|")
+    print("|---" * (5 + len(args.seconds)) + "|")
     for name, result in results.items():
         print(row(name, result, results[FLOAT32.name]))
     del results[FLOAT32.name]["sqnr_db"]  # infinite, which JSON cannot say

@@ -23,21 +23,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.bench import machine, parse_args
-from benchmarks.recipes import FLOAT32, Recipe, build, encoder_bytes, ours
-from common.evaluate.engines import ObservedBaseline
+from benchmarks.bench import ObservedBaseline, machine, parse_args
+from benchmarks.recipes import EXACT, FLOAT32, INT8, Recipe, build, encoder_bytes, mode_flags, mode_name, ours
 from common.evaluate.wer import WordErrorRate, word_error_rate
 from common.folder.outputs import write_json
 from common.quantize import METHODS
-from common.quantize.cpu import exact_bits
 from common.quantize.fidelity import sqnr_db
 from common.run.clips import read_clips
 from common.run.genai import GenAI
 
 BLOCKS = (32, 64, 128)
 RTN = f"rtn {BLOCKS[0]}"
-# Where sums of 8-bit products overflow, 7 bits are what a user would take.
-INT8, EXACT = ("int8", ()) if exact_bits() == 8 else ("int8 reduce_range", ("--reduce_range",))
 BUDGETS = (0.1, 0.25, 0.5, 0.75)  # of the way from 4 to 8 bits for every weight
 IN_SIZE_OF = ", in the size of "
 
@@ -61,7 +57,8 @@ def recipes(checkpoint: Path, work_dir: Path, calibration: Path) -> list[Recipe]
         return Recipe(name, name.replace(" ", "_").replace(",", ""), ours, flags)
 
     mixed, calibrated = "k_quant_mixed", ("--calibration_manifest", str(calibration.resolve()))
-    found = [FLOAT32, recipe(INT8, "int8", 32, *EXACT), recipe(f"{INT8}, calibrated", "int8", 32, *EXACT, *calibrated)]
+    int8, exact = mode_name(INT8), mode_flags(EXACT)
+    found = [FLOAT32, recipe(int8, "int8", 32, *exact), recipe(f"{int8}, calibrated", "int8", 32, *exact, *calibrated)]
     for block in BLOCKS:
         methods = [recipe(f"{method} {block}", method, block) for method, kind in METHODS.items() if kind.uses_blocks]
         found += [*methods, recipe(f"{mixed} {block}, calibrated", mixed, block, *calibrated)]
@@ -75,17 +72,18 @@ def recipes(checkpoint: Path, work_dir: Path, calibration: Path) -> list[Recipe]
 
 def sweep(recipe: Callable[..., Recipe], checkpoint: Path, work_dir: Path, calibrated: tuple[str, ...]) -> list[Recipe]:
     """int8 in 4 bits, with and without calibration, and in budgets between 4 and 8 bits for every weight."""
+    int8, exact = mode_name(INT8), mode_flags(EXACT)
     low, high = (
         recipe("int8 weight_bits 4, calibrated", "int8", 32, "--weight_bits", "4", *calibrated),
-        recipe(f"{INT8}, calibrated", "int8", 32, *EXACT, *calibrated),
+        recipe(f"{int8}, calibrated", "int8", 32, *exact, *calibrated),
     )
     ends = [encoder_bytes(build(one, checkpoint, work_dir)) / 1e6 for one in (low, high)]
     found = [recipe("int8 weight_bits 4", "int8", 32, "--weight_bits", "4"), low]
     for share in BUDGETS:
         # The estimate that a budget is held against may be a per cent more than what the file takes.
         budget = 1.02 * ends[0] + share * (ends[1] - 1.02 * ends[0])
-        name = f"{INT8}, calibrated, {budget:.3g} MB"
-        found.append(recipe(name, "int8", 32, *EXACT, "--size_budget_mb", f"{budget:.4f}", *calibrated))
+        name = f"{int8}, calibrated, {budget:.3g} MB"
+        found.append(recipe(name, "int8", 32, *exact, "--size_budget_mb", f"{budget:.4f}", *calibrated))
     return found
 
 

@@ -6,7 +6,8 @@ OpenVINO starts from our float32 export, with attention in one piece. transcribe
 only its own tools can make; they know the checkpoint by the name of the file's folder, parakeet-tdt-0.6b-v3:
 
     git clone --recursive https://github.com/handy-computer/transcribe.cpp build/transcribe.cpp
-    cmake -S build/transcribe.cpp -B build/transcribe.cpp/build && cmake --build build/transcribe.cpp/build
+    cmake -S build/transcribe.cpp -B build/transcribe.cpp/build -D TRANSCRIBE_BUILD_TOOLS=ON
+    cmake --build build/transcribe.cpp/build --target transcribe-quantize
     pip install gguf
     mkdir -p build/gguf/parakeet-tdt-0.6b-v3
     python build/transcribe.cpp/scripts/convert-parakeet.py build/parakeet-0.6b-random.nemo \

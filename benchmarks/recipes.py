@@ -29,22 +29,25 @@ from benchmarks.bench import SAMPLES, parse_args, process
 from common.cli import size_text
 from common.contract import ENCODER
 from common.folder.staging import staged_folder
+from common.quantize.cpu import exact_bits
 
 CALIBRATION = SAMPLES / "manifest.jsonl"
-# Flags of optimize_encoder.py, a mode a line.
+# Where sums of 8-bit products overflow, 7 bits are what a user would take.
+EXACT = {} if exact_bits() == 8 else {"reduce_range": None}
+INT8 = {"quant_method": "int8", **EXACT}
+# Flags of optimize_encoder.py, a mode a line; None is a flag without a value.
 OURS = (
     {"quant_method": "rtn", "block_size": 32},
     {"quant_method": "rtn", "block_size": 128},
     {"quant_method": "k_quant_mixed", "block_size": 32},
     {"quant_method": "hqq", "block_size": 32},
-    {"quant_method": "int8", "decoder_joint_precision": "int8"},
-    {"quant_method": "int8", "decoder_joint_precision": "int8", "calibration_manifest": CALIBRATION},
+    {**INT8, "decoder_joint_precision": "int8"},
+    {**INT8, "decoder_joint_precision": "int8", "calibration_manifest": CALIBRATION},
     {"quant_method": "int8", "weight_bits": 4, "decoder_joint_precision": "int8"},
     {"quant_method": "int8", "weight_bits": 4, "decoder_joint_precision": "int8", "calibration_manifest": CALIBRATION},
     # In the size of rtn 32.
-    {"quant_method": "int8", "size_budget_mb": 382, "decoder_joint_precision": "int8",
-     "calibration_manifest": CALIBRATION},
-)  # fmt: skip
+    {**INT8, "size_budget_mb": 382, "decoder_joint_precision": "int8", "calibration_manifest": CALIBRATION},
+)
 
 # Recipe A's own numbers.
 DYNAMO_OPSET = 21
@@ -165,12 +168,15 @@ def mode_name(mode: dict) -> str:
     """{"quant_method": "int8", "decoder_joint_precision": "int8"} → "int8 decoder_joint_precision int8" """
     words = {"calibration_manifest": "calibrated"}
     plain = ("quant_method", "block_size")
-    return " ".join(words.get(key) or (str(v) if key in plain else f"{key} {v}") for key, v in mode.items())
+    return " ".join(
+        words.get(key) or (key if v is None else str(v) if key in plain else f"{key} {v}") for key, v in mode.items()
+    )
 
 
 def mode_flags(mode: dict) -> tuple[str, ...]:
     """The mode as words of a command line."""
-    return tuple(word for key, value in mode.items() for word in (f"--{key}", str(value)))
+    words = ((f"--{key}",) if value is None else (f"--{key}", str(value)) for key, value in mode.items())
+    return tuple(word for flag in words for word in flag)
 
 
 FLOAT32 = Recipe("ONNX Runtime float32", "float32", float32)

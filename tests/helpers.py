@@ -280,3 +280,18 @@ def reproducible(path: Path) -> object:
     except (ValueError, KeyError, TypeError):  # another file, a folder without a report, a damaged manifest
         return sha256(path)
     return manifest
+
+
+def shard(folder: Path) -> dict:
+    """Save the tensors in two files as transformers does, the smaller one first; the content of the index."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    places = {name: names[place >= 3] for place, name in enumerate(sorted(tensors))}
+    for file in names:
+        save_file({name: tensors[name] for name in tensors if places[name] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index

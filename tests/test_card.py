@@ -7,16 +7,20 @@ import shutil
 import subprocess
 import sys
 
+import onnx
 import pytest
 import soundfile
 import yaml
 from huggingface_hub import ModelCard
+from onnx import TensorProto, helper
 
 import export_tokenizer
 from common.folder.manifest import sha256
+from common.folder.minimum_runtime import minimum_runtime
 from common.layouts.genai import GENAI
+from common.layouts.onnx_asr import BROWSER_PAGE, ONNX_ASR
 from common.report.card import CARD, PUBLISHED, front_matter, model_card, wer_table
-from tests.helpers import SAMPLES, TINY
+from tests.helpers import ROOT, SAMPLES, TINY
 
 
 def manifest_of(folder, name=None):
@@ -61,6 +65,58 @@ def test_figures_are_the_manifest_s(tiny_optimized, tiny_export):
     unverified = manifest_of(tiny_export)
     unverified["export"]["parity"] = {}
     assert "not verified" in model_card(unverified, GENAI)
+
+
+def graph(opset, operator="Identity", dtype=TensorProto.FLOAT, domain="", **attributes):
+    """A graph with one node, and one initializer of that type."""
+    weight = helper.make_tensor("w", dtype, [2], bytes(2 * 4) if dtype == TensorProto.FLOAT else bytes(1), raw=True)
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
+    node = helper.make_node(operator, ["x"], ["y"], domain=domain, **attributes)
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
+    content = helper.make_graph([node], "g", [value], [output], [weight])
+    return helper.make_model(content, opset_imports=[helper.make_opsetid("", opset)])
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (graph(17), "1.12"),
+        (graph(21), "1.18"),
+        (graph(17, "MatMulNBits", domain="com.microsoft", bits=4), "1.17"),
+        (graph(20, "MatMulNBits", domain="com.microsoft", bits=8), "1.22"),
+        (graph(21, dtype=TensorProto.INT4), "1.23"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_oldest_onnxruntime_is_that_of_the_newest_part(model, expected, tmp_path):
+    for name, content in (("a.onnx", model), ("b.onnx", graph(17))):
+        onnx.save(content, tmp_path / name)
+    assert minimum_runtime(sorted(tmp_path.iterdir())) == expected
+    onnx.save(graph(30), tmp_path / "c.onnx")
+    with pytest.raises(ValueError, match=r"expected 17, 18, 19, 20, 21 as the opset of .*c.onnx, got 30"):
+        minimum_runtime(sorted(tmp_path.iterdir()))
+
+
+def test_the_card_names_the_oldest_onnxruntime_and_the_bits(tiny_export, tiny_optimized):
+    assert "(the graphs need ONNX Runtime 1.12 or newer)" in (tiny_export / CARD).read_text()
+    assert "(the graphs need ONNX Runtime 1.17 or newer)" in (tiny_optimized / CARD).read_text()
+    assert "4-bit" in front_matter(manifest_of(tiny_optimized), GENAI)["tags"]
+    manifest = manifest_of(tiny_optimized)
+    del manifest["optimize"]["minimum_onnxruntime"]  # as folders of earlier versions
+    assert "or newer" not in model_card(manifest, GENAI)
+
+
+def test_card_and_documentation_have_the_page_that_runs_in_a_browser(tiny_export):
+    """tests/test_browser.py runs it, with these versions of the packages."""
+    page = f"```html\n{BROWSER_PAGE.read_text(encoding='utf-8')}```"
+    packages = json.loads((ROOT / "tests/browser/package.json").read_text())["dependencies"]
+    command = f"npm install parakeet.js@{packages['parakeet.js']} onnxruntime-web@{packages['onnxruntime-web']}"
+    for text in (
+        model_card(manifest_of(tiny_export), ONNX_ASR),
+        (ROOT / "docs/runtimes.md").read_text(encoding="utf-8"),
+    ):
+        assert page in text
+        assert command in text
 
 
 def test_word_errors_where_there_are_any(tiny_optimized):

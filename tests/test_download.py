@@ -21,7 +21,7 @@ from common.checkpoint.digest import file_digest
 from common.checkpoint.download import find_checkpoint
 from common.checkpoint.hub import DEFAULT_MODEL, hub_name
 from common.checkpoint.source import source_record
-from tests.helpers import ROOT, TINY
+from tests.helpers import ROOT, TINY, shard
 from tests.hub import COMMIT, Hub, serve
 
 EXPORT, TOKENIZER = "export_parakeet_to_onnx.py", "export_tokenizer.py"
@@ -545,6 +545,18 @@ class TestForms:
         self.publish(hub, "owner/ctc", {**files, "config.json": other})
         assert "not a TDT model" in shell.rejected(model="owner/ctc")
         assert hub.fetched() == {"config.json"}
-        self.publish(hub, "owner/shards", files, "model.safetensors")
-        error = shell.rejected(model="owner/shards")
-        assert "expected model.safetensors beside config.json of owner/shards on Hugging Face, found none" in error
+        self.publish(hub, "owner/none", files, "model.safetensors")
+        error = shell.rejected(model="owner/none")
+        assert "expected model.safetensors or model.safetensors.index.json beside config.json of owner/none" in error
+
+    def test_the_shards_that_an_index_names(self, shell, hub, tiny_transformers, tmp_path):
+        folder = tmp_path / "sharded"
+        shutil.copytree(tiny_transformers, folder)
+        names = {*shard(folder)["weight_map"].values(), "model.safetensors.index.json"}
+        self.publish(hub, "owner/shards", {path.name: path.read_bytes() for path in folder.iterdir()})
+        succeeded(shell.tokenizer(model="owner/shards"))
+        assert hub.fetched() == self.NEEDED - {"model.safetensors"} | names
+        hub.asked.clear()
+        succeeded(shell.tokenizer("--output_dir", "again", model="owner/shards", HF_HUB_OFFLINE="1"))
+        assert not hub.asked
+        assert self.source(shell, "again") == self.source(shell)

@@ -85,7 +85,7 @@ def test_codes_stay_in_four_bits_and_both_ends_are_used(name):
     weight = MATRICES[name]
     x = (RNG.standard_normal((400, 60)) @ RNG.standard_normal((60, len(weight)))).astype(np.float32)
     rounded = columns.rounded_columns(weight, 4)
-    fitted = columns.fitted_columns(weight, 4, second_moments([x]))
+    fitted = columns.fitted_columns(weight, 4, second_moments(x))
     for packed in (rounded, fitted):
         assert packed.codes.min() == -8
         assert packed.codes.max() == 7 if name != "off-centre" else packed.codes.max() <= 7
@@ -110,7 +110,7 @@ def test_columns_and_rows_of_zeros_stay_zeros():
     weight[:, 3] = 0
     x = RNG.standard_normal((100, len(weight)), dtype=np.float32)
     x[:, 7] = 0  # an input that is always zero
-    for packed in (columns.rounded_columns(weight, 4), columns.fitted_columns(weight, 4, second_moments([x]))):
+    for packed in (columns.rounded_columns(weight, 4), columns.fitted_columns(weight, 4, second_moments(x))):
         assert not packed.weight[:, 3].any()
         assert np.isfinite(packed.weight).all()
     assert np.isfinite(columns.fitted_columns(weight, 4, np.zeros((len(weight),) * 2)).weight).all()
@@ -121,7 +121,7 @@ def test_the_order_of_rows_does_not_show_in_the_result(bits):
     """Codes are those of the rows they were made for, whatever order they were rounded in."""
     weight = MATRICES["gaussian"]
     x = RNG.standard_normal((500, len(weight)), dtype=np.float32) * np.logspace(-1, 1, len(weight), dtype=np.float32)
-    packed = columns.fitted_columns(weight, bits, second_moments([x]))
+    packed = columns.fitted_columns(weight, bits, second_moments(x))
     assert sqnr_db(x @ weight, x @ packed.weight) > {4: 18, 7: 36, 8: 42}[bits]
 
 
@@ -238,6 +238,7 @@ def test_manifest_card_and_advice_say_it(tiny_export, plain, tmp_path, capsys):
     assert record["runs_as"].startswith("4 bits in the file, products of 8-bit integers")
     text = (plain / CARD).read_text()
     assert "61 at 4 bits" in text
+    assert "(the graphs need ONNX Runtime 1.23 or newer)" in text
     assert "4 bits in the file, products of 8-bit integers when it runs: ONNX Runtime 1.23 or newer" in text
     assert "--weight_bits 4" in text
     assert "products of 8-bit integers" in (plain / "optimization_report.html").read_text()

@@ -14,15 +14,18 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
+from common.checkpoint import NEMO
 from common.checkpoint.spec import ModelSpec
-from common.checkpoint.tokenizer import tokens_text
+from common.checkpoint.tokenizer import bpe_text, tokens_text
 from common.cli import EXPORT_COMMAND, CheckError
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
+from common.evaluate.speed import Speed
 from common.folder.locations import CHECKPOINT, read_location
 from common.folder.manifest import MANIFEST, read_manifest, verify_files
 from common.folder.staging import staged_folder
@@ -31,12 +34,14 @@ from common.layouts.genai import GENAI, check_genai_supports, genai_folder
 from common.layouts.layout import LAYOUTS, Layout, layout_of, layouts_in, register
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX, SHERPA_ONNX_GRAPHS
+from common.report import optimized_folder
 from common.report.card import CARD
+from common.report.report import REPORT_JSON
 from common.run.audio import load_clip
 from common.run.clips import Clip
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.helpers import CLIPS, REDUCED, ROOT, SAMPLES, SHERPA_PROGRAM, TINY
+from tests.helpers import CLIPS, REDUCED, ROOT, ROWS, SAMPLES, SHERPA_PROGRAM, TINY, trained
 
 pytestmark = pytest.mark.slow  # the fixture exports for every runtime
 
@@ -136,6 +141,22 @@ def test_an_optimized_folder_for_several_runtimes_shares_its_weights(exported, o
             assert (optimized / name / graph.data_file).stat().st_size < (
                 exported / name / graph.data_file
             ).stat().st_size
+
+
+def test_the_speed_of_one_encoder_is_in_the_reports_of_all_runtimes(exported, tmp_path, monkeypatch):
+    measured = []
+
+    def measure(graphs):
+        measured.append(graphs)
+        return [Speed(1.0, None), Speed(2.0 * len(measured), None)]
+
+    monkeypatch.setattr(optimized_folder, "measure_speed", measure)
+    argv = ["--model_dir", str(exported), "--output_dir", str(tmp_path / "out"), "--quant_method", "int8", *REDUCED]
+    assert optimize_encoder.main(argv) == 0
+    assert len(measured) == 1
+    reports = [json.loads((tmp_path / "out" / name / REPORT_JSON).read_text()) for name in LAYOUTS]
+    assert [report["speed"]["optimized"]["rtfx"] for report in reports] == [2.0] * len(LAYOUTS)
+    assert {report["speed"]["runtime"] for report in reports} == {measured[0][0].parent.name} <= {*LAYOUTS}
 
 
 @pytest.mark.parametrize(
@@ -250,6 +271,37 @@ def test_a_checkpoint_that_a_runtime_cannot_compute_is_rejected_by_name(runtime,
         LAYOUTS[runtime].check(other)
     if "unsupported_features" not in change:
         check_genai_supports(other)
+
+
+def test_a_hotword_changes_a_transcript_of_sherpa_onnx(exported, tmp_path):
+    """By the program in the documentation, with what it does without hotwords as the reference."""
+    section = (ROOT / "docs/runtimes.md").read_text(encoding="utf-8").split("\n## Hotwords in sherpa-onnx\n")[1]
+    program = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    program = program.replace("onnx_models_all", str(exported)).replace("audio.wav", str(CLIPS[5]))
+    assert ROWS[5]["text"] == "Do 40 do for."
+    for hotword, expected in (("", "Do 40 do 4."), ("do for.", "Do 40 do for.")):
+        (tmp_path / "hotwords.txt").write_text(hotword, encoding="utf-8")
+        done = python(program, cwd=tmp_path)
+        assert done.stdout.strip() == expected, done.stderr
+
+
+def test_bpe_vocab_holds_every_piece_in_the_order_of_the_tokens(exported):
+    """Named by SentencePiece itself. Scores of a Unigram model are its own."""
+    processor = SentencePieceProcessor(model_proto=NEMO.read_tokenizer(TINY))
+    pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+    lines = (exported / SHERPA_ONNX.runtime / "bpe.vocab").read_text(encoding="utf-8").splitlines()
+    assert [line.split("\t")[0] for line in lines] == pieces
+    scores = [float(line.split("\t")[1]) for line in lines]
+    ranks = [processor.get_score(index) for index in range(len(pieces))]
+    assert sorted(range(len(pieces)), key=lambda index: -scores[index]) == sorted(
+        range(len(pieces)), key=lambda index: -ranks[index]
+    )
+    assert 2 * max(scores) < min(scores)  # one piece is better than two
+    unigram = SentencePieceProcessor(model_proto=trained("unigram"))
+    for index, line in enumerate(bpe_text(ModelProto.FromString(trained("unigram"))).splitlines()):
+        piece, score = line.split("\t")
+        assert piece == unigram.id_to_piece(index)
+        assert float(score) == pytest.approx(unigram.get_score(index), rel=1e-5)
 
 
 def pieces(*texts: str) -> ModelProto:

@@ -244,6 +244,7 @@ class TestFormats:
                 name="folder",
                 matches=lambda path: (path / inside).is_file(),
                 files=lambda path: sorted(path.iterdir()),
+                loaded_bytes=lambda path: NEMO.loaded_bytes(path / inside),
                 check=lambda path: NEMO.check(path / inside),
                 read_tokenizer=lambda path: NEMO.read_tokenizer(path / inside),
                 load_model=lambda path, device="cpu", scratch=None: NEMO.load_model(path / inside, device, scratch),

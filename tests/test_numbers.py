@@ -21,12 +21,13 @@ import test_real_speech
 from common.checkpoint.nemo import load_model, read_config
 from common.checkpoint.tokenizer import ModelProto
 from common.cli import EXIT_CHECK, CheckError
-from common.evaluate import word_limit
+from common.evaluate.engines import BothModels
 from common.evaluate.wer import normalize, word_errors
 from common.evaluate.word_limit import EvaluatedClip, judge, word_table
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
+from common.report import optimized_folder
 from common.run.audio import load_clip
 from common.run.baseline import RawOrt
 from common.run.clips import Clip
@@ -228,19 +229,18 @@ def test_the_gate_counts_digits_that_optimizing_loses(exported, clip, nemo_text,
     """The tokenizer of the optimized folder hides them, that of the exported one does not."""
     manifest = tmp_path / "numbers.jsonl"
     manifest.write_text(json.dumps({"audio_filepath": str(clip), "text": nemo_text}), encoding="utf-8")
-    transcribe = word_limit.transcribe_with_both
 
-    def transcribe_with_hidden_digits(source, stage, *args):
+    def models_with_hidden_digits(source, stage):
         shutil.copytree(stage, tmp_path / "stage")
         (tmp_path / "stage" / "manifest.json").write_text("{}")
         hide(tmp_path / "stage", "0123456789")
-        return transcribe(source, tmp_path / "stage", *args)
+        return BothModels(source, tmp_path / "stage")
 
     argv = ["--model_dir", str(exported / GENAI.runtime), "--output_dir", str(tmp_path / "out"), "--skip_quantization",
             "--eval_manifest", str(manifest), "--max_wer_increase", "0"]  # fmt: skip
     assert optimize_encoder.main(argv) == 0, capsys.readouterr().err
     assert "WER 0.00 %" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr(word_limit, "transcribe_with_both", transcribe_with_hidden_digits)
+    monkeypatch.setattr(optimized_folder, "BothModels", models_with_hidden_digits)
     assert optimize_encoder.main(argv) == EXIT_CHECK
     assert "the word error rate rises by +100.00 points" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import soundfile
 
 import test_real_speech
 from common.evaluate.reliability import bins, calibration_error, words_right
-from common.evaluate.speed import MIN_ROUNDS, measure_speed
+from common.evaluate.speed import measure_speed
 from common.report.clips_page import (
     ClipsPage,
     ShownClip,
@@ -221,7 +221,6 @@ def test_a_command_has_no_folders_of_the_user():
 
 def test_speed_and_memory_of_two_encoders(tiny_export):
     both = measure_speed([tiny_export / "encoder.onnx"] * 2)
-    assert MIN_ROUNDS >= 3
     assert all(each.rtfx > 1 for each in both)
     if sys.platform == "linux":
         assert all(20e6 < each.peak_memory < 1e9 for each in both)  # this process has NeMo's gigabytes or not

@@ -20,6 +20,7 @@ import export_tokenizer
 import optimize_encoder
 import test_e2e
 import test_real_speech
+from common.cli import PUBLISH_COMMAND
 from common.evaluate import engines
 from common.folder.locations import write_locations
 from common.quantize import METHODS
@@ -230,6 +231,10 @@ def test_real_speech_against_nemo(tiny_export, tmp_path, capsys):
     assert test_real_speech.main(argv) == 0
     output = capsys.readouterr().out
     assert "equals NeMo token for token on 11 of 11 clips" in output
+    assert shlex.split(output.splitlines()[-1].partition("next: ")[2]) == [
+        *("hf", "upload", "YOUR_NAME/YOUR_MODEL"),
+        str(tiny_export),
+    ]
     found = json.loads(results.read_text())
     assert list(found["engines"]) == ["NeMo", "GenAI onnx_models", "ONNX Runtime onnx_models"]
     for row in found["engines"].values():
@@ -670,6 +675,17 @@ def test_printed_commands_can_be_pasted(tiny_export, tmp_path, capsys):
         ["python", "export_tokenizer.py", "--output_dir", str(place / "models")],
         ["python", "export_parakeet_to_onnx.py", "--output_dir", str(place / "models")],
     ]
+
+
+def test_the_command_that_publishes_is_one_of_hugging_face(tiny_export):
+    """Its own program understands it, and then finds nobody at that address."""
+    program, *argv = shlex.split(PUBLISH_COMMAND.format(tiny_export))
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none"}
+    command = [str(Path(sys.executable).with_name(program)), *argv]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "Usage" not in done.stderr
+    assert "onnect" in done.stderr, done.stderr
 
 
 MANIFESTS = {

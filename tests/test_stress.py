@@ -305,6 +305,25 @@ def test_stress_alone_sees_a_folder_that_silence_ruins(optimized, ruined, short_
 
 
 @pytest.mark.slow
+def test_genai_itself_under_stress(optimized, ruined, short_manifest, tmp_path):
+    """It has the words of plain ONNX Runtime, and loses those that the ruined folder loses."""
+    results = tmp_path / "stress.json"
+    stress = ("--stress", "silence", "join", "--json", results)
+    assert speech_of(optimized, short_manifest, *stress, "--engines", "genai,onnx") == 0
+    rows = json.loads(results.read_text())["results"]
+    texts = {(row["engine"], row["condition"], *row["clips"]): row["transcript"] for row in rows}
+    of_genai = {key: text for key, text in texts.items() if key[0].endswith(", GenAI")}
+    assert {key[0] for key in of_genai} == {"float32, GenAI", "optimized, GenAI"}
+    assert {key[1] for key in of_genai} >= {"as it is", "1 s of silence around", "joined to 120 s"}
+    assert of_genai == {(engine, *rest): texts[engine.removesuffix(", GenAI"), *rest] for engine, *rest in of_genai}
+    assert not any(row["windows"]["clips"] for row in rows if row["engine"].endswith(", GenAI"))
+    assert any(row["windows"]["clips"] for row in rows if row["engine"] == "optimized")
+    limit = ("--stress", "silence", "--engines", "genai", "--max_lost_words", 2, "--json", results)
+    assert speech_of(ruined, short_manifest, *limit) == 1
+    assert {row["engine"] for row in json.loads(results.read_text())["results"]} == {"float32", "optimized"}
+
+
+@pytest.mark.slow
 def test_the_seed_gives_the_same_results(optimized, short_manifest, tmp_path):
     texts = []
     for number, seed in enumerate((3, 3, 4)):

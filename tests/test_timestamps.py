@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import test_real_speech
+from benchmarks.confidence import METHODS, nemo_confidences
 from common.evaluate.subtitles import LINE_CHARACTERS, MAX_CUE_SECONDS, cues, srt, vtt
 from common.evaluate.timestamps import Pieces, TimedWord, furthest_apart, timed_words
 from common.run.audio import load_clip
@@ -210,33 +211,15 @@ def test_script_writes_words_and_subtitles(tiny_export, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("field", "method"),
-    [
-        ("max_prob", {"name": "max_prob", "alpha": 1.0}),
-        ("entropy", {"name": "entropy"}),  # the rest is NeMo's default
-    ],
-)
-def test_confidences_are_nemos_own(field, method, tiny_model, tiny_export):
+@pytest.mark.parametrize("field", METHODS)
+def test_confidences_are_nemos_own(field, tiny_model, tiny_export):
     """Of each token and of each word, on every clip that has the same tokens."""
-    import torch
-    from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecoding
-    from omegaconf import OmegaConf
-
-    config = tiny_model.cfg.decoding.copy()
-    config.strategy = "greedy_batch"
-    confidence = {"preserve_word_confidence": True, "method_cfg": method}
-    OmegaConf.update(config, "confidence_cfg", confidence, force_add=True)
-    decoding = RNNTBPEDecoding(config, tiny_model.decoder, tiny_model.joint, tiny_model.tokenizer)
     nemo, raw, pieces = Nemo(tiny_model), RawOrt(tiny_export), Pieces.read(tiny_export)
+    decode = nemo_confidences(tiny_model, METHODS[field])
     compared = 0
     for path in CLIPS:
         features = nemo.features(load_clip(Clip(path), 16000, 1))
-        with torch.inference_mode():
-            encoded = tiny_model.encoder(
-                audio_signal=torch.from_numpy(features)[None], length=torch.tensor([features.shape[1]])
-            )
-            expected = decoding.rnnt_decoder_predictions_tensor(*encoded, return_hypotheses=True)[0]
+        expected = decode(features)
         found = raw.transcribe(features, NEMO_RULE)
         if found.tokens != [int(token) for token in expected.y_sequence]:
             continue

@@ -35,7 +35,7 @@ from common.layouts.genai import GENAI
 from common.report.card import model_card
 from common.run.genai import GenAI
 from common.run.transformers import Transformers
-from tests.helpers import CLIPS, ROOT, SMALL, TINY, rejected, trained
+from tests.helpers import CLIPS, ROOT, SMALL, TINY, rejected, shard, trained
 
 WITHOUT_NEMO = """
 import sys
@@ -216,6 +216,34 @@ def test_which_of_two_forms_is_taken(tiny_transformers, tmp_path, capsys):
     assert "invalid choice" in rejected(capsys, export_tokenizer, *argv, TINY, "--checkpoint_format", "onnx")
 
 
+def test_shards_and_half_precision_are_the_same_weights(tiny_transformers, tmp_path):
+    """Shards as transformers itself writes them; bfloat16 takes half of the disk, and as much memory as float32."""
+    import torch
+    from transformers import ParakeetForTDT
+
+    sharded, half = tmp_path / "sharded", tmp_path / "half"
+    whole = TRANSFORMERS.load_model(tiny_transformers).network.state_dict()
+    shutil.copytree(tiny_transformers, sharded)
+    (sharded / "model.safetensors").unlink()
+    ParakeetForTDT.from_pretrained(tiny_transformers).save_pretrained(sharded, max_shard_size="2MB")
+    shutil.copytree(sharded, half)
+    for path in (*half.glob("model-*"), half / "model.safetensors.index.json"):
+        path.unlink()
+    ParakeetForTDT.from_pretrained(tiny_transformers, dtype=torch.bfloat16).save_pretrained(half)
+    assert len(TRANSFORMERS.files(sharded)) > 5
+    assert TRANSFORMERS.size(half) < 0.6 * TRANSFORMERS.size(tiny_transformers)
+    for folder, rounding in ((sharded, torch.float32), (half, torch.bfloat16)):
+        TRANSFORMERS.check(folder)
+        found = TRANSFORMERS.load_model(folder).network.state_dict()
+        assert found.keys() == whole.keys()
+        for name, tensor in found.items():
+            expected = whole[name].to(rounding).float() if whole[name].is_floating_point() else whole[name]
+            assert torch.equal(tensor, expected), name
+        assert TRANSFORMERS.loaded_bytes(folder) == TRANSFORMERS.loaded_bytes(tiny_transformers)
+    floats = sum(4 * tensor.numel() for tensor in whole.values())
+    assert TRANSFORMERS.loaded_bytes(half) == pytest.approx(floats, rel=0.001)
+
+
 # ---- tokenizers
 
 
@@ -359,10 +387,53 @@ def a_weight_that_is_no_number(folder):
     edit_tensors(folder, lambda tensors: tensors[NAME].fill_(float("nan")))
 
 
-@case("got an index of shards")
-def shards(folder):
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+@case("expected the shards of the tensors as weight_map")
+def an_index_of_nothing(folder):
+    shard(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
+
+
+@case("expected a file such as model-00001-of-00002.safetensors", "../model-00001-of-00002.safetensors")
+def a_shard_outside_the_folder(folder):
+    index = shard(folder)
+    shutil.move(folder / "model-00001-of-00002.safetensors", folder.parent)
+    places = {name: place.replace("model-00001", "../model-00001") for name, place in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+@case("expected model-00002-of-00002.safetensors in", "found none")
+def a_shard_missing(folder):
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+@case("a link to a place outside")
+def a_shard_that_is_a_link_out_of_the_folder(folder):
+    shard(folder)
+    shutil.move(folder / "model-00002-of-00002.safetensors", folder.parent / "elsewhere")
+    (folder / "model-00002-of-00002.safetensors").symlink_to(folder.parent / "elsewhere")
+
+
+@case("is in one of the two alone")
+def a_tensor_in_both_shards(folder):
+    from safetensors.torch import load_file, save_file
+
+    shard(folder)
+    first, second = (folder / f"model-0000{place}-of-00002.safetensors" for place in (1, 2))
+    save_file(load_file(second) | load_file(first), second)
+
+
+@case("not a safetensors file")
+def half_of_a_shard(folder):
+    shard(folder)
+    path = folder / "model-00002-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@case("lacks " + NAME, "does not fit config.json")
+def a_tensor_in_no_shard(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop(NAME))
+    shard(folder)
 
 
 @case("got a pickle, which may run code")

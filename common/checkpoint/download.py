@@ -82,6 +82,8 @@ def _fetch_format(name: str, revision: str, known: CheckpointFormat) -> Path:
         known.check_file(path)
         first = first or path
         revision = commit_of(path) or revision
+        for file in known.referred_files(path):
+            _download(HubFile(name, revision, file))
     assert first is not None
     return first if known.matches(first) else first.parent
 

@@ -32,8 +32,10 @@ class CheckpointFormat:
     # The files of `owner/model` on Hugging Face that make a checkpoint; of each group the first that is there.
     hub_files: Callable[[str], Sequence[Sequence[str]]] = lambda name: ()
     files: Callable[[Path], Sequence[Path]]  # the files of a checkpoint, in a fixed order
+    loaded_bytes: Callable[[Path], int]  # of its weights as they are used, in float32; for the estimate of memory
     # Raises ValueError for a downloaded file that rules the checkpoint out, before the next one is downloaded.
     check_file: Callable[[Path], None] = lambda path: None
+    referred_files: Callable[[Path], Sequence[str]] = lambda path: ()  # the names that a downloaded file refers to
     check: Callable[[Path], None]  # raises ValueError unless it is complete and safe to unpack
     read_tokenizer: Callable[[Path], bytes]  # its SentencePiece model, without building the network; raises ValueError
     load_model: LoadModel

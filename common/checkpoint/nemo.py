@@ -135,6 +135,7 @@ NEMO = register(
         # NVIDIA publishes `owner/model` as `model.nemo` (nemo/core/classes/common.py).
         hub_files=lambda name: ((f"{name.split('/')[1]}.nemo",),),
         files=lambda checkpoint: (checkpoint,),
+        loaded_bytes=lambda checkpoint: checkpoint.stat().st_size,
         check=check,
         read_tokenizer=read_tokenizer,
         load_model=load_model,

@@ -3,7 +3,8 @@
 Its files are untrusted input. Before a tensor is read, it is checked that
     the folder    holds the files themselves, or links that stay inside it (or inside the cache of huggingface_hub)
     the configs   are JSON of a plausible size, name `ParakeetForTDT`, and name no code of their own (`auto_map`)
-    the weights   are one file that the safetensors library accepts (no offset overlaps, no byte is left over), with
+    the weights   are one file, or shards beside an index, that the safetensors library accepts (no offset overlaps, no
+                  byte is left over), with exactly the tensors that the index gives to each shard, and in all of them
                   exactly the tensors, shapes and types of the network that the config describes
 
 Nothing of the folder is executed, and transformers' own loaders, which may download and run code, are not used: the
@@ -11,11 +12,14 @@ network is built from the numbers of the config, and the tensors are mapped. NeM
 """
 
 import json
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.checkpoint.archive import NOT_LOADED
 from common.checkpoint.format import CheckpointFormat, register
 from common.checkpoint.hub import commit_of
 from common.checkpoint.nemo import MAX_TOKENIZER_BYTES, require_device
@@ -23,15 +27,18 @@ from common.checkpoint.tokenizer_json import sentencepiece_model
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # names the shards of a model that is saved in several files
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 FEATURES = ("preprocessor_config.json", "processor_config.json")  # transformers 5 writes the second, with all in it
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-GROUPS = ((CONFIG,), FEATURES, TOKENIZERS, (WEIGHTS,))  # of each the first that is there
+GROUPS = ((CONFIG,), FEATURES, TOKENIZERS, (WEIGHTS, INDEX))  # of each the first that is there
 ARCHITECTURE = "ParakeetForTDT"
 
 MAX_CONFIG_BYTES = 1_000_000  # published ones have 2 kB
 MAX_NUMBER = 100_000  # with larger counts and sizes a network takes hours to build; the largest in use are 48 kHz
 LARGEST = {"num_hidden_layers": 1000, "num_decoder_layers": 100}
 FLOATS = ("F32", "F16", "BF16")
+FLOAT32_BYTES = 4
 COUNTER = "num_batches_tracked"  # of a batch normalisation; not used by inference, and not every writer keeps it
 # Configs of models that are trained for streaming have these, and compute something else with the same tensors.
 STREAMING = {
@@ -57,24 +64,49 @@ FEATURE_KEYS = (
 
 
 def files(checkpoint: Path) -> list[Path]:
-    """The files of a checkpoint. Raises ValueError where one is missing, or is a link to somewhere else."""
-    found = []
-    for group in GROUPS:
-        path = next((checkpoint / name for name in group if (checkpoint / name).is_file()), None)
-        if path is None:
-            raise ValueError(f"expected {' or '.join(group)} in {checkpoint}, {_what_else(checkpoint, group)}")
-        if not _is_inside(path, checkpoint):
-            raise ValueError(f"expected {path.name} itself in {checkpoint}, got a link to a place outside; refused")
-        found.append(path)
-    return found
+    """The files of a checkpoint: the first of each group that is there, then the shards, if the last is their index.
+
+    Raises ValueError where one is missing, or is a link to somewhere else, and as `shards` does.
+    """
+    found = [_first_file(checkpoint, group) for group in GROUPS]
+    return found + [_first_file(checkpoint, (name,)) for name in shards(found[-1])]
 
 
-def _what_else(checkpoint: Path, group: Sequence[str]) -> str:
-    if group == (WEIGHTS,) and (checkpoint / f"{WEIGHTS}.index.json").exists():
-        return "got an index of shards; save the model again with max_shard_size larger than it"
-    if group == (WEIGHTS,) and (checkpoint / "pytorch_model.bin").exists():
+def _first_file(checkpoint: Path, names: Sequence[str]) -> Path:
+    path = next((checkpoint / name for name in names if (checkpoint / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"expected {' or '.join(names)} in {checkpoint}, {_what_else(checkpoint, names)}")
+    if not _is_inside(path, checkpoint):
+        raise ValueError(f"expected {path.name} itself in {checkpoint}, got a link to a place outside; {NOT_LOADED}")
+    return path
+
+
+def _what_else(checkpoint: Path, names: Sequence[str]) -> str:
+    if WEIGHTS in names and (checkpoint / "pytorch_model.bin").exists():
         return "got a pickle, which may run code; save the model again with safe_serialization"
     return "found none; download the checkpoint again"
+
+
+def shards(path: Path) -> list[str]:
+    """The names of the files that `path` refers to: those of the shards, if it is their index, else none.
+
+    Raises ValueError for an index that is damaged, or that names anything but shards beside it.
+    """
+    return sorted(set(_weight_map(path).values())) if path.name == INDEX else []
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Name of a tensor → name of its shard."""
+    content = _read_json(index).get("weight_map")
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"expected the shards of the tensors as weight_map in {index}, got none; download it again")
+    for name, file in content.items():
+        if not (isinstance(file, str) and SHARD.fullmatch(file)):
+            raise ValueError(
+                f"expected a file such as model-00001-of-00002.safetensors for {name} in {index}, got {file!r}; "
+                f"{NOT_LOADED}"
+            )
+    return content
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -88,10 +120,16 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 def check(checkpoint: Path) -> None:
     """Raise ValueError unless the folder holds a whole and safe checkpoint of ParakeetForTDT."""
-    config, features, _, weights = files(checkpoint)
+    config, features, _, *weights = files(checkpoint)
     check_config(config)
     _read_features(features)
     _read_header(weights)
+
+
+def loaded_bytes(checkpoint: Path) -> int:
+    """Bytes of the weights in float32, as which they are used, whatever they are stored as."""
+    _, _, _, *weights = files(checkpoint)
+    return sum(FLOAT32_BYTES * math.prod(shape) for _, shape in _read_header(weights).values())
 
 
 def check_config(path: Path) -> None:
@@ -104,7 +142,7 @@ def _read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The content of a JSON file. Raises ValueError where it is no mapping, is too large, or names code."""
     size = path.stat().st_size
     if size > limit:
-        raise ValueError(f"expected at most {limit} bytes of {path}, got {size}; refused")
+        raise ValueError(f"expected at most {limit} bytes of {path}, got {size}; {NOT_LOADED}")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -124,7 +162,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             "Parakeet-TDT checkpoint"
         )
     if "quantization_config" in config:
-        raise ValueError(f"expected the weights of {path.parent} as they were trained, got quantized ones; refused")
+        raise ValueError(
+            f"expected the weights of {path.parent} as they were trained, got quantized ones; {NOT_LOADED}"
+        )
     _check_values(config, path)
     encoder = config.get("encoder_config")
     if not isinstance(encoder, dict):
@@ -147,7 +187,7 @@ def _read_features(path: Path) -> dict[str, Any]:
     features = content if path.name == FEATURES[0] else content.get("feature_extractor")
     kind = features.get("feature_extractor_type") if isinstance(features, dict) else None
     if not isinstance(features, dict) or kind not in (None, "ParakeetFeatureExtractor"):
-        raise ValueError(f"expected a ParakeetFeatureExtractor in {path}, got {kind or features!r}; refused")
+        raise ValueError(f"expected a ParakeetFeatureExtractor in {path}, got {kind or features!r}; {NOT_LOADED}")
     if features.get("do_normalize", True) is not True:  # which transformers 5.23 itself ignores
         raise ValueError(f"expected features normalised over the clip in {path}, got do_normalize false: not supported")
     return {key: features[key] for key in FEATURE_KEYS if key in features}
@@ -158,7 +198,7 @@ def _check_values(content: object, path: Path, key: str = "") -> None:
     if isinstance(content, dict):
         if "auto_map" in content:
             raise ValueError(
-                f"expected a model of transformers' own in {path}, got code of its own (auto_map); refused"
+                f"expected a model of transformers' own in {path}, got code of its own (auto_map); {NOT_LOADED}"
             )
         for name, value in content.items():
             _check_values(value, path, str(name))
@@ -166,14 +206,36 @@ def _check_values(content: object, path: Path, key: str = "") -> None:
         for value in content:
             _check_values(value, path, key)
     elif isinstance(content, int | float) and not abs(content) <= LARGEST.get(key, MAX_NUMBER):
-        raise ValueError(f"expected at most {LARGEST.get(key, MAX_NUMBER)} as {key} in {path}, got {content}; refused")
+        limit = LARGEST.get(key, MAX_NUMBER)
+        raise ValueError(f"expected at most {limit} as {key} in {path}, got {content}; {NOT_LOADED}")
 
 
 Header = Mapping[str, tuple[str, tuple[int, ...]]]  # name → type as safetensors spells it, shape
 
 
-def _read_header(path: Path) -> Header:
-    """What model.safetensors holds; no tensor is read. Raises ValueError where the library does not accept the file."""
+def _read_header(weights: Sequence[Path]) -> Header:
+    """What model.safetensors, or the index and its shards, hold; no tensor is read.
+
+    Raises ValueError where the library does not accept a file, or a shard holds others than the index says.
+    """
+    first, *parts = weights
+    if first.name == WEIGHTS:
+        return _read_file_header(first)
+    listed = _weight_map(first)
+    header: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path in parts:
+        part = _read_file_header(path)
+        names = {name for name, file in listed.items() if file == path.name}
+        if wrong := sorted(part.keys() ^ names):
+            raise ValueError(
+                f"expected {path} to hold the tensors that {first.name} lists for it, but {wrong[0]} is in one of the "
+                "two alone; download it again"
+            )
+        header |= part
+    return header
+
+
+def _read_file_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -184,7 +246,9 @@ def _read_header(path: Path) -> Header:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); download it again") from None
     for name, (dtype, _) in header.items():
         if dtype not in FLOATS and not name.endswith(COUNTER):
-            raise ValueError(f"expected {' or '.join(FLOATS)} as the type of {name} in {path}, got {dtype}; refused")
+            raise ValueError(
+                f"expected {' or '.join(FLOATS)} as the type of {name} in {path}, got {dtype}; {NOT_LOADED}"
+            )
     return header
 
 
@@ -209,7 +273,7 @@ def read_tokenizer(checkpoint: Path) -> bytes:
 
     Raises ValueError where the tokenizer is of another kind, or has another number of pieces than the network.
     """
-    config, _, tokenizer, _ = files(checkpoint)
+    config, _, tokenizer, *_ = files(checkpoint)
     if tokenizer.name == TOKENIZERS[0]:
         blank = _read_config(config).get("blank_token_id")
         if not isinstance(blank, int):
@@ -221,7 +285,7 @@ def read_tokenizer(checkpoint: Path) -> bytes:
             raise ValueError(f"{tokenizer} cannot be used: {error}") from None
     size = tokenizer.stat().st_size
     if size > MAX_TOKENIZER_BYTES:
-        raise ValueError(f"expected at most {MAX_TOKENIZER_BYTES} bytes of {tokenizer}, got {size}; refused")
+        raise ValueError(f"expected at most {MAX_TOKENIZER_BYTES} bytes of {tokenizer}, got {size}; {NOT_LOADED}")
     return tokenizer.read_bytes()
 
 
@@ -233,10 +297,9 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
     """
     require_device(device)
     check(checkpoint)
-    config_path, features_path, tokenizer, weights = files(checkpoint)
+    config_path, features_path, tokenizer, *weights = files(checkpoint)
     config = _read_config(config_path)
     import torch
-    from safetensors import safe_open
 
     from common.checkpoint.transformers_model import ParakeetModel, build
 
@@ -249,18 +312,30 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
     except Exception as error:  # transformers raises whatever its checks and torch's constructors raise
         raise ValueError(f"{config_path} cannot be built: {error}") from error
     expected = network.state_dict()
-    _check_tensors(_read_header(weights), expected, weights)
-    with safe_open(weights, framework="pt", device=device) as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    _check_tensors(_read_header(weights), expected, weights[0])
+    state = _read_tensors(weights, device)
     wrong = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if wrong:
         raise ValueError(
-            f"{weights}: {wrong[0]} and {len(wrong) - 1} more of its tensors hold values that are not finite"
+            f"{weights[0]}: {wrong[0]} and {len(wrong) - 1} more of its tensors hold values that are not finite"
         )
     counters = {name: torch.zeros((), dtype=torch.int64, device=device) for name in expected if name.endswith(COUNTER)}
     network.load_state_dict(counters | state, assign=True)
     return ParakeetModel(network, extractor, tokenizer).to(device).eval().requires_grad_(requires_grad=False)
+
+
+def _read_tensors(weights: Sequence[Path], device: str) -> dict[str, Any]:
+    """Every tensor of model.safetensors or of the shards, in float32; mapped from disk where it is stored so."""
+    from safetensors import safe_open
+
+    state = {}
+    for path in weights:
+        if path.name != INDEX:
+            with safe_open(path, framework="pt", device=device) as file:
+                for name in file.keys():  # noqa: SIM118  not a mapping
+                    tensor = file.get_tensor(name)
+                    state[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return state
 
 
 TRANSFORMERS = register(
@@ -270,7 +345,9 @@ TRANSFORMERS = register(
         within=lambda folder: folder if (folder / CONFIG).is_file() else None,
         hub_files=lambda name: GROUPS,
         files=files,
+        loaded_bytes=loaded_bytes,
         check_file=check_config,
+        referred_files=shards,
         check=check,
         read_tokenizer=read_tokenizer,
         load_model=load_model,

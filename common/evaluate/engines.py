@@ -31,9 +31,10 @@ from common.layouts.identity import check_one_checkpoint, check_same_checkpoint
 from common.run.baseline import RawOrt
 from common.run.clips import Clip
 from common.run.config import RuntimeConfig
+from common.run.decode import GENAI_RULE, BlankZero, Hypothesis
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from common.run.ort import OpenGraph, OrtGraph
+from common.run.ort import MAPPED, OpenGraph, OrtGraph
 from common.run.reference import Reference
 from common.run.transformers import Transformers
 
@@ -158,9 +159,9 @@ def engine_names(text: str) -> frozenset[str]:
 
 def add_engine_flags(parser: Parser) -> None:
     """--engines and --folders."""
-    parser.add_argument("--engines", type=engine_names, metavar="LIST", default=",".join(ENGINES),
-                        help="which to run, with commas between them (%(default)s); onnx without nemo is given the "
-                             "features of GenAI, which is loaded for them")  # fmt: skip
+    parser.add_argument("--engines", type=engine_names, metavar="LIST",
+                        help=f"which to run, with commas between them ({','.join(ENGINES)}; with --stress nemo,onnx); "
+                             "onnx without nemo is given the features of GenAI, which is loaded for them")  # fmt: skip
     parser.add_argument("--folders", choices=FOLDERS, default=BOTH_FOLDERS,
                         help="the optimized folder, the exported one that it was made from, or both where they are "
                              "there (%(default)s)")  # fmt: skip
@@ -200,23 +201,36 @@ def load_reference(
     return reference, rules(reference.sentencepiece_model)
 
 
-class ObservedBaseline(RawOrt):
-    """Plain ONNX Runtime; `observe` is called after each run of the encoder, with its outputs [S, D] of each clip and
-    the seconds that the run took."""
+class BothModels:
+    """An optimized folder and the exported one beside it, each in plain ONNX Runtime with its own tokenizer.
 
-    def __init__(
-        self,
-        folder: Path,
-        observe: Callable[[list[np.ndarray], float], None],
-        open_graph: OpenGraph = OrtGraph,
-    ) -> None:
+    Features are those of the optimized folder's GenAI. Float32 weights stay in the data file: both models are in memory
+    at once, and one of them is small. Raises as GenAI and RawOrt do.
+    """
+
+    def __init__(self, exported: Path, optimized: Path) -> None:
+        self.genai = GenAI(optimized)
+        self.float32 = KeptOutputs(exported, MAPPED)
+        self.optimized = KeptOutputs(optimized)
+        self.float32_text = tokenizer_text(exported)
+        self.optimized_text = self.genai.text
+
+
+class KeptOutputs(RawOrt):
+    """Plain ONNX Runtime that keeps the encoder's outputs of the last clip, [S, D] of each window."""
+
+    def __init__(self, folder: Path, open_graph: OpenGraph = OrtGraph) -> None:
         super().__init__(folder, open_graph)
-        self.observe = observe
+        self.outputs: list[np.ndarray] = []
 
     def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
-        encoded, seconds = timed(super().encode, features)
-        self.observe(encoded, seconds)
+        encoded = super().encode(features)
+        self.outputs += encoded
         return encoded
+
+    def transcribe(self, features: np.ndarray, rule: BlankZero = GENAI_RULE, *, whole: bool = False) -> Hypothesis:
+        self.outputs = []
+        return super().transcribe(features, rule, whole=whole)
 
 
 def timed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, float]:

@@ -21,7 +21,7 @@ from common.run.session import open_session
 
 AUDIO_SECONDS = 10
 FRAMES_PER_SECOND = 100  # mel frames; the hop of every published Parakeet is 10 ms
-MIN_ROUNDS, MAX_ROUNDS = 3, 20
+MIN_ROUNDS, MAX_ROUNDS = 2, 20
 SECONDS = 2  # of runs, after which no further round begins
 PAUSE = 0.1  # seconds before a run, in which the threads of the other process stop waiting actively
 # Memory of both processes as a multiple of the float32 file: it, its repacked copy, and the optimized model.

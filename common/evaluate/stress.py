@@ -2,7 +2,7 @@
 
 Each transcript is aligned with two references, without case and punctuation: the engine's own transcript of the same
 clips as they are, which shows what the condition costs it, and the clips' texts, by which engines can be compared. All
-engines are given the same features.
+engines but GenAI, which computes its own, are given the same features.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +19,7 @@ from common.evaluate.wer import WordCounts, normalize, word_counts
 from common.progress import progress_bar
 from common.run.baseline import RawOrt
 from common.run.config import RuntimeConfig
+from common.run.genai import GenAI
 from common.run.reference import Reference
 
 MIN_SHARE_WITH_WORDS = 0.5  # of a take's speech: from there on it is expected to have a word
@@ -31,7 +32,7 @@ class Output:
     """What an engine makes of a take."""
 
     text: str
-    frames: Sequence[int]  # encoder frames at which tokens were emitted
+    frames: Sequence[int] | None  # encoder frames at which tokens were emitted, of engines that give them
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class StressedEngine:
     """An engine, by the name of its rows."""
 
     name: str
-    transcribe: Callable[[np.ndarray], Output]  # features [M, T]
+    transcribe: Callable[[np.ndarray, np.ndarray], Output]  # samples [N] and their features [M, T]
     # The engine of which this is the variant that encodes a take in one window; it is given only takes that are longer.
     whole_of: str | None = None
 
@@ -54,7 +55,7 @@ class StressTest:
     engines: Sequence[StressedEngine]
     baseline: str  # the float32 engine; its transcript of a clip without a text stands for the text
     judged: str  # the engine that is held to a limit, and whose worst clips are listed
-    features: Callable[[np.ndarray], np.ndarray]  # samples [N] → [M, T], for all engines
+    features: Callable[[np.ndarray], np.ndarray]  # samples [N] → [M, T]
     config: RuntimeConfig
     kinds: Sequence[str] = ()  # of conditions; none: all
 
@@ -181,7 +182,7 @@ def _outlook(test: StressTest) -> str:
         features, seconds = timed(test.features, take.samples)
         for engine in test.engines:
             if engine.whole_of is None:
-                seconds += timed(engine.transcribe, features)[1]
+                seconds += timed(engine.transcribe, take.samples, features)[1]
     audio = sum(durations[clip] for _, group in test.cases for clip in group)
     expected = audio * seconds / durations[0]
     left_out = [each.name for each in conditions_of(test.kinds) if not each.possible(test.speech)]
@@ -207,7 +208,9 @@ def _run_case(results: StressResults, condition: Condition, group: tuple[int, ..
         if engine.whole_of is not None and not is_long:
             continue
         try:
-            transcripts[engine.name] = [engine.transcribe(one) for one in features]
+            transcripts[engine.name] = [
+                engine.transcribe(take.samples, one) for take, one in zip(takes, features, strict=True)
+            ]
         except ValueError as error:
             raise CheckError(f"{engine.name} fails on {test.name_of(group)}, {condition.name}: {error}") from error
         if condition is CLEAN:
@@ -233,7 +236,9 @@ def _windows(results: StressResults, take: Take, output: Output) -> Windows:
     with_words = [part for part in take.parts if normalize(results.text_of(part.clip))]
     seconds, all_seconds = (sum(part.end - part.begin for part in parts) for parts in (with_words, take.parts))
     expects_words = bool(with_words) and seconds >= MIN_SHARE_WITH_WORDS * all_seconds
-    clips = [part for part in with_words if part.whole] if len(take.parts) > 1 else []
+    if output.frames is None or len(take.parts) == 1:
+        return Windows(int(expects_words), int(expects_words and not normalize(output.text)))
+    clips = [part for part in with_words if part.whole]
     times = np.array(output.frames) * results.test.config.frame_seconds
     silent = sum(not ((times >= part.begin) & (times < part.end)).any() for part in clips)
     return Windows(int(expects_words), int(expects_words and not normalize(output.text)), len(clips), silent)
@@ -248,7 +253,7 @@ def folder_engines(name: str, raw: RawOrt, spell: Callable[[list[int]], str]) ->
     spell: the text of tokens.
     """
 
-    def transcribe(features: np.ndarray, *, whole: bool) -> Output:
+    def transcribe(samples: np.ndarray, features: np.ndarray, *, whole: bool) -> Output:
         hypothesis = raw.transcribe(features, whole=whole)
         return Output(spell(hypothesis.tokens), hypothesis.frames)
 
@@ -258,10 +263,19 @@ def folder_engines(name: str, raw: RawOrt, spell: Callable[[list[int]], str]) ->
     ]
 
 
+def genai_engine(name: str, genai: GenAI) -> StressedEngine:
+    """A model folder in GenAI, its own features and text included."""
+
+    def transcribe(samples: np.ndarray, features: np.ndarray) -> Output:
+        return Output(genai.text(genai.transcribe(samples)), None)
+
+    return StressedEngine(name, transcribe)
+
+
 def reference_engine(reference: Reference) -> StressedEngine:
     """NeMo or transformers, which encode every take in one window."""
 
-    def transcribe(features: np.ndarray) -> Output:
+    def transcribe(samples: np.ndarray, features: np.ndarray) -> Output:
         transcript = reference.transcribe(features)
         return Output(transcript.text, transcript.frames)
 

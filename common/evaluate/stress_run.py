@@ -8,21 +8,19 @@ from pathlib import Path
 
 from common.cli import Parser
 from common.evaluate.conditions import KINDS, Speech
-from common.evaluate.engines import ComparedFolder, tokenizer_text
+from common.evaluate.engines import BothModels, ComparedFolder
 from common.evaluate.stress import (
     StressedEngine,
     StressResults,
     StressTest,
     folder_engines,
+    genai_engine,
     reference_engine,
     run_stress,
 )
 from common.evaluate.stress_table import print_stress, print_worst, worst_results, write_worst
-from common.run.baseline import RawOrt
 from common.run.clips import Clip
 from common.run.config import RuntimeConfig
-from common.run.genai import GenAI
-from common.run.ort import MAPPED
 from common.run.reference import Reference
 
 FLOAT32, OPTIMIZED = "float32", "optimized"  # the names of their rows
@@ -79,25 +77,24 @@ def stress_compared(
         )
     engines = [] if reference is None else [reference_engine(reference)]
     for folder, name in reversed(list(zip(folders, names, strict=False))):
-        engines += folder_engines(name, folder.raw, folder.raw_text)
+        if folder.engines.raw:
+            engines += folder_engines(name, folder.raw, folder.raw_text)
+        if folder.engines.genai:
+            engines.append(genai_engine(f"{name}, GenAI" if folder.engines.raw else name, folder.genai))
     baseline = FLOAT32 if exported else names[0] if reference is None else reference.name
     features = reference.features if reference else optimized.genai.features
     test = partial(StressTest, judged=names[0], engines=engines, baseline=baseline, features=features)
     return _run_and_print(test, optimized.config, clips, options)
 
 
-def stress_optimized(exported: Path, optimized: Path, clips: Sequence[Clip], options: StressOptions) -> StressResults:
-    """Stress an optimized folder that is being made, beside its source. Raises as run_stress does.
-
-    Each folder's tokens are shown by its own tokenizer; float32 weights stay in the data file.
-    """
-    genai = GenAI(optimized)
+def stress_optimized(models: BothModels, clips: Sequence[Clip], options: StressOptions) -> StressResults:
+    """Stress an optimized folder that is being made, beside its source. Raises as run_stress does."""
     engines: list[StressedEngine] = [
-        *folder_engines(FLOAT32, RawOrt(exported, MAPPED), tokenizer_text(exported)),
-        *folder_engines(OPTIMIZED, RawOrt(optimized), genai.text),
+        *folder_engines(FLOAT32, models.float32, models.float32_text),
+        *folder_engines(OPTIMIZED, models.optimized, models.optimized_text),
     ]
-    test = partial(StressTest, judged=OPTIMIZED, engines=engines, baseline=FLOAT32, features=genai.features)
-    return _run_and_print(test, genai.config, clips, options)
+    test = partial(StressTest, judged=OPTIMIZED, engines=engines, baseline=FLOAT32, features=models.genai.features)
+    return _run_and_print(test, models.genai.config, clips, options)
 
 
 def _run_and_print(

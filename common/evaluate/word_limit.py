@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import CheckError
-from common.evaluate.engines import ObservedBaseline, tokenizer_text
+from common.evaluate.engines import BothModels
 from common.evaluate.wer import (
     WordErrorRate,
     high_error_warning,
@@ -23,8 +23,6 @@ from common.evaluate.wer import (
 )
 from common.quantize.fidelity import sqnr_db
 from common.run.clips import Clip
-from common.run.genai import GenAI
-from common.run.ort import MAPPED, OpenGraph, OrtGraph
 
 MAX_PRINTED_CLIPS = 20  # a person reads no more; the report has them all
 
@@ -69,57 +67,38 @@ class WordErrors:
 
 
 def transcribe_with_both(
-    exported: Path,
-    optimized: Path,
+    models: BothModels,
     manifest: Path,
     clips: list[Clip],
     progress: Callable[[list[Clip]], Iterable[Clip]] = lambda clips: clips,
 ) -> list[EvaluatedClip]:
-    """Transcribe the clips of `manifest`, which have texts, with both folders.
+    """Transcribe the clips of `manifest`, which have texts, with both folders; each shows its tokens by its own
+    tokenizer, so that one that loses words is counted.
 
-    Raises CheckError where the optimized one fails, and as RawOrt, GenAI and read_clip do.
-
-    Each folder's tokens are shown by its own tokenizer, so that one that loses words is counted.
-    Float32 weights stay in the data file: both models are in memory at once, and one of them is small.
+    Raises CheckError where the optimized one fails, and as read_clip does.
     """
-    genai = GenAI(optimized)
-    float32_engine = _Engine(exported, MAPPED)
-    optimized_engine = _Engine(optimized, OrtGraph)
-    float32_text = tokenizer_text(exported)
+    config = models.genai.config
     evaluated = []
     for clip in progress(clips):
-        samples = genai.config.read_clip(clip)
-        features = genai.features(samples)
-        expected_tokens, expected_output = float32_engine.transcribe(features)
+        samples = config.read_clip(clip)
+        features = models.genai.features(samples)
+        expected = models.float32.transcribe(features)
         try:
-            tokens, output = optimized_engine.transcribe(features)
+            actual = models.optimized.transcribe(features)
         except ValueError as error:
             raise CheckError(f"the optimized model fails on {clip.path}: {error}") from error
         evaluated.append(
             EvaluatedClip(
                 _name(clip.path, manifest) + clip.segment,
                 clip.lang,
-                len(samples) / genai.config.sample_rate,
+                len(samples) / config.sample_rate,
                 clip.text or "",
-                float32_text(expected_tokens),
-                genai.text(tokens),
-                sqnr_db(expected_output, output),
+                models.float32_text(expected.tokens),
+                models.optimized_text(actual.tokens),
+                sqnr_db(np.concatenate(models.float32.outputs), np.concatenate(models.optimized.outputs)),
             )
         )
     return evaluated
-
-
-class _Engine:
-    """Plain ONNX Runtime, which gives the encoder's outputs along with the tokens."""
-
-    def __init__(self, folder: Path, open_graph: OpenGraph) -> None:
-        self.outputs: list[np.ndarray] = []  # of the clip, by window
-        self.baseline = ObservedBaseline(folder, lambda encoded, _: self.outputs.extend(encoded), open_graph)
-
-    def transcribe(self, features: np.ndarray) -> tuple[list[int], np.ndarray]:
-        """features [M, T] → tokens, and the encoder's outputs of all windows, [S, D]"""
-        self.outputs.clear()
-        return self.baseline.transcribe(features).tokens, np.concatenate(self.outputs)
 
 
 def _name(path: Path, manifest: Path) -> str:

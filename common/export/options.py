@@ -12,8 +12,8 @@ PRECISIONS = (FP32, FP16)
 MIN_OPSET = 17  # the first with LayerNormalization
 MAX_OPSET = 21  # the newest that the wheels of onnxruntime-genai were built for
 
-# Peak memory and disk as multiples of the checkpoint's size, measured at 0.6B. Memory: the weights, in NeMo or in the
-# ONNX Runtime session, activations, and the code of NeMo. Disk: the unpacked checkpoint and the exported weights.
+# Peak memory and disk as multiples of the weights' size in float32, measured at 0.6B. Memory: the weights, in NeMo or
+# in the ONNX Runtime session, activations, and the code of NeMo. Disk: the unpacked checkpoint and exported weights.
 MEMORY_FACTOR = 1.3
 MEMORY_OF_NEMO = 1e9  # bytes
 MEMORY_OF_LONG_CASE = 2.8e9  # bytes; a clip past 400 s, on which small encoders are verified; measured with 4 heads
@@ -62,15 +62,15 @@ class ExportOptions:
         conversion = 1 + len(GRAPHS) if self.is_float16 else 0
         return 2 + len(GRAPHS) + conversion
 
-    def memory_bytes(self, checkpoint_bytes: int) -> float:
-        """Peak memory of exporting a checkpoint of that size."""
-        verifies_long_case = not self.skip_verify and checkpoint_bytes <= LONG_CASE_MAX_PARAMETERS * FLOAT32_BYTES
+    def memory_bytes(self, weight_bytes: int) -> float:
+        """Peak memory of exporting a checkpoint whose weights have that size in float32."""
+        verifies_long_case = not self.skip_verify and weight_bytes <= LONG_CASE_MAX_PARAMETERS * FLOAT32_BYTES
         long_case = MEMORY_OF_LONG_CASE if verifies_long_case else 0
-        return MEMORY_FACTOR * checkpoint_bytes + MEMORY_OF_NEMO + long_case
+        return MEMORY_FACTOR * weight_bytes + MEMORY_OF_NEMO + long_case
 
-    def disk_bytes(self, checkpoint_bytes: int) -> float:
-        """Disk needed, scratch space included, to export a checkpoint of that size."""
-        return (DISK_FACTOR + (FLOAT16_DISK_FACTOR if self.is_float16 else 0)) * checkpoint_bytes
+    def disk_bytes(self, weight_bytes: int) -> float:
+        """Disk needed, scratch space included, to export a checkpoint whose weights have that size in float32."""
+        return (DISK_FACTOR + (FLOAT16_DISK_FACTOR if self.is_float16 else 0)) * weight_bytes
 
 
 def check_opset(opset: int) -> None:

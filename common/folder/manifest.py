@@ -27,6 +27,7 @@ _SECTION: dict[str, Any] = {
     "source": _SOURCE,
     "flags": {"precision": str, "device": str, "decoder_joint_precision": str},
     "versions": {"*": str},
+    "minimum_onnxruntime": str,
     "wer": {"*": {"errors": int, "words": int, "low": NUMBER, "high": NUMBER}},
 }
 MANIFEST_TYPES: dict[str, Any] = {

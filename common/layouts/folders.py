@@ -1,11 +1,12 @@
 """The folders of one export: which layouts it writes, into which subfolders, and the files of each."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from common.checkpoint.format import format_of
 from common.checkpoint.spec import ModelSpec
-from common.checkpoint.tokenizer import parse_model, tokens_text
+from common.checkpoint.tokenizer import parse_model
 from common.layouts.genai import GENAI
 from common.layouts.layout import LAYOUTS, Layout, Window, write_configs, write_views
 
@@ -27,14 +28,26 @@ def subfolders_of(runtime: str, *, float16: bool) -> dict[Layout, str]:
     return {layout: layout.runtime for layout in layouts}
 
 
-def read_vocabulary(checkpoint: Path, layouts: Iterable[Layout]) -> str:
-    """The vocabulary of a checkpoint as `write_layout` writes it; empty where no layout needs it."""
-    needed = any(layout.exports_vocabulary for layout in layouts)
-    return tokens_text(parse_model(format_of(checkpoint).read_tokenizer(checkpoint))) if needed else ""
+def read_vocabulary(checkpoint: Path, layouts: Iterable[Layout]) -> dict[str, str]:
+    """The files of the vocabulary that `write_layout` writes, by name; empty where no layout needs one."""
+    named = (
+        zip(layout.vocabulary, layout.vocabulary_texts, strict=True) for layout in layouts if layout.vocabulary_texts
+    )
+    texts = dict(itertools.chain.from_iterable(named))
+    if not texts:
+        return {}
+    proto = parse_model(format_of(checkpoint).read_tokenizer(checkpoint))
+    return {name: text(proto) for name, text in texts.items()}
 
 
 def write_layout(
-    layout: Layout, graphs: Path, folder: Path, spec: ModelSpec, window: Window, device: str, vocabulary: str
+    layout: Layout,
+    graphs: Path,
+    folder: Path,
+    spec: ModelSpec,
+    window: Window,
+    device: str,
+    vocabulary: Mapping[str, str],
 ) -> None:
     """Write what the runtime of `layout` reads, the tokenizer of GenAI excepted, into `folder`.
 
@@ -43,5 +56,6 @@ def write_layout(
     folder.mkdir(exist_ok=True)
     write_views(layout, graphs, folder, spec)
     write_configs(layout, folder, spec, window, device)
-    if layout.exports_vocabulary:
-        (folder / layout.vocabulary[0]).write_text(vocabulary, encoding="utf-8", newline="\n")
+    if layout.vocabulary_texts:
+        for name in layout.vocabulary:
+            (folder / name).write_text(vocabulary[name], encoding="utf-8", newline="\n")

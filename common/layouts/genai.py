@@ -122,7 +122,7 @@ GENAI = register(
         config_files=(GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG),
         vocabulary=("vocab.txt", *(file for file in TOKENIZER_FILES if file != "vocab.txt")),
         vocabulary_command=TOKENIZER_COMMAND,
-        exports_vocabulary=False,
+        vocabulary_texts=(),
         check=check_genai_supports,
         configs=_configs,
         measures_speech=True,

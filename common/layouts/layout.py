@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from common.checkpoint.spec import ModelSpec
+from common.checkpoint.tokenizer import tokens_text
 from common.cli import CheckError
 from common.contract import Graph, View
 from common.folder.manifest import MANIFEST, read_manifest
@@ -71,8 +73,11 @@ class Layout:
     config_files: tuple[str, ...]
     vocabulary: tuple[str, ...]  # the first file has a line for each token
     vocabulary_command: str  # what writes them; {} stands for the folder
-    exports_vocabulary: bool = True  # whether the export writes them, not a script of its own
+    # What writes each of them in the export; none where a script of its own writes them.
+    vocabulary_texts: tuple[Callable[[ModelProto], str], ...] = (tokens_text,)
     usage: str  # Python that transcribes a file; {folder} and {audio} stand for the paths
+    page: Path | None = None  # HTML that transcribes in a browser, put beside the files of the folder
+    page_packages: tuple[str, ...] = ()  # on npm: what `page` imports
     check: Callable[[ModelSpec], None]  # raises ValueError naming what the runtime cannot compute of a checkpoint
     configs: Callable[[ModelSpec, Window, str], dict[str, dict[str, Any]]]  # spec, window, device → file name → content
     encoder_metadata: Callable[[ModelSpec], dict[str, str]] = _nothing  # what the encoder's ONNX metadata must hold

@@ -4,6 +4,7 @@ onnx-asr brings its own features. Programs that read its folders without it, suc
 the graph `nemo128.onnx` from the folder. `-q METHOD` makes onnx-asr look for encoder-model.METHOD.onnx.
 """
 
+from pathlib import Path
 from typing import Any
 
 from common.checkpoint.spec import ModelSpec
@@ -14,17 +15,21 @@ from common.layouts.layout import Layout, Window, register
 from common.layouts.log_mel import log_mel_graph
 
 ONNX_ASR_CONFIG = "config.json"
+# A page that transcribes in a browser with the npm package parakeet.js; to be put beside the files of the folder.
+BROWSER_PAGE = Path(__file__).with_name("parakeet_js.html")
+BROWSER_PACKAGES = ("parakeet.js@1.4.4", "onnxruntime-web@1.24.1")
 FEATURES = {**FIXED_FEATURES, "num_mels": (80.0, 128.0)}
 
-# onnx-asr asks for tensors by these names (src/onnx_asr/models/nemo.py of 0.12.0); they are NeMo's own export's.
+# onnx-asr asks for tensors by these names (src/onnx_asr/models/nemo.py of 0.12.0); they and the 32-bit tokens are those
+# of NeMo's own export. parakeet.js feeds that type only, onnx-asr whichever the graph has.
 ONNX_ASR_GRAPHS = (
     View("encoder-model", ENCODER.inputs, ENCODER.outputs, parts=(ENCODER,)),
     View(
         "decoder_joint-model",
         (
             Tensor("encoder_outputs", ("B", "D", "S"), of="encoder_output"),
-            Tensor("targets", ("B", "U"), dtype="int64"),
-            Tensor("target_length", ("B",), dtype="int64", of="target_length_orig"),
+            Tensor("targets", ("B", "U"), dtype="int32"),
+            Tensor("target_length", ("B",), dtype="int32", of="target_length_orig"),
             Tensor("input_states_1", ("L", "B", "H"), of="h_in"),
             Tensor("input_states_2", ("L", "B", "H"), of="c_in"),
         ),
@@ -71,6 +76,8 @@ ONNX_ASR = register(
         feature_graphs=lambda spec: {f"nemo{spec.num_mels}.onnx": log_mel_graph(spec)},
         feature_files=("nemo80.onnx", "nemo128.onnx"),
         named_after_method=True,
+        page=BROWSER_PAGE,
+        page_packages=BROWSER_PACKAGES,
         usage="""\
 import onnx_asr
 import soundfile

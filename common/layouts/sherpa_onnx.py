@@ -3,6 +3,7 @@
 from typing import Any
 
 from common.checkpoint.spec import ModelSpec
+from common.checkpoint.tokenizer import bpe_text, tokens_text
 from common.cli import EXPORT_COMMAND
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.layouts.features import check_fixed
@@ -70,7 +71,8 @@ SHERPA_ONNX = register(
         packages=("sherpa-onnx", "soundfile"),
         graphs=SHERPA_ONNX_GRAPHS,
         config_files=(),
-        vocabulary=("tokens.txt",),
+        vocabulary=("tokens.txt", "bpe.vocab"),
+        vocabulary_texts=(tokens_text, bpe_text),
         vocabulary_command=EXPORT_COMMAND,
         check=check_sherpa_onnx_supports,
         configs=_configs,

@@ -82,9 +82,9 @@ def _packed(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bit
     )
 
 
-def second_moments(inputs: Iterable[np.ndarray]) -> np.ndarray:
-    """Σ xᵀx over rows of inputs [R, K] to a product: [K, K] float64."""
-    return np.asarray(sum((rows.T @ rows).astype(np.float64) for rows in inputs))
+def second_moments(inputs: np.ndarray) -> np.ndarray:
+    """Σ xᵀx over the rows of inputs [R, K] to a product: [K, K]."""
+    return np.asarray(inputs.T @ inputs)
 
 
 def error_feedback(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
@@ -94,7 +94,7 @@ def error_feedback(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
     With Σ xᵀx = U D Uᵀ, errors E [K, N] put Σ d_k ‖(Uᵀ E)_k‖² into the product, so row k should be wrong by what undoes
     the rows before it (QuIP's LDLQ, Chee et al. 2023; the same codes as GPTQ's, Frantar et al. 2023, by one Cholesky).
     """
-    upper = np.linalg.cholesky(damped(moments, damping)[::-1, ::-1])[::-1, ::-1]
+    upper = np.linalg.cholesky(damped(moments.astype(np.float64), damping)[::-1, ::-1])[::-1, ::-1]
     return np.asarray(upper / np.diag(upper), np.float32)
 
 

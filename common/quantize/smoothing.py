@@ -49,7 +49,7 @@ def row_powers(model: ir.Model, weights: Collection[str]) -> dict[str, np.ndarra
 
 
 def _row_power(weight: np.ndarray) -> np.ndarray:
-    return np.asarray(np.sum(np.square(weight, dtype=np.float64), axis=1))
+    return np.asarray(np.einsum("kn,kn->k", weight, weight))
 
 
 def factors_without_speech(model: ir.Model, weights: Collection[str]) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from common.cli import size_text
 from common.evaluate.transcripts import NEMO, TRANSFORMERS
 from common.evaluate.wer import WordErrorRate
 from common.folder.manifest import FILES, MANIFEST, fingerprint, is_float16, read_manifest, sha256
+from common.folder.minimum_runtime import MINIMUM_RUNTIME
 from common.folder.outputs import write_json
 from common.layouts.layout import Layout
 
@@ -101,7 +102,8 @@ def front_matter(manifest: dict[str, Any], layout: Layout) -> dict[str, Any]:
         if is_float16(manifest) or _weights_by_bits(manifest):
             header["base_model_relation"] = "quantized"
     tags = ["onnx", "onnxruntime", layout.package, "parakeet", "fastconformer", "tdt", "transducer", "speech"]
-    return {**header, "tags": tags + (["float16"] if is_float16(manifest) else [])}
+    tags += ["float16"] if is_float16(manifest) else [f"{bits}-bit" for bits in _weights_by_bits(manifest)]
+    return {**header, "tags": tags}
 
 
 def wer_table(rows: dict[str, dict[str, Any]]) -> str:
@@ -166,6 +168,12 @@ def _library(manifest: dict[str, Any]) -> str:
     return TRANSFORMERS if _source(manifest).get("format") == TRANSFORMERS else NEMO
 
 
+def _minimum_runtime(manifest: dict[str, Any]) -> str | None:
+    """The oldest ONNX Runtime that runs the graphs; folders of earlier versions record none."""
+    oldest: str | None = (manifest.get("optimize") or manifest.get("export", {})).get(MINIMUM_RUNTIME)
+    return oldest
+
+
 def _usage(manifest: dict[str, Any], layout: Layout) -> str:
     section = manifest.get("export", {})
     package, *others = layout.packages
@@ -174,7 +182,15 @@ def _usage(manifest: dict[str, Any], layout: Layout) -> str:
         package = layout.cuda_package
     pinned = f"{package}=={version}" if version else package
     packages = " ".join((pinned, *others))
-    return f"In this folder, with `pip install {packages}`:\n\n```python\n{layout.usage_of('.')}```"
+    needed = f" (the graphs need ONNX Runtime {oldest} or newer)" if (oldest := _minimum_runtime(manifest)) else ""
+    text = f"In this folder, with `pip install {packages}`{needed}:\n\n```python\n{layout.usage_of('.')}```"
+    if layout.page is None:
+        return text
+    return (
+        f"{text}\n\nIn a browser: save this as `index.html` in this folder, run `npm install "
+        f"{' '.join(layout.page_packages)}` there, and serve the folder.\n\n"
+        f"```html\n{layout.page.read_text(encoding='utf-8')}```"
+    )
 
 
 def _files(listed: dict[str, Any]) -> str:
@@ -252,6 +268,8 @@ def _quantization(section: dict[str, Any]) -> str:
     after = section["encoder_bytes"].get("optimized", 0)
     widths = ", ".join(f"{count} at {bits} bits" for bits, count in section.get("weights_by_bits", {}).items())
     text = f"Weights of the encoder: {widths or 'not quantized'}; {size_text(before)} became {size_text(after)}."
+    if section.get("token_sqnr_db_on_noise"):
+        text += " The LSTM of the decoder and the matrices of the joint have 8 bits."
     if runs_as := section.get("runs_as"):
         text += f" {runs_as[0].upper()}{runs_as[1:]}."
     ratios = {"encoder": section.get("sqnr_db_on_noise"), **section.get("token_sqnr_db_on_noise", {})}

@@ -11,12 +11,14 @@ from typing import Any
 
 from common.cli import EXPORT_COMMAND, PrintStage, size_text
 from common.evaluate import word_limit
+from common.evaluate.engines import BothModels
 from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed
 from common.evaluate.stress_run import StressOptions, stress_optimized
 from common.evaluate.stress_table import StressRow, judge_stress, stress_rows
 from common.evaluate.word_limit import EvaluatedClip, WordErrors
 from common.folder.locations import CHECKPOINT, read_location, write_locations
 from common.folder.manifest import fingerprint, is_float16, read_manifest, verify_files, write_manifest
+from common.folder.minimum_runtime import MINIMUM_RUNTIME, minimum_runtime
 from common.folder.onnx_files import of_one_name, save_model
 from common.folder.staging import check_output_dir, state_needs
 from common.layouts.adapt import write_second_name
@@ -143,10 +145,11 @@ class EvaluationSpeech:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """How the report is written, and the command that it names."""
+    """How the report is written, the command that it names, and what another folder's report has measured for it."""
 
     write_page: PageWriter
     command: Sequence[str]
+    speed: dict[str, Any] | None = None  # of the same encoder in the form of another runtime
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,8 @@ def finish_folder(
     speech: EvaluationSpeech,
     report: ReportOptions,
     print_stage: PrintStage,
-) -> None:
-    """Write the encoder and the other files of the folder into its staging folder.
+) -> dict[str, Any] | None:
+    """Write the encoder and the other files of the folder into its staging folder. Returns the speeds in its report.
 
     Raises CheckError where a graph does not agree with the exported one, or more words are lost than a limit allows.
     """
@@ -192,10 +195,11 @@ def finish_folder(
         else None
     )
     content = make_report(folder.readable, folder.staging, layout.graphs, folder.manifest, section, weights, words)
+    speed = _speed(folder, report.speed, print_stage)
     content |= {
         "stress": [asdict(row) for row in evaluation.stress],
         "max_lost_words": speech.stress.max_lost_words,
-        "speed": _speed(folder, print_stage),
+        "speed": speed,
         "run": run_record(report.command),
     }
     content["verdict"] = asdict(verdict(content))
@@ -208,10 +212,17 @@ def finish_folder(
     checkpoint = read_location(folder.source, CHECKPOINT)
     write_locations(folder.staging, folder.target, checkpoint=checkpoint, exported=folder.source)
     print_stage("report", str(folder.target / REPORT_HTML))
+    return speed
 
 
-def _speed(folder: ModelFolder, print_stage: PrintStage) -> dict[str, Any] | None:
-    """Of the exported encoder and of the optimized one, on this machine; None where it could not be measured."""
+def _speed(folder: ModelFolder, measured: dict[str, Any] | None, print_stage: PrintStage) -> dict[str, Any] | None:
+    """Of the exported encoder and of the optimized one, on this machine; None where it could not be measured.
+
+    measured: the same for another runtime's folder, whose encoder has the same operators and weights.
+    """
+    if measured:
+        print_stage("speed", f"that of the encoder for {measured['runtime']}")
+        return measured
     file = folder.layout.encoder.file
     speeds = measure_speed([folder.source / file, folder.staging / file])
     if speeds is None:
@@ -221,7 +232,8 @@ def _speed(folder: ModelFolder, print_stage: PrintStage) -> dict[str, Any] | Non
     memory = [size_text(each.peak_memory) for each in speeds if each.peak_memory]
     rates = f"encoder RTFx {before.rtfx:.1f} → {after.rtfx:.1f}"
     print_stage("speed", rates, *([f"peak memory {' → '.join(memory)}"] if memory else []))
-    return {"exported": asdict(before), "optimized": asdict(after), "audio_seconds": AUDIO_SECONDS, **machine()}
+    sides = {"exported": asdict(before), "optimized": asdict(after)}
+    return {**sides, "runtime": folder.layout.runtime, "audio_seconds": AUDIO_SECONDS, **machine()}
 
 
 def _ratio_text(ratio: float, *, quantized: bool) -> str:
@@ -255,7 +267,8 @@ def _evaluate(
     def bar(items: list[Clip]) -> Iterator[Clip]:
         return progress(items, total=len(items), task="transcribing", unit="clip")
 
-    transcribed = word_limit.transcribe_with_both(folder.source, folder.staging, options.eval_manifest, clips, bar)
+    models = BothModels(folder.source, folder.staging)
+    transcribed = word_limit.transcribe_with_both(models, options.eval_manifest, clips, bar)
     table = word_limit.word_table(transcribed)
     print_stage(f"{len(clips)} clips", str(table[0]))
     word_limit.print_word_errors(table, transcribed)
@@ -263,7 +276,7 @@ def _evaluate(
         word_limit.judge(table, options.max_wer_increase)
     if speech.stress.stress is None:
         return Evaluation(transcribed, table)
-    results = stress_optimized(folder.source, folder.staging, clips, speech.stress)
+    results = stress_optimized(models, clips, speech.stress)
     print_stage("stress", f"{len(results.test.conditions)} conditions", f"{len(clips)} clips")
     if speech.stress.max_lost_words is not None:
         judge_stress(results, speech.stress.max_lost_words)
@@ -290,6 +303,7 @@ def _manifest_section(
         "encoder_bytes": {"exported": folder.bytes_in(folder.source), "optimized": folder.bytes_in(folder.staging)},
         "sqnr_db_on_noise": round(ratio, 2) if math.isfinite(ratio) else None,
         "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in tokens.sqnr_db.items()},
+        MINIMUM_RUNTIME: minimum_runtime(folder.staging / graph.file for graph in folder.layout.graphs),
     }
     if evaluation.table:
         over_all = evaluation.table[0]

@@ -1,0 +1,102 @@
+"""Confidences of plain ONNX Runtime: how far they are from NeMo's own, and how often a word of a confidence is right.
+
+    python -m benchmarks.confidence --model_name samples/parakeet-tdt-tiny.nemo --model_dir onnx_models \
+        --manifest samples/manifest.jsonl
+
+Out: for each measure the largest difference over the clips on which both emit the same tokens, token by token and word
+by word, and a markdown table of its reliability against the texts. NeMo decodes each clip once for each measure.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.bench import machine
+from common.cli import quiet_libraries
+from common.evaluate.reliability import bins, calibration_error, words_right
+from common.evaluate.timestamps import Pieces, timed_words
+from common.run.baseline import RawOrt
+from common.run.clips import read_clips
+from common.run.decode import NEMO_RULE
+from common.run.nemo import Nemo
+
+# Fields of Confidence, with NeMo's configuration of the same measure; what is not named has NeMo's default.
+METHODS = {"max_prob": {"name": "max_prob", "alpha": 1.0}, "entropy": {"name": "entropy"}}
+
+
+def nemo_confidences(model: Any, method: dict[str, Any]) -> Callable[[np.ndarray], Any]:
+    """A function of features [M, T] that gives NeMo's own Hypothesis, with token_confidence and word_confidence."""
+    import torch
+    from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecoding
+    from omegaconf import OmegaConf
+
+    config = model.cfg.decoding.copy()
+    config.strategy = "greedy_batch"
+    confidence = {"preserve_word_confidence": True, "method_cfg": method}
+    OmegaConf.update(config, "confidence_cfg", confidence, force_add=True)
+    decoding = RNNTBPEDecoding(config, model.decoder, model.joint, model.tokenizer)
+
+    def decode(features: np.ndarray) -> Any:
+        with torch.inference_mode():
+            encoded = model.encoder(
+                audio_signal=torch.from_numpy(features)[None], length=torch.tensor([features.shape[1]])
+            )
+            return decoding.rnnt_decoder_predictions_tensor(*encoded, return_hypotheses=True)[0]
+
+    return decode
+
+
+def largest(differences: list[np.ndarray]) -> float:
+    return float(np.abs(np.concatenate(differences)).max()) if differences else 0.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    from common.checkpoint.nemo import load_model
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name", type=Path, required=True, help="the .nemo file of --model_dir")
+    parser.add_argument("--model_dir", type=Path, required=True, help="its exported folder")
+    parser.add_argument("--manifest", type=Path, required=True, help="clips with texts")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    model = load_model(args.model_name)
+    nemo, raw, pieces = Nemo(model), RawOrt(args.model_dir), Pieces.read(args.model_dir)
+    decoders = {field: nemo_confidences(model, method) for field, method in METHODS.items()}
+    tokens, words = ({field: [] for field in METHODS} for _ in range(2))  # differences, an array for each clip
+    judged = {field: [] for field in METHODS}  # confidence of a word and whether it is right
+    clips = read_clips(args.manifest, with_text=True)
+    same = 0
+    for clip in tqdm(clips, unit="clip", leave=False, disable=None):
+        features = nemo.features(raw.config.read_clip(clip))
+        found = raw.transcribe(features, NEMO_RULE)
+        own = timed_words(found.emitted, pieces)
+        right = words_right(clip.text, [word.text for word in own])
+        for field, decode in decoders.items():
+            confidences = [getattr(word.confidence, field) for word in own]
+            judged[field] += zip(confidences, right, strict=True)
+            expected = decode(features)
+            if found.tokens == [int(token) for token in expected.y_sequence]:
+                same += field == next(iter(METHODS))
+                of_tokens = [getattr(step.confidence, field) for step in found.emitted]
+                tokens[field].append(np.subtract(of_tokens, expected.token_confidence))
+                words[field].append(np.subtract(confidences, expected.word_confidence))
+
+    print(machine())
+    print(f"{same} of {len(clips)} clips have NeMo's tokens")
+    for field, pairs in judged.items():
+        counts = [sum(map(len, differences[field])) for differences in (tokens, words)]
+        print(f"\n{field}: from NeMo's by at most {largest(tokens[field]):.1e} on {counts[0]} tokens and "
+              f"{largest(words[field]):.1e} on {counts[1]} words; expected calibration error of {len(pairs)} words "
+              f"{calibration_error(bins(pairs)):.3f}\n")  # fmt: skip
+        print("| confidence | words | mean | right |\n|---|---|---|---|")
+        for each in bins(pairs):
+            print(f"| {each.low:g} to {each.high:g} | {each.words} | {each.mean:.3f} | {each.share_right:.3f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

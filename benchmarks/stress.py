@@ -1,0 +1,88 @@
+"""Several optimized folders of one export under stress, beside it and NeMo, in one run.
+
+    python -m benchmarks.stress --model_dir onnx_models --optimized rtn int8 --manifest samples/manifest.jsonl
+
+Out: what test_real_speech.py --stress prints, then a markdown table: words lost / added / changed against the texts, in
+parentheses the points of words missed beyond float32's, and the transcripts without a word where there are any. Each
+engine is named after its folder, the exported one float32. A run of all conditions is long: --stress chooses kinds, and
+runs of several kinds have the same results as one of all.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+from benchmarks.bench import machine
+from common.checkpoint.nemo import load_model
+from common.cli import quiet_libraries
+from common.evaluate.conditions import KINDS, Speech
+from common.evaluate.engines import tokenizer_text
+from common.evaluate.stress import StressResults, StressTest, folder_engines, genai_engine, reference_engine, run_stress
+from common.evaluate.stress_run import FLOAT32
+from common.evaluate.stress_table import StressRow, print_stress, stress_rows
+from common.folder.outputs import write_json
+from common.run.baseline import RawOrt
+from common.run.clips import read_clips
+from common.run.genai import GenAI
+from common.run.nemo import Nemo
+
+
+def markdown(results: StressResults) -> str:
+    """A line for each condition and a column for each engine that is given every take."""
+    names = [engine.name for engine in results.test.engines if engine.whole_of is None]
+    lines = [["condition", *names], ["---"] * (len(names) + 1)]
+    for condition, rows in itertools.groupby(stress_rows(results), key=lambda row: row.condition):
+        by_engine = {row.engine: row for row in rows}
+        lines.append([condition, *(_cell(by_engine[name]) for name in names)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(row: StressRow) -> str:
+    text = row.text
+    points = "" if row.points is None else f" ({row.points:+.1f})"
+    empty = f", {row.windows.empty} empty" if row.windows.empty else ""
+    return f"{text.lost} / {text.added} / {text.changed}{points}{empty}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_dir", type=Path, required=True, help="exported folder")
+    parser.add_argument("--optimized", type=Path, nargs="+", required=True, help="folders optimized from it")
+    parser.add_argument("--manifest", type=Path, required=True, help="clips with texts")
+    parser.add_argument("--model_name", type=Path, help="the .nemo file, for a column of NeMo, which is slow")
+    parser.add_argument("--genai", action="store_true", help="columns of GenAI too")
+    parser.add_argument("--stress", nargs="*", choices=KINDS, default=(), metavar="KIND", help="kinds (all)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--json", type=Path, help="write every transcript there")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    genai = GenAI(args.model_dir)
+    folders = {FLOAT32: args.model_dir} | {folder.name: folder for folder in args.optimized}
+    engines = [reference_engine(Nemo(load_model(args.model_name)))] if args.model_name else []
+    for name, folder in folders.items():
+        engines += folder_engines(name, RawOrt(folder), tokenizer_text(folder))
+        if args.genai:
+            engines.append(genai_engine(f"{name}, GenAI", GenAI(folder)))
+    clips = read_clips(args.manifest, with_text=True)
+    config = genai.config
+    test = StressTest(
+        speech=Speech([config.read_clip(clip) for clip in clips], config.sample_rate, args.seed),
+        names=[clip.label for clip in clips],
+        texts=[clip.text for clip in clips],
+        engines=engines,
+        baseline=FLOAT32,
+        judged=args.optimized[0].name,
+        features=genai.features,
+        config=config,
+        kinds=args.stress,
+    )
+    results = run_stress(test)
+    print_stress(results)
+    print(f"\n{machine()}\n\n{markdown(results)}")
+    if args.json:
+        write_json(args.json, results.as_json())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
