@@ -22,12 +22,17 @@ demo: $(INSTALLED)
 	$(BIN)/python test_e2e.py --model_dir $(DEMO)/onnx_models_optimized
 	$(BIN)/python test_real_speech.py --model_dir $(DEMO)/onnx_models_optimized --manifest samples/manifest.jsonl
 
+# A process for each core, up to four of them, with one thread each. They take one file of tests after the other, in the
+# order of tests/conftest.py: what the tests of a file share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
+	--dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -rs
+	$(PYTEST) -rs
 
 # Before every commit: lint, types, and the tests that are not marked slow; about a minute.
 check: lint types
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Kills, full disks, hostile and odd input, with a table of the results: about ten minutes. A part of it is in `test`.
 faults: $(INSTALLED)

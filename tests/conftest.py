@@ -1,17 +1,28 @@
 """What the tests share: the bundled checkpoint, exported and optimized once a session by the scripts themselves.
 
-A test that changes a folder copies it first.
+A test that changes a folder copies it first. The workers of pytest-xdist share the folders too.
 """
 
+import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
 from common.report import optimized_folder
-from tests.helpers import TINY
+from tests.helpers import TINY, export_for_every_runtime
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first: a worker of pytest-xdist takes one file after the other, and none shall
+    begin with a long one when the others have come to an end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,6 +32,25 @@ def speed_is_not_measured():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimized_folder, "measure_speed", lambda graphs: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)`: the folder of that name, which the first worker that asks for it makes by `make(folder)`
+    while the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = shared / name, shared / f"{name}.made"
+        with FileLock(shared / f"{name}.lock"):
+            if not made.exists():
+                make(folder)
+                made.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
@@ -34,25 +64,36 @@ def tiny_model():
 
 
 @pytest.fixture(scope="session")
-def tiny_transformers(tmp_path_factory) -> Path:
+def tiny_transformers(made_once) -> Path:
     """The bundled checkpoint as transformers saves it."""
     from benchmarks.transformers_checkpoint import convert
 
-    return convert(TINY, tmp_path_factory.mktemp("transformers") / "tiny")
+    return made_once("transformers", lambda folder: convert(TINY, folder))
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tmp_path_factory) -> Path:
+def tiny_export(made_once) -> Path:
     """The bundled checkpoint exported and verified, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny") / "onnx_models"
-    assert export_parakeet_to_onnx.main(["--model_name", str(TINY), "--output_dir", str(folder)]) == 0
-    assert export_tokenizer.main(["--model_name", str(TINY), "--output_dir", str(folder)]) == 0
-    return folder
+
+    def export(folder: Path) -> None:
+        argv = ["--model_name", str(TINY), "--output_dir", str(folder)]
+        assert export_parakeet_to_onnx.main(argv) == 0
+        assert export_tokenizer.main(argv) == 0
+
+    return made_once("onnx_models", export)
 
 
 @pytest.fixture(scope="session")
-def tiny_optimized(tiny_export) -> Path:
+def tiny_runtimes(made_once) -> Path:
+    """The bundled checkpoint exported with a subfolder for each runtime."""
+    return made_once("onnx_models_all", lambda folder: export_for_every_runtime(TINY, folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_optimized(made_once, tiny_export) -> Path:
     """The exported folder, optimized as optimize_encoder.py does without flags."""
-    folder = tiny_export.parent / "optimized"
-    assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(folder)]) == 0
-    return folder
+
+    def optimize(folder: Path) -> None:
+        assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(folder)]) == 0
+
+    return made_once("optimized", optimize)

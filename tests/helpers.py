@@ -45,13 +45,19 @@ def rejected(capsys, script, *argv) -> str:
     return error
 
 
+# Begins a program that optimizes in a process of its own, where conftest.py does not reach.
+WITHOUT_SPEED = """
+from common.report import optimized_folder
+optimized_folder.measure_speed = lambda graphs: None
+"""
+
+
 def export_for_every_runtime(checkpoint: Path, folder: Path) -> Path:
-    """Export a checkpoint and its tokenizer with a subfolder for each runtime; return the folder of those."""
-    target = folder / "onnx_models"
-    argv = ["--model_name", str(checkpoint), "--output_dir", str(target)]
+    """Export a checkpoint and its tokenizer into `folder`, with a subfolder for each runtime; return `folder`."""
+    argv = ["--model_name", str(checkpoint), "--output_dir", str(folder)]
     assert export_parakeet_to_onnx.main([*argv, "--runtime", "all", "--skip_verify"]) == 0
     assert export_tokenizer.main(argv) == 0
-    return target
+    return folder
 
 
 # ---- variants of the bundled checkpoint

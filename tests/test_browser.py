@@ -104,7 +104,7 @@ def browse(folder: Path, backend: str = "wasm", flags: str = "", clips=SPOKEN) -
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
-    models = export_for_every_runtime(widen(folder / "wide.nemo", 640), folder)
+    models = export_for_every_runtime(widen(folder / "wide.nemo", 640), folder / "onnx_models")
     shutil.rmtree(models / "sherpa-onnx")  # of the others, GenAI's has the features that calibration reads
     return models
 

@@ -15,8 +15,6 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
-import export_parakeet_to_onnx
-import export_tokenizer
 import optimize_encoder
 from common.cli import CheckError
 from common.contract import ENCODER
@@ -34,7 +32,7 @@ from common.report.card import CARD
 from common.run.clips import read_clips
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
-from tests.helpers import CLIPS, MATRICES, SAMPLES, SHERPA_PROGRAM, TINY
+from tests.helpers import CLIPS, MATRICES, SAMPLES, SHERPA_PROGRAM
 
 RNG = np.random.default_rng(5)
 SAMPLE_LIST = SAMPLES / "manifest.jsonl"
@@ -50,12 +48,11 @@ def optimized(source: Path, target: Path, *flags: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    """The bundled checkpoint for every runtime."""
-    folder = tmp_path_factory.mktemp("runtimes") / "onnx_models"
-    argv = ["--model_name", str(TINY), "--output_dir", str(folder)]
-    assert export_parakeet_to_onnx.main([*argv, "--runtime", "all", "--skip_verify"]) == 0
-    assert export_tokenizer.main(argv) == 0
+def calibrated(tiny_runtimes, tmp_path_factory) -> Path:
+    """For every runtime, fitted to the bundled clips."""
+    folder = tmp_path_factory.mktemp("calibrated") / "out"
+    argv = ["--model_dir", str(tiny_runtimes), "--output_dir", str(folder), *FLAGS, *CALIBRATED]
+    assert optimize_encoder.main(argv) == 0
     return folder
 
 
@@ -330,18 +327,13 @@ def profiled(runtime: str, folder: Path, scratch: Path, level: int) -> tuple[lis
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", PROGRAMS)
-def test_every_runtime_unpacks_the_weights_once(runtime, exported, tmp_path, request):
+def test_every_runtime_unpacks_the_weights_once(runtime, calibrated, tmp_path):
     """In its own ONNX Runtime no Cast of a weight runs; with optimization switched off they do, and say the same."""
-    target = tmp_path / "out"
-    optimized_folder = exported.parent / "int4"
-    if not optimized_folder.exists():
-        argv = ["--model_dir", str(exported), "--output_dir", str(optimized_folder), *FLAGS, *CALIBRATED]
-        assert optimize_encoder.main(argv) == 0
     texts, unpacked = {}, {}
     for level in (99, 0):  # ORT_ENABLE_ALL, ORT_DISABLE_ALL
-        scratch = target / str(level)
-        scratch.mkdir(parents=True)
-        texts[level], events = profiled(runtime, optimized_folder / runtime, scratch, level)
+        scratch = tmp_path / str(level)
+        scratch.mkdir()
+        texts[level], events = profiled(runtime, calibrated / runtime, scratch, level)
         operators = Counter(event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time"))
         assert operators["MatMulIntegerToFloat"] >= 61 * len(CLIPS)
         unpacked[level] = {event["name"] for event in events if UNPACKED in event["name"]}

@@ -41,7 +41,7 @@ from common.run.audio import load_clip
 from common.run.clips import Clip
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.helpers import CLIPS, REDUCED, ROOT, ROWS, SAMPLES, SHERPA_PROGRAM, TINY, export_for_every_runtime, trained
+from tests.helpers import CLIPS, REDUCED, ROOT, ROWS, SAMPLES, SHERPA_PROGRAM, TINY, trained
 
 pytestmark = pytest.mark.slow  # the fixture exports for every runtime
 
@@ -70,9 +70,8 @@ TEXTS = {ONNX_ASR: onnx_asr_texts, SHERPA_ONNX: sherpa_onnx_texts}
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    """The bundled checkpoint for every runtime."""
-    return export_for_every_runtime(TINY, tmp_path_factory.mktemp("runtimes"))
+def exported(tiny_runtimes) -> Path:
+    return tiny_runtimes
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory) -> Path:
     """The checkpoint of numbers for every runtime."""
-    return export_for_every_runtime(checkpoint, tmp_path_factory.mktemp("exported"))
+    return export_for_every_runtime(checkpoint, tmp_path_factory.mktemp("numbers") / "onnx_models")
 
 
 @pytest.fixture(scope="module")
