@@ -5,8 +5,9 @@ A test that changes a folder copies it first. The workers of pytest-xdist share 
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -14,8 +15,12 @@ from filelock import FileLock
 import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
+from common.checkpoint import nemo
+from common.folder.manifest import sha256
 from common.report import optimized_folder
 from tests.helpers import TINY, export_for_every_runtime
+
+KEPT_MODELS = 3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,6 +37,27 @@ def speed_is_not_measured():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimized_folder, "measure_speed", lambda graphs: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def restore_with_nemo() -> Iterator[Callable[[Path, str, Path], Any]]:
+    """Let NeMo restore a checkpoint once in this process, since the lists of its 8192 labels take NeMo seconds. The
+    file is checked each time. A test that changes a model, or looks at how it is restored, puts into place what this
+    gives: the function that always restores."""
+    restore = nemo._restore
+    models: dict[tuple[str, str], Any] = {}  # the one used last at the end
+
+    def restored_once(checkpoint: Path, device: str, scratch: Path) -> Any:
+        key = sha256(checkpoint), device
+        model = models.pop(key) if key in models else restore(checkpoint, device, scratch)
+        models[key] = model
+        if len(models) > KEPT_MODELS:
+            del models[next(iter(models))]
+        return model.eval()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nemo, "_restore", restored_once)
+        yield restore
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,15 @@ from pathlib import Path
 import pytest
 
 import common.checkpoint.digest
+import export_parakeet_to_onnx
+import export_tokenizer
+import optimize_encoder
+import test_real_speech
 from common.checkpoint.digest import file_digest
 from common.checkpoint.download import find_checkpoint
 from common.checkpoint.hub import DEFAULT_MODEL, hub_name
 from common.checkpoint.source import source_record
-from tests.helpers import ROOT, TINY, shard
+from tests.helpers import CLIPS, ROOT, TINY, shard
 from tests.hub import COMMIT, Hub, serve
 
 EXPORT, TOKENIZER = "export_parakeet_to_onnx.py", "export_tokenizer.py"
@@ -42,7 +46,7 @@ def hub():
 class Shell:
     """Runs a script as a user does, in an empty folder, with the cache beside it and `hub` for Hugging Face."""
 
-    def __init__(self, folder, hub: Hub | None):
+    def __init__(self, folder, hub: Hub):
         self.folder, self.cache = folder, folder / "home" / "hub"
         self.environment = {
             name: value
@@ -53,8 +57,8 @@ class Shell:
             "HF_HOME": str(folder / "home"),
             "HF_HUB_DOWNLOAD_TIMEOUT": "1",
             "HF_HUB_ETAG_TIMEOUT": "2",
+            "HF_ENDPOINT": hub.url,
         }
-        self.environment |= {"HF_ENDPOINT": hub.url} if hub else {}
 
     def run(self, script, *argv, **variables) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, argv)]
@@ -460,17 +464,20 @@ def test_a_page_of_hugging_face_is_recorded_as_its_name(shell):
     assert (source["name"], source["commit"]) == (NAME, COMMIT)
 
 
-def test_nothing_that_is_published_has_folder_names_of_the_machine(tmp_path):
+def test_nothing_that_is_published_has_folder_names_of_the_machine(tmp_path, monkeypatch, capsys):
     """The checkpoint, the working directory and the second folder each lie in one with a name that is easily found."""
     home, work, models = (tmp_path / name for name in ("alice-secret", "work-secret", "models-secret"))
     for folder in (home, work, models):
         folder.mkdir()
     shutil.copy(TINY, home / "mine.nemo")
-    shell = Shell(work, None)
     exported, optimized = models / "onnx_models", work / "optimized"
-    succeeded(shell.run(EXPORT, "--model_name", home / "mine.nemo", "--output_dir", exported, "--skip_verify"))
-    succeeded(shell.run(TOKENIZER, "--model_name", home / "mine.nemo", "--output_dir", exported))
-    succeeded(shell.run("optimize_encoder.py", "--model_dir", exported, "--output_dir", optimized))
+    monkeypatch.chdir(work)
+    for script, *argv in (
+        (export_parakeet_to_onnx, "--model_name", home / "mine.nemo", "--output_dir", exported, "--skip_verify"),
+        (export_tokenizer, "--model_name", home / "mine.nemo", "--output_dir", exported),
+        (optimize_encoder, "--model_dir", exported, "--output_dir", optimized),
+    ):
+        assert script.main([str(argument) for argument in argv]) == 0
     forbidden = {b"secret", *(part.encode() for part in tmp_path.parts[1:] if len(part) > 3)}
     from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
@@ -483,8 +490,10 @@ def test_nothing_that_is_published_has_folder_names_of_the_machine(tmp_path):
             content = (folder / name).read_bytes()
             assert not [part for part in forbidden if part in content], name
     # What is not published still finds both again, from another working directory.
-    clip = ROOT / "samples" / "jfk.wav"
-    out = succeeded(Shell(models, None).run("test_real_speech.py", "--model_dir", optimized, "--audio", clip))
+    monkeypatch.chdir(models)
+    capsys.readouterr()
+    assert test_real_speech.main(["--model_dir", str(optimized), "--audio", str(CLIPS[0])]) == 0
+    out = capsys.readouterr().out
     assert "GenAI onnx_models " in out
     assert "\n  NeMo " in out
 

@@ -14,6 +14,8 @@ import export_parakeet_to_onnx
 from common.contract import DECODER, ENCODER, GRAPHS, JOINT
 from common.export import layers, wrappers
 from common.export.options import MAX_OPSET, MIN_OPSET, ExportOptions
+from common.export.parity import ParityError
+from common.export.pipeline import export_graphs, verify_graphs
 from common.export.trace import export_graph
 from common.export.wrappers import WRAPPERS
 from common.folder.locations import CHECKPOINT, read_location
@@ -146,49 +148,65 @@ def perturb_one_weight(folder, graph):
     data.flush()
 
 
-@pytest.mark.slow
 class TestVerificationFails:
-    """An export with an error ends in exit status 1, one line, and no folder."""
+    @pytest.fixture(scope="class", autouse=True)
+    def without_the_long_clip(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("common.export.parity.LONG_CASE_MAX_PARAMETERS", 0)
+            yield
 
-    @pytest.fixture(autouse=True)
-    def _without_the_long_clip(self, monkeypatch):
-        monkeypatch.setattr("common.export.parity.LONG_CASE_MAX_PARAMETERS", 0)
+    @pytest.fixture(scope="class")
+    def exported(self, tiny_model, tmp_path_factory):
+        """The graphs, and what they are verified with."""
+        folder = tmp_path_factory.mktemp("graphs")
+        return folder, export_graphs(tiny_model, folder, ExportOptions(runtime="genai"))
 
-    def assert_caught(self, tmp_path, capsys, graph):
-        assert export(tmp_path / "out") == 1
-        error = capsys.readouterr().err
-        assert error.startswith("check failed: ")
-        assert graph.file in error or "encoded_lengths" in error
-        assert error.count("\n") == 1
-        assert not list(tmp_path.iterdir())
+    def assert_noticed(self, folder, references, message):
+        with pytest.raises(ParityError, match=message):
+            verify_graphs(folder, references, lambda *fields: None)
 
-    @pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.name)
-    def test_on_one_perturbed_weight(self, graph, tmp_path, capsys, monkeypatch):
+    def assert_noticed_in_a_new_export(self, model, folder, message):
+        self.assert_noticed(folder, export_graphs(model, folder, ExportOptions(runtime="genai")), message)
+
+    @pytest.mark.slow
+    def test_by_exit_status_1_one_line_and_no_folder(self, tmp_path, capsys, monkeypatch):
         original = export_graph
 
         def export_and_perturb(module, exported, folder, opset):
             original(module, exported, folder, opset)
-            if exported is graph:
-                perturb_one_weight(folder, graph)
+            if exported is JOINT:
+                perturb_one_weight(folder, JOINT)
 
         monkeypatch.setattr("common.export.trace.export_graph", export_and_perturb)
-        self.assert_caught(tmp_path, capsys, graph)
+        assert export(tmp_path / "out") == 1
+        error = capsys.readouterr().err
+        assert error.startswith("check failed: joint.onnx differs from NeMo by ")
+        assert error.count("\n") == 1
+        assert not list(tmp_path.iterdir())
 
-    def test_on_a_lost_padding_mask(self, tmp_path, capsys, monkeypatch):
+    @pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.name)
+    def test_on_one_perturbed_weight(self, graph, exported, tmp_path):
+        source, references = exported
+        verify_graphs(source, references, lambda *fields: None)
+        folder = shutil.copytree(source, tmp_path / "perturbed")
+        perturb_one_weight(folder, graph)
+        self.assert_noticed(folder, references, f"{graph.file} differs from NeMo")
+
+    def test_on_a_lost_padding_mask(self, tiny_model, tmp_path, monkeypatch):
         masks = wrappers.Encoder._attention_bias
 
         def unmasked(self, keep, length):
             return masks(self, keep, length) * 0
 
         monkeypatch.setattr(wrappers.Encoder, "_attention_bias", unmasked)
-        self.assert_caught(tmp_path, capsys, ENCODER)
+        self.assert_noticed_in_a_new_export(tiny_model, tmp_path, ENCODER.file)
 
-    def test_on_a_lost_convolution_mask(self, tmp_path, capsys, monkeypatch):
+    def test_on_a_lost_convolution_mask(self, tiny_model, tmp_path, monkeypatch):
         forward = layers.Convolution.forward
         monkeypatch.setattr(layers.Convolution, "forward", lambda self, x, keep: forward(self, x, keep * 0 + 1))
-        self.assert_caught(tmp_path, capsys, ENCODER)
+        self.assert_noticed_in_a_new_export(tiny_model, tmp_path, ENCODER.file)
 
-    def test_on_a_lost_lstm_state(self, tmp_path, capsys, monkeypatch):
+    def test_on_a_lost_lstm_state(self, tiny_model, tmp_path, monkeypatch):
         forward = wrappers.StatefulDecoder.forward
 
         def stale(self, targets, lengths, h_in, c_in):
@@ -196,7 +214,7 @@ class TestVerificationFails:
             return output, lengths, h_out, c_in.clone()
 
         monkeypatch.setattr(wrappers.StatefulDecoder, "forward", stale)
-        self.assert_caught(tmp_path, capsys, DECODER)
+        self.assert_noticed_in_a_new_export(tiny_model, tmp_path, DECODER.file)
 
 
 def test_rerun_replaces_its_own_files_only(tiny_export, tmp_path):

@@ -32,7 +32,7 @@ from common.run.baseline import RawOrt
 from common.run.clips import Clip
 from common.run.genai import GenAI
 from tests.faults import audio, checkpoints
-from tests.helpers import ROOT, TINY, reproducible, tiny_members, write_tar
+from tests.helpers import ROOT, TINY, WITHOUT_SPEED, reproducible, tiny_members, write_tar
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked child")
 
@@ -238,6 +238,17 @@ class TestManifest:
         assert verify_files(folder, ["encoder.onnx"]) == 0
 
 
+THREE_SCRIPTS = f"""
+{WITHOUT_SPEED}
+import sys, export_parakeet_to_onnx, export_tokenizer, optimize_encoder
+checkpoint, folder, optimized = sys.argv[1:]
+source = ["--model_name", checkpoint, "--output_dir", folder]
+assert export_parakeet_to_onnx.main([*source, "--skip_verify"]) == 0
+assert export_tokenizer.main(source) == 0
+assert optimize_encoder.main(["--model_dir", folder, "--output_dir", optimized]) == 0
+"""
+
+
 @pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(tiny_export, tiny_optimized, tmp_path):
     """In another process, with another hash seed, in a folder of another name."""
@@ -246,14 +257,9 @@ def test_the_same_input_gives_the_same_bytes(tiny_export, tiny_optimized, tmp_pa
     folder.parent.mkdir()
     shutil.copy(TINY, checkpoint)
     again = folder.parent / tiny_optimized.name
-    for script, *argv in (
-        ("export_parakeet_to_onnx", "--model_name", checkpoint, "--output_dir", folder, "--skip_verify"),
-        ("export_tokenizer", "--model_name", checkpoint, "--output_dir", folder),
-        ("optimize_encoder", "--model_dir", folder, "--output_dir", again),
-    ):
-        environment = {**os.environ, "PYTHONHASHSEED": "7"}
-        command = [sys.executable, f"{ROOT / script}.py", *map(str, argv)]
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", THREE_SCRIPTS, *map(str, (checkpoint, folder, again))]
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     for one, other in ((tiny_export, folder), (tiny_optimized, again)):
         assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
         for path in sorted(one.iterdir()):

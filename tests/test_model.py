@@ -81,8 +81,12 @@ def test_audio_processor_config(spec):
 def test_window_in_whole_encoder_frames(spec):
     assert Window.of_seconds(spec, 6, 10, 2) == Window(96_000, 160_000, 32_000)
     assert Window.of_seconds(spec, 0.08, 0, 0) == Window(1280, 0, 0)
-    for seconds in ((6.05, 10, 2), (6, 0.5, 2), (6, 10, 0.01), (0, 10, 2), (6, -0.08, 2)):
-        with pytest.raises(ValueError, match="whole number of encoder frames of"):
+    for flag, seconds in (
+        ("chunk_seconds", (6.05, 10, 2)), ("left_context_seconds", (6, 0.5, 2)),
+        ("right_context_seconds", (6, 10, 0.01)),
+        ("chunk_seconds", (0, 10, 2)), ("left_context_seconds", (6, -0.08, 2)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"expected --{flag} as a whole number of encoder frames of 0.08 s"):
             Window.of_seconds(spec, *seconds)
 
 
@@ -189,7 +193,22 @@ def test_what_rounding_does_not_explain_is_named(change, named, tmp_path):
     assert named in found[0]
 
 
-def test_a_checkpoint_is_unpacked_where_there_is_room(monkeypatch, tmp_path, capsys):
+def test_the_model_is_what_nemo_restores_by_itself(restore_with_nemo, tmp_path):
+    """With the labels that are left out of its config, which are long lists."""
+    import torch
+    from nemo.collections.asr.models import ASRModel
+    from omegaconf import OmegaConf
+
+    own, model = ASRModel.restore_from(str(TINY), map_location="cpu"), restore_with_nemo(TINY, "cpu", tmp_path)
+    assert len(own.cfg.labels) == len(own.joint.vocabulary) == 8192
+    assert list(model.joint.vocabulary) == list(own.joint.vocabulary)
+    assert OmegaConf.to_container(model.cfg) == OmegaConf.to_container(own.cfg)
+    expected, actual = own.state_dict(), model.state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in actual.items())
+
+
+def test_a_checkpoint_is_unpacked_where_there_is_room(monkeypatch, tmp_path, restore_with_nemo):
     """The disk of temporary files is full, the working directory's is not, then both are."""
     import tempfile
     from collections import namedtuple
@@ -204,6 +223,7 @@ def test_a_checkpoint_is_unpacked_where_there_is_room(monkeypatch, tmp_path, cap
     usage = namedtuple("usage", "total used free")
     free = {temporary: 1000, work: 10**9}
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, free[path]))
+    monkeypatch.setattr("common.checkpoint.nemo._restore", restore_with_nemo)
     unpacked, real = [], SaveRestoreConnector._unpack_nemo_file
     spy = lambda path2file, out_folder, *a, **k: unpacked.append(out_folder) or real(path2file, out_folder, *a, **k)  # noqa: E731
     monkeypatch.setattr(SaveRestoreConnector, "_unpack_nemo_file", staticmethod(spy))

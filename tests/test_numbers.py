@@ -36,6 +36,8 @@ from common.run.nemo import Nemo
 from tests.helpers import SAMPLES, SHERPA_PROGRAM, export_for_every_runtime
 from tests.number_checkpoint import CONFIG, v3_tokenizer, write_number_checkpoint
 
+pytestmark = pytest.mark.slow  # the fixture exports a checkpoint of its own for every runtime
+
 CLIP = SAMPLES / "clips" / "029_hibari.flac"
 
 

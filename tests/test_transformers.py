@@ -37,8 +37,13 @@ from common.run.genai import GenAI
 from common.run.transformers import Transformers
 from tests.helpers import CLIPS, ROOT, SMALL, TINY, rejected, shard, trained
 
+pytestmark = pytest.mark.slow  # the fixture imports transformers and converts the checkpoint
+
+# tests/conftest.py verifies the same graphs on a long clip.
 WITHOUT_NEMO = """
 import sys
+import common.export.options
+common.export.options.LONG_CASE_MAX_PARAMETERS = 0
 import {script}
 status = {script}.main(sys.argv[1:])
 loaded = [name for name in sys.modules if name.split(".")[0] == "nemo"]

@@ -18,7 +18,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import IO, Any, cast
@@ -152,7 +152,7 @@ def check_weights(archive: Archive) -> None:
         )
 
 
-def parse_config(text: bytes, members: set[str]) -> dict[str, Any]:
+def parse_config(text: bytes, members: Collection[str]) -> dict[str, Any]:
     """The content of a config in an archive with these members, by the reader that NeMo uses. Raises ValueError."""
     from omegaconf import DictConfig, OmegaConf
 
@@ -204,7 +204,7 @@ def _check_yaml(text: str) -> None:
             raise ValueError(f"it has more than {MAX_CONFIG_VALUES} values or {MAX_CONFIG_DEPTH} levels")
 
 
-def _check_values(content: object, members: set[str], path: tuple[str, ...] = ("",)) -> None:
+def _check_values(content: object, members: Collection[str], path: tuple[str, ...] = ("",)) -> None:
     """Raise ValueError naming a value that refers to something outside the config, or that is too large.
 
     NeMo saves configs with their interpolations resolved (Serialization.to_config_file). An interpolation could read
@@ -220,7 +220,7 @@ def _check_values(content: object, members: set[str], path: tuple[str, ...] = ("
         raise ValueError(f"{'.'.join(path[1:])} is {str(content)[:80]!r}, {problem}")
 
 
-def _problem(value: object, members: set[str], path: tuple[str, ...]) -> str | None:
+def _problem(value: object, members: Collection[str], path: tuple[str, ...]) -> str | None:
     """Why a checkpoint cannot have this value there, or None."""
     section = path[0]
     key = path[-1]

@@ -5,11 +5,13 @@ model, since their import takes ten seconds.
 """
 
 import contextlib
+import copy
 import os
 import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,18 @@ def check(checkpoint: Path) -> None:
 def read_config(checkpoint: Path) -> dict[str, Any]:
     """The content of the checkpoint's YAML. Raises ValueError where it is not a config or is unsafe (archive.py)."""
     with open_archive(checkpoint) as archive:
-        names = set(archive.members)
+        names = frozenset(archive.members)
         text = read_member(archive, CONFIG_MEMBER, MAX_CONFIG_BYTES)
     try:
-        return parse_config(text, names)
+        return copy.deepcopy(_parsed(text, names))
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {CONFIG_MEMBER} cannot be used: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def _parsed(text: bytes, members: frozenset[str]) -> dict[str, Any]:
+    """A config, kept: the reader takes seconds for 8192 labels, and several steps read the same config."""
+    return parse_config(text, members)
 
 
 def read_tokenizer(checkpoint: Path) -> bytes:
@@ -101,12 +109,20 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
     with open_archive(checkpoint) as archive:
         check_weights(archive)
         scratch = scratch or _folder_with_room(unpacked_bytes(archive))
-    from nemo.collections.asr.models import ASRModel
+    return _restore(checkpoint, device, scratch)
 
+
+def _restore(checkpoint: Path, device: str, scratch: Path) -> Any:
+    """The model of a checkpoint whose archive and config have been checked, as load_model returns it."""
+    from nemo.collections.asr.models import ASRModel
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create(_without_labels(read_config(checkpoint)))
+    connector = _assigning_connector(checkpoint)
     try:
         with _no_initialization(), _temporary_files_in(scratch):
             model = ASRModel.restore_from(
-                str(checkpoint), map_location=device, save_restore_connector=_assigning_connector(checkpoint)
+                str(checkpoint), config, map_location=device, save_restore_connector=connector
             )
     except OSError:
         raise
@@ -119,6 +135,15 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
         reason = "NeMo cannot build it from its config" if "abstract class" in str(error) else error
         raise ValueError(f"{checkpoint} does not load: {reason}") from error
     return model.eval().requires_grad_(requires_grad=False)
+
+
+def _without_labels(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` without the two lists of pieces that NeMo's BPE models replace by those of their tokenizer as they are
+    built (rnnt_bpe_models.py, hybrid_rnnt_ctc_bpe_models.py): NeMo takes seconds to copy them around."""
+    if str(config.get("target")).endswith("BPEModel"):
+        config.pop("labels", None)
+        config["joint"].pop("vocabulary", None)
+    return config
 
 
 def _only_archive(folder: Path) -> Path | None:
