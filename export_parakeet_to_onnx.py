@@ -14,15 +14,13 @@ for each.
 """
 
 import argparse
-import math
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 # First of all, since a package that is missing below is then reported in one line (common/__init__.py).
-from common.cli import Parser, Stages, run, size_text
+from common.cli import Parser, Stages, checked_options, run, seconds, size_text
 
 # isort: split
 
@@ -63,31 +61,21 @@ are never emitted (any)"""
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model_name", default=DEFAULT_MODEL, help=MODEL_NAME_HELP)
-    parser.add_argument("--revision", help=REVISION_HELP)
-    parser.add_argument("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
-    parser.add_argument("--output_dir", type=Path, default=Path("onnx_models"), help="folder to write (./%(default)s)")
-    parser.add_argument("--runtime", choices=(*LAYOUTS, ALL), default=GENAI.runtime, help=RUNTIME_HELP)
-    parser.add_argument("--opset_version", type=int, default=MIN_OPSET, help=OPSET_HELP)
-    parser.add_argument("--chunk_seconds", type=_seconds, default=ExportOptions.chunk_seconds, help=CHUNK_HELP)
-    parser.add_argument(
-        "--left_context_seconds", type=_seconds, default=ExportOptions.left_context_seconds, help=LEFT_HELP
-    )
-    parser.add_argument(
-        "--right_context_seconds", type=_seconds, default=ExportOptions.right_context_seconds, help=RIGHT_HELP
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=DEVICE_HELP)
-    parser.add_argument("--precision", choices=PRECISIONS, default=FP32, help=PRECISION_HELP)
-    parser.add_argument("--scripts", help=SCRIPTS_HELP)
-    parser.add_argument("--skip_verify", action="store_true", help="do not compare the graphs with NeMo")
+    add = parser.add_argument
+    add("--model_name", default=DEFAULT_MODEL, help=MODEL_NAME_HELP)
+    add("--revision", help=REVISION_HELP)
+    add("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
+    add("--output_dir", type=Path, default=Path("onnx_models"), help="folder to write (./%(default)s)")
+    add("--runtime", choices=(*LAYOUTS, ALL), default=GENAI.runtime, help=RUNTIME_HELP)
+    add("--opset_version", type=int, default=MIN_OPSET, help=OPSET_HELP)
+    add("--chunk_seconds", type=seconds, default=ExportOptions.chunk_seconds, help=CHUNK_HELP)
+    add("--left_context_seconds", type=seconds, default=ExportOptions.left_context_seconds, help=LEFT_HELP)
+    add("--right_context_seconds", type=seconds, default=ExportOptions.right_context_seconds, help=RIGHT_HELP)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help=DEVICE_HELP)
+    add("--precision", choices=PRECISIONS, default=FP32, help=PRECISION_HELP)
+    add("--scripts", help=SCRIPTS_HELP)
+    add("--skip_verify", action="store_true", help="do not compare the graphs with NeMo")
     return parser.parse_args(argv)
-
-
-def _seconds(text: str) -> float:
-    """A length whose unit, the encoder frame, only the checkpoint tells."""
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, got {text}")
-    return float(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,8 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    options = ExportOptions(**{field.name: getattr(args, field.name) for field in fields(ExportOptions)})
-    options.validate()
+    options = checked_options(ExportOptions, args)
     check_output_dir(args.output_dir)
     subfolders = subfolders_of(options.runtime, float16=options.is_float16)
     check_same_layouts(args.output_dir, {name: layout for layout, name in subfolders.items()})

@@ -17,11 +17,11 @@ its turn; weights that turn out equal are shared again.
 
 import argparse
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 # First of all, since a package that is missing below is then reported in one line (common/__init__.py).
-from common.cli import Command, Parser, PrintStage, Stages, run, warn
+from common.cli import Command, Parser, Stages, checked_options, run, warn
 
 # isort: split
 
@@ -32,22 +32,19 @@ from common.folder.staging import staged_folder
 from common.layouts.layout import layouts_in
 from common.quantize import METHODS
 from common.quantize.blocks import BLOCK_SIZES
-from common.quantize.calibration import read_speech
 from common.quantize.cpu import reduce_range_advice
-from common.quantize.method import Calibrated, P, QuantMethod
 from common.quantize.options import TOKEN_PRECISIONS, OptimizeOptions
 from common.quantize.rewrite import optimize_graph
 from common.report.optimized_folder import (
     EvaluationSpeech,
-    ModelFolder,
     ReportOptions,
+    calibrate,
     check_folders,
     finish_folder,
     open_folder,
     state_needs_of_folders,
 )
 from common.report.report import page_writer
-from common.run.clips import Clip
 
 STAGES = 6  # of each folder: fusion, quantization, size, comparison, speed, report
 
@@ -112,10 +109,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _optimize(args: argparse.Namespace) -> None:
-    options = OptimizeOptions(**{field.name: getattr(args, field.name) for field in fields(OptimizeOptions)})
-    options.validate()
-    stress = StressOptions(**{field.name: getattr(args, field.name) for field in fields(StressOptions)})
-    stress.validate()
+    options = checked_options(OptimizeOptions, args)
+    stress = checked_options(StressOptions, args)
     if stress.stress is not None and options.eval_manifest is None:
         raise ValueError("--stress expects --eval_manifest, the clips to stress the model with, got none")
     source, target = args.model_dir, args.output_dir
@@ -149,16 +144,6 @@ def _optimize(args: argparse.Namespace) -> None:
     command = Command("python test_e2e.py --model_dir {}")
     following = "" if speech_folder is None else f"; next: {command.format(target / speech_folder)}"
     print(f"wrote {target}{following}")
-
-
-def calibrate(
-    folder: ModelFolder, method: QuantMethod[P], options: OptimizeOptions, clips: list[Clip], print_stage: PrintStage
-) -> Calibrated[P]:
-    """Fit the encoder's weights to speech, once for the folders of all runtimes."""
-    speech = read_speech(folder.source, clips)
-    calibrated = method.calibrate(folder.encoder, speech.batches, options)
-    print_stage("calibration", f"{speech.clips} clips", f"{speech.seconds:.0f} s of speech", *calibrated.summary())
-    return calibrated
 
 
 if __name__ == "__main__":

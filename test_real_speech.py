@@ -10,8 +10,7 @@ the exported one that it was made from is compared, too. NeMo's row is NeMo's ow
 those of plain ONNX Runtime are what Hugging Face's `tokenizers` makes of its tokens.
 
 With --stress instead: what is lost where speech is hard, of NeMo and of the folders in plain ONNX Runtime (in GenAI
-with --engines genai): the clips quiet, clipped, with silence, in noise, by telephone, fast and slow, cut and joined
-(common/evaluate/conditions.py).
+with --engines genai): quiet, clipped, with silence, in noise, by telephone, fast and slow, cut and joined.
 
 Exit status 1 when float32 ONNX differs from NeMo in a token for no listed reason, or in a word's time by more than one
 encoder frame, or when an engine shows NeMo's own tokens as another text than NeMo does and no rule in
@@ -27,25 +26,20 @@ batch's time each clip has its share by length.
 """
 
 import argparse
-import contextlib
-import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
 
 # First of all, since a package that is missing below is then reported in one line (common/__init__.py).
-from common.cli import Parser, run
+from common.cli import MODEL_DIR_HELP, PUBLISH_COMMAND, Parser, checked_options, count, default_model_dir, run
 
 # isort: split
 
-from common.checkpoint import FORMAT_HELP, FORMAT_NAMES
-from common.cli import MODEL_DIR_HELP, PUBLISH_COMMAND, default_model_dir
 from common.evaluate.engines import (
-    ENGINES,
     GENAI_ENGINE,
     NEMO_ENGINE,
     ONNX_ENGINE,
     add_engine_flags,
+    check_engine_flags,
     input_files,
     load_reference,
     open_folders,
@@ -56,9 +50,9 @@ from common.evaluate.stress_table import judge_stress
 from common.evaluate.subtitles import FORMATS, add_subtitle_flags, subtitle_files
 from common.evaluate.tables import MAX_PRINTED_CLIPS, print_corpus, transcribe_and_print
 from common.evaluate.text_rules import ids_of_other_words
-from common.evaluate.transcripts import ComparedClip, Comparison
+from common.evaluate.transcripts import ComparedClip
 from common.evaluate.verdict import judge_times, print_and_judge
-from common.folder.outputs import check_outputs, is_standard_output, json_text, write_output
+from common.folder.outputs import check_outputs, json_text, printing_beside, write_output
 from common.layouts.genai import genai_folder
 from common.report.clips_page import clips_page_writer, comparison_page, stress_page
 from common.run.clips import Clip, read_clips
@@ -79,32 +73,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model_dir", type=Path, help=MODEL_DIR_HELP)
     add_engine_flags(parser)
-    reference = parser.add_mutually_exclusive_group()
-    reference.add_argument("--model_name", help="checkpoint of the reference (the one in manifest.json)")
-    reference.add_argument("--skip_nemo", action="store_true", help="do without NeMo, which is then not even imported")
-    parser.add_argument("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
     clips = parser.add_mutually_exclusive_group()
     clips.add_argument("--audio", type=Path, nargs="+", default=[SAMPLE], help="clips (samples/jfk.wav)")
     clips.add_argument("--manifest", type=Path, help=MANIFEST_HELP)
     add("--json", type=Path, metavar="FILE", help=JSON_HELP)
-    add("--batch_size", type=int, default=1, help="clips that plain ONNX Runtime takes at a time (%(default)s)")
+    add("--batch_size", type=count, default=1, help="clips that plain ONNX Runtime takes at a time (%(default)s)")
     add("--timestamps", action="store_true", help=TIMESTAMPS_HELP)
     add("--html", type=Path, metavar="FILE", help=HTML_HELP)
     add_subtitle_flags(parser)
     add_stress_flags(parser)
     args = parser.parse_args(argv)
-    if args.engines is None:  # GenAI by request alone, since it doubles the time of a stress test
-        args.engines = frozenset(ENGINES) - ({GENAI_ENGINE} if args.stress is not None else set())
-    args.engines -= {NEMO_ENGINE} if args.skip_nemo else set()
+    check_engine_flags(parser, args)
     with_times = [f"--{name}" for name in ("timestamps", *FORMATS) if getattr(args, name)]
-    if args.batch_size < 1:
-        parser.error(f"argument --batch_size: expected 1 or more, got {args.batch_size}")
-    if not args.engines or (args.model_name and NEMO_ENGINE not in args.engines):
-        parser.error(f"argument --engines: expected {'nemo' if args.model_name else 'genai or onnx'}, got no such name")
     if with_times and (ONNX_ENGINE not in args.engines or args.stress is not None):
         parser.error(f"argument {with_times[0]}: expected onnx among --engines and no --stress, got otherwise")
-    if args.checkpoint_format and not args.model_name:
-        parser.error("argument --checkpoint_format: expected --model_name with it")
     return args
 
 
@@ -113,24 +95,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compare_beside_output(args: argparse.Namespace) -> None:
-    """Compare; where a result goes to the standard output, to be read by a program, print to the error output."""
-    stdout = sys.stdout
-    to_stdout = any(is_standard_output(path) for path in (args.json, args.html, args.srt, args.vtt) if path)
-    with contextlib.redirect_stdout(sys.stderr if to_stdout else stdout):
+    with printing_beside(path for path in (args.json, args.html, args.srt, args.vtt) if path) as stdout:
         _compare(args, stdout)
 
 
 def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
-    stress = StressOptions(**{field.name: getattr(args, field.name) for field in fields(StressOptions)})
-    stress.validate()
+    stress = checked_options(StressOptions, args)
     listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
     clips = [ComparedClip.of(clip) for clip in listed]
     folders = open_folders(genai_folder(args.model_dir or default_model_dir()), args.engines, args.folders)
     subtitles = subtitle_files({suffix: getattr(args, suffix) for suffix in FORMATS}, clips)
-    outputs = [path for path in (args.json, args.html) if path]
-    check_outputs(
-        [*outputs, *(file.path for file in subtitles)], input_files(folders, clips, args.manifest, args.model_name)
-    )
+    outputs = [path for path in (args.json, args.html, *(file.path for file in subtitles)) if path]
+    check_outputs(outputs, input_files(folders, clips, args.manifest, args.model_name))
     render_page = clips_page_writer() if args.html else None
     config = folders[0].config
     config.check_clips(clips)
@@ -145,19 +121,12 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
             write_output(args.json, json_text(results.as_json()), stdout)
         if render_page:
             write_output(args.html, render_page(stress_page(f"{folders[0].path.name} under stress", results)), stdout)
-        if stress.max_lost_words is not None:
-            judge_stress(results, stress.max_lost_words)
+        judge_stress(results, stress.max_lost_words)
         return
 
     with_times = bool(args.timestamps or subtitles or (args.html and ONNX_ENGINE in args.engines))
     engines = SideBySide(folders, reference, args.batch_size, with_times)
-    comparison = Comparison(
-        clips=clips,
-        engines=[folder.engines for folder in folders],
-        rules=rules,
-        window_seconds=config.chunk / config.sample_rate,
-        frame_seconds=config.frame_seconds,
-    )
+    comparison = engines.comparison_of(clips, rules)
     transcribe_and_print(engines, comparison, print_times=args.timestamps)
     if len(clips) > 1 or args.manifest:
         print_corpus(comparison)

@@ -6,7 +6,9 @@ error. It exits with 0, 1 for a failed check, 2 for a command line or an input t
 
 import argparse
 import contextlib
+import dataclasses
 import logging
+import math
 import os
 import shlex
 import sys
@@ -16,7 +18,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    class Options(DataclassInstance, Protocol):
+        """A frozen dataclass whose fields have the names of flags."""
+
+        def validate(self) -> None:
+            """Raise ValueError for a value, or for values together, that cannot be used."""
+
+    T = TypeVar("T", bound=Options)
 
 EXIT_OK = 0
 EXIT_CHECK = 1  # a check ran and failed, or the program itself did
@@ -53,6 +66,27 @@ class Parser(argparse.ArgumentParser):
         if message:
             sys.stderr.write(message)
         raise SystemExit(status if flush_output() else EXIT_CLOSED_OUTPUT)
+
+
+def seconds(text: str) -> float:
+    """The value of a flag: a length in seconds, 0 or more. Raises ArgumentTypeError for another."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, got {text}")
+    return float(text)
+
+
+def count(text: str) -> int:
+    """The value of a flag: a whole number, 1 or more. Raises ArgumentTypeError for another."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return int(text)
+
+
+def checked_options(kind: "type[T]", args: argparse.Namespace) -> "T":
+    """The options that the flags give. Raises ValueError as their `validate` does."""
+    options = kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+    options.validate()
+    return options
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
+from common.checkpoint import FORMAT_HELP, FORMAT_NAMES
 from common.checkpoint.download import find_checkpoint
 from common.checkpoint.format import CheckpointFormat, format_of
 from common.checkpoint.nemo import NEMO
@@ -158,13 +159,28 @@ def engine_names(text: str) -> frozenset[str]:
 
 
 def add_engine_flags(parser: Parser) -> None:
-    """--engines and --folders."""
+    """--engines and --folders, and the checkpoint of the reference. `check_engine_flags` completes them."""
     parser.add_argument("--engines", type=engine_names, metavar="LIST",
                         help=f"which to run, with commas between them ({','.join(ENGINES)}; with --stress nemo,onnx); "
                              "onnx without nemo is given the features of GenAI, which is loaded for them")  # fmt: skip
     parser.add_argument("--folders", choices=FOLDERS, default=BOTH_FOLDERS,
                         help="the optimized folder, the exported one that it was made from, or both where they are "
                              "there (%(default)s)")  # fmt: skip
+    reference = parser.add_mutually_exclusive_group()
+    reference.add_argument("--model_name", help="checkpoint of the reference (the one in manifest.json)")
+    reference.add_argument("--skip_nemo", action="store_true", help="do without NeMo, which is then not even imported")
+    parser.add_argument("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
+
+
+def check_engine_flags(parser: Parser, args: argparse.Namespace) -> None:
+    """Make of `engines` those that run. Ends the script where flags do not go together."""
+    if args.engines is None:  # GenAI by request alone, since it doubles the time of a stress test
+        args.engines = frozenset(ENGINES) - ({GENAI_ENGINE} if args.stress is not None else set())
+    args.engines -= {NEMO_ENGINE} if args.skip_nemo else set()
+    if not args.engines or (args.model_name and NEMO_ENGINE not in args.engines):
+        parser.error(f"argument --engines: expected {'nemo' if args.model_name else 'genai or onnx'}, got no such name")
+    if args.checkpoint_format and not args.model_name:
+        parser.error("argument --checkpoint_format: expected --model_name with it")
 
 
 # The library of a format, and the rules by which its text differs; a format that is not listed is loaded by NeMo.

@@ -12,8 +12,9 @@ import numpy as np
 
 from common.evaluate.differences import Difference, excused_by, first_difference, first_token_difference
 from common.evaluate.engines import ComparedFolder, timed
+from common.evaluate.text_rules import TextRule
 from common.evaluate.timestamps import TimedWord, timed_words
-from common.evaluate.transcripts import ComparedClip, EngineDifference, Transcript
+from common.evaluate.transcripts import ComparedClip, Comparison, EngineDifference, Transcript
 from common.run.decode import GENAI_RULE, NEMO_RULE, Hypothesis
 from common.run.genai import GenAI
 from common.run.reference import Reference, ReferenceTranscript
@@ -70,6 +71,17 @@ class SideBySide:
                 yield pool
                 pool = []
                 seconds = 0.0
+
+    def comparison_of(self, clips: Sequence[ComparedClip], rules: Sequence[TextRule]) -> Comparison:
+        """Of these engines on `clips`, which are not transcribed yet; the reference's text may differ by `rules`."""
+        config = self.folders[0].config
+        return Comparison(
+            clips=clips,
+            engines=[folder.engines for folder in self.folders],
+            rules=rules,
+            window_seconds=config.chunk / config.sample_rate,
+            frame_seconds=config.frame_seconds,
+        )
 
     def transcribe(self, pool: Pool, on_engine: OnEngine) -> None:
         """Let each engine in turn transcribe the whole pool, into `transcripts` of every clip."""

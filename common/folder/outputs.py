@@ -4,10 +4,12 @@ An output is checked before the work that leads to it, so that a mistyped path d
 standard output. A regular file is replaced by one rename once its whole content is on the disk.
 """
 
+import contextlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -77,6 +79,15 @@ def is_standard_output(path: Path) -> bool:
         return path == STANDARD_OUTPUT or os.path.samestat(path.stat(), os.fstat(1))
     except OSError:  # nothing there as yet, or no standard output
         return False
+
+
+@contextlib.contextmanager
+def printing_beside(results: Iterable[Path]) -> Iterator[TextIO]:
+    """Print to the error output where one of `results` goes to the standard output, to be read by a program. Gives the
+    standard output."""
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if any(map(is_standard_output, results)) else stdout):
+        yield stdout
 
 
 def _same_file(path: Path, other: str | Path) -> bool:

@@ -25,7 +25,9 @@ from common.layouts.adapt import write_second_name
 from common.layouts.identity import check_one_checkpoint
 from common.layouts.layout import Layout, check_same_layouts
 from common.progress import progress
+from common.quantize.calibration import read_speech
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
+from common.quantize.method import Calibrated, P, QuantMethod
 from common.quantize.options import OptimizeOptions
 from common.quantize.rewrite import OptimizedEncoder
 from common.quantize.token_graphs import QuantizedTokenGraphs, quantize_token_graphs
@@ -133,6 +135,16 @@ def open_folder(layout: Layout, name: str, source: Path, target: Path, staging: 
         yield ModelFolder(layout, source / name, readable, target / name, staging / name, manifest)
     if read_manifest(source / name) != manifest:
         raise ValueError(f"{source / name} was written again while it was being read; run this again")
+
+
+def calibrate(
+    folder: ModelFolder, method: QuantMethod[P], options: OptimizeOptions, clips: list[Clip], print_stage: PrintStage
+) -> Calibrated[P]:
+    """Fit the encoder's weights to speech, once for the folders of all runtimes."""
+    speech = read_speech(folder.source, clips)
+    calibrated = method.calibrate(folder.encoder, speech.batches, options)
+    print_stage("calibration", f"{speech.clips} clips", f"{speech.seconds:.0f} s of speech", *calibrated.summary())
+    return calibrated
 
 
 @dataclass(frozen=True)
@@ -278,8 +290,7 @@ def _evaluate(
         return Evaluation(transcribed, table)
     results = stress_optimized(models, clips, speech.stress)
     print_stage("stress", f"{len(results.test.conditions)} conditions", f"{len(clips)} clips")
-    if speech.stress.max_lost_words is not None:
-        judge_stress(results, speech.stress.max_lost_words)
+    judge_stress(results, speech.stress.max_lost_words)
     return Evaluation(transcribed, table, stress_rows(results))
 
 
