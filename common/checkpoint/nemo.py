@@ -142,7 +142,8 @@ def _without_labels(config: dict[str, Any]) -> dict[str, Any]:
     built (rnnt_bpe_models.py, hybrid_rnnt_ctc_bpe_models.py): NeMo takes seconds to copy them around."""
     if str(config.get("target")).endswith("BPEModel"):
         config.pop("labels", None)
-        config["joint"].pop("vocabulary", None)
+        if isinstance(joint := config.get("joint"), dict):
+            joint.pop("vocabulary", None)
     return config
 
 
