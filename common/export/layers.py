@@ -227,7 +227,12 @@ def _padding(layer: Any, axis: int) -> tuple[int, int]:
     return layer.padding[axis], layer.padding[axis]
 
 
-Positions = tuple[Tensor, Tensor]  # sines and cosines of the distances S … 0, [S+1, 1, D/2] each
+class Positions(NamedTuple):
+    """The distances S … 0 of frames from each other."""
+
+    sine: Tensor  # [S+1, 1, D/2]
+    cosine: Tensor  # [S+1, 1, D/2]
+    backwards: Tensor  # S-1 … 0, the places of the distances 1 … S: [S]
 
 
 class RelativePositions(nn.Module):
@@ -246,10 +251,12 @@ class RelativePositions(nn.Module):
         self.register_buffer("frequencies", frequencies)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Positions]:
-        """x [B, S, D] → x, scaled where the model does that, [B, S, D]; sines and cosines [S+1, 1, D/2]"""
+        """x [B, S, D] → x, scaled where the model does that, [B, S, D]; the positions of its frames"""
         distance = torch.arange(x.size(1), -1, -1, dtype=torch.float32, device=x.device)
         angle = distance[:, None, None] * self.frequencies
-        return (x if self.scale is None else x * self.scale), (angle.sin(), angle.cos())
+        # Not a range that falls: ONNX Runtime 1.32 turns a Gather by one into a Slice to the place -1, the last, not all.
+        backwards = x.size(1) - 1 - torch.arange(x.size(1), device=x.device)
+        return (x if self.scale is None else x * self.scale), Positions(angle.sin(), angle.cos(), backwards)
 
 
 class RelativeAttention(nn.Module):
@@ -283,7 +290,7 @@ class RelativeAttention(nn.Module):
         self.position_bias: Tensor = attention.pos_bias_v  # [heads, dk]
 
     def forward(self, x: Tensor, positions: Positions, blocks: Sequence[Block]) -> Tensor:
-        """x [B, S, D], sines and cosines [S+1, 1, D/2], blocks of the S frames → [B, S, D]"""
+        """x [B, S, D], its positions, blocks of the S frames → [B, S, D]"""
         x = x.transpose(0, 1)
         query, key, value, position = (
             reshape(y, 0, 0, self.heads, -1)  # [S or 2S, B or 1, heads, dk]
@@ -298,10 +305,13 @@ class RelativeAttention(nn.Module):
         return out
 
     def _project(self, positions: Positions) -> Tensor:
-        """Sines and cosines of the distances S … 0 → the projections of S-1 … -S, [2S, 1, D]"""
-        sine, cosine = positions
-        odd, even = self.position_sine(sine), self.position_cosine(cosine)
-        return torch.cat(((even + odd)[1:], (even - odd)[:-1].flip(0)))
+        """The projections of the distances S-1 … -S, [2S, 1, D].
+
+        Gathered, not flipped, which exports as a Slice of negative steps: WebGPU's drops the first row (ONNX Runtime
+        Web 1.24.1).
+        """
+        odd, even = self.position_sine(positions.sine), self.position_cosine(positions.cosine)
+        return torch.cat(((even + odd)[1:], (even - odd).index_select(0, positions.backwards)))
 
     def _weights(self, query: Tensor, key: Tensor, position: Tensor, block: Block) -> Tensor:
         """How much each of the block's n frames attends to each frame: [B, heads, n, S]"""
@@ -348,7 +358,8 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         """x [B, S, D], keep [B, S, 1], 1 for a valid frame and 0 for a masked one → [B, S, D]"""
-        x = nn.functional.glu(self.expand(x), dim=-1) * keep
+        # Not dim -1: WebGPU's Split takes no negative axis (ONNX Runtime Web 1.24.1).
+        x = nn.functional.glu(self.expand(x), dim=2) * keep
         x = x.unsqueeze(1).permute(0, 3, 1, 2)  # [B, D, 1, S]
         left, right = self.padding
         inner = 0
