@@ -129,7 +129,6 @@ def test_int8_transcribes_as_nemo_does(bits, exported, nemo_texts, tmp_path):
     assert browse(tmp_path / "int8" / "onnx-asr")["texts"] == nemo_texts
 
 
-@pytest.mark.xfail(reason="ONNX Runtime Web 1.24.1 stops in a Reshape of the encoder", raises=AssertionError)
 def test_webgpu_transcribes_as_nemo_does(exported, nemo_texts):
     shown = browse(exported / "onnx-asr", "webgpu-hybrid", WEBGPU)
     if shown["adapter"] is None:
