@@ -254,7 +254,7 @@ class RelativePositions(nn.Module):
         """x [B, S, D] → x, scaled where the model does that, [B, S, D]; the positions of its frames"""
         distance = torch.arange(x.size(1), -1, -1, dtype=torch.float32, device=x.device)
         angle = distance[:, None, None] * self.frequencies
-        # Not a range that falls: ONNX Runtime 1.32 turns a Gather by one into a Slice to the place -1, the last, not all.
+        # Not a range that falls: ONNX Runtime 1.32 turns a Gather by one into a Slice that ends at the last place.
         backwards = x.size(1) - 1 - torch.arange(x.size(1), device=x.device)
         return (x if self.scale is None else x * self.scale), Positions(angle.sin(), angle.cos(), backwards)
 
