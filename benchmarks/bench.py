@@ -18,7 +18,6 @@ from common.evaluate.engines import timed
 from common.run.audio import load_clip
 from common.run.baseline import RawOrt
 from common.run.clips import Clip
-from common.run.ort import OpenGraph, OrtGraph
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 CORES = os.cpu_count()
@@ -56,13 +55,8 @@ class ObservedBaseline(RawOrt):
     """Plain ONNX Runtime; `observe` is called after each run of the encoder, with its outputs [S, D] of each clip and
     the seconds that the run took."""
 
-    def __init__(
-        self,
-        folder: Path,
-        observe: Callable[[list[np.ndarray], float], None],
-        open_graph: OpenGraph = OrtGraph,
-    ) -> None:
-        super().__init__(folder, open_graph)
+    def __init__(self, folder: Path, observe: Callable[[list[np.ndarray], float], None]) -> None:
+        super().__init__(folder)
         self.observe = observe
 
     def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
