@@ -23,13 +23,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes import common as passes
-from scipy.linalg import solve
+from scipy.linalg import cho_solve
 
 from common.contract import ENCODER
 from common.folder.onnx_files import load
 from common.folder.onnx_graph import input_of, name_of, tensor_of
 from common.progress import progress_bar
-from common.quantize.blocks import damped, power_of, second_moments
+from common.quantize.blocks import cholesky_factor, damped, power_of, second_moments
 from common.quantize.rewrite import quantizable
 from common.quantize.smoothing import row_factors, row_powers
 from common.run.clips import Clip
@@ -41,7 +41,7 @@ from common.run.session import open_session
 BATCH_SECONDS = 20
 # More speech changes the codes little; less covers too few sounds.
 MAX_SECONDS, MIN_SECONDS = 300, 10
-FIT_RUNS = 120  # quantizing a weight takes about as long as so many runs of a segment, at 0.6B, to one width or two
+FIT_RUNS = 70  # quantizing a weight takes about as long as so many runs of a segment, at 0.6B, to one width or two
 # In a sequence: how much of the difference on the residual stream a product that is added to it makes up for. None of
 # it: 25.8 dB in 4 bits, half 26.6 dB, 0.7 and all 26.7 dB (201 s of speech, the tiny checkpoint).
 RESIDUAL_SHARE = 0.5
@@ -170,8 +170,9 @@ def fit_in_sequence(encoder: Path, batches: Sequence[np.ndarray], fit: Callable[
         for segment, cost in zip(segments, runs, strict=True):
             changed: dict[str, np.ndarray] = weights
             if name := segment.weight:
-                moments = second_moments(_all_rows(rounded, segment.x))
-                target = _target(segment, weights[name], moments, exact, rounded)
+                x = _all_rows(rounded, segment.x)
+                moments = second_moments(x)
+                target = _target(segment, weights[name], x, moments, exact, rounded)
                 product = _product(name, weights[name], target, moments, rows.get(name))
                 changed = {**weights, name: fit(product)}
             exact = [segment(values, weights) for values in exact]
@@ -185,30 +186,35 @@ def _product(
     """moments: of the inputs as they are; divided in place, since they are 134 MB for 4096 inputs.
     rows: Σ W² of each row, [K], behind a normalization (`row_powers`)."""
     scaled = rows is not None
-    factors = np.ones((len(moments), 1), np.float32) if rows is None else row_factors(np.diag(moments), rows)
-    moments /= factors * factors.T
+    factors = np.ones((len(moments), 1), np.float32)
+    if rows is not None:
+        factors = row_factors(np.diag(moments), rows)
+        moments /= factors * factors.T
     return Product(name, weight, target, scaled, factors, moments)
 
 
 def _target(
     segment: "_Segment",
     weight: np.ndarray,
+    x: np.ndarray,
     moments: np.ndarray,
     exact: list[dict[str, np.ndarray]],
     rounded: list[dict[str, np.ndarray]],
 ) -> np.ndarray:
-    """The weight [K, N] that, times the inputs of the rounded encoder, whose second moments are given, comes nearest to
-    the product of the exact one; where the product is added to a residual stream, to that and RESIDUAL_SHARE of the
-    difference there."""
-    x = _all_rows(rounded, segment.x)
-    difference = (_all_rows(exact, segment.x) - x) @ weight
+    """The weight [K, N] that, times x [R, K], the inputs of the rounded encoder, whose second moments are given, comes
+    nearest to the product of the exact one; where the product is added to a residual stream, to that and RESIDUAL_SHARE
+    of the difference there."""
+    change = _all_rows(exact, segment.x) - x
+    if not change.any():  # the first product, and those with positions
+        return weight
     if segment.residual:
         name, factor = segment.residual
-        difference += np.float32(RESIDUAL_SHARE / factor) * (_all_rows(exact, name) - _all_rows(rounded, name))
-    if not difference.any():  # the first product, and those with positions
-        return weight
-    # By Cholesky's factors: half of the time of np.linalg.solve.
-    return np.asarray(weight + solve(damped(moments, SEQUENCE_DAMPING), x.T @ difference, assume_a="pos"))
+        stream = _all_rows(exact, name) - _all_rows(rounded, name)
+        projected = x.T @ (change @ weight + np.float32(RESIDUAL_SHARE / factor) * stream)
+    else:
+        projected = np.linalg.multi_dot([x.T, change, weight])  # in the order that takes less
+    triangular = cholesky_factor(damped(moments, SEQUENCE_DAMPING))
+    return np.asarray(weight + cho_solve((triangular, False), projected, overwrite_b=True, check_finite=False))
 
 
 @dataclass(frozen=True)

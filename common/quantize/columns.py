@@ -1,5 +1,6 @@
 """Weights of integers with one scale a column, as integer products take them: pure NumPy."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from common.quantize.blocks import (
     error_feedback,
     inverse_of,
     relative_error,
+    steps_of,
     symmetric_scales,
 )
 from common.quantize.method import WeightOptions
@@ -31,7 +33,7 @@ class Columns:
 
     codes: np.ndarray  # [K, N] int8
     scales: np.ndarray  # [N]
-    error: float  # Σ (W - Ŵ)² / Σ W²
+    error: float = math.nan  # Σ (W - Ŵ)² / Σ W²
     fitted: bool = False  # whether the codes were fitted to speech
 
     @property
@@ -63,7 +65,7 @@ def quantize_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndar
     32130, while 2 · 255 · 127 = 64770 is cut to 32767. Sums of 4 bits, 2 · 255 · 8, are far from it.
     """
     scales = _scales(weight, bits, None)
-    return _codes(weight, scales, bits).astype(np.int8), scales
+    return steps_of(weight, inverse_of(scales), 2 ** (bits - 1), bits).astype(np.int8), scales
 
 
 def rounded_columns(weight: np.ndarray, bits: int) -> Columns:
@@ -76,7 +78,7 @@ def fitted_columns(weight: np.ndarray, bits: int, moments: np.ndarray) -> Column
     """The weight [K, N] rounded such that products with inputs of these second moments [K, K] change least.
 
     Rows go by the power of their inputs, the loudest first: the later ones make up for the errors of the earlier ones
-    (`blocks.error_feedback`). With 4 bits the scales are fitted to the codes in the end.
+    (`blocks.error_feedback`). With 4 bits the scales are fitted to the codes in the end. `error` is left open.
 
     Feedback may lead to a code of -2^(bits-1), one beyond the plain ones: 2 · 255 · 64 = 32640 is in int16 as well.
     """
@@ -86,10 +88,10 @@ def fitted_columns(weight: np.ndarray, bits: int, moments: np.ndarray) -> Column
     scales = _scales(rows, bits, np.diag(moments))
     rounded = _round_rows(rows, scales, bits, error_feedback(moments, DAMPING))
     if bits == LOW_BITS:
-        scales = _least_squares(rows, rounded, moments.astype(np.float32))
+        scales = _least_squares(rows, rounded, moments.astype(np.float32, copy=False))
     codes = np.empty(rows.shape, np.int8)
     codes[order] = rounded
-    return Columns(codes, scales, relative_error(weight, codes * scales), fitted=True)
+    return Columns(codes, scales, fitted=True)
 
 
 def _scales(weight: np.ndarray, bits: int, power: np.ndarray | None) -> np.ndarray:
@@ -102,22 +104,17 @@ def _scales(weight: np.ndarray, bits: int, power: np.ndarray | None) -> np.ndarr
     return np.asarray(np.max(np.abs(weight), axis=0) / top)
 
 
-def _codes(weight: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
-    """The nearest codes, in float32."""
-    half = 2 ** (bits - 1)
-    return np.asarray(np.clip(np.rint(weight * inverse_of(scales)), -half, half - 1))
-
-
 def _round_rows(weight: np.ndarray, scales: np.ndarray, bits: int, feedback: np.ndarray) -> np.ndarray:
     """Codes [K, N], in float32, of a weight [K, N]: rows in turn, each moved by the errors of those before it,
     times feedback [K, K]."""
     codes, errors = np.empty_like(weight), np.empty_like(weight)
+    inverse, middle = inverse_of(scales), 2 ** (bits - 1)
     for begin in range(0, len(weight), BLOCK):
         block = slice(begin, begin + BLOCK)
-        wanted = weight[block] + feedback[:begin, block].T @ errors[:begin]
+        expected = weight[block] + feedback[:begin, block].T @ errors[:begin]
         within = np.ascontiguousarray(feedback[block, block].T)
-        for k, row in enumerate(wanted, begin):
-            codes[k] = _codes(row + within[k - begin, : k - begin] @ errors[begin:k], scales, bits)
+        for k, row in enumerate(expected, begin):
+            codes[k] = steps_of(row + within[k - begin, : k - begin] @ errors[begin:k], inverse, middle, bits)
             errors[k] = weight[k] - codes[k] * scales
     return codes
 
