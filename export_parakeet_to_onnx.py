@@ -31,7 +31,7 @@ from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
 from common.checkpoint.nemo import require_device
 from common.checkpoint.source import source_record
 from common.checkpoint.spec import ModelSpec
-from common.export.options import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
+from common.export.options import FP16, FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
 from common.export.pipeline import Features, export_checkpoint, find_clips
 from common.folder.locations import write_locations
 from common.folder.manifest import MANIFEST, write_manifest
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 def _export(args: argparse.Namespace) -> None:
     options = checked_options(ExportOptions, args)
     check_output_dir(args.output_dir)
-    subfolders = subfolders_of(options.runtime, float16=options.is_float16)
+    subfolders = subfolders_of(options.runtime)
     check_same_layouts(args.output_dir, {name: layout for layout, name in subfolders.items()})
     clips = find_clips(SPEECH) if options.is_float16 else []
     require_device(options.device)
@@ -117,7 +117,7 @@ def _export(args: argparse.Namespace) -> None:
             print_stage(*([name] if name else []), *layout.config_files, MANIFEST, CARD)
     if removed:
         print(f"removed from {args.output_dir}, since they belonged to the former graphs: {', '.join(removed)}")
-    print(f"wrote {args.output_dir}; next: {_next_command(args, subfolders)}")
+    print(f"wrote {args.output_dir}; {_next_step(args, subfolders)}")
 
 
 def _configure(
@@ -135,14 +135,16 @@ def _window(spec: ModelSpec, options: ExportOptions) -> Window:
     return Window.of_seconds(spec, options.chunk_seconds, options.left_context_seconds, options.right_context_seconds)
 
 
-def _next_command(args: argparse.Namespace, subfolders: Mapping[Layout, str]) -> str:
+def _next_step(args: argparse.Namespace, subfolders: Mapping[Layout, str]) -> str:
     for layout, name in subfolders.items():
         if not layout.vocabulary_texts:
             command = ["python", "export_tokenizer.py", "--model_name", args.model_name]
             for flag in ("revision", "checkpoint_format"):
                 command += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
-            return shlex.join([*command, "--output_dir", str(args.output_dir / name)])
-    return shlex.join(["python", "optimize_encoder.py", "--model_dir", str(args.output_dir)])
+            return "next: " + shlex.join([*command, "--output_dir", str(args.output_dir / name)])
+    if args.precision == FP16:  # which is not optimized further
+        return f"how to use it: {args.output_dir / Path(*subfolders.values()) / CARD}"
+    return "next: " + shlex.join(["python", "optimize_encoder.py", "--model_dir", str(args.output_dir)])
 
 
 if __name__ == "__main__":

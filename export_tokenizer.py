@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 # First of all, since a package that is missing below is then reported in one line (common/__init__.py).
-from common.cli import CheckError, Command, Parser, Stages, run
+from common.cli import TEST_COMMAND, CheckError, Command, Parser, Stages, run
 
 # isort: split
 
@@ -45,7 +45,7 @@ from common.checkpoint.tokenizer import (
     vocab_text,
 )
 from common.contract import TOKENIZER_FILES
-from common.folder.manifest import MANIFEST, read_manifest, write_manifest
+from common.folder.manifest import MANIFEST, is_float16, read_manifest, write_manifest
 from common.folder.outputs import write_json
 from common.folder.staging import check_output_dir, require_free, staged_folder
 from common.layouts.genai import GENAI, genai_folder
@@ -95,7 +95,8 @@ def _export(args: argparse.Namespace) -> None:
         write_manifest(staging, read_manifest(folder), "tokenizer", {"source": source})
         write_card(staging, folder, GENAI)
     stages.print_stage(*TOKENIZER_FILES, MANIFEST, CARD)
-    print(f"wrote {folder}; next: {OPTIMIZE_COMMAND.format(folder)}")
+    following = TEST_COMMAND if is_float16(read_manifest(folder)) else OPTIMIZE_COMMAND
+    print(f"wrote {folder}; next: {following.format(folder)}")
 
 
 def check_decoding(model: bytes, content: dict[str, Any], sequences: Sequence[list[int]]) -> None:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 # First of all, since a package that is missing below is then reported in one line (common/__init__.py).
-from common.cli import Command, Parser, Stages, checked_options, run, warn
+from common.cli import TEST_COMMAND, Parser, Stages, checked_options, run, warn
 
 # isort: split
 
@@ -141,8 +141,7 @@ def _optimize(args: argparse.Namespace) -> None:
         share_equal_data([staging / name for name in layouts])
     for advice in filter(None, (options.fusion_advice(folder.device), options.calibration_advice())):
         print(advice)
-    command = Command("python test_e2e.py --model_dir {}")
-    following = "" if speech_folder is None else f"; next: {command.format(target / speech_folder)}"
+    following = "" if speech_folder is None else f"; next: {TEST_COMMAND.format(target / speech_folder)}"
     print(f"wrote {target}{following}")
 
 

@@ -3,10 +3,13 @@
 import io
 import json
 import posixpath
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -17,7 +20,11 @@ import export_tokenizer
 from common.checkpoint.tokenizer import ModelProto, Piece
 from common.folder.manifest import sha256
 from common.layouts.identity import REPORT_FILES
+from common.layouts.layout import Layout
+from common.layouts.sherpa_onnx import SHERPA_ONNX
 from common.quantize.cpu import exact_bits
+from common.run.audio import load_clip
+from common.run.clips import Clip
 
 # ---- files of the project
 
@@ -261,6 +268,23 @@ for clip in clips:
     texts.append(stream.result.text)
 print(json.dumps(texts))
 """
+
+
+def run_python(program: str, *argv: object, **options: Any) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", program, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
+
+
+def runtime_texts(layout: Layout, folder: Path) -> list[str]:
+    """What onnx-asr or sherpa-onnx, from PyPI, transcribes of the bundled clips with a folder in its layout."""
+    if layout is SHERPA_ONNX:
+        done = run_python(SHERPA_PROGRAM, folder, *CLIPS)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+    import onnx_asr
+
+    model = onnx_asr.load_model("nemo-conformer-tdt", folder)
+    return [model.recognize(load_clip(Clip(clip), 16000, 0), sample_rate=16000) for clip in CLIPS]
 
 
 BITS = exact_bits()

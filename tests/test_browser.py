@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+import export_parakeet_to_onnx
 import optimize_encoder
 from common.layouts.onnx_asr import BROWSER_PAGE
 from common.run.audio import load_clip
@@ -102,9 +103,13 @@ def browse(folder: Path, backend: str = "wasm", flags: str = "", clips=SPOKEN) -
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("browser")
-    models = export_for_every_runtime(widen(folder / "wide.nemo", 640), folder / "onnx_models")
+def checkpoint(tmp_path_factory) -> Path:
+    return widen(tmp_path_factory.mktemp("checkpoint") / "wide.nemo", 640)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory) -> Path:
+    models = export_for_every_runtime(checkpoint, tmp_path_factory.mktemp("browser") / "onnx_models")
     shutil.rmtree(models / "sherpa-onnx")  # of the others, GenAI's has the features that calibration reads
     return models
 
@@ -127,6 +132,25 @@ def test_int8_transcribes_as_nemo_does(bits, exported, nemo_texts, tmp_path):
     argv += ("--decoder_joint_precision", "int8", "--calibration_manifest", str(MANIFEST))
     assert optimize_encoder.main(list(argv)) == 0
     assert browse(tmp_path / "int8" / "onnx-asr")["texts"] == nemo_texts
+
+
+@pytest.fixture(scope="module")
+def float16(checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("float16") / "onnx_models"
+    argv = ["--model_name", str(checkpoint), "--output_dir", str(folder), "--precision", "fp16", "--skip_verify"]
+    assert export_parakeet_to_onnx.main([*argv, "--runtime", "onnx-asr"]) == 0
+    return folder / "onnx-asr"
+
+
+def test_float16_transcribes_as_nemo_does(float16, nemo_texts):
+    assert browse(float16)["texts"] == nemo_texts
+
+
+def test_float16_on_webgpu_transcribes_as_nemo_does(float16, nemo_texts):
+    adapter = browse(float16, "wasm", WEBGPU, clips=())["adapter"]
+    if adapter is None or "shader-f16" not in adapter["features"]:
+        pytest.skip(f"no WebGPU adapter with shader-f16 in this Chromium: {adapter and adapter['name']}")
+    assert browse(float16, "webgpu-hybrid", WEBGPU)["texts"] == nemo_texts
 
 
 def test_webgpu_transcribes_as_nemo_does(exported, nemo_texts):

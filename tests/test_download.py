@@ -360,7 +360,6 @@ def test_a_disk_that_fills_up(shell, hub):
         ("--left_context_seconds", "-1"),
         ("--right_context_seconds", "inf"),
         ("--output_dir", "taken"),
-        ("--precision", "fp16", "--runtime", "all"),
     ],
     ids=" ".join,
 )

@@ -56,12 +56,6 @@ def test_other_opsets_are_rejected(opset, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_float16_is_for_genai_alone(tmp_path, capsys):
-    assert export(tmp_path / "out", "--precision", "fp16", "--runtime", "onnx-asr") == 2
-    assert "expected --runtime genai with --precision fp16, got onnx-asr" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_options_need_neither_torch_nor_nemo_and_reject_what_is_not_supported():
     program = "import sys, common.export.options; assert not {'torch', 'nemo'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -5,8 +5,6 @@ import errno
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,32 +39,22 @@ from common.run.audio import load_clip
 from common.run.clips import Clip
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.helpers import CLIPS, REDUCED, ROOT, ROWS, SAMPLES, SHERPA_PROGRAM, TINY, trained
+from tests.helpers import (
+    CLIPS,
+    REDUCED,
+    ROOT,
+    ROWS,
+    SAMPLES,
+    SHERPA_PROGRAM,
+    TINY,
+    run_python,
+    runtime_texts,
+    trained,
+)
 
 pytestmark = pytest.mark.slow  # the fixture exports for every runtime
 
 OTHERS = (ONNX_ASR, SHERPA_ONNX)
-
-
-def python(program: str, *argv, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", program, *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)
-
-
-def sherpa_onnx_texts(folder: Path) -> list[str]:
-    done = python(SHERPA_PROGRAM, folder, *CLIPS)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def onnx_asr_texts(folder: Path) -> list[str]:
-    import onnx_asr
-
-    model = onnx_asr.load_model("nemo-conformer-tdt", folder)
-    return [model.recognize(load_clip(Clip(clip), 16000, 0), sample_rate=16000) for clip in CLIPS]
-
-
-TEXTS = {ONNX_ASR: onnx_asr_texts, SHERPA_ONNX: sherpa_onnx_texts}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +75,7 @@ def spec(tiny_model) -> ModelSpec:
 
 @pytest.mark.parametrize("layout", OTHERS, ids=lambda layout: layout.runtime)
 def test_transcribes_as_nemo_does(layout, exported, nemo_texts):
-    assert TEXTS[layout](exported / layout.runtime) == nemo_texts
+    assert runtime_texts(layout, exported / layout.runtime) == nemo_texts
 
 
 def test_every_runtime_has_its_folder_and_they_share_the_weights(exported):
@@ -128,7 +116,7 @@ def optimized(request, exported, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("layout", OTHERS, ids=lambda layout: layout.runtime)
 def test_int8_transcribes_as_nemo_does(layout, optimized, nemo_texts):
-    assert TEXTS[layout](optimized / layout.runtime) == nemo_texts
+    assert runtime_texts(layout, optimized / layout.runtime) == nemo_texts
 
 
 def test_an_optimized_folder_for_several_runtimes_shares_its_weights(exported, optimized):
@@ -180,7 +168,7 @@ def test_one_optimized_folder_is_transcribed_as_by_genai(layout, flags, exported
         assert read_manifest(tmp_path / name)["optimize"]["fused"] == fused
     genai = GenAI(tmp_path / GENAI.runtime)
     expected = [genai.text(genai.transcribe(genai.config.read_audio(clip))) for clip in CLIPS]
-    assert TEXTS[layout](tmp_path / layout.runtime) == expected
+    assert runtime_texts(layout, tmp_path / layout.runtime) == expected
 
 
 def renamed(view, names: dict[str, str]):
@@ -240,7 +228,7 @@ def test_sherpa_onnx_does_not_accept_wrong_metadata(key, value, message, exporte
     next(entry for entry in model.metadata_props if entry.key == key).value = value
     encoder.unlink()
     onnx.save(model, encoder)
-    done = python(SHERPA_PROGRAM, tmp_path, CLIPS[0])
+    done = run_python(SHERPA_PROGRAM, tmp_path, CLIPS[0])
     assert done.returncode != 0
     assert message in done.stderr + done.stdout
 
@@ -281,7 +269,7 @@ def test_a_hotword_changes_a_transcript_of_sherpa_onnx(exported, tmp_path):
     assert ROWS[5]["text"] == "Do 40 do for."
     for hotword, expected in (("", "Do 40 do 4."), ("do for.", "Do 40 do for.")):
         (tmp_path / "hotwords.txt").write_text(hotword, encoding="utf-8")
-        done = python(program, cwd=tmp_path)
+        done = run_python(program, cwd=tmp_path)
         assert done.stdout.strip() == expected, done.stderr
 
 
@@ -368,7 +356,7 @@ def test_the_usage_runs_and_is_documented(runtime, exported, nemo_texts, tmp_pat
     samples = samples[: len(samples) // 160 * 160]
     stereo = np.stack([1.5 * samples, 0.5 * samples], axis=1)
     soundfile.write(tmp_path / "audio.wav", stereo, sample_rate, subtype="FLOAT")
-    done = python(LAYOUTS[runtime].usage_of(str(exported / runtime), str(tmp_path / "audio.wav")))
+    done = run_python(LAYOUTS[runtime].usage_of(str(exported / runtime), str(tmp_path / "audio.wav")))
     assert done.stdout.strip() == nemo_texts[0], done.stderr
 
 

@@ -6,8 +6,6 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +31,7 @@ from common.run.baseline import RawOrt
 from common.run.clips import Clip
 from common.run.genai import GenAI
 from common.run.nemo import Nemo
-from tests.helpers import SAMPLES, SHERPA_PROGRAM, export_for_every_runtime
+from tests.helpers import SAMPLES, SHERPA_PROGRAM, export_for_every_runtime, run_python
 from tests.number_checkpoint import CONFIG, v3_tokenizer, write_number_checkpoint
 
 pytestmark = pytest.mark.slow  # the fixture exports a checkpoint of its own for every runtime
@@ -121,8 +119,7 @@ def test_onnx_asr_writes_the_same_numbers(exported, samples, nemo_text):
 
 
 def test_sherpa_onnx_writes_the_same_numbers(exported, clip, nemo_text):
-    command = [sys.executable, "-c", SHERPA_PROGRAM, exported / SHERPA_ONNX.runtime, clip]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = run_python(SHERPA_PROGRAM, exported / SHERPA_ONNX.runtime, clip)
     assert done.returncode == 0, done.stderr
     assert [text.strip() for text in json.loads(done.stdout)] == [nemo_text]
 

@@ -13,15 +13,8 @@ from common.layouts.layout import LAYOUTS, Layout, Window, write_configs, write_
 ALL = "all"  # every runtime that has a layout
 
 
-def subfolders_of(runtime: str, *, float16: bool) -> dict[Layout, str]:
-    """Each layout that `--runtime` stands for, and its subfolder, which is empty for a folder of GenAI alone.
-
-    Raises ValueError for float16 weights of another runtime.
-    """
-    if float16 and runtime != GENAI.runtime:
-        raise ValueError(
-            f"expected --runtime {GENAI.runtime} with --precision fp16, got {runtime}; export them separately"
-        )
+def subfolders_of(runtime: str) -> dict[Layout, str]:
+    """Each layout that `--runtime` stands for, and its subfolder, which is empty for a folder of GenAI alone."""
     if runtime == GENAI.runtime:
         return {GENAI: ""}
     layouts = LAYOUTS.values() if runtime == ALL else (LAYOUTS[runtime],)
