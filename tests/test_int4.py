@@ -89,7 +89,7 @@ def test_codes_stay_in_four_bits_and_both_ends_are_used(name):
     for packed in (rounded, fitted):
         assert packed.codes.min() == -8
         assert packed.codes.max() == 7 if name != "off-centre" else packed.codes.max() <= 7
-    assert rounded.error == pytest.approx(np.sum((rounded.weight - weight) ** 2) / np.sum(weight**2), rel=1e-3)
+        assert packed.error == pytest.approx(np.sum((packed.weight - weight) ** 2) / np.sum(weight**2), rel=1e-3)
     errors = [np.sum((x @ (packed.weight - weight)) ** 2) for packed in (rounded, fitted)]
     assert 3 * errors[1] < errors[0]
     absmax = np.abs(weight).max(axis=0) / 7

@@ -1,6 +1,5 @@
 """Weights of integers with one scale a column, as integer products take them: pure NumPy."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +32,7 @@ class Columns:
 
     codes: np.ndarray  # [K, N] int8
     scales: np.ndarray  # [N]
-    error: float = math.nan  # Σ (W - Ŵ)² / Σ W²
+    error: float  # Σ (W - Ŵ)² / Σ W²
     fitted: bool = False  # whether the codes were fitted to speech
 
     @property
@@ -78,7 +77,7 @@ def fitted_columns(weight: np.ndarray, bits: int, moments: np.ndarray) -> Column
     """The weight [K, N] rounded such that products with inputs of these second moments [K, K] change least.
 
     Rows go by the power of their inputs, the loudest first: the later ones make up for the errors of the earlier ones
-    (`blocks.error_feedback`). With 4 bits the scales are fitted to the codes in the end. `error` is left open.
+    (`blocks.error_feedback`). With 4 bits the scales are fitted to the codes in the end.
 
     Feedback may lead to a code of -2^(bits-1), one beyond the plain ones: 2 · 255 · 64 = 32640 is in int16 as well.
     """
@@ -91,7 +90,7 @@ def fitted_columns(weight: np.ndarray, bits: int, moments: np.ndarray) -> Column
         scales = _least_squares(rows, rounded, moments.astype(np.float32, copy=False))
     codes = np.empty(rows.shape, np.int8)
     codes[order] = rounded
-    return Columns(codes, scales, fitted=True)
+    return Columns(codes, scales, relative_error(weight, codes * scales), fitted=True)
 
 
 def _scales(weight: np.ndarray, bits: int, power: np.ndarray | None) -> np.ndarray:
