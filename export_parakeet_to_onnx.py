@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 # First of all, since a package that is missing below is then reported in one line (common/__init__.py).
-from common.cli import Parser, Stages, checked_options, run, seconds, size_text
+from common.cli import OPTIMIZE_COMMAND, Parser, Stages, checked_options, run, seconds, size_text
 
 # isort: split
 
@@ -144,7 +144,7 @@ def _next_step(args: argparse.Namespace, subfolders: Mapping[Layout, str]) -> st
             return "next: " + shlex.join([*command, "--output_dir", str(args.output_dir / name)])
     if args.precision == FP16:  # which is not optimized further
         return f"how to use it: {args.output_dir / Path(*subfolders.values()) / CARD}"
-    return "next: " + shlex.join(["python", "optimize_encoder.py", "--model_dir", str(args.output_dir)])
+    return f"next: {OPTIMIZE_COMMAND.format(args.output_dir)}"
 
 
 if __name__ == "__main__":

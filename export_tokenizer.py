@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 # First of all, since a package that is missing below is then reported in one line (common/__init__.py).
-from common.cli import TEST_COMMAND, CheckError, Command, Parser, Stages, run
+from common.cli import OPTIMIZE_COMMAND, TEST_COMMAND, CheckError, Parser, Stages, run
 
 # isort: split
 
@@ -54,7 +54,6 @@ from common.report.card import CARD, write_card
 
 # Disk for all files, as a multiple of tokenizer.json without indentation.
 DISK_FACTOR = 4
-OPTIMIZE_COMMAND = Command("python optimize_encoder.py --model_dir {}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -236,5 +236,6 @@ def default_model_dir() -> Path:
 
 EXPORT_COMMAND = Command("python export_parakeet_to_onnx.py --output_dir {}")
 TOKENIZER_COMMAND = Command("python export_tokenizer.py --output_dir {}")
+OPTIMIZE_COMMAND = Command("python optimize_encoder.py --model_dir {}")
 TEST_COMMAND = Command("python test_e2e.py --model_dir {}")
 PUBLISH_COMMAND = Command("hf upload YOUR_NAME/YOUR_MODEL {}")

@@ -18,7 +18,11 @@ import optimize_encoder
 from common.checkpoint import nemo
 from common.folder.manifest import sha256
 from common.report import optimized_folder
-from tests.helpers import TINY, export_for_every_runtime
+from common.run.audio import load_clip
+from common.run.clips import Clip
+from common.run.nemo import Nemo
+from common.run.reference import ReferenceTranscript
+from tests.helpers import CLIPS, TINY, export_for_every_runtime
 
 KEPT_MODELS = 3
 
@@ -87,6 +91,18 @@ def tiny_model():
 
     quiet_libraries()
     return load_model(TINY)
+
+
+@pytest.fixture(scope="session")
+def nemo_transcripts(tiny_model) -> list[ReferenceTranscript]:
+    """NeMo's own transcripts of the bundled clips."""
+    reference = Nemo(tiny_model)
+    return [reference.transcribe(reference.features(load_clip(Clip(clip), 16000, 0))) for clip in CLIPS]
+
+
+@pytest.fixture(scope="session")
+def nemo_texts(nemo_transcripts) -> list[str]:
+    return [transcript.text for transcript in nemo_transcripts]
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,12 @@ from common.evaluate.engines import ComparedFolder
 from common.export import float16, layers
 from common.export.float16 import EmulatedGraph, _exact_operators, convert
 from common.export.ranges import RangeRecorder, measure_ranges
+from common.layouts.folders import subfolders_of
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
 from common.quantize.fidelity import sqnr_db
-from common.run.audio import load_clip
-from common.run.clips import Clip
 from common.run.genai import GenAI
-from common.run.nemo import Nemo
 from common.run.ort import OrtGraph
 from tests.helpers import CLIPS, TINY, rewrite_weights, runtime_texts
 
@@ -165,15 +163,9 @@ def test_positions_beyond_2048_stay_exact(tiny_export, features, tmp_path, monke
     assert sqnr_db(expected, EmulatedGraph(tmp_path, ENCODER)(*clip)[0]) < ratio - 10
 
 
-@pytest.fixture(scope="module")
-def nemo_transcripts(tiny_model):
-    nemo = Nemo(tiny_model)
-    return [nemo.transcribe(nemo.features(load_clip(Clip(clip), 16000, 0))) for clip in CLIPS]
-
-
 @pytest.mark.parametrize("layout", [ONNX_ASR, SHERPA_ONNX], ids=lambda layout: layout.runtime)
-def test_other_runtimes_transcribe_what_nemo_transcribes(layout, folder, nemo_transcripts):
-    assert runtime_texts(layout, folder.parent / layout.runtime) == [transcript.text for transcript in nemo_transcripts]
+def test_other_runtimes_transcribe_what_nemo_transcribes(layout, folder, nemo_texts):
+    assert runtime_texts(layout, folder.parent / layout.runtime) == nemo_texts
 
 
 def test_genai_transcribes_what_nemo_transcribes(folder, nemo_transcripts, capsys):
@@ -201,6 +193,17 @@ def test_a_float16_folder_is_not_quantized(folder, tmp_path, capsys):
     assert "expected float32 weights to quantize" in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_next_step_is_to_test_or_to_use_it(folder, tmp_path, capsys):
+    copied = tmp_path / "fp16"
+    shutil.copytree(folder, copied)
+    checkpoint = folder.parents[1] / "loud.nemo"
+    assert export_tokenizer.main(["--model_name", str(checkpoint), "--output_dir", str(copied)]) == 0
+    assert f"next: python test_e2e.py --model_dir {copied}" in capsys.readouterr().out
+    args = export_parakeet_to_onnx.parse_args(["--precision", "fp16", "--runtime", "onnx-asr", "--output_dir", "out"])
+    step = export_parakeet_to_onnx._next_step(args, subfolders_of(args.runtime))
+    assert step == "how to use it: out/onnx-asr/README.md"
 
 
 def test_a_float16_folder_need_not_equal_float32(folder):

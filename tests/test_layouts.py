@@ -35,10 +35,7 @@ from common.layouts.sherpa_onnx import SHERPA_ONNX, SHERPA_ONNX_GRAPHS
 from common.report import optimized_folder
 from common.report.card import CARD
 from common.report.report import REPORT_JSON
-from common.run.audio import load_clip
-from common.run.clips import Clip
 from common.run.genai import GenAI
-from common.run.nemo import Nemo
 from tests.helpers import (
     CLIPS,
     REDUCED,
@@ -60,12 +57,6 @@ OTHERS = (ONNX_ASR, SHERPA_ONNX)
 @pytest.fixture(scope="module")
 def exported(tiny_runtimes) -> Path:
     return tiny_runtimes
-
-
-@pytest.fixture(scope="module")
-def nemo_texts(tiny_model) -> list[str]:
-    nemo = Nemo(tiny_model)
-    return [nemo.transcribe(nemo.features(load_clip(Clip(clip), 16000, 0))).text for clip in CLIPS]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Float32 matrices as the tensors of ONNX Runtime's MatMulNBits: pure NumPy, one function for each way to find codes.
+"""Float32 matrices as the tensors of ONNX Runtime's MatMulNBits: one function for each way to find codes.
 
 A weight W [K, N] is cut along K into blocks that share a scale and a zero point; W ≈ scale · (code - zero point).
 Inside, a block is a column of x [block, n]: a sum over every block is then a sum of long rows, the fast kind.
