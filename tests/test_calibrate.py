@@ -21,6 +21,7 @@ from common.quantize.fidelity import sqnr_db
 from common.quantize.fusion import fuse
 from common.quantize.matmul_nbits import FittedWidths, fit_widths, tensor_bytes
 from common.quantize.method import WeightOptions
+from common.quantize.moments import error_feedback, second_moments
 from common.quantize.plan import Format, Plan, SizeModel, spend
 from common.quantize.rewrite import plan_encoder, quantizable, quantize_weights
 from common.run.clips import read_clips
@@ -72,7 +73,7 @@ def correlated_rows(K: int, count: int = 400) -> np.ndarray:
 
 
 def feedback_of(*inputs: np.ndarray) -> np.ndarray:
-    return quantize.error_feedback(quantize.second_moments(np.concatenate(inputs)))
+    return error_feedback(second_moments(np.concatenate(inputs)))
 
 
 @pytest.mark.parametrize("bits", quantize.BITS)

@@ -21,10 +21,10 @@ from common.contract import ENCODER
 from common.folder.manifest import MANIFEST
 from common.folder.onnx_files import load, save_model
 from common.quantize import INT8, columns
-from common.quantize.blocks import second_moments
 from common.quantize.fidelity import compare, sqnr_db
 from common.quantize.int8 import int4_tensor
 from common.quantize.method import WeightOptions
+from common.quantize.moments import SortedMoments, second_moments
 from common.quantize.opset import INT4_IR_VERSION, INT4_OPSET, lift_opset
 from common.quantize.plan import Format
 from common.quantize.rewrite import quantizable, quantize_weights
@@ -63,6 +63,13 @@ def plain(tiny_export, tmp_path_factory) -> Path:
     return folder
 
 
+def fitted_columns(weight: np.ndarray, bits: int, x: np.ndarray) -> columns.Columns:
+    """The weight [K, N] fitted to inputs [R, K]."""
+    fitted, became = columns.fitted_columns(weight, bits, SortedMoments.of(second_moments(x)))
+    np.testing.assert_array_equal(became, fitted.weight)
+    return fitted
+
+
 # ---- tensors
 
 
@@ -85,7 +92,7 @@ def test_codes_stay_in_four_bits_and_both_ends_are_used(name):
     weight = MATRICES[name]
     x = (RNG.standard_normal((400, 60)) @ RNG.standard_normal((60, len(weight)))).astype(np.float32)
     rounded = columns.rounded_columns(weight, 4)
-    fitted = columns.fitted_columns(weight, 4, second_moments(x))
+    fitted = fitted_columns(weight, 4, x)
     for packed in (rounded, fitted):
         assert packed.codes.min() == -8
         assert packed.codes.max() == 7 if name != "off-centre" else packed.codes.max() <= 7
@@ -110,10 +117,10 @@ def test_columns_and_rows_of_zeros_stay_zeros():
     weight[:, 3] = 0
     x = RNG.standard_normal((100, len(weight)), dtype=np.float32)
     x[:, 7] = 0  # an input that is always zero
-    for packed in (columns.rounded_columns(weight, 4), columns.fitted_columns(weight, 4, second_moments(x))):
+    for packed in (columns.rounded_columns(weight, 4), fitted_columns(weight, 4, x)):
         assert not packed.weight[:, 3].any()
         assert np.isfinite(packed.weight).all()
-    assert np.isfinite(columns.fitted_columns(weight, 4, np.zeros((len(weight),) * 2)).weight).all()
+    assert np.isfinite(fitted_columns(weight, 4, np.zeros((3, len(weight)), np.float32)).weight).all()
 
 
 @pytest.mark.parametrize("bits", [4, 7, 8])
@@ -121,7 +128,7 @@ def test_the_order_of_rows_does_not_show_in_the_result(bits):
     """Codes are those of the rows they were made for, whatever order they were rounded in."""
     weight = MATRICES["gaussian"]
     x = RNG.standard_normal((500, len(weight)), dtype=np.float32) * np.logspace(-1, 1, len(weight), dtype=np.float32)
-    packed = columns.fitted_columns(weight, bits, second_moments(x))
+    packed = fitted_columns(weight, bits, x)
     assert sqnr_db(x @ weight, x @ packed.weight) > {4: 18, 7: 36, 8: 42}[bits]
 
 

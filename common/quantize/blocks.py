@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.linalg import cholesky
 
 BITS = (4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # weights; what ONNX Runtime's CPU kernels have (1.32)
@@ -27,8 +26,6 @@ K_QUANT_STEPS = tuple(np.linspace(-3.0, 0.9, 14))
 # Badri & Shaji's constants (mobiusml/hqq, `optimize_weights_proximal`), there for 20 iterations that stop early.
 HQQ_NORM, HQQ_BETA, HQQ_KAPPA = 0.7, 10.0, 1.01
 HQQ_ITERATIONS = 10  # 20 gain 0.06 dB at block 128, less at 32
-# Added to the diagonal of the second moments of a product's inputs, in parts of its mean, as in GPTQ.
-DAMPING = 0.01
 Fit = tuple[np.ndarray, np.ndarray | None]
 Fitter = Callable[[np.ndarray, int], Fit]
 
@@ -83,36 +80,6 @@ def _packed(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bit
     )
 
 
-def second_moments(inputs: np.ndarray) -> np.ndarray:
-    """Σ xᵀx over the rows of inputs [R, K] to a product: [K, K]."""
-    return np.asarray(inputs.T @ inputs)
-
-
-def error_feedback(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
-    """How the error of one row of a weight [K, N] is made up for by the rows after it, from the second moments of the
-    product's inputs: [K, K], upper triangular, ones on its diagonal.
-
-    With Σ xᵀx = U D Uᵀ, errors E [K, N] put Σ d_k ‖(Uᵀ E)_k‖² into the product, so row k should be wrong by what undoes
-    the rows before it (QuIP's LDLQ, Chee et al. 2023; the same codes as GPTQ's, Frantar et al. 2023, by one Cholesky).
-    """
-    reversed_factor = cholesky_factor(damped(moments[::-1, ::-1], damping))
-    factor = reversed_factor.T[::-1, ::-1]
-    return np.asarray(factor / np.diag(factor))
-
-
-def cholesky_factor(matrix: np.ndarray) -> np.ndarray:
-    """R, upper triangular, of a positive definite matrix RᵀR, which is overwritten; both [K, K] and of its type. By
-    SciPy, which takes a quarter of NumPy's time."""
-    return np.asarray(cholesky(matrix.T, overwrite_a=True, check_finite=False))
-
-
-def damped(moments: np.ndarray, damping: float = DAMPING) -> np.ndarray:
-    """Second moments [K, K] with a part of the mean of their diagonal added to it, so that they can be inverted."""
-    result = moments.copy()
-    result[np.diag_indices_from(result)] += damping * np.trace(moments) / len(moments) + TINY
-    return result
-
-
 def quantize_compensated(
     weight: np.ndarray,
     bits: int,
@@ -122,7 +89,7 @@ def quantize_compensated(
     factors: np.ndarray | float = 1.0,
 ) -> tuple[Packed, np.ndarray]:
     """As `quantize`, but of the weight times factors of its rows [K, 1], rounded row by row with the feedback of
-    `error_feedback`; also the errors W - Ŵ [K, N], factors taken away again."""
+    `moments.error_feedback`; also the errors W - Ŵ [K, N], factors taken away again."""
     codes, scales, zeros, errors = compensate(weight * factors, bits, block, fit, feedback)
     errors /= factors
     symmetric = bool(np.all(zeros == 2 ** (bits - 1)))
@@ -203,7 +170,7 @@ def hqq(x: np.ndarray, bits: int) -> Fit:
     for i in range(HQQ_ITERATIONS):
         steps = steps_of(x, inverse, zero, bits)
         error = x - steps * scale
-        loss = np.sum(error * error, axis=0)
+        loss = sum_of_products(error, error)
         better = loss < best
         best, best_scale, best_zero = (
             np.where(better, new, old) for new, old in ((loss, best), (scale, best_scale), (zero, best_zero))
@@ -223,7 +190,7 @@ def _least_squares(x: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np
     slope = np.where(slope > 0, slope, scale)
     moved = np.clip(np.rint(zero + mean_steps - mean_x * inverse_of(slope)), 0, top)
     steps = steps + (zero - moved)
-    dot, norm = np.sum(x * steps, axis=0), np.sum(steps * steps, axis=0)
+    dot, norm = sum_of_products(x, steps), sum_of_products(steps, steps)
     return np.where(dot > 0, dot / np.maximum(norm, TINY), slope), moved
 
 
@@ -235,14 +202,11 @@ def _best_of(
     weighted = x if weight is None else weight * x
     explained = np.full(x.shape[1], -1, np.float32)
     scale, zero = np.zeros_like(explained), np.zeros_like(explained)
-    product = np.empty_like(x)
     for inverse, candidate in candidates:
         steps = steps_of(x, inverse, candidate, bits)
-        dot = np.sum(np.multiply(weighted, steps, out=product), axis=0)
-        np.multiply(steps, steps, out=product)
-        norm = np.maximum(
-            np.sum(product if weight is None else np.multiply(product, weight, out=product), axis=0), TINY
-        )
+        dot = sum_of_products(weighted, steps)
+        norm = sum_of_products(steps, steps) if weight is None else sum_of_products(steps, steps, weight)
+        norm = np.maximum(norm, TINY)
         better = dot * dot / norm > explained
         explained = np.where(better, dot * dot / norm, explained)
         scale, zero = np.where(better, dot / norm, scale), np.where(better, candidate, zero)
@@ -257,6 +221,11 @@ def steps_of(x: np.ndarray, inverse: np.ndarray, zero: ArrayLike, bits: int) -> 
     np.maximum(steps, -zero, out=steps)
     np.minimum(steps, np.float32(2**bits - 1) - zero, out=steps)
     return steps
+
+
+def sum_of_products(*factors: np.ndarray) -> np.ndarray:
+    """Σ over each column of a product of factors [block, n]: [n]. One pass, where product and sum take two."""
+    return np.asarray(np.einsum(", ".join(["ij"] * len(factors)) + " -> j", *factors))
 
 
 def ceil_div(number: int, divisor: int) -> int:

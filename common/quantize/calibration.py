@@ -2,7 +2,7 @@
 
 The graph is cut before each product with a constant matrix, into segments, each of which passes its values to the
 next. All of the speech goes through them once. At each product its inputs are known, so a method can round the weight
-such that later rows make up for the errors of earlier ones on inputs like these (`blocks.error_feedback`); input
+such that later rows make up for the errors of earlier ones on inputs like these (moments.py); input
 channels that come from a normalization are scaled to differ less (smoothing.py). There are two ways through:
 
 - `calibrated_products`: every weight by itself. From its product part of the speech can go to the end of the graph a
@@ -23,13 +23,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes import common as passes
-from scipy.linalg import cho_solve
 
 from common.contract import ENCODER
 from common.folder.onnx_files import load
 from common.folder.onnx_graph import input_of, name_of, tensor_of
 from common.progress import progress_bar
-from common.quantize.blocks import cholesky_factor, damped, power_of, second_moments
+from common.quantize.blocks import power_of
+from common.quantize.moments import second_moments
 from common.quantize.rewrite import quantizable
 from common.quantize.smoothing import row_factors, row_powers
 from common.run.clips import Clip
@@ -45,9 +45,6 @@ FIT_RUNS = 70  # quantizing a weight takes about as long as so many runs of a se
 # In a sequence: how much of the difference on the residual stream a product that is added to it makes up for. None of
 # it: 25.8 dB in 4 bits, half 26.6 dB, 0.7 and all 26.7 dB (201 s of speech, the tiny checkpoint).
 RESIDUAL_SHARE = 0.5
-# And how much is added to the second moments for that, as `blocks.DAMPING`: what is made up for should hold for other
-# speech as well. 0.5 instead: 0.1 dB more if the speech is 52 s, 0.2 dB less if it is 201 s.
-SEQUENCE_DAMPING = 0.1
 
 
 @dataclass(frozen=True)
@@ -105,10 +102,16 @@ class Product:
 
     name: str
     weight: np.ndarray
-    target: np.ndarray  # what it should become: itself, or what makes up for errors of earlier weights too
     scaled: bool  # whether its input channels are scaled
     factors: np.ndarray  # [K, 1], of its rows; ones where they are not
     moments: np.ndarray  # [K, K], second moments of its inputs divided by the factors
+
+
+@dataclass(frozen=True)
+class ProductInSequence(Product):
+    """And what the errors of earlier weights have left to make up for."""
+
+    missing: np.ndarray | None  # [K, N], xᵀ times what is missing in the product; None where nothing is
 
 
 @dataclass(frozen=True)
@@ -144,19 +147,20 @@ def calibrated_products(encoder: Path, batches: Sequence[np.ndarray]) -> Iterato
         for i, segment in enumerate(segments):
             if name := segment.weight:
                 moments = second_moments(_all_rows(speech, segment.x))
-                product = _product(name, weights[name], weights[name], moments, rows.get(name))
+                product = _product(name, weights[name], moments, rows.get(name))
                 damage = _Damage(segments[i:], speech[part], weights, name, reference)
                 yield ObservedProduct(**vars(product), x=_rows(speech[part][segment.x]), damage=damage)
             speech = [segment(values, weights) for values in speech]
             bar.update(runs[i])
 
 
-def fit_in_sequence(encoder: Path, batches: Sequence[np.ndarray], fit: Callable[[Product], np.ndarray]) -> None:
+def fit_in_sequence(
+    encoder: Path, batches: Sequence[np.ndarray], fit: Callable[[ProductInSequence], np.ndarray]
+) -> None:
     """Call `fit` with each quantizable weight of the float32 graph at `encoder`, in graph order; it returns what the
     weight became, [K, N]. batches: features [B, M, T].
 
-    The target of a product is the weight that, with the inputs that earlier weights leave, comes nearest to the product
-    of the encoder as it was. A progress bar and an estimate of the time are printed.
+    Moments are those of the inputs that earlier weights leave. A progress bar and an estimate of the time are printed.
     """
     segments, weights, rows = _cut(encoder)
     exact = [_inputs(batch) for batch in batches]
@@ -171,50 +175,42 @@ def fit_in_sequence(encoder: Path, batches: Sequence[np.ndarray], fit: Callable[
             changed: dict[str, np.ndarray] = weights
             if name := segment.weight:
                 x = _all_rows(rounded, segment.x)
-                moments = second_moments(x)
-                target = _target(segment, weights[name], x, moments, exact, rounded)
-                product = _product(name, weights[name], target, moments, rows.get(name))
-                changed = {**weights, name: fit(product)}
+                missing = _missing(segment, weights[name], x, exact, rounded)
+                product = _product(name, weights[name], second_moments(x), rows.get(name))
+                changed = {**weights, name: fit(ProductInSequence(**vars(product), missing=missing))}
             exact = [segment(values, weights) for values in exact]
             rounded = [segment(values, changed) for values in rounded]
             bar.update(cost)
 
 
-def _product(
-    name: str, weight: np.ndarray, target: np.ndarray, moments: np.ndarray, rows: np.ndarray | None
-) -> Product:
-    """moments: of the inputs as they are; divided in place, since they are 134 MB for 4096 inputs.
+def _product(name: str, weight: np.ndarray, moments: np.ndarray, rows: np.ndarray | None) -> Product:
+    """moments: of the inputs as they are; divided in place, since they are 67 MB for 4096 inputs.
     rows: Σ W² of each row, [K], behind a normalization (`row_powers`)."""
     scaled = rows is not None
     factors = np.ones((len(moments), 1), np.float32)
     if rows is not None:
         factors = row_factors(np.diag(moments), rows)
         moments /= factors * factors.T
-    return Product(name, weight, target, scaled, factors, moments)
+    return Product(name, weight, scaled, factors, moments)
 
 
-def _target(
+def _missing(
     segment: "_Segment",
     weight: np.ndarray,
     x: np.ndarray,
-    moments: np.ndarray,
     exact: list[dict[str, np.ndarray]],
     rounded: list[dict[str, np.ndarray]],
-) -> np.ndarray:
-    """The weight [K, N] that, times x [R, K], the inputs of the rounded encoder, whose second moments are given, comes
-    nearest to the product of the exact one; where the product is added to a residual stream, to that and RESIDUAL_SHARE
-    of the difference there."""
+) -> np.ndarray | None:
+    """xᵀ [K, R] times what the product [R, N] of the rounded encoder's inputs x with the weight is short of that of the
+    exact one; where the product is added to a residual stream, of that and RESIDUAL_SHARE of the difference there."""
     change = _all_rows(exact, segment.x) - x
     if not change.any():  # the first product, and those with positions
-        return weight
+        return None
     if segment.residual:
         name, factor = segment.residual
         stream = _all_rows(exact, name) - _all_rows(rounded, name)
-        projected = x.T @ (change @ weight + np.float32(RESIDUAL_SHARE / factor) * stream)
-    else:
-        projected = np.linalg.multi_dot([x.T, change, weight])  # in the order that takes less
-    triangular = cholesky_factor(damped(moments, SEQUENCE_DAMPING))
-    return np.asarray(weight + cho_solve((triangular, False), projected, overwrite_b=True, check_finite=False))
+        return np.asarray(x.T @ (change @ weight + np.float32(RESIDUAL_SHARE / factor) * stream))
+    return np.asarray(np.linalg.multi_dot([x.T, change, weight]))  # in the order that takes less
 
 
 @dataclass(frozen=True)

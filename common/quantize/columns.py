@@ -7,19 +7,17 @@ import numpy as np
 from common.quantize.blocks import (
     TINY,
     ceil_div,
-    error_feedback,
     inverse_of,
     relative_error,
     steps_of,
+    sum_of_products,
     symmetric_scales,
 )
 from common.quantize.method import WeightOptions
+from common.quantize.moments import SortedMoments
 from common.quantize.plan import Format
 
 WEIGHT_BITS, REDUCED_BITS, LOW_BITS = 8, 7, 4
-# Instead of blocks.DAMPING: 0.3 dB at 4 bits where rows of speech are not many times the inputs of a product (52 s
-# through the tiny checkpoint), and no difference where there are (201 s).
-DAMPING = 0.05
 BLOCK = 128  # rows whose feedback is one product; nothing else depends on it
 # By how many codes the largest weight of a column may lie beyond the range of 4 bits, and be clipped to it: the finer
 # scale makes up for that in the rest of the column.
@@ -73,24 +71,31 @@ def rounded_columns(weight: np.ndarray, bits: int) -> Columns:
     return Columns(codes, scales, relative_error(weight, codes * scales))
 
 
-def fitted_columns(weight: np.ndarray, bits: int, moments: np.ndarray) -> Columns:
-    """The weight [K, N] rounded such that products with inputs of these second moments [K, K] change least.
+def fitted_columns(
+    weight: np.ndarray,
+    bits: int,
+    inputs: SortedMoments,
+    factors: np.ndarray | float = 1.0,
+    target: np.ndarray | None = None,
+) -> tuple[Columns, np.ndarray]:
+    """The weight [K, N] times factors of its rows [K, 1], rounded such that products with such inputs change least;
+    also what it has become, [K, N], factors taken away again. With a target [K, N], factors included already, that one
+    is rounded; the error is that of the weight all the same.
 
     Rows go by the power of their inputs, the loudest first: the later ones make up for the errors of the earlier ones
-    (`blocks.error_feedback`). With 4 bits the scales are fitted to the codes in the end.
+    (moments.py). With 4 bits the scales are fitted to the codes in the end.
 
     Feedback may lead to a code of -2^(bits-1), one beyond the plain ones: 2 · 255 · 64 = 32640 is in int16 as well.
     """
-    order = np.argsort(-np.diag(moments), kind="stable")
-    moments = moments[np.ix_(order, order)]
-    rows = np.ascontiguousarray(weight[order])
-    scales = _scales(rows, bits, np.diag(moments))
-    rounded = _round_rows(rows, scales, bits, error_feedback(moments, DAMPING))
+    rows = (weight * factors if target is None else target)[inputs.order]
+    scales = _scales(rows, bits, np.diag(inputs.moments))
+    rounded = _round_rows(rows, scales, bits, inputs.factor)
     if bits == LOW_BITS:
-        scales = _least_squares(rows, rounded, moments.astype(np.float32, copy=False))
+        scales = _least_squares(rows, rounded, inputs.moments)
     codes = np.empty(rows.shape, np.int8)
-    codes[order] = rounded
-    return Columns(codes, scales, relative_error(weight, codes * scales), fitted=True)
+    codes[inputs.order] = rounded
+    became = np.asarray(codes * scales / factors)
+    return Columns(codes, scales, relative_error(weight, became), fitted=True), became
 
 
 def _scales(weight: np.ndarray, bits: int, power: np.ndarray | None) -> np.ndarray:
@@ -103,17 +108,20 @@ def _scales(weight: np.ndarray, bits: int, power: np.ndarray | None) -> np.ndarr
     return np.asarray(np.max(np.abs(weight), axis=0) / top)
 
 
-def _round_rows(weight: np.ndarray, scales: np.ndarray, bits: int, feedback: np.ndarray) -> np.ndarray:
-    """Codes [K, N], in float32, of a weight [K, N]: rows in turn, each moved by the errors of those before it,
-    times feedback [K, K]."""
+def _round_rows(weight: np.ndarray, scales: np.ndarray, bits: int, factor: np.ndarray) -> np.ndarray:
+    """Codes [K, N], in float32, of a weight [K, N]: rows in turn, the last one first, each moved by the errors of those
+    after it, in parts that the factor [K, K] of the inputs' second moments gives."""
     codes, errors = np.empty_like(weight), np.empty_like(weight)
     inverse, middle = inverse_of(scales), 2 ** (bits - 1)
-    for begin in range(0, len(weight), BLOCK):
-        block = slice(begin, begin + BLOCK)
-        expected = weight[block] + feedback[:begin, block].T @ errors[:begin]
-        within = np.ascontiguousarray(feedback[block, block].T)
-        for k, row in enumerate(expected, begin):
-            codes[k] = steps_of(row + within[k - begin, : k - begin] @ errors[begin:k], inverse, middle, bits)
+    for end in range(len(weight), 0, -BLOCK):
+        begin = max(0, end - BLOCK)
+        feedback = factor[begin:end] / np.diag(factor)[begin:end, None]
+        expected = weight[begin:end] + feedback[:, end:] @ errors[end:]
+        within = np.ascontiguousarray(feedback[:, begin:end])
+        for k in reversed(range(begin, end)):
+            i = k - begin
+            row = expected[i] + within[i, i + 1 :] @ errors[k + 1 : end]
+            codes[k] = steps_of(row, inverse, middle, bits)
             errors[k] = weight[k] - codes[k] * scales
     return codes
 
@@ -121,4 +129,4 @@ def _round_rows(weight: np.ndarray, scales: np.ndarray, bits: int, feedback: np.
 def _least_squares(weight: np.ndarray, codes: np.ndarray, moments: np.ndarray) -> np.ndarray:
     """Scales [N] that, for these codes, change products with inputs of such second moments [K, K] least."""
     projected = moments @ codes
-    return np.asarray(np.sum(projected * weight, axis=0) * inverse_of(np.sum(projected * codes, axis=0)))
+    return np.asarray(sum_of_products(projected, weight) * inverse_of(sum_of_products(projected, codes)))

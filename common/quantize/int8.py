@@ -15,7 +15,7 @@ once, when a session is created, so what runs are the same products (1.23 or new
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,7 @@ from onnx_ir.tape import Tape
 from common.contract import MICROSOFT, EncoderWeight, Role, encoder_weight
 from common.folder.onnx_files import load
 from common.folder.onnx_graph import add_initializer, input_of, shared_initializer
-from common.quantize.blocks import relative_error
-from common.quantize.calibration import ObservedProduct, Product, calibrated_products, fit_in_sequence
+from common.quantize.calibration import ObservedProduct, ProductInSequence, calibrated_products, fit_in_sequence
 from common.quantize.columns import (
     LOW_BITS,
     Columns,
@@ -37,6 +36,7 @@ from common.quantize.columns import (
     weight_bits,
 )
 from common.quantize.method import Calibrated, QuantMethod, Replace, WeightOptions
+from common.quantize.moments import SortedMoments
 from common.quantize.opset import INT4_IR_VERSION, INT4_OPSET, lift_opset
 from common.quantize.plan import Format, Plan, Sensitivity, SizeModel, smallest_plan, spend
 from common.quantize.rewrite import plan_encoder
@@ -95,14 +95,15 @@ class IntegerMethod(QuantMethod[Columns]):
         weights: dict[str, Columns] = {}
         factors = {}
 
-        def fit(product: Product) -> np.ndarray:
-            form = plan[product.name]
-            columns = fitted_columns(product.target * product.factors, form.bits, product.moments)
-            rounded = columns.weight / product.factors
-            weights[product.name] = replace(columns, error=relative_error(product.weight, rounded))
+        def fit(product: ProductInSequence) -> np.ndarray:
+            inputs, target = SortedMoments.of(product.moments), None
+            if product.missing is not None:
+                target = product.weight * product.factors + inputs.solve(product.missing / product.factors)
+            bits = plan[product.name].bits
+            weights[product.name], became = fitted_columns(product.weight, bits, inputs, product.factors, target)
             if product.scaled:
                 factors[product.name] = product.factors
-            return np.asarray(rounded)
+            return became
 
         fit_in_sequence(encoder, batches, fit)
         return Calibrated(plan, weights, factors, sensitivity)
@@ -131,15 +132,12 @@ def _spend_budget(
     sizes = SizeModel(load(encoder), encoder.stat().st_size, column_bytes, NODE_BYTES)
     smallest_plan(sizes, weights, low, budget)  # before the work
 
-    def errors(product: ObservedProduct, bits: int) -> np.ndarray:
-        scaled = product.weight * product.factors
-        rounded = fitted_columns(scaled, bits, product.moments).weight / product.factors
-        return np.asarray(product.weight - rounded)
+    def damages(product: ObservedProduct) -> dict[int, float]:
+        inputs = SortedMoments.of(product.moments)
+        fitted = {form.bits: fitted_columns(product.weight, form.bits, inputs, product.factors) for form in (low, high)}
+        return product.damages({bits: product.weight - became for bits, (_, became) in fitted.items()})
 
-    sensitivity = {
-        product.name: product.damages({form.bits: errors(product, form.bits) for form in (low, high)})
-        for product in calibrated_products(encoder, batches)
-    }
+    sensitivity = {product.name: damages(product) for product in calibrated_products(encoder, batches)}
     return spend(sizes, sensitivity, low, high, budget), sensitivity
 
 

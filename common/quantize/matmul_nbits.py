@@ -16,7 +16,6 @@ from common.quantize.blocks import (
     Fitter,
     Packed,
     ceil_div,
-    error_feedback,
     hqq,
     k_quant,
     quantize,
@@ -25,6 +24,7 @@ from common.quantize.blocks import (
 )
 from common.quantize.calibration import ObservedProduct, calibrated_products
 from common.quantize.method import Calibrated, QuantMethod, Replace, WeightOptions
+from common.quantize.moments import error_feedback
 from common.quantize.plan import Format, Plan, Sensitivity, SizeModel, smallest_plan, spend
 from common.quantize.rewrite import plan_encoder
 
