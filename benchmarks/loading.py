@@ -3,10 +3,11 @@
     python -m benchmarks.loading build/bench/int8_weight_bits_4_decoder_joint_precision_int8_calibrated
 
 Of each folder these forms of the encoder are made and loaded in fresh processes, which take turns: as it was written;
-its data without alignment, so that it cannot be mapped; in one .onnx file; and the optimized graph that ONNX Runtime
-saves, whose 4-bit weights are unpacked, with the weights as they are and packed for this CPU's kernels. A figure is the
-median over rounds; files are in the page cache. Memory is the peak of the process until the session exists, without
-what the imports took. Expect a minute a folder at 0.6B, and five times its size on disk.
+its data without alignment, so that it cannot be mapped; 4-bit weights joined to a few large ones; in one .onnx file;
+and the optimized graph that ONNX Runtime saves, whose 4-bit weights are unpacked, with the weights as they are and
+packed for this CPU's kernels. A figure is the median over rounds; files are in the page cache. Memory is the peak of
+the process until the session exists, without what the imports took. Expect a minute a folder at 0.6B, and five times
+its size on disk.
 """
 
 import argparse
@@ -16,12 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from benchmarks.bench import machine, peak_memory, process
 from common.cli import size_text
 from common.contract import ENCODER
 from common.folder.onnx_files import load
+from common.folder.onnx_graph import add_initializer, input_of, shape_of, tensor_of
+from common.quantize.int8 import int4_tensor
 from common.run.session import open_session
 
 ROUNDS = 5
@@ -35,6 +40,28 @@ def as_written(source: Path, target: Path) -> None:
 
 def unaligned(source: Path, target: Path) -> None:
     ir.save(load(source / ENCODER.file), target / ENCODER.file, external_data=DATA, alignment=1)
+
+
+def joined(source: Path, target: Path) -> None:
+    """The 4-bit weights of a shape, one under the other in one tensor, which a Split takes apart again."""
+    model = load(source / ENCODER.file)
+    groups: dict[tuple[int, ...], list[ir.Node]] = {}
+    for node in model.graph:
+        stored = node.inputs[0] if node.op_type == "Cast" else None
+        if stored is not None and stored.const_value is not None and stored.const_value.dtype == ir.DataType.INT4:
+            groups.setdefault(shape_of(stored), []).append(node)
+    for i, nodes in enumerate(groups.values()):
+        weights = [tensor_of(input_of(node, 0)).numpy() for node in nodes]
+        whole = add_initializer(model.graph, int4_tensor(f"joined.{i}", np.concatenate(weights)))
+        cast = ir.Node("", "Cast", [whole], [ir.AttrInt64("to", ir.DataType.INT8)])
+        attributes = [ir.AttrInt64("axis", 0), ir.AttrInt64("num_outputs", len(nodes))]
+        split = ir.Node("", "Split", [cast.outputs[0]], attributes, num_outputs=len(nodes))
+        model.graph.insert_before(nodes[0], [cast, split])
+        for node, part in zip(nodes, split.outputs, strict=True):
+            ir.convenience.replace_all_uses_with(node.outputs[0], part)
+            model.graph.remove(node, safe=True)
+    RemoveUnusedNodesPass()(model)
+    ir.save(model, target / ENCODER.file, external_data=DATA)
 
 
 def one_file(source: Path, target: Path) -> None:
@@ -58,6 +85,7 @@ def saved_prepacked(source: Path, target: Path) -> None:
 FORMS: dict[str, Callable[[Path, Path], None]] = {
     "as written": as_written,
     "not aligned": unaligned,
+    "4-bit weights joined by shape": joined,
     "one file": one_file,
     "saved by ONNX Runtime": saved,
     "saved, packed for the kernels": saved_prepacked,
