@@ -24,7 +24,7 @@ from common.quantize import INT8, columns
 from common.quantize.fidelity import compare, sqnr_db
 from common.quantize.int8 import int4_tensor
 from common.quantize.method import WeightOptions
-from common.quantize.moments import SortedMoments, second_moments
+from common.quantize.moments import SORTED_DAMPING, SortedMoments, second_moments
 from common.quantize.opset import INT4_IR_VERSION, INT4_OPSET, lift_opset
 from common.quantize.plan import Format
 from common.quantize.rewrite import quantizable, quantize_weights
@@ -130,6 +130,24 @@ def test_the_order_of_rows_does_not_show_in_the_result(bits):
     x = RNG.standard_normal((500, len(weight)), dtype=np.float32) * np.logspace(-1, 1, len(weight), dtype=np.float32)
     packed = fitted_columns(weight, bits, x)
     assert sqnr_db(x @ weight, x @ packed.weight) > {4: 18, 7: 36, 8: 42}[bits]
+
+
+def test_sorted_moments_are_solved_in_the_order_of_the_product():
+    x = RNG.standard_normal((300, 40)) @ RNG.standard_normal((40, 40)) * np.logspace(-1, 1, 40)
+    moments, right = second_moments(x.astype(np.float32)), RNG.standard_normal((40, 5), dtype=np.float32)
+    damped = x.T @ x + SORTED_DAMPING * np.mean(np.sum(x * x, axis=0)) * np.eye(40)
+    solution = SortedMoments.of(moments).solve(right)
+    np.testing.assert_allclose(damped @ solution, right, atol=1e-3)
+
+
+def test_a_target_is_rounded_in_the_place_of_the_weight_whose_error_is_given():
+    weight = MATRICES["gaussian"]
+    inputs = SortedMoments.of(second_moments(RNG.standard_normal((500, len(weight)), dtype=np.float32)))
+    factors = RNG.uniform(0.7, 1.4, (len(weight), 1)).astype(np.float32)
+    fitted, became = columns.fitted_columns(weight, 8, inputs, factors, target=2 * weight * factors)
+    assert sqnr_db(2 * weight, became) > 30
+    np.testing.assert_allclose(fitted.weight, became * factors, rtol=1e-5)
+    assert fitted.error == pytest.approx(1, abs=0.05)
 
 
 # ---- graphs
