@@ -140,11 +140,13 @@ def test_sorted_moments_are_solved_in_the_order_of_the_product():
     np.testing.assert_allclose(damped @ solution, right, atol=1e-3)
 
 
-def test_a_target_is_rounded_in_the_place_of_the_weight_whose_error_is_given():
+def test_what_is_missing_is_made_up_for_and_the_error_is_that_of_the_weight():
     weight = MATRICES["gaussian"]
-    inputs = SortedMoments.of(second_moments(RNG.standard_normal((500, len(weight)), dtype=np.float32)))
+    x = RNG.standard_normal((500, len(weight)), dtype=np.float32)
     factors = RNG.uniform(0.7, 1.4, (len(weight), 1)).astype(np.float32)
-    fitted, became = columns.fitted_columns(weight, 8, inputs, factors, target=2 * weight * factors)
+    damped = x.T @ x + SORTED_DAMPING * np.mean(np.sum(x * x, axis=0)) * np.eye(len(weight), dtype=np.float32)
+    missing = factors * (damped @ (weight * factors))  # which as much again makes up for
+    fitted, became = columns.fitted_columns(weight, 8, SortedMoments.of(second_moments(x)), factors, missing)
     assert sqnr_db(2 * weight, became) > 30
     np.testing.assert_allclose(fitted.weight, became * factors, rtol=1e-5)
     assert fitted.error == pytest.approx(1, abs=0.05)

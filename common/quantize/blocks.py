@@ -186,7 +186,8 @@ def hqq(x: np.ndarray, bits: int) -> Fit:
 def _least_squares(x: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np.ndarray, top: np.float32) -> Fit:
     """Scale and whole zero' that fit x ≈ scale · (code - zero'); steps are code - zero. [block, n] twice, [n] twice."""
     mean_x, mean_steps = x.mean(axis=0), steps.mean(axis=0)
-    slope = np.sum((steps - mean_steps) * x, axis=0) / np.maximum(np.sum((steps - mean_steps) ** 2, axis=0), TINY)
+    centred = steps - mean_steps
+    slope = sum_of_products(centred, x) / np.maximum(sum_of_products(centred, centred), TINY)
     slope = np.where(slope > 0, slope, scale)
     moved = np.clip(np.rint(zero + mean_steps - mean_x * inverse_of(slope)), 0, top)
     steps = steps + (zero - moved)

@@ -76,18 +76,21 @@ def fitted_columns(
     bits: int,
     inputs: SortedMoments,
     factors: np.ndarray | float = 1.0,
-    target: np.ndarray | None = None,
+    missing: np.ndarray | None = None,
 ) -> tuple[Columns, np.ndarray]:
     """The weight [K, N] times factors of its rows [K, 1], rounded such that products with such inputs change least;
-    also what it has become, [K, N], factors taken away again. With a target [K, N], factors included already, that one
-    is rounded; the error is that of the weight all the same.
+    also what it has become, [K, N], factors taken away again. What is missing in the product without it, xᵀ times that
+    [K, N], is made up for; the error is from the weight all the same.
 
     Rows go by the power of their inputs, the loudest first: the later ones make up for the errors of the earlier ones
     (moments.py). With 4 bits the scales are fitted to the codes in the end.
 
     Feedback may lead to a code of -2^(bits-1), one beyond the plain ones: 2 · 255 · 64 = 32640 is in int16 as well.
     """
-    rows = (weight * factors if target is None else target)[inputs.order]
+    target = weight * factors
+    if missing is not None:
+        target = target + inputs.solve(missing / factors)
+    rows = target[inputs.order]
     scales = _scales(rows, bits, np.diag(inputs.moments))
     rounded = _round_rows(rows, scales, bits, inputs.factor)
     if bits == LOW_BITS:

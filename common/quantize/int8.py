@@ -96,11 +96,9 @@ class IntegerMethod(QuantMethod[Columns]):
         factors = {}
 
         def fit(product: ProductInSequence) -> np.ndarray:
-            inputs, target = SortedMoments.of(product.moments), None
-            if product.missing is not None:
-                target = product.weight * product.factors + inputs.solve(product.missing / product.factors)
-            bits = plan[product.name].bits
-            weights[product.name], became = fitted_columns(product.weight, bits, inputs, product.factors, target)
+            inputs, bits = SortedMoments.of(product.moments), plan[product.name].bits
+            columns, became = fitted_columns(product.weight, bits, inputs, product.factors, product.missing)
+            weights[product.name] = columns
             if product.scaled:
                 factors[product.name] = product.factors
             return became
