@@ -6,8 +6,8 @@ Of each folder these forms of the encoder are made and loaded in fresh processes
 its data without alignment, so that it cannot be mapped; 4-bit weights joined to a few large ones; in one .onnx file;
 and the optimized graph that ONNX Runtime saves, whose 4-bit weights are unpacked, with the weights as they are and
 packed for this CPU's kernels. A figure is the median over rounds; files are in the page cache. Memory is the peak of
-the process until the session exists, without what the imports took. Expect a minute a folder at 0.6B, and five times
-its size on disk.
+the process until the session exists, without what the imports took. Expect three minutes a folder at 0.6B, and 4 GB
+of disk.
 """
 
 import argparse
