@@ -129,8 +129,7 @@ GENAI = register(
         usage="""\
 import onnxruntime_genai as og
 
-# GenAI reads WAV, FLAC and MP3 of 16 kHz and more, mono or stereo, of which it takes the average. It does not resample
-# upwards, such as telephone audio of 8 kHz, and misreads more than two channels: convert those to 16 kHz mono first.
+# GenAI reads WAV, FLAC and MP3 of 16 kHz and more, mono or stereo: convert anything else to 16 kHz mono first.
 model = og.Model("{folder}")
 processor, tokenizer = model.create_multimodal_processor(), og.Tokenizer(model)
 generator = og.Generator(model, og.GeneratorParams(model))
