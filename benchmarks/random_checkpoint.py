@@ -46,6 +46,7 @@ def write_checkpoint(path: Path, topology: dict, seed: int = 0) -> None:
     quiet_libraries()
     import torch
     from nemo.collections.asr.models import EncDecHybridRNNTCTCBPEModel, EncDecRNNTBPEModel
+    from nemo.collections.asr.parts.submodules.multi_head_attention import RelPositionMultiHeadAttention
     from omegaconf import DictConfig, OmegaConf
 
     torch.manual_seed(seed)
@@ -53,10 +54,16 @@ def write_checkpoint(path: Path, topology: dict, seed: int = 0) -> None:
         config = _config(topology, Path(folder))
         model_class = EncDecHybridRNNTCTCBPEModel if topology.get("hybrid") else EncDecRNNTBPEModel
         model = model_class(cfg=DictConfig(OmegaConf.create(config)))
-        for module in model.modules():  # a fresh batch norm is the identity, which would hide a mistake in folding it
+        # A fresh batch norm is the identity and fresh position biases are zeros, which would hide a mistake in folding
+        # the one or in telling the others apart; besides, equal biases take one Add, where trained ones take two.
+        for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm1d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 2.0)
+        for module in model.modules():
+            if isinstance(module, RelPositionMultiHeadAttention):
+                torch.nn.init.normal_(module.pos_bias_u, std=0.1)
+                torch.nn.init.normal_(module.pos_bias_v, std=0.1)
         model.save_to(str(path))
 
 
