@@ -1,12 +1,12 @@
 """Export a Parakeet-TDT checkpoint from NeMo to ONNX for ONNX Runtime GenAI and others, verified against NeMo.
 
-In: a Hugging Face name, a `.nemo` file or a folder of transformers' ParakeetForTDT: a FastConformer-TDT model.
+In: a FastConformer-TDT model, as a Hugging Face name, a `.nemo` file or a folder of transformers' ParakeetForTDT.
 Out: a folder with encoder.onnx, decoder.onnx and joint.onnx (each with one .data file), genai_config.json,
 audio_processor_config.json, manifest.json and README.md, the model card. Before the folder appears, each graph is run
 in ONNX Runtime and compared with NeMo's own module; with --precision fp16 twice: in float32, and again in float16.
-The tokenizer is exported separately: export_tokenizer.py.
-With --runtime: the same weights in the form that onnx-asr or sherpa-onnx expect, with the vocabulary, in a subfolder
-for each.
+export_tokenizer.py exports the tokenizer separately.
+With --runtime the same weights are written in the form that onnx-asr or sherpa-onnx expects, with the vocabulary, in a
+subfolder for each runtime.
 
     python export_parakeet_to_onnx.py --output_dir ./onnx_models
     python export_parakeet_to_onnx.py --output_dir ./onnx_models --runtime all
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-# First of all, since a package that is missing below is then reported in one line (common/__init__.py).
+# Imported first, so that a package that is missing below is reported in one line (common/__init__.py).
 from common.cli import OPTIMIZE_COMMAND, Parser, Stages, checked_options, run, seconds, size_text
 
 # isort: split
@@ -44,7 +44,7 @@ from common.layouts.identity import kept_by_export
 from common.layouts.layout import check_feature_graphs, check_same_layouts, write_configs
 from common.report.card import CARD, write_card
 
-SPEECH = Path(__file__).resolve().parent / "samples"  # 40 s, on which --precision fp16 measures the values
+SPEECH = Path(__file__).resolve().parent / "samples"  # 40 s of speech, on which --precision fp16 measures values
 
 RUNTIME_HELP = """the runtime whose names, axes and files to write: genai into the folder itself, any other choice into
 a subfolder for each runtime, which share their weights by hard links (%(default)s)"""
@@ -99,7 +99,7 @@ def _export(args: argparse.Namespace) -> None:
     removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
     print_stage = Stages(options.stages + len(subfolders)).print_stage
     with staged_folder(args.output_dir, removed) as staging:
-        # The graphs that every layout shares; where GenAI is among the layouts, its folder is the place for them.
+        # The folder of the graphs that every layout shares: GenAI's own folder, where GenAI is among the layouts.
         base = staging / subfolders[GENAI] if GENAI in subfolders else staging.parent / GENAI.runtime
         base.mkdir(exist_ok=True)
         configure = partial(_configure, layouts=subfolders, options=options)
@@ -108,7 +108,7 @@ def _export(args: argparse.Namespace) -> None:
         for layout, name in subfolders.items():
             folder = staging / name
             write_layout(layout, base, folder, spec, _window(spec, options), options.device, vocabulary)
-            # A checkpoint of the Hub is found again by its name and commit.
+            # A checkpoint of the Hub needs no path, since it is found again by its name and commit.
             write_locations(folder, args.output_dir / name, checkpoint=checkpoint if "file" in source else None)
             manifest, _ = kept[name]
             oldest = minimum_runtime(folder / graph.file for graph in layout.graphs)
@@ -131,7 +131,7 @@ def _configure(
 
 
 def _window(spec: ModelSpec, options: ExportOptions) -> Window:
-    """Raises ValueError where a length is not a whole number of encoder frames."""
+    """The window of these options. Raises ValueError where a length is not a whole number of encoder frames."""
     return Window.of_seconds(spec, options.chunk_seconds, options.left_context_seconds, options.right_context_seconds)
 
 

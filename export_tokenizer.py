@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# First of all, since a package that is missing below is then reported in one line (common/__init__.py).
+# Imported first, so that a package that is missing below is reported in one line (common/__init__.py).
 from common.cli import OPTIMIZE_COMMAND, TEST_COMMAND, CheckError, Parser, Stages, run
 
 # isort: split
@@ -101,9 +101,9 @@ def _export(args: argparse.Namespace) -> None:
 def check_decoding(model: bytes, content: dict[str, Any], sequences: Sequence[list[int]]) -> None:
     """Decode `sequences` with the SentencePiece model and with `content`, a tokenizer.json; they share no code.
 
-    SentencePiece is not given marks, which it would show as they are spelt, the unknown piece, which it would show as
-    ` ⁇ `, and the blank, which it does not have. It is given control pieces, of which it shows nothing. Raises
-    CheckError at the first sequence whose texts differ.
+    SentencePiece is not given marks (it would show them as they are spelt), the unknown piece (it would show ` ⁇ `) and
+    the blank (it has none). It is given control pieces, for which it shows nothing. Raises CheckError at the first
+    sequence whose texts differ.
     """
     processor = SentencePieceProcessor(model_proto=model)
     pieces = ModelProto.FromString(model).pieces
@@ -119,7 +119,7 @@ def check_decoding(model: bytes, content: dict[str, Any], sequences: Sequence[li
 
 
 def _is_mark(piece: Piece) -> bool:
-    """Whether a user-defined piece is spelt `<…>` or `[…]`; independent of `special_ids`, which is checked with it."""
+    """Whether a user-defined piece is spelt `<…>` or `[…]`; independent of `special_ids`, which this helps to check."""
     text = piece.piece.removeprefix(SPACE)
     return piece.type == piece.USER_DEFINED and len(text) > 2 and text[0] + text[-1] in ("<>", "[]")
 

@@ -1,13 +1,13 @@
 """Make an exported encoder small and fast: fuse its graph, then store its weights in 4 or 8 bits.
 
 In: a folder of export_parakeet_to_onnx.py that export_tokenizer.py has completed.
-Out: a second folder, complete by itself, whose encoder has fused operators and quantized weights; the decoder, the
-joint (unless --decoder_joint_precision is int8) and the configuration are copies. Each new graph and the one that it
-comes from are run on noise, and nothing is written if they do not agree; with --eval_manifest on speech as well, and
---max_wer_increase says by how much the word error rate may rise. optimization_report.html shows all of it.
+Out: a second folder, complete by itself, whose encoder has fused operators and quantized weights. The configuration is
+a copy, and so are the decoder and the joint, unless --decoder_joint_precision is int8. Each new graph and the graph
+that it comes from are run on noise, and nothing is written if they do not agree. With --eval_manifest both models also
+run on speech, and --max_wer_increase limits the rise of the word error rate. optimization_report.html shows all of it.
 
-A folder for onnx-asr or sherpa-onnx is optimized in the same way, and one with subfolders for several runtimes each in
-its turn; weights that turn out equal are shared again.
+A folder for onnx-asr or sherpa-onnx is optimized in the same way. In a folder with subfolders for several runtimes each
+is optimized in turn, and weights that turn out equal are shared again.
 
     python optimize_encoder.py --model_dir ./onnx_models --output_dir ./onnx_models_optimized
     python optimize_encoder.py --quant_method int8 --decoder_joint_precision int8 --output_dir ./onnx_models_int8
@@ -20,7 +20,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-# First of all, since a package that is missing below is then reported in one line (common/__init__.py).
+# Imported first, so that a package that is missing below is reported in one line (common/__init__.py).
 from common.cli import TEST_COMMAND, Parser, Stages, checked_options, run, warn
 
 # isort: split
@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quant_method", choices=tuple(METHODS), default=OptimizeOptions.quant_method,
         help=f"how the encoder's weights are stored. {help_of_methods} (%(default)s)")  # fmt: skip
     add("--decoder_joint_precision", choices=TOKEN_PRECISIONS, default=OptimizeOptions.decoder_joint_precision,
-        help="weights of the decoder's LSTM and of the joint; int8 makes a token three times as fast "
+        help="weights of the decoder's LSTM and of the joint; int8 makes a token 4.6 times as fast "
              "(%(default)s)")  # fmt: skip
     add("--weight_bits", type=int, choices=sorted({bits for method in methods for bits in method.weight_bits}),
         default=OptimizeOptions.weight_bits,
@@ -81,14 +81,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="int8 with weights of 7 bits, for a CPU without VNNI (AVX2 before 2021), where sums of larger products "
              "overflow")  # fmt: skip
     add("--calibration_manifest", type=Path, metavar="FILE",
-        help=f"for {calibrating}: NeMo manifest (JSON lines with audio_filepath) of a few minutes of speech, of which "
+        help=f"for {calibrating}: clip list (JSON lines with audio_filepath) of a few minutes of speech, of which "
              "up to 5 are used. Weights are rounded so that products with this speech change least, and "
              f"{with_budget} measures on it which weights need 8 bits")  # fmt: skip
     add("--size_budget_mb", type=float, metavar="MB",
         help=f"for {with_budget} with --calibration_manifest: the largest encoder.onnx and its data, in MB of 10^6 "
-             "bytes (what it takes without a manifest)")  # fmt: skip
+             "bytes (the size without calibration)")  # fmt: skip
     add("--eval_manifest", type=Path, metavar="FILE",
-        help="JSON lines with audio_filepath, text and perhaps lang: count the words that float32 and the optimized "
+        help="clip list with audio_filepath, text and perhaps lang: count the words that float32 and the optimized "
              "model get wrong on these clips")  # fmt: skip
     add("--max_wer_increase", type=float, metavar="POINTS",
         help="percentage points by which the word error rate, without case and punctuation, may be higher than "

@@ -57,7 +57,7 @@ def _test(args: argparse.Namespace) -> None:
     stages.print_stage("GenAI transcribes", f"{len(tokens)} tokens from {seconds:.1f} s of audio", repr(text))
 
     check_tokenizer(genai, folder, tokens)
-    stages.print_stage("tokenizer", "GenAI, tokenizer.json and vocab.txt give the same words, which encoding keeps")
+    stages.print_stage("tokenizer", "GenAI, tokenizer.json and vocab.txt give one text, also after encoding it")
 
     baseline = RawOrt(folder).transcribe(genai.features(samples)).tokens
     check_same_tokens(tokens, baseline)
@@ -65,11 +65,11 @@ def _test(args: argparse.Namespace) -> None:
 
 
 def check_tokenizer(genai: GenAI, folder: Path, tokens: list[int]) -> None:
-    """Raise CheckError unless GenAI and Hugging Face's `tokenizers` give these tokens one text, it has the words that
-    vocab.txt spells (which does not say what is hidden), and encoding and decoding it keeps every word.
+    """Raise CheckError unless GenAI and Hugging Face's `tokenizers` give these tokens the same text, this text has the
+    words that vocab.txt spells (which does not say what is hidden), and encoding and decoding it keeps every word.
 
     Words are compared, not spaces: GenAI's encoder merges several spaces into one, and a `▁` piece before a piece that
-    begins with one makes two.
+    begins with `▁` makes two spaces.
     """
     from tokenizers import Tokenizer
 
@@ -90,7 +90,7 @@ def check_tokenizer(genai: GenAI, folder: Path, tokens: list[int]) -> None:
 
 
 def spell(pieces: list[str]) -> str:
-    """The text of SentencePiece's pieces, bytes merged, without marks such as `<|en|>`, `<unk>` and `[noise]`."""
+    """The text of SentencePiece's pieces, with bytes merged, without marks such as `<|en|>`, `<unk>` and `[noise]`."""
     raw = b""
     for piece in pieces:
         if re.fullmatch("<0x[0-9A-F]{2}>", piece):

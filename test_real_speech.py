@@ -2,22 +2,24 @@
 
 For a checkpoint of transformers, transformers takes the place of NeMo.
 
-In: a model folder; clips (any format, rate and channels that libsndfile reads), or a NeMo manifest of clips with text.
+In: a model folder; clips (any format, rate and channels that libsndfile reads), or a clip list with texts, in the
+format of NeMo's manifests.
 Out: for each clip, or over all clips, a table: engine, speed, word error rate against the text and against NeMo,
 transcript. All engines are given the same samples: mono, resampled once to the model's rate. NeMo computes its own
 features and plain ONNX Runtime is given those (without NeMo: GenAI's); GenAI computes its own. With an optimized folder
-the exported one that it was made from is compared, too. NeMo's row is NeMo's own text, GenAI's rows are GenAI's, and
-those of plain ONNX Runtime are what Hugging Face's `tokenizers` makes of its tokens.
+the exported folder that it was made from is compared, too. NeMo's row shows NeMo's own text, GenAI's rows show GenAI's,
+and the rows of plain ONNX Runtime show the text that Hugging Face's `tokenizers` gives for its tokens.
 
-With --stress instead: what is lost where speech is hard, of NeMo and of the folders in plain ONNX Runtime (in GenAI
-with --engines genai): quiet, clipped, with silence, in noise, by telephone, fast and slow, cut and joined.
+With --stress the script instead shows what is lost where speech is hard: quiet, clipped, with silence, in noise, by
+telephone, fast and slow, cut and joined. NeMo and the folders in plain ONNX Runtime are tested (in GenAI with --engines
+genai).
 
 Exit status 1 when float32 ONNX differs from NeMo in a token for no listed reason, or in a word's time by more than one
 encoder frame, or when an engine shows NeMo's own tokens as another text than NeMo does and no rule in
-common/evaluate/text_rules.py explains it; with --stress, beyond --max_lost_words.
+common/evaluate/text_rules.py explains it; with --stress, when more words are lost than --max_lost_words allows.
 
-Engines are loaded when their turn comes. Speed is that of an engine that has run before, features included; of a
-batch's time each clip has its share by length.
+Engines are loaded when their turn comes. Their speed is measured after a first run and includes the features; the time
+of a batch is divided among its clips by their length.
 
     python test_real_speech.py --audio my.wav --skip_nemo
     python test_real_speech.py --audio my.wav --skip_nemo --timestamps --srt my.srt
@@ -29,7 +31,7 @@ import argparse
 from pathlib import Path
 from typing import TextIO
 
-# First of all, since a package that is missing below is then reported in one line (common/__init__.py).
+# Imported first, so that a package that is missing below is reported in one line (common/__init__.py).
 from common.cli import MODEL_DIR_HELP, PUBLISH_COMMAND, Parser, checked_options, count, default_model_dir, run
 
 # isort: split
@@ -58,7 +60,7 @@ from common.report.clips_page import clips_page_writer, comparison_page, stress_
 from common.run.clips import Clip, read_clips
 
 SAMPLE = Path(__file__).resolve().parent / "samples" / "jfk.wav"
-MANIFEST_HELP = """NeMo manifest: JSON lines with audio_filepath and text, and offset and duration in seconds where a
+MANIFEST_HELP = """clip list: JSON lines with audio_filepath and text, and offset and duration in seconds where a
 clip is a segment of its file"""
 JSON_HELP = """write every transcript and figure to FILE; - is the standard output, and all else is then printed to
 the error output"""
@@ -111,7 +113,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     config = folders[0].config
     config.check_clips(clips)
     if GENAI_ENGINE in args.engines:
-        _ = folders[0].genai  # what a folder lacks shows before NeMo takes its time
+        _ = folders[0].genai  # loaded now, so that a fault of the folder shows before NeMo takes its time
     with_reference = NEMO_ENGINE in args.engines
     loaded = load_reference(folders[0], args.model_name, args.checkpoint_format) if with_reference else None
     reference, rules = loaded or (None, ())

@@ -1,10 +1,10 @@
-"""Plain ONNX Runtime on the clips of a manifest, by batch size: throughput, and whether it says the same.
+"""Plain ONNX Runtime on the clips of a manifest, by batch size: throughput, and whether the transcripts are the same.
 
     python -m benchmarks.batches --model_dir onnx_models --manifest samples/manifest.jsonl
 
-Out: a markdown table. Features are computed before; the encoder and the token loop are timed together and apart. Batch
-sizes take turns (1 4 8 16 1 4 8 16 …); a figure is the median over rounds, × the median of the ratios to the first
-line in the same round.
+Out: a markdown table. Features are computed beforehand; the encoder and the token loop are timed together and apart.
+Batch sizes take turns (1 4 8 16 1 4 8 16 …). A figure is the median over rounds; × is the median of the ratios to the
+first line in the same round.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
     timed = TimedBaseline(args.model_dir)
     transcribed, peaks = {}, {}
-    for size in BATCH_SIZES:  # warm-up; memory only grows, so that it is told in this order
+    for size in BATCH_SIZES:  # warm-up; peak memory only grows, so it is measured in this order
         transcribed[size], *_ = turn(timed, features, size)
         peaks[size] = peak_memory()
     times = {size: [] for size in BATCH_SIZES}

@@ -24,7 +24,7 @@ CORES = os.cpu_count()
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The two arguments of every comparison, and what the caller has added to `parser`."""
+    """Parse the two arguments of every comparison, and those that the caller has added to `parser`."""
     parser.add_argument("--model_name", type=Path, required=True, help=".nemo file of a full-size model")
     parser.add_argument("--work_dir", type=Path, default=Path("build/bench"), help="where to build (%(default)s)")
     args = parser.parse_args(argv)
@@ -34,8 +34,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
 
 
 def process(initializer: Callable | None = None, *arguments) -> ProcessPoolExecutor:
-    """A fresh process that runs what is submitted, one after the other, and sleeps in between; it begins with
-    `initializer(*arguments)`. Its memory goes back when the `with` block ends."""
+    """A fresh process that runs submitted calls one after the other and sleeps in between. It begins with
+    `initializer(*arguments)`, and its memory is released when the `with` block ends."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (initializer, arguments))
 
 
@@ -66,7 +66,7 @@ class ObservedBaseline(RawOrt):
 
 
 def speech(seconds: float, sample_rate: int) -> np.ndarray:
-    """The bundled clips one after the other, over and over. [samples]"""
+    """The bundled clips one after the other, repeated until they last `seconds`. [samples]"""
     paths = [SAMPLES / "jfk.wav", *sorted((SAMPLES / "clips").glob("*.flac"))]
     return np.resize(
         np.concatenate([load_clip(Clip(path), sample_rate, 0) for path in paths]), int(seconds * sample_rate)

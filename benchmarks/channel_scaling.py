@@ -1,10 +1,10 @@
-"""What channel scaling without speech is worth: each method with and without, on a checkpoint and its loud variants.
+"""What channel scaling without speech gains: each method with and without it, on a checkpoint and its loud variants.
 
     python -m benchmarks.channel_scaling --model_name samples/parakeet-tdt-tiny.nemo --manifest eval.jsonl
 
 Out: a markdown table of the SQNR of the encoder's output, over all frames of the manifest's clips. The variants are
 those of benchmarks/loud_channels.py. Integer products are computed in float32, where their sums are exact: x86 CPUs
-without VNNI cut large sums off, and what is compared here is rounding alone.
+without VNNI cut off large sums, and only the effect of rounding is compared here.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def float32_folder(checkpoint: Path, kind: str, work_dir: Path) -> Path:
 
 
 def quantized(encoder: Path, method_name: str, *, scales_channels: bool) -> ir.Model:
-    """The encoder in weights of the method, its integer products exact."""
+    """The encoder with weights quantized by the method, and with exact integer products."""
     model, method, options = load(encoder), METHODS[method_name], WeightOptions()
     plan = plan_encoder(model, method, options)
     if scales_channels:
@@ -68,7 +68,7 @@ def _make_exact(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def encode(folder: Path, features: list[np.ndarray]) -> np.ndarray:
-    """What the folder's encoder gives for all clips, one at a time, as one vector."""
+    """The outputs of the folder's encoder for all clips, run one at a time, as one vector."""
     encoder = OrtGraph(folder, ENCODER)
     return np.concatenate([encoder(clip[None], np.array([clip.shape[1]]))[0].ravel() for clip in features])
 

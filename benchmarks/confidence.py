@@ -1,4 +1,4 @@
-"""Confidences of plain ONNX Runtime: how far they are from NeMo's own, and how often a word of a confidence is right.
+"""Confidences of plain ONNX Runtime: how far they are from NeMo's own, and how often words are right at each of them.
 
     python -m benchmarks.confidence --model_name samples/parakeet-tdt-tiny.nemo --model_dir onnx_models \
         --manifest samples/manifest.jsonl
@@ -24,7 +24,7 @@ from common.run.clips import read_clips
 from common.run.decode import NEMO_RULE
 from common.run.nemo import Nemo
 
-# Fields of Confidence, with NeMo's configuration of the same measure; what is not named has NeMo's default.
+# Fields of Confidence, with NeMo's configuration of the same measure; settings not named here have NeMo's default.
 METHODS = {"max_prob": {"name": "max_prob", "alpha": 1.0}, "entropy": {"name": "entropy"}}
 
 

@@ -7,10 +7,11 @@ Out: three markdown tables, and decoding.json in the work directory.
 2. GenAI end to end with several session options.
 3. GenAI end to end with a float32 encoder, on a clip of 10 minutes, for several chunks and contexts. Expect an hour.
 
-A random model either never emits a token or always does. So the joint of a copy is given frames to tell apart (its
-encoder projection takes them centred and scaled to unit size) and a blank logit that is found by bisection, so that
-3 to 5 tokens a second are emitted; the rate is printed with each result. No operator is added. Candidates take turns
-(A B C A B C …); a figure is the median over rounds, × the median of the ratios to the first line in the same round.
+A random model either never emits a token or always does. So the joint is changed in a copy of the model: its encoder
+projection takes frames centred and scaled to unit size, so that it can tell them apart, and its blank logit gets a bias
+that is found by bisection, so that 3 to 5 tokens a second are emitted. The rate is printed with each result. No
+operator is added. Candidates take turns (A B C A B C …). A figure is the median over rounds; × is the median of the
+ratios to the first line in the same round.
 """
 
 import argparse
@@ -53,7 +54,7 @@ OPTIONS_ROUNDS = 5
 TOKENS = 100  # a turn of the token loop
 RATE = (3.0, 5.0)  # tokens a second, as in speech
 RATE_CLIP_SECONDS = 20
-MAX_BIAS = 64.0  # logits; beyond ± this a model says nothing, or never stops
+MAX_BIAS = 64.0  # logits; beyond ± this a model emits nothing, or never stops
 TALKATIVE = "talkative"  # folder of the copy
 
 
@@ -67,7 +68,7 @@ class TokenLoop:
         self.frames = np.random.default_rng(0).standard_normal((TOKENS, 1, 1, width), dtype=np.float32)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of the decoder and of the joint over `TOKENS` tokens, in turns as a recognizer has them."""
+        """Seconds of the decoder and of the joint over `TOKENS` tokens, run in turns as a recognizer runs them."""
         config, spent = self.config, {"decoder": 0.0, "joint": 0.0}
         h = c = np.zeros((config.decoder_layers, 1, config.decoder_dim), dtype=np.float32)
         one = np.ones(1, dtype=np.int64)
@@ -100,7 +101,7 @@ def _call(session, graph: Graph, *inputs: np.ndarray) -> list[np.ndarray]:
 
 
 def time_tokens(folders: list[Path], rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Each folder with each of the options: times of `TOKENS` tokens, a round an entry."""
+    """Time `TOKENS` tokens in each folder with each of the options; one entry for each round."""
     loops = {
         f"{folder.name}, {name}": TokenLoop(folder, own) for folder in folders for name, own in TOKEN_OPTIONS.items()
     }
@@ -114,7 +115,7 @@ def time_tokens(folders: list[Path], rounds: int) -> dict[str, list[dict[str, fl
 
 
 def make_talkative(source: Path, target: Path) -> None:
-    """Copy a model folder, its joint changed as described above."""
+    """Copy a model folder, and change the joint of the copy as described at the top of this file."""
     genai = GenAI(source)
     features = genai.features(speech(RATE_CLIP_SECONDS, genai.config.sample_rate))
     del genai
@@ -130,7 +131,7 @@ def make_talkative(source: Path, target: Path) -> None:
 
 
 def find_blank_bias(raw: RawOrt, encoded: np.ndarray) -> tuple[float, float]:
-    """What to add to the blank logit for a rate within `RATE` by bisection, and the rate, in tokens a second."""
+    """Find by bisection what to add to the blank logit for a rate within `RATE`; also the rate, in tokens a second."""
     config = raw.config
 
     def rate(bias: float) -> float:
@@ -164,7 +165,7 @@ def find_blank_bias(raw: RawOrt, encoded: np.ndarray) -> tuple[float, float]:
 
 
 def change_joint(folder: Path, mean: np.ndarray, scale: float, blank_id: int, bias: float) -> None:
-    """Rewrite the float32 joint of `folder`: it takes (frame - mean) / scale, and `bias` is in its blank logit."""
+    """Rewrite the float32 joint of `folder` to take (frame - mean) / scale, and to add `bias` to its blank logit."""
     import onnx_ir as ir
 
     from common.folder.onnx_files import save_model
@@ -187,7 +188,7 @@ def change_joint(folder: Path, mean: np.ndarray, scale: float, blank_id: int, bi
 
 
 def transcribe(folder: Path, seconds: float) -> dict[str, float]:
-    """GenAI end to end on speech, in this process: seconds it took (loading apart), tokens, peak bytes."""
+    """Run GenAI end to end on speech in this process; the seconds it took without loading, tokens, peak bytes."""
     genai = GenAI(folder)
     samples = speech(seconds, genai.config.sample_rate)
     genai.transcribe(samples[: 2 * genai.config.sample_rate])
@@ -199,8 +200,8 @@ def transcribe(folder: Path, seconds: float) -> dict[str, float]:
 def time_genai(
     folder: Path, source: Path, settings: dict[str, Callable[[dict], None]], seconds: float, rounds: int
 ) -> dict[str, list[dict]]:
-    """`transcribe` in `folder` under each setting, a change of the genai_config.json of `source`. Every run has a fresh
-    process: one float32 encoder at a time fits in memory."""
+    """Run `transcribe` in `folder` under each setting, a change of the genai_config.json of `source`. Every run has a
+    fresh process, since only one float32 encoder at a time fits in memory."""
     results = {name: [] for name in settings}
     progress = tqdm(total=rounds * len(settings), unit="run", leave=False, disable=None)
     for _ in range(rounds):
@@ -216,7 +217,7 @@ def time_genai(
 
 
 def cut(chunk: float, left: float, right: float) -> Callable[[dict], None]:
-    """A setting of `time_genai`: these windows."""
+    """A setting of `time_genai`: windows of these lengths in seconds."""
 
     def change(model: dict) -> None:
         names = ("chunk_samples", "left_context_samples", "right_context_samples")

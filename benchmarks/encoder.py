@@ -8,10 +8,10 @@ still measured. A peer (benchmarks/peers.py) that is not installed is left out, 
 Expect 35 minutes and 12 GB beside the builds.
 
 Every encoder lives in a process of its own, and they take turns on the same features (A B C A B C …), so that a busy
-machine is busy for all. A figure is the median over rounds; × is the median of the ratios to ONNX Runtime float32 in
+machine slows all of them. A figure is the median over rounds; × is the median of the ratios to ONNX Runtime float32 in
 the same round. SQNR is in dB, against ONNX Runtime float32 on the same clip. All ONNX encoders run with the same
 options: CPU provider, as many threads as there are cores; NeMo's PyTorch and the peers have as many. The clip of 72 s
-is the window that GenAI gives the encoder: 10 s of context, 60 s, 2 s of context.
+has the length of the window that GenAI gives the encoder: 10 s of context, 60 s, 2 s of context.
 """
 
 import argparse
@@ -47,7 +47,7 @@ _encode, _size, _load_seconds = None, 0, 0.0
 
 
 def load_nemo(checkpoint: Path) -> None:
-    """Make this process NeMo's encoder. Weights are mapped from disk, as the export does."""
+    """Load NeMo's encoder into this process. Weights are mapped from disk, as in the export."""
     global _encode, _size, _load_seconds
     import torch
 
@@ -68,7 +68,7 @@ def load_nemo(checkpoint: Path) -> None:
 
 
 def load_onnx(folder: Path) -> None:
-    """Make this process the encoder of `folder`."""
+    """Load the encoder of `folder` into this process."""
     global _encode, _size, _load_seconds
     import onnxruntime as ort
 
@@ -116,7 +116,7 @@ def load_clips(checkpoint: Path, lengths: Iterable[int]) -> dict[str, dict[int, 
 
 @dataclass
 class Candidate:
-    """An encoder in a process of its own, and what was measured of it; `failed` in the latter says why it stopped."""
+    """An encoder in a process of its own, and its measurements; `failed` among them says why it stopped."""
 
     name: str
     start: Callable[[], ProcessPoolExecutor | PeerProcess]  # a fresh process
@@ -126,7 +126,7 @@ class Candidate:
 
     @classmethod
     def failed(cls, name: str, error: Exception) -> "Candidate":
-        """One that could not be built."""
+        """A candidate that could not be built."""
         return cls(name, process, {"failed": f"build: {' '.join(str(error).split())}"})
 
     def ask(self, function: Callable, *arguments):
@@ -155,7 +155,7 @@ class Candidate:
 
 
 def candidates(checkpoint: Path, work_dir: Path, is_selected: Callable[[str], bool]) -> list[Candidate]:
-    """What is compared, built if need be; a build that fails is a candidate that has failed. The baseline is first."""
+    """The encoders to compare, the baseline first, built if needed; a failed build gives a failed candidate."""
     found = []
     for recipe in filter(lambda recipe: is_selected(recipe.name), RECIPES):
         try:
@@ -168,7 +168,7 @@ def candidates(checkpoint: Path, work_dir: Path, is_selected: Callable[[str], bo
 def peer_candidates(
     chosen: list[Peer], python: Path, gguf: Path, checkpoint: Path, work_dir: Path, features: np.ndarray
 ) -> list[Candidate]:
-    """The peers that are installed, built if need be; OpenVINO's static scales are of `features` [1, M, T]."""
+    """The peers that are installed, built if needed; OpenVINO's static scales are fitted to `features` [1, M, T]."""
     found, reasons = [], {}
     for peer in chosen:
         if reason := peers.missing(peer, python, gguf):
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     print("|---" * (5 + len(args.seconds)) + "|")
     for name, result in results.items():
         print(row(name, result, results[FLOAT32.name]))
-    del results[FLOAT32.name]["sqnr_db"]  # infinite, which JSON cannot say
+    del results[FLOAT32.name]["sqnr_db"]  # infinite, which JSON cannot express
     write_json(args.work_dir / "encoder.json", {"machine": [before, machine()], "results": results})
     return 1 if any("failed" in result for result in results.values()) else 0
 

@@ -1,13 +1,13 @@
-"""How long an encoder takes to load and how much memory, by how its weights lie on disk.
+"""How much time and memory an encoder takes to load, by how its weights are stored on disk.
 
     python -m benchmarks.loading build/bench/int8_weight_bits_4_decoder_joint_precision_int8_calibrated
 
-Of each folder these forms of the encoder are made and loaded in fresh processes, which take turns: as it was written;
-its data without alignment, so that it cannot be mapped; 4-bit weights joined to a few large ones; in one .onnx file;
-and the optimized graph that ONNX Runtime saves, whose 4-bit weights are unpacked, with the weights as they are and
-packed for this CPU's kernels. A figure is the median over rounds; files are in the page cache. Memory is the peak of
-the process until the session exists, without what the imports took. Expect three minutes a folder at 0.6B, and 4 GB
-of disk.
+For each folder these forms of the encoder are made, and loaded in fresh processes that take turns: as it was written;
+with data that is not aligned, so that it cannot be mapped; with 4-bit weights joined to a few large ones; in one .onnx
+file; and the optimized graph that ONNX Runtime saves, whose 4-bit weights are unpacked, with the weights as they are
+and packed for this CPU's kernels. A figure is the median over rounds; files are in the page cache. Memory is the peak
+of the process until the session exists, without what the imports took. Expect three minutes a folder at 0.6B, and
+4 GB of disk.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def unaligned(source: Path, target: Path) -> None:
 
 
 def joined(source: Path, target: Path) -> None:
-    """The 4-bit weights of a shape, one under the other in one tensor, which a Split takes apart again."""
+    """Write the encoder with the 4-bit weights of each shape stacked in one tensor, which a Split takes apart again."""
     model = load(source / ENCODER.file)
     groups: dict[tuple[int, ...], list[ir.Node]] = {}
     for node in model.graph:
@@ -69,7 +69,7 @@ def one_file(source: Path, target: Path) -> None:
 
 
 def saved(source: Path, target: Path, **entries: str) -> None:
-    """ONNX Runtime's optimized graph. Paths of data are relative to the target."""
+    """Save ONNX Runtime's optimized graph. Paths of data are relative to the target."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

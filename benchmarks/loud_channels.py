@@ -5,15 +5,17 @@
 Two channels, drawn by a fixed seed, are made louder; the kinds differ in where:
 
 scales        The scale and bias of each LayerNormalization in front of a product, times 30, and the weights that read
-              these channels divided by 30. Exactly the same function. A normalization's own parameters show it.
+              these channels divided by 30. The function is exactly the same. A normalization's own parameters show that
+              the channels are loud.
 stream        The residual stream, from its sources to the last layer, times 5; weights that read these channels are
               divided. The normalized values themselves are loud, and nothing in the normalization shows it.
-stream-scales As stream, but the normalizations' scales are divided and not the weights: what they give is as tame as
+stream-scales As stream, but the normalizations' scales are divided and not the weights: their output is as tame as
               before, while their own parameters make two channels look silent.
 
-Times 5 two channels of 128 have a quarter of the power of the stream. A normalization then divides each frame by
-another number than before, which is made up for by the affine map of each channel that fits best on the bundled speech.
-So a stream is not the same function, but one near it; the difference to the encoder before is printed for every kind.
+Multiplied by 5, two channels of 128 have a quarter of the power of the stream. A normalization then divides each frame
+by another number than before. For each channel, the affine map that fits best on the bundled speech makes up for this.
+So the function of the two stream kinds is not the same, but nearly so; the difference from the original encoder is
+printed for every kind.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from common.quantize.fidelity import sqnr_db
 CHANNELS = 2
 SCALES_FACTOR, STREAM_FACTOR = 30.0, 5.0
 SECONDS = 20  # of speech that the normalizations are fitted on and the two encoders compared on
-# Each normalization of a layer, and the matrices that read what it gives. The output's is read by the next layer.
+# Each normalization of a layer, and the matrices that read its output. The next layer reads the output normalization.
 READERS = {
     "norm_feed_forward1": ("feed_forward1.linear1",),
     "norm_self_att": ("self_attn.linear_q", "self_attn.linear_k", "self_attn.linear_v"),
@@ -42,18 +44,18 @@ WRITERS = ("feed_forward1.linear2", "self_attn.linear_out", "conv.pointwise_conv
 
 
 def loud_scales(encoder, channels: list[int], features) -> None:
-    """Scales and biases times SCALES_FACTOR, the weights behind them divided."""
+    """Multiply scales and biases by SCALES_FACTOR, and divide the weights behind them."""
     _scale_normalized(encoder, channels, SCALES_FACTOR)
 
 
 def loud_stream(encoder, channels: list[int], features) -> None:
-    """The stream times STREAM_FACTOR, the weights that read it divided."""
+    """Multiply the stream by STREAM_FACTOR, and divide the weights that read it."""
     _scale_stream(encoder, channels, features)
     _scale_normalized(encoder, channels, STREAM_FACTOR)
 
 
 def _scale_normalized(encoder, channels: list[int], factor: float) -> None:
-    """What the normalizations give times `factor`, the weights that read it divided."""
+    """Multiply the output of the normalizations by `factor`, and divide the weights that read it."""
     for layer in encoder.layers:
         for norm, readers in READERS.items():
             for parameter in layer.get_submodule(norm).parameters():
@@ -63,7 +65,7 @@ def _scale_normalized(encoder, channels: list[int], factor: float) -> None:
 
 
 def loud_stream_quiet_scales(encoder, channels: list[int], features) -> None:
-    """The stream times STREAM_FACTOR, the scales of the normalizations that read it divided."""
+    """Multiply the stream by STREAM_FACTOR, and divide the scales of the normalizations that read it."""
     _scale_stream(encoder, channels, features)
 
 
@@ -75,7 +77,7 @@ KINDS: dict[str, Callable[..., None]] = {
 
 
 def _scale_stream(encoder, channels: list[int], features) -> None:
-    """Make channels of the stream louder, and let every normalization give what it gave before, as nearly as it can."""
+    """Make channels of the stream louder, and keep the output of every normalization as nearly the same as possible."""
     norms = [layer.get_submodule(name) for layer in encoder.layers for name in (*READERS, OUTPUT_NORM)]
     inputs = _inputs_of(encoder, norms, features)
     for norm in norms:
@@ -87,7 +89,7 @@ def _scale_stream(encoder, channels: list[int], features) -> None:
 
 
 def _inputs_of(encoder, modules, features) -> dict:
-    """What goes into each module on features [1, M, T]: [frames, channels]."""
+    """The input of each module for features [1, M, T]: [frames, channels]."""
     inputs = {}
     hooks = [
         module.register_forward_pre_hook(lambda module, values: inputs.update({module: values[0].flatten(0, -2)}))
@@ -125,7 +127,7 @@ def encode(encoder, features) -> np.ndarray:
 
 def write_loud(checkpoint: Path, path: Path, kind: str, seed: int = 0) -> float:
     """Write to `path` the checkpoint with loud channels of a kind of KINDS; return how far its encoder is from the
-    other, as an SQNR in dB on the bundled speech."""
+    original one, as an SQNR in dB on the bundled speech."""
     quiet_libraries()
     import torch
 

@@ -8,11 +8,11 @@ work directory methods.json with every transcript and methods.png, the Pareto fr
 
 Everything runs in plain ONNX Runtime on the features of GenAI's processor. SQNR is of the encoder's output, over all
 frames of all clips. "Against" columns are differences of word error rates in points, with a bootstrap interval over
-clips that are the same for both; "unlike float32" is how many words are others, right or wrong. RTFx is of the encoder
-alone, on clips of seconds, one at a time.
+clips that are the same for both; "unlike float32" is how many words differ, right or wrong. RTFx is that of the encoder
+alone, on clips that last seconds, one at a time.
 
-0.3 points of word error rate on 200 clips are five words, so the figures in the README are of more: new sentences in
-the bundled checkpoint's language, which `benchmarks/synthesize.py` speaks.
+On 200 clips 0.3 points of word error rate are five words, so the figures in the README come from more clips: new
+sentences in the bundled checkpoint's language, made by `benchmarks/synthesize.py`.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Result:
 
 def recipes(checkpoint: Path, work_dir: Path, calibration: Path) -> list[Recipe]:
     """Float32, each method by itself, and calibrated in two sizes: the rule of thumb's, and that of the first `rtn`,
-    for which blocks have to be larger, zero points taking room."""
+    for which blocks have to be larger, since zero points take room."""
 
     def recipe(name: str, method: str, block: int, *flags: str) -> Recipe:
         flags = ("--quant_method", method, "--block_size", str(block), *flags)
@@ -63,7 +63,7 @@ def recipes(checkpoint: Path, work_dir: Path, calibration: Path) -> list[Recipe]
         methods = [recipe(f"{method} {block}", method, block) for method, kind in METHODS.items() if kind.uses_blocks]
         found += [*methods, recipe(f"{mixed} {block}, calibrated", mixed, block, *calibrated)]
     rtn = next(one for one in found if one.name == RTN)
-    build(FLOAT32, checkpoint, work_dir)  # which the others are made from
+    build(FLOAT32, checkpoint, work_dir)  # from which the others are made
     budget = ("--size_budget_mb", str(encoder_bytes(build(rtn, checkpoint, work_dir)) / 1e6))
     names = ((f"{mixed} {block}, calibrated{IN_SIZE_OF}{RTN}", block) for block in BLOCKS[1:])
     found += [recipe(name, mixed, block, *calibrated, *budget) for name, block in names]
@@ -110,7 +110,7 @@ def measure(
 
 
 def with_noise(samples: np.ndarray, snr_db: float, seed: int) -> np.ndarray:
-    """The clip and white noise, whose power is so many dB below the clip's."""
+    """The clip with white noise added, whose power is `snr_db` below the clip's."""
     noise = np.random.default_rng(seed).standard_normal(len(samples), dtype=np.float32)
     return samples + noise * np.float32(np.sqrt(np.mean(np.square(samples)) * 10 ** (-snr_db / 10)))
 
@@ -121,7 +121,7 @@ def points(rate: WordErrorRate) -> str:
 
 
 def row(name: str, results: dict[str, Result], texts: list[str]) -> list[str]:
-    """One line of the table; beside a calibrated encoder in the size of an `rtn` one, the difference to that."""
+    """One line of the table; for a calibrated encoder in the size of an `rtn` one, also the difference between them."""
     own, float32, rtn = results[name], results[FLOAT32.name], results.get(name.partition(IN_SIZE_OF)[2])
     size, wer = f"{own.bytes / 1e6:.2f} MB", str(word_error_rate(texts, own.texts))
     if own is float32:
@@ -132,7 +132,7 @@ def row(name: str, results: dict[str, Result], texts: list[str]) -> list[str]:
 
 
 def front(results: dict[str, Result]) -> list[str]:
-    """The encoders than which none is both smaller and more exact, smallest first."""
+    """The encoders for which no other one is both smaller and more exact, smallest first."""
     found, best = [], -np.inf
     for name in sorted(results, key=lambda name: (results[name].bytes, -results[name].sqnr_db)):
         if results[name].sqnr_db > best:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.peer_worker
 
-It answers what benchmarks/peers.py asks: pickles of (name of a function below, arguments) come in, pickles of (its
-result, "") or (None, why it failed) go out. It imports nothing that this environment does not have.
+It answers benchmarks/peers.py: pickles of (name of a function below, arguments) come in, and pickles of (its result,
+"") or (None, why it failed) go out. It imports nothing that this environment does not have.
 """
 
 import os
@@ -51,7 +51,7 @@ def compress_openvino(source: str, target: str, features: np.ndarray) -> None:
 
 
 def load_openvino(path: str, threads: int, precision: str) -> None:
-    """Make this process the encoder at `path`; what is not quantized is computed in `precision`, bf16 or f32."""
+    """Load the encoder at `path` into this process; what is not quantized is computed in `precision`, bf16 or f32."""
     global _output, _seconds, _size, _load_seconds
     import openvino
 
@@ -75,7 +75,7 @@ def load_openvino(path: str, threads: int, precision: str) -> None:
 
 
 def load_transcribe_cpp(path: str, threads: int) -> None:
-    """Make this process the model at `path`, a .gguf file: it takes samples, and reports its encoder's time itself."""
+    """Load the model at `path`, a .gguf file, into this process: it takes samples, and reports its encoder's time."""
     global _output, _seconds, _size, _load_seconds
     import transcribe_cpp
 

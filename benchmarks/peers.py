@@ -40,7 +40,7 @@ class PeerProcess:
     """A fresh process of benchmarks/peer_worker.py, with the part of ProcessPoolExecutor's interface that is used."""
 
     def __init__(self, python: Path, load: str = "", *arguments) -> None:
-        """It begins with the function `load`. Raises RuntimeError if that fails, OSError if `python` cannot run."""
+        """Start by calling the function `load`. Raises RuntimeError if that fails, OSError if `python` cannot run."""
         command = [python, "-m", "benchmarks.peer_worker"]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
         if load:
@@ -97,7 +97,7 @@ PEERS = (
 
 
 def missing(peer: Peer, python: Path, gguf: Path) -> str:
-    """What is not there that `peer` needs, and how to get it, in one line; empty if nothing is missing."""
+    """One line that says what `peer` needs and is missing, and how to get it; empty if nothing is missing."""
     if not python.is_file():
         return (
             f"expected the peers' environment at {python}, got nothing there; make it with: python -m venv "
@@ -124,5 +124,5 @@ def model(peer: Peer, python: Path, checkpoint: Path, work_dir: Path, features: 
 
 
 def loader(peer: Peer, path: Path) -> tuple:
-    """What a PeerProcess begins with to be the encoder at `path`."""
+    """The arguments with which a PeerProcess loads the encoder at `path`."""
     return peer.load, str(path), CORES, *peer.arguments

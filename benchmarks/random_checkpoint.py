@@ -1,4 +1,4 @@
-"""Write a random `.nemo` checkpoint of a chosen Parakeet topology, for what depends on shapes and not on words.
+"""Write a random `.nemo` checkpoint of a chosen Parakeet topology, to measure what depends on shapes and not on words.
 
     python -m benchmarks.random_checkpoint --topology 0.6b --output build/parakeet-0.6b-random.nemo
 
@@ -54,8 +54,8 @@ def write_checkpoint(path: Path, topology: dict, seed: int = 0) -> None:
         config = _config(topology, Path(folder))
         model_class = EncDecHybridRNNTCTCBPEModel if topology.get("hybrid") else EncDecRNNTBPEModel
         model = model_class(cfg=DictConfig(OmegaConf.create(config)))
-        # A fresh batch norm is the identity and fresh position biases are zeros, which would hide a mistake in folding
-        # the one or in telling the others apart; besides, equal biases take one Add, where trained ones take two.
+        # A fresh batch norm is the identity and fresh position biases are zeros. They would hide a mistake in folding
+        # the norm or in telling the biases apart; besides, equal biases take one Add, where trained ones take two.
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm1d):
                 module.running_mean.normal_(0, 0.1)
@@ -100,7 +100,7 @@ def _config(topology: dict, folder: Path) -> dict:
             },
             "decoding": {"strategy": "greedy"},
         }
-    # What NeMo writes itself, and data sets and optimizer, which it would set up.
+    # Keys that NeMo writes itself, and the data sets and the optimizer, which it would set up.
     for key in ("target", "nemo_version", "train_ds", "validation_ds", "test_ds", "optim"):
         config.pop(key, None)
     return config

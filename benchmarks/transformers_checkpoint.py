@@ -74,7 +74,7 @@ def convert(checkpoint: Path, folder: Path, dtype: str = "float32") -> Path:
 
 
 def _unpacked(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:
-    """The config, the tensors and the SentencePiece model of a `.nemo` file of one's own."""
+    """The config, the tensors and the SentencePiece model of a `.nemo` file that is trusted."""
     import torch
 
     with tarfile.open(checkpoint) as tar:
@@ -106,7 +106,7 @@ def _config(config: dict[str, Any]) -> Any:
 
 
 def save_processor(features: dict[str, Any], sentencepiece_model: bytes, folder: Path) -> None:
-    """Write the tokenizer and the feature extractor, of the keys of a NeMo preprocessor, as the converter does."""
+    """Write the tokenizer, and the feature extractor from the keys of a NeMo preprocessor, as the converter does."""
     from tokenizers import AddedToken
     from transformers import ParakeetFeatureExtractor, ParakeetProcessor, ParakeetTokenizer
     from transformers.convert_slow_tokenizer import ParakeetConverter

@@ -1,4 +1,5 @@
-"""What the five scripts share, in rooms by pipeline step. A room imports from earlier ones only (tests/test_rooms.py).
+"""What the five scripts share. It is divided into rooms, modules and packages, by pipeline step. A room imports only
+from earlier rooms (tests/test_rooms.py).
 
     contract     tensors, graphs, views, the legend of axes, roles of weights, tolerances: declared once
     cli          parser, stages, exit statuses and command lines of all scripts
@@ -12,8 +13,8 @@
     evaluate     word error rates, differences with their reasons, timestamps, subtitles, stress
     report       the report of an optimization, the model card
 
-Importing the package checks that this Python is new enough, and has a missing package reported in one line: the scripts
-import it before any other.
+Importing the package checks that this Python is new enough, and makes Python report a missing package in one line: the
+scripts import it before any other package.
 """
 
 import sys

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         """A frozen dataclass whose fields have the names of flags."""
 
         def validate(self) -> None:
-            """Raise ValueError for a value, or for values together, that cannot be used."""
+            """Raise ValueError for a value, or a combination of values, that cannot be used."""
 
     T = TypeVar("T", bound=Options)
 
@@ -35,7 +35,7 @@ EXIT_OK = 0
 EXIT_CHECK = 1  # a check ran and failed, or the program itself did
 EXIT_USAGE = 2  # the command line or an input file is not usable
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-EXIT_CLOSED_OUTPUT = 141  # 128 + SIGPIPE: whoever read the output, such as `head`, has ended
+EXIT_CLOSED_OUTPUT = 141  # 128 + SIGPIPE: the program that read the output, such as `head`, has ended
 INSTALL_COMMAND = "pip install -r requirements.txt"
 
 
@@ -44,7 +44,7 @@ class CheckError(Exception):
 
 
 class Command(str):
-    """A command to print, with `{}` for each argument, which `format` quotes for a shell where it needs quotes."""
+    """A command to print, with `{}` for each argument. `format` quotes an argument for a shell where necessary."""
 
     def format(self, *args: object, **kwargs: object) -> str:
         quoted = {name: shlex.quote(str(value)) for name, value in kwargs.items()}
@@ -69,14 +69,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def seconds(text: str) -> float:
-    """The value of a flag: a length in seconds, 0 or more. Raises ArgumentTypeError for another."""
+    """The value of a flag: a length in seconds, 0 or more. Raises ArgumentTypeError for any other number."""
     if not 0 <= float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, got {text}")
     return float(text)
 
 
 def count(text: str) -> int:
-    """The value of a flag: a whole number, 1 or more. Raises ArgumentTypeError for another."""
+    """The value of a flag: a whole number, 1 or more. Raises ArgumentTypeError for any other whole number."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
     return int(text)
@@ -111,7 +111,7 @@ def _run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -
     try:
         main(args)
         if sys.stdout:
-            sys.stdout.flush()  # a disk that is full shows here, and not when the interpreter ends
+            sys.stdout.flush()  # so that a full disk is reported here, and not when the interpreter ends
         return EXIT_OK
     except KeyboardInterrupt as interrupt:
         print(f"interrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
@@ -136,7 +136,7 @@ def _report(kind: str, error: BaseException | str, status: int, *, verbose: bool
 
 
 def report_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A sys.excepthook: report in one line a package that is missing as a script starts; status 2."""
+    """A sys.excepthook that reports a package that is missing when a script starts, in one line and with status 2."""
     if not issubclass(kind, ImportError) or "--verbose" in sys.argv:
         sys.__excepthook__(kind, error, trace)
     else:
@@ -160,8 +160,8 @@ def accept_any_text() -> None:
 def flush_output() -> bool:
     """Write what is still buffered, and return whether the reader is still there.
 
-    Where it is not, the stream is redirected to the null device, so that the interpreter's own flush at its end prints
-    no traceback.
+    A stream that cannot be written to is redirected to the null device, so that the interpreter's own flush at its end
+    prints no traceback.
     """
     read = True
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
@@ -197,11 +197,11 @@ def silent_stderr() -> Iterator[None]:
         os.close(null)
 
 
-PrintStage = Callable[..., None]  # `Stages.print_stage`: is given what one stage has measured, as strings
+PrintStage = Callable[..., None]  # `Stages.print_stage`: prints what one stage has measured, given as strings
 
 
 class Stages:
-    """One numbered line for each stage of a script: `[2/4]  encoder.onnx  max|Δ| 3e-05 ≤ 1e-03  2.4 GB  19 s`."""
+    """One numbered line for each stage of a script: `[2/4]  encoder.onnx  2.4 GB  19.0 s`."""
 
     def __init__(self, total: int) -> None:
         self.total = total

@@ -70,7 +70,7 @@ class Graph:
         return [tensor.name for tensor in self.outputs]
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        """Tensor name → dynamic axes, the form torch.onnx.export takes."""
+        """Tensor name → dynamic axes, in the form that torch.onnx.export expects."""
         return {tensor.name: tensor.dynamic_axes() for tensor in (*self.inputs, *self.outputs)}
 
     def name_maps(self) -> dict[str, dict[str, str]]:
@@ -85,14 +85,14 @@ class Graph:
 class View(Graph):
     """One graph as another runtime expects it, or several in one file.
 
-    Each tensor is one of a part's under another name, with its axes in another order, or of another type. An input of a
-    part that is an output of an earlier part is connected to it.
+    Each tensor is a tensor of one of the parts, under another name, with its axes in another order, or of another type.
+    An input of a part that is an output of an earlier part is connected to it.
     """
 
     parts: tuple[Graph, ...] = ()
 
     def part(self, source: str) -> Tensor:
-        """The declaration of a part's input or output that is one of the view's."""
+        """The declaration of the input or output called `source` of one of the parts."""
         return next(tensor for part in self.parts for tensor in (*part.inputs, *part.outputs) if tensor.name == source)
 
 
@@ -143,8 +143,8 @@ AUDIO_PROCESSOR_CONFIG = "audio_processor_config.json"
 
 
 class Role(StrEnum):
-    """What a weight matrix of the encoder is for. The value is its module in common/export/wrappers.py, so its name in
-    the graph is `subsampling.out.weight`, `layers.3.attention.query.weight`, … or `projection.weight`."""
+    """What a weight matrix of the encoder is for. The value names its module in common/export/wrappers.py, so in the
+    graph it is called `subsampling.out.weight`, `layers.3.attention.query.weight`, … or `projection.weight`."""
 
     SUBSAMPLING_OUT = "subsampling.out"
     FEED_FORWARD1_EXPAND = "feed_forward1.expand"
@@ -162,7 +162,7 @@ class Role(StrEnum):
     PROJECTION = "projection"
 
 
-# A checkpoint may lack these: subsampling by stacked frames has a matrix of another form, and few encoders end in one.
+# A checkpoint may lack these: subsampling by stacked frames has another matrix, and few encoders end in a projection.
 ROLES_OUTSIDE_LAYERS = (Role.SUBSAMPLING_OUT, Role.PROJECTION)
 LAYER_ROLES = tuple(role for role in Role if role not in ROLES_OUTSIDE_LAYERS)  # every layer has each of them
 _ENCODER_WEIGHT = re.compile(

@@ -1,4 +1,4 @@
-"""Progress bars of one form for everything that takes more than a few seconds; none is drawn where stderr is a pipe."""
+"""Uniform progress bars for everything that takes more than a few seconds; none is drawn where stderr is a pipe."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -17,9 +17,9 @@ def progress(items: Iterable[T], *, total: int, task: str, unit: str) -> Iterato
 
 
 def progress_bar(*, total: float | None, task: str, unit: str, shown: bool = True) -> Any:
-    """A bar to move by hand: a context manager with `update(steps)`; `write(line)` prints above it.
+    """A bar that the caller moves: a context manager with `update(steps)`; `write(line)` prints above it.
 
-    total: None where it is not known; the bar then counts.
+    total: None where it is not known; the bar then only counts.
     """
-    # smoothing=0: the time left follows from the average of all steps, since their cost varies.
+    # smoothing=0: the time left is computed from the average of all steps, since their cost varies.
     return tqdm(total=total, desc=task, unit=unit, smoothing=0, leave=False, disable=None if shown else True)

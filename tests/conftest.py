@@ -28,16 +28,16 @@ KEPT_MODELS = 3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests first: a worker of pytest-xdist takes one file after the other, and none shall
-    begin with a long one when the others have come to an end."""
+    """Run the files with the most slow tests first: a worker of pytest-xdist takes one file after the other, and none
+    should begin a long file when the others have already finished."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
 def speed_is_not_measured():
-    """Where an optimization runs in this process: two processes and seconds of runs each time. tests/test_pages.py
-    measures it."""
+    """Where an optimization runs in this process, speed is not measured, since that takes two processes and seconds of
+    runs each time. tests/test_pages.py measures it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimized_folder, "measure_speed", lambda graphs: None)
         yield
@@ -45,9 +45,9 @@ def speed_is_not_measured():
 
 @pytest.fixture(scope="session", autouse=True)
 def restore_with_nemo() -> Iterator[Callable[[Path, str, Path], Any]]:
-    """Let NeMo restore a checkpoint once in this process, since the lists of its 8192 labels take NeMo seconds. The
-    file is checked each time. A test that changes a model, or looks at how it is restored, puts into place what this
-    gives: the function that always restores."""
+    """Let NeMo restore a checkpoint only once in this process, since the lists of its 8192 labels take NeMo seconds.
+    The file is checked each time. This gives the function that always restores; a test that changes a model, or looks
+    at how it is restored, puts that function back into place."""
     restore = nemo._restore
     models: dict[tuple[str, str], Any] = {}  # the one used last at the end
 
@@ -66,7 +66,7 @@ def restore_with_nemo() -> Iterator[Callable[[Path, str, Path], Any]]:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """`made_once(name, make)`: the folder of that name, which the first worker that asks for it makes by `make(folder)`
+    """`made_once(name, make)`: the folder of that name. The first worker that asks for it makes it by `make(folder)`
     while the others wait."""
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"

@@ -52,7 +52,7 @@ def rejected(capsys, script, *argv) -> str:
     return error
 
 
-# Begins a program that optimizes in a process of its own, where conftest.py does not reach.
+# The beginning of a program that optimizes in a process of its own, to which the fixtures of conftest.py do not apply.
 WITHOUT_SPEED = """
 from common.report import optimized_folder
 optimized_folder.measure_speed = lambda graphs: None
@@ -276,7 +276,7 @@ def run_python(program: str, *argv: object, **options: Any) -> subprocess.Comple
 
 
 def runtime_texts(layout: Layout, folder: Path) -> list[str]:
-    """What onnx-asr or sherpa-onnx, from PyPI, transcribes of the bundled clips with a folder in its layout."""
+    """The transcripts of the bundled clips by onnx-asr or sherpa-onnx, from PyPI, with a folder in its layout."""
     if layout is SHERPA_ONNX:
         done = run_python(SHERPA_PROGRAM, folder, *CLIPS)
         assert done.returncode == 0, done.stderr
@@ -293,8 +293,8 @@ BIT_DB = 6 * (8 - BITS)  # of error that a missing bit is worth
 
 
 def reproducible(path: Path) -> object:
-    """What the same input gives again of a file: its checksum; of a manifest all but the checksums of reports, which
-    have a date and speeds; of a report nothing."""
+    """The part of a file that the same input gives again: its checksum; for a manifest, all but the checksums of
+    reports, which have a date and speeds; for a report, nothing."""
     if path.name in REPORT_FILES:
         return None
     try:
@@ -307,7 +307,7 @@ def reproducible(path: Path) -> object:
 
 
 def shard(folder: Path) -> dict:
-    """Save the tensors in two files as transformers does, the smaller one first; the content of the index."""
+    """Save the tensors in two files as transformers does, the smaller one first; return the content of the index."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")

@@ -16,11 +16,11 @@ LOGIN_PAGE = b"<html>Welcome to our wireless network. Please sign in.</html>"
 
 
 class Hub:
-    """`files`: path on the hub ("owner/model/model.nemo") → content. What it was asked is in `asked`.
+    """`files`: path on the hub ("owner/model/model.nemo") → content. The requests that it got are in `asked`.
 
-    A JSON file is sent as it is. Any other is in LFS: a redirect to a content network of another origin, here
-    "localhost" beside "127.0.0.1", and only the redirect tells commit, size and SHA-256. `heads` and `gets` hold what
-    becomes of the next requests for either: a status; (status, headers); ("drop" | "reset" | "stall" | "flip", bytes
+    A JSON file is sent as it is. Any other file is in LFS: a redirect to a content network of another origin, here
+    "localhost" beside "127.0.0.1", and only the redirect gives commit, size and SHA-256. `heads` and `gets` hold the
+    faults for the next HEAD and GET requests: a status; (status, headers); ("drop" | "reset" | "stall" | "flip", bytes
     sent before); "login"; "no range"; a number of bytes a second as ("slow", rate).
     """
 
@@ -34,7 +34,7 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def fetched(self) -> set[str]:
-        """The names of the files that were sent, not only asked after."""
+        """The names of the files whose content was sent, not only asked about."""
         files = reversed(self.files.items())  # of two files of one content the first one is named
         named = {f"/content/{hashlib.sha256(content).hexdigest()}": path for path, content in files}
         paths = (named.get(path, path) for method, path, _ in self.asked if method == "GET")

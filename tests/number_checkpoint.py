@@ -14,8 +14,8 @@ TOKENS = "▁0123456789"  # what the checkpoint transcribes: digits, and the spa
 NEVER = -1000.0  # bias of all other pieces, of the blank, and of duration 0
 DIRECTIONS = 8  # in which the joint's hidden values differ most
 SHARPNESS = 10.0  # deviation of a logit along each, so that no runtime's rounding decides which is the largest
-ENCODER_SHARE = 0.01  # what is left of the encoder in the joint, so that sherpa-onnx's features give the same tokens
-SEED = 1173  # of the joint; one of those with several numbers of several digits
+ENCODER_SHARE = 0.01  # of the encoder's weight in the joint: so little that sherpa-onnx's features give the same tokens
+SEED = 1173  # of the joint; one of the seeds that give several numbers of several digits
 
 
 def v3_tokenizer() -> bytes:
@@ -27,7 +27,7 @@ def v3_tokenizer() -> bytes:
 def write_number_checkpoint(path: Path) -> None:
     """Write the checkpoint: v3's topology in small, random weights, a joint that is biased towards digits.
 
-    Which digit follows is decided by those before it, in the prediction network; how many there are, by the frames.
+    The prediction network decides from the digits so far which digit follows; the frames decide how many there are.
     """
     quiet_libraries()
     import torch
@@ -52,7 +52,7 @@ def write_number_checkpoint(path: Path) -> None:
 
 
 def small_config(pieces: list[str]) -> dict:
-    """v3's config with its lists of pieces, and layers as small as they get."""
+    """v3's config with its lists of pieces, and with layers as small as possible."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     config["labels"] = config["joint"]["vocabulary"] = pieces
     width, hidden = 64, 32

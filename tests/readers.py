@@ -16,7 +16,7 @@ from common.folder.outputs import write_json
 class Readers:
     """One exported tokenizer as SentencePiece, `tokenizers` and ORT GenAI (its tokenizer, its processor) read it.
 
-    What SentencePiece is asked for is decided by the model alone, not by the code that writes the exported files.
+    The model alone decides what SentencePiece is asked for, not the code that writes the exported files.
     """
 
     def __init__(self, model: bytes, folder: Path):
@@ -39,13 +39,13 @@ class Readers:
         return [name for name in names if (bare := name.lstrip("▁"))[1:-1] and bare[0] + bare[-1] in ("<>", "[]")]
 
     def decode(self, ids: list[int]) -> str:
-        """What SentencePiece shows for these ids but for marks, the unknown piece and the blank, and all others do."""
+        """SentencePiece's text for these ids without marks, the unknown piece and the blank; all readers show it."""
         expected = self.sentencepiece.decode([index for index in ids if index not in self.no_text])
         assert self.shown(ids) == expected, ids
         return expected
 
     def shown(self, ids: list[int]) -> str:
-        """What the readers of the exported files show."""
+        """The text that the readers of the exported files show."""
         text = self.hugging_face.decode(ids)
         assert self.genai.decode(np.array(ids, np.int32)) == text, ids
         assert self.processor.decode(np.array(ids, np.int32)) == text, ids
@@ -58,7 +58,7 @@ class Readers:
 
 
 def write_stub_model(folder: Path, vocab_size: int) -> None:
-    """The least that og.Model loads as parakeet_tdt: three graphs of constants and a config."""
+    """Write the least that og.Model loads as parakeet_tdt: three graphs of constants and a config."""
     f32, i64, width = TensorProto.FLOAT, TensorProto.INT64, 4
     state = [1, 1, width]
     graphs = {

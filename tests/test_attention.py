@@ -1,4 +1,4 @@
-"""Attention in blocks of queries against NeMo's own, at the lengths where one block begins and another ends."""
+"""Attention in blocks of queries against NeMo's own attention, at the lengths where a block begins or ends."""
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def test_few_position_scores_are_computed_and_thrown_away(attention, monkeypatch
     _, positions = layers.RelativePositions(WIDTH, None)(x)
     blocks = layers.attention_blocks(torch.zeros(1, 1, 1, frames), layers.BLOCKS, of_each_row=False)
     layers.RelativeAttention(attention)(x, positions, blocks)
-    assert frames**2 < sum(computed) <= (1 + 1 / layers.BLOCKS) * frames**2  # all at once: twice as many as are needed
+    assert frames**2 < sum(computed) <= (1 + 1 / layers.BLOCKS) * frames**2  # in one block it is twice as many
 
 
 def test_shape_arithmetic_is_shared_by_the_layers(tiny_export):

@@ -1,10 +1,10 @@
-"""The page of docs/runtimes.md in Chromium: parakeet.js on the folder for onnx-asr transcribes what NeMo does.
+"""The page of docs/runtimes.md in Chromium: parakeet.js gives NeMo's transcripts with the folder for onnx-asr.
 
-`make browser` installs what this needs; where it is missing these tests are skipped.
+`make browser` installs what these tests need; where it is missing they are skipped.
 
-parakeet.js 1.4.4 has the prediction network's size in its code: two layers of 640, those of published checkpoints.
-The bundled checkpoint has two of 64, and is widened here with units of zero weights: an LSTM unit without weights
-stays at zero, so the function is the same, and NeMo's transcripts of the checkpoint as it is are the reference.
+parakeet.js 1.4.4 has the prediction network's size in its code: two layers of 640, as in published checkpoints. The
+bundled checkpoint has two layers of 64 and is widened here with units of zero weights. An LSTM unit without weights
+stays at zero, so the function is the same, and NeMo's transcripts by the original checkpoint are the reference.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Calibration: codes with error feedback, damages against plain runs of the exported graph, what a budget buys."""
+"""Calibration: codes with error feedback, damages compared with plain runs of the exported graph, and size budgets."""
 
 import json
 from collections import Counter
@@ -46,7 +46,7 @@ def calibration(tiny_export, speech) -> FittedWidths:
 
 @pytest.fixture(scope="module")
 def unseen(tiny_export) -> np.ndarray:
-    """A clip that nothing was calibrated on, [1, M, T]"""
+    """A clip that no calibration has used, [1, M, T]."""
     genai = GenAI(tiny_export)
     return genai.features(genai.config.read_audio(read_clips(CLIPS)[0].path))[None]
 
@@ -116,8 +116,8 @@ def test_batches_hold_no_padding_and_nearly_all_speech():
 
 @pytest.mark.slow
 def test_damage_is_what_the_exported_graph_shows(tiny_export, tmp_path, speech, calibration):
-    """Quantizing one weight alone, in MatMulNBits, inputs smoothed: on the batch that damage is measured on, and on all
-    speech."""
+    """Quantize one weight alone, in MatMulNBits with smoothed inputs: on the batch that damage is measured on, and on
+    all speech."""
     weights = list(quantizable(load(tiny_export / ENCODER.file)))
     assert list(calibration.weights) == weights
     part = speech.batches[len(speech.batches) // 2]
@@ -140,7 +140,7 @@ def test_damage_is_what_the_exported_graph_shows(tiny_export, tmp_path, speech, 
 
 
 def test_a_budget_goes_where_the_damage_per_byte_is(tiny_export, tmp_path, calibration, unseen):
-    """In no more bytes, a plan made of the true damages beats the rule of thumb, and one of swapped damages."""
+    """In no more bytes, a plan from the true damages beats the rule of thumb, and a plan from swapped damages."""
     model = load(tiny_export / ENCODER.file)
     sizes = SizeModel(model, (tiny_export / ENCODER.file).stat().st_size, tensor_bytes)
     true = calibration.sensitivity
@@ -209,7 +209,7 @@ def test_calibrated_int8_in_seven_bits(tiny_export, tmp_path, unseen):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_smoothed_inputs_change_nothing_until_they_are_rounded(fused, tiny_export, tmp_path, calibration, unseen):
-    """Folded factors, and weights times factors, are the same function; of a fused graph too."""
+    """With folded factors and weights times factors the function stays the same, also in a fused graph."""
     path = tiny_export / ENCODER.file
     model = fuse(path)[0] if fused else load(path)
     factors = calibration.factors
@@ -261,7 +261,7 @@ REJECTED = {
         (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "nan"),
         "got nan MB",
     ),
-    "no manifest there": ((*MIXED, "--calibration_manifest", "none.jsonl"), "expected a manifest, got nothing"),
+    "no manifest there": ((*MIXED, "--calibration_manifest", "none.jsonl"), "expected a clip list, got nothing"),
 }
 
 

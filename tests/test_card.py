@@ -1,4 +1,4 @@
-"""The model card: valid front matter, a snippet that runs, no licence that nobody gave, and nobody's own card lost."""
+"""The model card: valid front matter, a snippet that runs, no invented licence, and no loss of a card made by hand."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_front_matter(name, tiny_optimized):
 def test_figures_are_the_manifest_s(tiny_optimized, tiny_export):
     manifest = manifest_of(tiny_optimized)
     text = (tiny_optimized / CARD).read_text()
-    assert text == model_card(manifest, GENAI)  # and so the same again
+    assert text == model_card(manifest, GENAI)  # the same manifest gives the same card
     assert f"| `encoder.onnx` | {manifest['export']['parity']['encoder.onnx']['max_abs']:.1e} |" in text
     assert f"encoder {manifest['optimize']['sqnr_db_on_noise']} dB" in text
     listed = set(re.findall(r"^\| `(\S+)` \| [\d.]+ (?:[kMG]?B)", text, re.M))
@@ -156,7 +156,7 @@ def test_only_an_unedited_card_is_replaced(tiny_export, tmp_path, capsys):
     assert "by hand" not in capsys.readouterr().out
 
     card.write_text("mine")
-    for _ in range(2):  # the first run makes it no more the script's than it was
+    for _ in range(2):  # after the first run it still counts as made by hand
         assert export_tokenizer.main(argv) == 0
         assert card.read_text() == "mine"
         assert f"{card} was written or changed by hand and stays as it is" in capsys.readouterr().out

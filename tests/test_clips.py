@@ -1,4 +1,4 @@
-"""Manifests: which clips they name, which part of each file, and what of them is rejected, before the work."""
+"""Manifests: which clips they name, which part of each file, and what is rejected before the work begins."""
 
 import json
 import os
@@ -63,7 +63,7 @@ class TestSegments:
             np.testing.assert_allclose(found, expected, atol=1e-6)
 
     def test_only_the_part_is_read(self, tmp_path, monkeypatch):
-        """Of an hour, two seconds: where the format has an index of samples, nothing else is decoded."""
+        """Two seconds of an hour: where the format has an index of samples, nothing else is decoded."""
         path = tmp_path / "hour.wav"
         soundfile.write(path, np.tile(np.sin(np.arange(8000) / 9), 3600), 8000, subtype="PCM_U8")
         read = soundfile.SoundFile.read
@@ -94,7 +94,7 @@ class TestSegments:
             load_clip(Clip(path, offset=4.0, duration=4.0), 16000, 1)
 
     def test_are_transcribed_by_every_engine_as_their_own_files_are(self, joined, tiny_export, tmp_path, capsys):
-        """NeMo's manifests give each line its part; today's whole file for each would have three times the words."""
+        """In NeMo's manifests each line names its part; reading the whole file for each would triple the words."""
         path, places = joined
         alone = manifest_of(tmp_path / "alone.jsonl", *({"audio_filepath": str(clip)} for clip in CLIPS))
         rows = [{"audio_filepath": str(path), "offset": at, "duration": long} for at, long in places]
@@ -126,7 +126,7 @@ class TestManifests:
         assert first.line == f"{path}:1"
 
     def test_a_duration_without_an_offset_describes_the_whole_file(self, tiny_export, tmp_path, capsys):
-        """Manifests of corpora have a duration in each line, and not always that of the file."""
+        """Manifests of corpora have a duration in each line, which is not always that of the file."""
         length = soundfile.info(CLIPS[0]).duration
         row = {"audio_filepath": str(CLIPS[0])}
         rows = [
@@ -182,7 +182,7 @@ class TestManifests:
 
 
 def odd_places(folder):
-    """Name → path of what is no regular file."""
+    """Name → path of something that is not a regular file."""
     (folder / "folder").mkdir()
     os.mkfifo(folder / "pipe")
     (folder / "loop").symlink_to("loop")
@@ -191,7 +191,7 @@ def odd_places(folder):
 
 
 class TestBeforeTheWork:
-    """Found before any model is loaded, which would raise here."""
+    """These faults are found before any model is loaded; loading one would raise here."""
 
     @pytest.fixture(autouse=True)
     def no_models(self, monkeypatch):

@@ -30,7 +30,7 @@ class Session:
 
 @pytest.fixture(params=[EXACT_SUM, CUT_OFF_SUM], ids=["with VNNI", "without VNNI"])
 def bits(request, monkeypatch) -> int:
-    """A CPU of each kind, by what its products are, and the number of bits that is exact on it."""
+    """The number of bits that is exact on each kind of CPU, which is told by the sums of its products."""
     monkeypatch.setattr(cpu, "open_session", lambda model: Session(request.param))
     return 8 if request.param == EXACT_SUM else 7
 

@@ -10,14 +10,14 @@ DURATIONS = (0, 1, 2)
 
 
 def logits(token: int, *durations: float) -> np.ndarray:
-    """Token `token` first by 5, then duration logits."""
+    """Token logits in which `token` leads by 5, then duration logits."""
     return np.concatenate([np.eye(3)[token] * 5, durations]).astype(np.float32)
 
 
 def scripted_batch(scripts, rule=NEMO_RULE, max_symbols=3, durations=DURATIONS, ends=None):
     """Decode scripts together: the n-th visit to frame f of script s gives scripts[s][f][n]; the last one repeats.
 
-    The state of the prediction network is all tokens that it was fed; join checks that it is given the right script's.
+    The state of the prediction network is all tokens that it was fed; `join` checks that it gets that of its script.
     """
     visits = [[0] * len(frames) for frames in scripts]
     emitted = [(BLANK,) for _ in scripts]
@@ -83,7 +83,7 @@ def test_both_rules_case_by_case(frames, max_symbols, nemo, genai):
 
 
 def test_state_advances_on_tokens_only():
-    """The join of `scripted` compares the state that it is given with the tokens so far."""
+    """`join` in `scripted` compares the state that it is given with the tokens so far."""
     assert scripted(
         [[BLANK_1], [logits(A, 0, 1, 0)], [BLANK_1], [logits(B, 0, 1, 0)], [BLANK_1]], NEMO_RULE
     ).tokens == [
@@ -95,7 +95,7 @@ def test_state_advances_on_tokens_only():
 @pytest.mark.parametrize("rule", [NEMO_RULE, GENAI_RULE])
 @pytest.mark.parametrize("max_symbols", [2, 3, None])
 def test_utterances_are_decoded_together_as_alone(rule, max_symbols):
-    """Utterances of different lengths, each at its own frame: the decisions are those of decoding each alone."""
+    """Utterances of different lengths, each at its own frame, get the decisions that each gets when decoded alone."""
     scripts = [case[1] for case in CASES if max_symbols or case[2] == 3]
     together = scripted_batch(scripts, rule, max_symbols)
     assert [decisions(one) for one in together] == [decisions(scripted(one, rule, max_symbols)) for one in scripts]
@@ -127,7 +127,7 @@ def test_durations_that_cannot_advance_are_rejected(durations, rule):
 
 
 def test_durations_are_not_their_indices():
-    """With durations [1, 0, 2] a blank's best index 0 is one frame: legal for NeMo's rule, which looks at the value."""
+    """With durations [1, 0, 2], index 0 is one frame. NeMo's rule, which looks at the value, allows it for a blank."""
     assert decisions(scripted([[logits(BLANK, 1, 0, 0)], [BLANK_1]], NEMO_RULE, durations=(1, 0, 2))) == [
         (0, BLANK, 1),
         (1, BLANK, 1),

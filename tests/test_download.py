@@ -1,4 +1,4 @@
-"""The default command, from Hugging Face: through the real client, from a repository that is served on loopback."""
+"""The default command, from Hugging Face: with the real client, from a repository that is served on loopback."""
 
 import hashlib
 import json
@@ -69,7 +69,7 @@ class Shell:
         return self.run(TOKENIZER, "--model_name", model, *argv, **variables)
 
     def tokenizer_after(self, change: str) -> subprocess.CompletedProcess:
-        """A tokenizer export in a process in which the statement `change` has been run first."""
+        """Export a tokenizer in a process that has first run the statement `change`."""
         script = f"import sys; from common.checkpoint import transfer; {change}; "
         script += "import export_tokenizer; sys.exit(export_tokenizer.main())"
         command = [sys.executable, "-c", script, "--model_name", NAME]
@@ -77,7 +77,7 @@ class Shell:
         return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
 
     def rejected(self, *argv, **variables) -> str:
-        """The one line of a tokenizer export that must fail as input does."""
+        """The one line of a tokenizer export that must fail with the exit status for bad input."""
         outcome = self.tokenizer(*argv, **variables)
         assert outcome.returncode == 2, outcome.stdout + outcome.stderr
         assert outcome.stderr.startswith("error: ")
@@ -86,7 +86,7 @@ class Shell:
         return outcome.stderr
 
     def downloaded(self) -> None:
-        """Assert that the cache has the checkpoint, whole, and nothing half."""
+        """Assert that the cache has the whole checkpoint, and no incomplete file."""
         found = self.cache / "models--owner--model" / "snapshots" / COMMIT / "model.nemo"
         assert found.read_bytes() == TINY.read_bytes()
         assert not list(self.cache.rglob("*.incomplete"))
@@ -112,7 +112,7 @@ def test_the_default_command_downloads_exports_and_records_the_commit(shell, hub
     assert manifest["export"]["parity"].keys() == {"encoder.onnx", "decoder.onnx", "joint.onnx"}
     card = (shell.folder / "onnx_models" / "README.md").read_text()
     assert f"--model_name {DEFAULT_MODEL} --revision {COMMIT}" in card
-    # The next step takes it from the cache, the reference of the last one as well, without the network.
+    # The next step takes it from the cache without the network, and so does the reference of the last step.
     asked = len(hub.asked)
     succeeded(shell.run(TOKENIZER, HF_HUB_OFFLINE="1"))
     clip = ROOT / "samples" / "jfk.wav"
@@ -163,7 +163,7 @@ class TestInterrupted:
         environment = shell.environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"}
         process = subprocess.Popen(command, cwd=shell.folder, env=environment, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
-        # What is in the program's own buffer is lost with it, so the size stays below that sent.
+        # What is in the program's own buffer is lost when it is killed, so the file stays smaller than what was sent.
         while not any(path.stat().st_size > HALF // 2 for path in shell.cache.rglob("*.incomplete")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -464,7 +464,7 @@ def test_a_page_of_hugging_face_is_recorded_as_its_name(shell):
 
 
 def test_nothing_that_is_published_has_folder_names_of_the_machine(tmp_path, monkeypatch, capsys):
-    """The checkpoint, the working directory and the second folder each lie in one with a name that is easily found."""
+    """The checkpoint, the working directory and the second folder are each in a folder whose name is easy to find."""
     home, work, models = (tmp_path / name for name in ("alice-secret", "work-secret", "models-secret"))
     for folder in (home, work, models):
         folder.mkdir()
@@ -488,7 +488,7 @@ def test_nothing_that_is_published_has_folder_names_of_the_machine(tmp_path, mon
         for name in published:
             content = (folder / name).read_bytes()
             assert not [part for part in forbidden if part in content], name
-    # What is not published still finds both again, from another working directory.
+    # The files that are not published still lead to both folders, from another working directory.
     monkeypatch.chdir(models)
     capsys.readouterr()
     assert test_real_speech.main(["--model_dir", str(optimized), "--audio", str(CLIPS[0])]) == 0
@@ -540,7 +540,7 @@ class TestForms:
         succeeded(shell.tokenizer("--output_dir", "third", model="owner/new", HF_ENDPOINT="http://127.0.0.1:9"))
         assert not hub.asked
         assert self.source(shell, "again") == self.source(shell, "third") == source
-        # The folder records what recorded_checkpoint, and with it the reference of a comparison, finds again.
+        # The folder records the checkpoint: recorded_checkpoint finds it again for the reference of a comparison.
         (shell.folder / "again" / "manifest.json").write_text(json.dumps({"export": {"source": source}}))
         code = "import sys; from pathlib import Path; from common.checkpoint.source import recorded_checkpoint; "
         command = [sys.executable, "-c", code + "print(recorded_checkpoint(Path(sys.argv[1])))", "again"]

@@ -120,7 +120,7 @@ def test_joint_gives_raw_logits(tiny_export, tiny_model):
     logits = OrtGraph(tiny_export, JOINT)(*(tensor.numpy() for tensor in module.example_inputs(2, 3, 4)))[0]
     assert logits.shape == (2, 3, 4, 8198)
     assert not np.allclose(np.exp(logits).sum(-1), 1, atol=1e-2)
-    assert tiny_model.joint.log_softmax is None  # the wrapper left NeMo's own alone
+    assert tiny_model.joint.log_softmax is None  # the wrapper did not change NeMo's own attribute
 
 
 def test_one_mel_frame_and_long_clips_run(tiny_export):

@@ -40,7 +40,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked 
 @pytest.mark.slow
 @needs_fork
 def test_drills():
-    """Kills, a full disk, hostile and odd input: a part of `make faults`, in a process that can fork."""
+    """Kills, a full disk, hostile and odd input: the short form of `make faults`, in a process that can fork."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.drill", "--short"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -49,7 +49,7 @@ def test_drills():
 
 
 class TestReplacing:
-    """A folder of old files, one of a user's, and a run that writes two new ones."""
+    """A folder with old files and one file of the user's own, and a run that writes two new files."""
 
     @pytest.fixture(params=["exchange", "two renames"])
     def rename(self, request, monkeypatch):
@@ -78,7 +78,7 @@ class TestReplacing:
 
     @needs_fork
     def test_killed_before_every_single_step(self, rename, tmp_path):
-        """An audit hook kills the child at its n-th file operation, n = 1, 2, …, until it comes to its end."""
+        """An audit hook kills the child at its n-th file operation, n = 1, 2, …, until the child runs to its end."""
         killed, seen = 0, set()
         while True:
             place = tmp_path / str(killed)
@@ -276,7 +276,8 @@ def test_the_same_input_gives_the_same_bytes(tiny_export, tiny_optimized, tmp_pa
             assert json.dumps(actual) == json.dumps(expected)
 
 
-# What only NeMo or torch can tell; `make faults` gives them to the scripts. The rest is rejected before NeMo is asked.
+# Faults that only NeMo or torch can find; `make faults` gives them to the scripts. The others are rejected before NeMo
+# is asked.
 LEFT_TO_NEMO = {
     "_target_: a NeMo class that is no encoder",
     "a width of -1",
@@ -319,7 +320,7 @@ class TestCheckpoints:
         assert [path.name for path in tmp_path.iterdir()] == ["bad.nemo"]
 
     def test_nemos_own_guards_are_behind_ours(self, tmp_path):
-        """What our checks let through by mistake NeMo 3.0.0 would not run: its allow-list, its tar filter."""
+        """NeMo 3.0.0 would not run what our checks let through by mistake: it has an allow-list and a tar filter."""
         from nemo.core.classes.common import UnsafeTargetError, safe_instantiate
         from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
         from omegaconf import OmegaConf
@@ -351,7 +352,7 @@ class TestCheckpoints:
 
 
 class TestAudio:
-    """What `make faults` does not show: the reader itself, and a model that would stay on a frame for ever."""
+    """What `make faults` does not test: the reader itself, and a model that would stay on one frame for ever."""
 
     @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
     @pytest.mark.parametrize("rate", [8000, 16000, 44100])
@@ -376,7 +377,7 @@ class TestAudio:
     @needs_fork
     @pytest.mark.parametrize("token", [7, 8192], ids=["a token", "the blank"])
     def test_a_model_that_loves_duration_0_ends(self, token, tiny_export, tmp_path):
-        """The joint's biases say one token and duration 0 on every frame; after ten of them a step is forced."""
+        """The joint's biases choose one token and duration 0 on every frame; after ten tokens a step is forced."""
         folder = tmp_path / "models"
         shutil.copytree(tiny_export, folder)
         proto = onnx.load(folder / "joint.onnx")
@@ -385,7 +386,7 @@ class TestAudio:
         values[[token, 8193]] += 1000
         bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
         onnx.save(proto, folder / "joint.onnx")
-        signal.alarm(60)  # its default is to end the process: better than to hang
+        signal.alarm(60)  # by default this signal ends the process, which is better than to hang
         try:
             genai, raw = GenAI(folder), RawOrt(folder)
             samples = genai.config.read_audio(audio.SPEECH)

@@ -1,4 +1,4 @@
-"""Float16 graphs: what they hold, that nothing overflows in them, and that it would without the guard."""
+"""Float16 graphs: what they hold, that nothing overflows in them, and that values would overflow without the guard."""
 
 import dataclasses
 import json
@@ -104,7 +104,8 @@ def test_manifest_names_what_stayed_float32(folder):
 
 
 def test_attention_is_in_one_block_whose_values_were_all_measured(folder, tiny_export):
-    """In blocks, those that no measured clip is long enough for would become float16 whatever they hold."""
+    """No measured clip is long enough for some of the blocks that attention otherwise has; those would become float16
+    whatever their values are."""
     graphs = [onnx.load(path / ENCODER.file, load_external_data=False).graph for path in (folder, tiny_export)]
     counts = [sum(node.op_type == "Softmax" for node in graph.node) for graph in graphs]
     assert counts == [5, 5 * layers.BLOCKS]
@@ -147,7 +148,7 @@ def test_sums_inside_a_product_are_measured(tmp_path):
 
 
 def test_positions_beyond_2048_stay_exact(tiny_export, features, tmp_path, monkeypatch):
-    """Positions beyond float16's 2048 are exact, which they are not when they are counted in float16."""
+    """Float16 counts exactly up to 2048. Positions beyond that stay exact, since they are not counted in float16."""
     ranges = measure_ranges(tiny_export, features[:1])[ENCODER.name]
     frames = 2200 * 8
     clip = np.tile(features[0], (1, frames // features[0].shape[1] + 1))[None, :, :frames], np.array([frames])

@@ -1,4 +1,4 @@
-"""NeMo's own text beside the exported folder's, and parts of different checkpoints."""
+"""NeMo's own text compared with the exported folder's, and folders with parts of different checkpoints."""
 
 import io
 import json
@@ -34,7 +34,7 @@ from common.run.nemo import Nemo
 from tests.helpers import SAMPLES, TINY, rejected
 
 CLIPS = [SAMPLES / "clips" / f"{name}.flac" for name in ("029_hibari", "128_rms", "105_slt")]
-# Pieces that the bundled checkpoint emits on CLIPS, and those that take their places, whose text differs by rule.
+# Pieces that the bundled checkpoint emits on CLIPS, and the pieces that replace them, whose text differs by rule.
 SWAPS = {"▁b": "▁¿", "3": "<unk>", "th": "<|es|>", "8": "%"}
 
 
@@ -137,7 +137,7 @@ def test_a_tokenizer_that_hides_digits_is_noticed(both_parts, swapped, capsys):
 
 
 def test_a_graph_that_cannot_decide_does_not_excuse_itself(tiny_export, tmp_path, capsys):
-    """All logits alike: each decision of the broken joint is a near tie, none of NeMo's is."""
+    """All logits are alike: each decision of the broken joint is a near tie, and none of NeMo's decisions is."""
     folder = tmp_path / "models"
     shutil.copytree(tiny_export, folder)
     data = np.memmap(folder / "joint.onnx.data", dtype=np.float32, mode="r+")
@@ -265,7 +265,7 @@ class TestPartsOfDifferentCheckpoints:
 
     def test_the_tokenizer_of_another_checkpoint_is_not_exported(self, exported_over, swapped, capsys):
         before = sorted(exported_over.iterdir())
-        for argv in (("--model_name", TINY), ()):  # another, and step 1's flag forgotten: no download either
+        for argv in (("--model_name", TINY), ()):  # another model, or step 1's flag forgotten: no download either
             error = rejected(capsys, export_tokenizer, "--output_dir", exported_over, *argv)
             assert f"run: python export_tokenizer.py --output_dir {exported_over} --model_name {swapped}" in error
         assert sorted(exported_over.iterdir()) == before
@@ -319,7 +319,7 @@ class TestPartsOfDifferentCheckpoints:
 
     @pytest.mark.parametrize("layout", [ONNX_ASR, SHERPA_ONNX], ids=lambda layout: layout.runtime)
     def test_the_vocabulary_of_another_layout_fits_its_logits(self, layout, tiny_export, tmp_path):
-        # A copy, because the view is a second name of the source's data file, and onnx reads no file of several names.
+        # A copy, because the view's data file is a hard link to the source's, and onnx reads no such file.
         source = shutil.copytree(tiny_export, tmp_path / "source")
         write_view(layout.graphs[-1], source, tmp_path, {})
         lines = (tiny_export / "vocab.txt").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""int8 products of weights that lie in the file in 4 bits: the tensors, the graph, the runtimes, the size budget."""
+"""int8 products of weights that the file stores in 4 bits: the tensors, the graph, the runtimes, the size budget."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def optimized(source: Path, target: Path, *flags: str) -> dict:
 
 @pytest.fixture(scope="module")
 def calibrated(tiny_runtimes, tmp_path_factory) -> Path:
-    """For every runtime, fitted to the bundled clips."""
+    """Folders for every runtime, with weights fitted to the bundled clips."""
     folder = tmp_path_factory.mktemp("calibrated") / "out"
     argv = ["--model_dir", str(tiny_runtimes), "--output_dir", str(folder), *FLAGS, *CALIBRATED]
     assert optimize_encoder.main(argv) == 0
@@ -125,7 +125,7 @@ def test_columns_and_rows_of_zeros_stay_zeros():
 
 @pytest.mark.parametrize("bits", [4, 7, 8])
 def test_the_order_of_rows_does_not_show_in_the_result(bits):
-    """Codes are those of the rows they were made for, whatever order they were rounded in."""
+    """Every row gets its own codes, whatever the order in which the rows were rounded."""
     weight = MATRICES["gaussian"]
     x = RNG.standard_normal((500, len(weight)), dtype=np.float32) * np.logspace(-1, 1, len(weight), dtype=np.float32)
     packed = fitted_columns(weight, bits, x)
@@ -232,10 +232,10 @@ def test_the_product_is_that_of_rounded_rows_and_four_bits(opset):
     x = RNG.standard_normal((2, 6, 64), dtype=np.float32)
     scale = np.maximum(x.max(axis=-1) / 127, -x.min(axis=-1) / 128)[..., None]
     rows = np.clip(np.rint(x / scale), -128, 127) * scale
-    wanted = rows @ columns.rounded_columns(weight, 4).weight
+    reference = rows @ columns.rounded_columns(weight, 4).weight
     disabled = {"graph_optimization_level": ort.GraphOptimizationLevel.ORT_DISABLE_ALL}
     for options in ({}, disabled):  # folded, and not
-        assert sqnr_db(wanted, run(lifted, x, **options)) > 50
+        assert sqnr_db(reference, run(lifted, x, **options)) > 50
 
 
 # ---- folders
@@ -328,8 +328,8 @@ PROGRAMS = {
 
 
 def profiled(runtime: str, folder: Path, scratch: Path, level: int) -> tuple[list, list[dict]]:
-    """What a runtime transcribes, and the events of its encoder's session: ONNX Runtime reads a session's options from
-    the model where ORT_LOAD_CONFIG_FROM_MODEL says so, in whichever library it is built in."""
+    """The transcripts of a runtime, and the events of its encoder's session. Where ORT_LOAD_CONFIG_FROM_MODEL is set,
+    ONNX Runtime reads a session's options from the model, whichever library it is built into."""
     shutil.copytree(folder, scratch / "model")
     program, file = PROGRAMS[runtime]
     proto = onnx.load(scratch / "model" / file, load_external_data=False)
@@ -355,7 +355,8 @@ def profiled(runtime: str, folder: Path, scratch: Path, level: int) -> tuple[lis
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", PROGRAMS)
 def test_every_runtime_unpacks_the_weights_once(runtime, calibrated, tmp_path):
-    """In its own ONNX Runtime no Cast of a weight runs; with optimization switched off they do, and say the same."""
+    """In each runtime's own ONNX Runtime no Cast of a weight runs. With optimization switched off the Casts do run, and
+    the transcripts are the same."""
     texts, unpacked = {}, {}
     for level in (99, 0):  # ORT_ENABLE_ALL, ORT_DISABLE_ALL
         scratch = tmp_path / str(level)
@@ -376,7 +377,7 @@ def encode(folder: Path, features: np.ndarray) -> np.ndarray:
 
 @pytest.mark.slow
 def test_calibration_and_a_budget_buy_exactness(tiny_export, tmp_path, plain):
-    """Fitted to all bundled clips but one, measured on that one."""
+    """The weights are fitted to all bundled clips but one, and measured on that one."""
     rows = SAMPLE_LIST.read_text().splitlines()
     manifest = tmp_path / "others.jsonl"
     clips = [json.loads(row) for row in rows[1:]]
@@ -395,9 +396,9 @@ def test_calibration_and_a_budget_buy_exactness(tiny_export, tmp_path, plain):
     assert sizes[0] < sizes[1] < sizes[2]
     genai = GenAI(tiny_export)
     features = genai.features(genai.config.read_audio(read_clips(SAMPLE_LIST)[0].path))[None]
-    wanted = encode(tiny_export, features)
+    reference = encode(tiny_export, features)
     folders = (plain, *(tmp_path / name for name in ("low", "mixed", "high")))
-    ratios = [sqnr_db(wanted, encode(folder, features)) for folder in folders]
+    ratios = [sqnr_db(reference, encode(folder, features)) for folder in folders]
     assert ratios[0] + 0.7 < ratios[1] < ratios[2] - 3  # 1.2 dB measured, fitted to 27 s of other clips
     assert ratios[2] < ratios[3]
 

@@ -59,7 +59,7 @@ def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
 
 
 def rounded_rows(x: np.ndarray, zero: int) -> np.ndarray:
-    """x [..., K] by way of uint8 with a scale for each row."""
+    """x [..., K] rounded to uint8 and back, with a scale for each row."""
     high, low = x.max(axis=-1, keepdims=True), x.min(axis=-1, keepdims=True)
     scale = np.maximum(high / (255 - zero), -low / zero if zero else 0)
     scale = np.where(scale == 0, 1, scale)
@@ -76,7 +76,7 @@ LOUD_AND_QUIET = RNG.standard_normal((2, 5, K), dtype=np.float32) * np.logspace(
     2, 5, 1
 )
 
-# What makes x before the product, the code of 0 that follows from it, the same in NumPy.
+# The operators that make x before the product, the code of 0 that follows from them, and the same in NumPy.
 SOURCES = {
     "anything": ([helper.make_node("Identity", ["x"], ["a"])], 128, lambda x: x),
     "SiLU": (
@@ -172,7 +172,7 @@ def test_even_rows_have_one_scale():
 
 
 def test_pairs_saturate_on_avx2_unless_the_range_is_reduced():
-    """vpmaddubsw: the sum of two products uint8 · int8 is cut to int16."""
+    """The instruction vpmaddubsw saturates the sum of two products uint8 · int8 to int16."""
     weight = np.abs(RNG.standard_normal((K, N), dtype=np.float32)) + 1
     x = rounded = np.full((1, K), 255)  # a row of one loud value, as ReLU leaves it
     cut = {}
@@ -241,7 +241,7 @@ def test_error_does_not_grow_with_length_or_batch(tiny_export, int8_folder):
     batch = np.concatenate((features[:, :, :1000], np.pad(short, ((0, 0), (0, 0), (0, 500)), constant_values=50)))
     (outputs, lengths), (alone, _) = found(batch, np.array([1000, 500])), found(short, np.array([500]))
     valid = outputs[1:, :, : lengths[1]]
-    # What is beyond a clip's end does not reach it; but the scale of positions is that of the longest clip.
+    # Frames beyond a clip's end do not affect it; but the scale of positions is that of the longest clip.
     assert sqnr_db(alone, valid) > 40
 
 

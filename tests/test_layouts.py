@@ -1,4 +1,4 @@
-"""The other runtimes themselves, from PyPI, on folders laid out for them: their texts must be NeMo's."""
+"""The other runtimes themselves, from PyPI, run folders in their layouts: their transcripts must be NeMo's."""
 
 import dataclasses
 import errno
@@ -151,7 +151,7 @@ def test_the_speed_of_one_encoder_is_in_the_reports_of_all_runtimes(exported, tm
     ids=lambda value: value.runtime if isinstance(value, Layout) else value[-1],
 )
 def test_one_optimized_folder_is_transcribed_as_by_genai(layout, flags, exported, tmp_path):
-    """4-bit weights change words, so the measure is GenAI with the same weights."""
+    """4-bit weights change words, so the transcripts are compared with those of GenAI with the same weights."""
     for name in (GENAI.runtime, layout.runtime):
         argv = ("--model_dir", str(exported / name), "--output_dir", str(tmp_path / name), *flags)
         assert optimize_encoder.main(argv) == 0
@@ -180,7 +180,7 @@ def renamed(view, names: dict[str, str]):
     ids=["states in", "states out"],
 )
 def test_a_swap_is_noticed(view, one, other, exported, tmp_path):
-    """Here the swapped tensors have one shape: only values tell."""
+    """The swapped tensors have the same shape, so that only their values show the swap."""
     source = shutil.copytree(exported / GENAI.runtime, tmp_path / "source")  # not shared: onnx_ir can join its graphs
     right, wrong = tmp_path / "right", tmp_path / "wrong"
     for folder, each in ((right, view), (wrong, renamed(view, {one: other, other: one}))):
@@ -253,7 +253,7 @@ def test_a_checkpoint_that_a_runtime_cannot_compute_is_rejected_by_name(runtime,
 
 
 def test_a_hotword_changes_a_transcript_of_sherpa_onnx(exported, tmp_path):
-    """By the program in the documentation, with what it does without hotwords as the reference."""
+    """Run the program in the documentation; its transcript without hotwords is the reference."""
     section = (ROOT / "docs/runtimes.md").read_text(encoding="utf-8").split("\n## Hotwords in sherpa-onnx\n")[1]
     program = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     program = program.replace("onnx_models_all", str(exported)).replace("audio.wav", str(CLIPS[5]))
@@ -265,7 +265,7 @@ def test_a_hotword_changes_a_transcript_of_sherpa_onnx(exported, tmp_path):
 
 
 def test_bpe_vocab_holds_every_piece_in_the_order_of_the_tokens(exported):
-    """Named by SentencePiece itself. Scores of a Unigram model are its own."""
+    """SentencePiece itself names the pieces. The scores of a Unigram model are its own."""
     processor = SentencePieceProcessor(model_proto=NEMO.read_tokenizer(TINY))
     pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
     lines = (exported / SHERPA_ONNX.runtime / "bpe.vocab").read_text(encoding="utf-8").splitlines()
@@ -373,7 +373,7 @@ def check_toy_supports(spec: ModelSpec) -> None:
 
 @pytest.fixture
 def toy() -> Iterator[Layout]:
-    """A layout of its own kind, in the registry for one test."""
+    """A new layout, which is in the registry for one test."""
     yield register(
         Layout(
             runtime="toy",

@@ -1,4 +1,4 @@
-"""The features as a graph, against NeMo's own preprocessor, and onnx-asr's own command line on the folder."""
+"""The graph of the features against NeMo's own preprocessor, and onnx-asr's own command line on the folder."""
 
 import dataclasses
 import json
@@ -43,8 +43,8 @@ NUMBERS = {
 def test_the_graph_computes_nemos_features(numbers, spec):
     """A ragged batch of speech, speech before silence, and a clip of five frames less one sample.
 
-    Bands whose energy is below the guard of the logarithm are left out: their features are its rounding, divided by a
-    deviation that is nearly 0.
+    Bands whose energy is below the guard of the logarithm are left out: their features are rounding errors of the
+    logarithm, divided by a deviation that is nearly 0.
     """
     import torch
     from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
@@ -76,8 +76,8 @@ def test_the_graph_computes_nemos_features(numbers, spec):
     assert made.dtype == np.float32
     assert made.shape[1] == spec.num_mels
     assert made_lengths.tolist() == expected_lengths.tolist()
-    for actual, wanted, length in zip(made, expected.numpy(), made_lengths, strict=True):
-        np.testing.assert_allclose(actual[:, :length], wanted[:, :length], rtol=0, atol=FEATURES_TOLERANCE)
+    for actual, reference, length in zip(made, expected.numpy(), made_lengths, strict=True):
+        np.testing.assert_allclose(actual[:, :length], reference[:, :length], rtol=0, atol=FEATURES_TOLERANCE)
         assert not actual[:, length:].any()
 
 

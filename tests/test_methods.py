@@ -45,7 +45,7 @@ def bfloat16(weight: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedMethod(QuantMethod[Rounded]):
-    """A kind of its own: no new operator, nothing smaller."""
+    """A new kind of method, which needs no new operator and makes nothing smaller."""
 
     def plan(self, weights: Mapping[str, EncoderWeight], options: WeightOptions) -> Plan:
         return {name: Format(16) for name, weight in weights.items() if weight.role != Role.ATTENTION_POSITION_SINE}
@@ -186,7 +186,7 @@ def test_each_method_takes_the_flags_that_it_declares(name):
 
 
 def linear_names(encoder) -> list[str]:
-    """Names of the weight matrices of a wrapped encoder: of every module that multiplies by one."""
+    """Names of the weight matrices of a wrapped encoder, one for every module that multiplies by a matrix."""
     from torch import nn
 
     from common.export.wrappers import Linear
@@ -259,7 +259,7 @@ def test_a_role_that_matches_nothing_in_a_layer_is_an_error(tiny_export):
 
 
 def test_small_matrices_stay_float32_and_have_roles(tiny_export, monkeypatch):
-    """Whether a role matches is decided by all matrices, not by those that are large enough."""
+    """All matrices decide whether a role matches, not only those that are large enough to quantize."""
     model = load(tiny_export / ENCODER.file)
     monkeypatch.setattr("common.quantize.rewrite.MIN_WEIGHTS", 128 * 129)
     plan = plan_encoder(model, RTN, WeightOptions())

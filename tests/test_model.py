@@ -1,4 +1,4 @@
-"""Reading checkpoints and configs: every number from the checkpoint, refusals by name."""
+"""Reading checkpoints and configs: every number comes from the checkpoint, and errors name what is not supported."""
 
 import contextlib
 import hashlib
@@ -55,7 +55,7 @@ def test_genai_config(spec, tiny_export):
 
 @pytest.mark.parametrize(("section", "read"), [("encoder", True), ("decoder", True), ("joiner", False)])
 def test_which_sections_genai_reads_providers_from(section, read, tiny_export, tmp_path):
-    """The wheel without CUDA rejects a provider that it registers, and takes one that it overlooks."""
+    """The wheel without CUDA rejects a CUDA provider in a section that it reads, and overlooks one elsewhere."""
     shutil.copytree(tiny_export, tmp_path / "models")
     path = tmp_path / "models" / "genai_config.json"
     config = json.loads(path.read_text())
@@ -135,7 +135,7 @@ WINDOW, FILTER_BANK = "preprocessor.featurizer.window", "preprocessor.featurizer
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("saved_as", ["half", "float32 again"])
 def test_a_checkpoint_saved_in_half_precision_has_the_features_of_its_config(dtype, saved_as, tiny_model, tmp_path):
-    """`model.half()` rounds window and filter bank, which stay rounded in a float32 checkpoint that is made of it."""
+    """`model.half()` rounds window and filter bank, and they stay rounded in a float32 checkpoint made from it."""
     import numpy as np
     import torch
 
@@ -164,7 +164,7 @@ def another_window(weights):
 
 
 def a_window_beside_the_grid(weights):
-    """As far from Hann as float16 is at most, but not rounded."""
+    """A window as far from Hann's as rounding to float16 takes it at most, but not rounded."""
     weights[WINDOW] = weights[WINDOW].float() * (1 + 4.5e-4)
 
 
@@ -194,7 +194,7 @@ def test_what_rounding_does_not_explain_is_named(change, named, tmp_path):
 
 
 def test_the_model_is_what_nemo_restores_by_itself(restore_with_nemo, tmp_path):
-    """With the labels that are left out of its config, which are long lists."""
+    """Its config even has the labels, long lists that are left out while the model is restored."""
     import torch
     from nemo.collections.asr.models import ASRModel
     from omegaconf import OmegaConf
@@ -209,7 +209,7 @@ def test_the_model_is_what_nemo_restores_by_itself(restore_with_nemo, tmp_path):
 
 
 def test_a_checkpoint_is_unpacked_where_there_is_room(monkeypatch, tmp_path, restore_with_nemo):
-    """The disk of temporary files is full, the working directory's is not, then both are."""
+    """First only the disk of temporary files is full, then that of the working directory as well."""
     import tempfile
     from collections import namedtuple
 
@@ -248,7 +248,7 @@ def test_other_families_are_rejected(change, tmp_path):
 
 class TestFormats:
     def test_a_format_is_one_object_that_the_scripts_find(self, tmp_path, monkeypatch):
-        """A folder with a checkpoint inside, which is a format of its own as soon as it is registered."""
+        """A folder with a checkpoint inside becomes a format of its own as soon as that is registered."""
         folder = tmp_path / "checkpoint"
         folder.mkdir()
         shutil.copy(TINY, folder / "model.toy")

@@ -41,7 +41,7 @@ CLIP = SAMPLES / "clips" / "029_hibari.flac"
 
 @pytest.fixture(scope="module")
 def samples() -> np.ndarray:
-    """A clip of a whole number of hops, of which every runtime computes the same features."""
+    """A clip of a whole number of hops, for which every runtime computes the same features."""
     loaded = load_clip(Clip(CLIP), 16000, 0)
     return loaded[: len(loaded) // 160 * 160]
 
@@ -64,7 +64,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory) -> Path:
-    """The checkpoint of numbers for every runtime."""
+    """The checkpoint of numbers, exported for every runtime."""
     return export_for_every_runtime(checkpoint, tmp_path_factory.mktemp("numbers") / "onnx_models")
 
 
@@ -75,7 +75,7 @@ def nemo_model(checkpoint):
 
 @pytest.fixture(scope="module")
 def nemo_text(nemo_model, clip) -> str:
-    """What NeMo itself shows: transcribe() of its own, with its own tokenizer."""
+    """The text that NeMo itself shows, by its own transcribe() and its own tokenizer."""
     try:
         return nemo_model.transcribe([str(clip)], verbose=False)[0].text
     finally:
@@ -148,7 +148,7 @@ def hide(folder: Path, pieces: str) -> None:
     flags = content["added_tokens"][0]
     content["added_tokens"] += [{**flags, "id": names.index(piece), "content": piece} for piece in pieces]
     path.write_text(json.dumps(content), encoding="utf-8")
-    (folder / "manifest.json").unlink()  # whose checksum would tell
+    (folder / "manifest.json").unlink()  # its checksum would show the change
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_end_to_end_fails_where_the_text_is_empty(folder, clip, capsys):
 
 @pytest.mark.parametrize("sentence", ["It costs  $19.99 , 50 % off.", "Il dit : « Oui » à 3 h 30.", "1 2  3"])
 def test_the_round_trip_accepts_several_spaces(exported, sentence):
-    """What GenAI's encoder makes of them is no fault of the folder."""
+    """GenAI's encoder merges several spaces, which is no fault of the folder."""
     genai = GenAI(exported / GENAI.runtime)
     test_e2e.check_tokenizer(
         genai, exported / GENAI.runtime, SentencePieceProcessor(model_proto=v3_tokenizer()).encode(sentence)
@@ -182,7 +182,7 @@ def test_the_round_trip_accepts_several_spaces(exported, sentence):
 
 
 def test_the_round_trip_catches_another_normalisation(folder):
-    """A character map that folds case: text decodes right, and encodes to pieces in lower case."""
+    """With a character map that folds case, text decodes correctly but encodes to pieces in lower case."""
     tokens = SentencePieceProcessor(model_proto=v3_tokenizer()).encode("It costs 50% off.")
     other = io.BytesIO()
     SentencePieceTrainer.train(sentence_iterator=iter(["a b"]), model_writer=other, vocab_size=6, minloglevel=2,
@@ -225,7 +225,7 @@ def test_a_lost_digit_is_a_word_error(text):
 
 
 def test_the_gate_counts_digits_that_optimizing_loses(exported, clip, nemo_text, tmp_path, monkeypatch, capsys):
-    """The tokenizer of the optimized folder hides them, that of the exported one does not."""
+    """The tokenizer of the optimized folder hides digits, and that of the exported folder does not."""
     manifest = tmp_path / "numbers.jsonl"
     manifest.write_text(json.dumps({"audio_filepath": str(clip), "text": nemo_text}), encoding="utf-8")
 

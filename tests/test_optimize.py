@@ -1,4 +1,4 @@
-"""Quantizers against ONNX Runtime's kernels, the fusion against the graph it fuses, optimize_encoder.py as a user."""
+"""Quantizers against ONNX Runtime's kernels, fusion against the graph it fuses, optimize_encoder.py as users run it."""
 
 import json
 import shutil
@@ -107,7 +107,7 @@ def test_error_is_at_most_that_of_onnxruntimes_own_quantizers(name, block):
     codes, scales, zeros = quant_tensor_k_quant_cpu(np.ascontiguousarray(weight.T), 4, block)
     theirs = ((codes - zeros) * scales).reshape(N, K).T
     ours = dequantize(quantize.quantize(weight, 4, block, quantize.k_quant), K, 4)
-    # Each block is judged by its own rms there; over the matrix that is nearly the same.
+    # The quantizer there weights each block by its own rms; over the whole matrix that is nearly the same.
     assert errors(weight, ours)[1] < 1.01 * errors(weight, theirs)[1]
 
 
@@ -262,7 +262,7 @@ def test_every_method_agrees_with_the_export(tiny_export, tmp_path):
         method: optimized(tiny_export, tmp_path / "out", "--quant_method", method)[1]["sqnr_db_on_noise"]
         for method in FITTERS
     }
-    # On noise 16.5 dB for rtn and 16.2 dB for hqq, on the sample clips 20.9 and 20.8: here neither is ahead.
+    # On noise 16.5 dB for rtn and 16.2 dB for hqq, on the sample clips 20.9 and 20.8: neither is better here.
     assert min(sqnr["rtn"], sqnr["hqq"]) > 15
     assert max(sqnr["rtn"], sqnr["hqq"]) + 5 < sqnr["k_quant_mixed"]
 

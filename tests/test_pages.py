@@ -1,4 +1,4 @@
-"""The page of clips to listen to, the verdict of an optimization, and the speed that it states."""
+"""The page of clips to listen to, and the verdict and speed in the report of an optimization."""
 
 import base64
 import copy
@@ -120,7 +120,7 @@ def test_hostile_text_is_text_and_no_other_script_runs():
 
 @pytest.fixture(scope="module")
 def speech_page(tiny_export, tmp_path_factory) -> Page:
-    """Of three clips with texts, by GenAI and plain ONNX Runtime."""
+    """The page of three clips with texts, transcribed by GenAI and plain ONNX Runtime."""
     place = tmp_path_factory.mktemp("page")
     manifest = place / "speech.jsonl"
     rows = [{**row, "audio_filepath": str(clip)} for row, clip in zip(ROWS, CLIPS, strict=True)][:3]
@@ -223,7 +223,7 @@ def test_speed_and_memory_of_two_encoders(tiny_export):
     both = measure_speed([tiny_export / "encoder.onnx"] * 2)
     assert all(each.rtfx > 1 for each in both)
     if sys.platform == "linux":
-        assert all(20e6 < each.peak_memory < 1e9 for each in both)  # this process has NeMo's gigabytes or not
+        assert all(20e6 < each.peak_memory < 1e9 for each in both)  # whether or not this process holds NeMo's gigabytes
 
 
 def test_speed_is_not_measured_where_a_process_ends(tmp_path):

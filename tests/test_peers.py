@@ -1,4 +1,4 @@
-"""benchmarks/peers.py: what is missing is named, and a process of another environment answers or says why not."""
+"""benchmarks/peers.py names what is missing, and a process of another environment answers, or says why it cannot."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 
 OPENVINO, TRANSCRIBE = PEERS[0], PEERS[-1]
 THIS_PYTHON = Path(sys.executable)
-# Prints as chatty runtimes do; takes no time and reports a time of its own.
+# A runtime that prints a lot, as some do; it takes no time and reports a time of its own.
 RUNTIME = """
 import os
 from types import SimpleNamespace

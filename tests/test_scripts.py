@@ -1,4 +1,4 @@
-"""The scripts as a user meets them: bad input gives one line and status 2, and leaves nothing half-written."""
+"""The scripts as a user runs them: bad input gives one line and status 2, and leaves nothing half-written."""
 
 import contextlib
 import json
@@ -292,7 +292,7 @@ def test_a_quick_look_on_another_machine(tiny_export, tmp_path):
 
 
 def test_the_first_transcript_waits_for_genai_alone(tiny_export, capsys, monkeypatch):
-    """It is on the screen before the plain ONNX Runtime sessions are made."""
+    """The transcript is on the screen before the plain ONNX Runtime sessions are made."""
     shown = []
 
     class Late(engines.RawOrt):
@@ -327,16 +327,16 @@ def test_the_engines_and_folders_chosen_are_those_that_run(flags, names, tiny_op
     assert test_real_speech.main(argv) == 0
     assert list(json.loads((tmp_path / "found.json").read_text())["engines"]) == names
     called = {"GenAI": "GenAI", "ONNX Runtime": "RawOrt"}
-    wanted = sorted((called[kind], folder) for kind, _, folder in (name.rpartition(" ") for name in names))
+    expected = sorted((called[kind], folder) for kind, _, folder in (name.rpartition(" ") for name in names))
     if flags == ("--engines", "onnx"):
-        wanted.insert(0, ("GenAI", "optimized"))  # computes the features
-    assert sorted(loaded) == wanted
+        expected.insert(0, ("GenAI", "optimized"))  # computes the features
+    assert sorted(loaded) == expected
     out = capsys.readouterr().out
     assert ("of each float32 folder one engine ran" in out) == (flags == ("--engines", "onnx"))
 
 
 def test_many_clips(tiny_optimized, tmp_path, capsys):
-    """Their transcripts are in --json, and their subtitles in a file each."""
+    """The transcripts are in --json, and the subtitles of each clip in a file of their own."""
     folder = tmp_path / "subtitles"
     clips = [tmp_path / f"{number}.flac" for number in range(21)]
     for clip in clips:
@@ -344,8 +344,8 @@ def test_many_clips(tiny_optimized, tmp_path, capsys):
     argv = ["--model_dir", tiny_optimized, "--engines", "onnx", "--folders", "optimized", "--audio", *clips]
     assert test_real_speech.main([*map(str, argv), "--srt", str(folder), "--vtt", str(folder)]) == 0
     assert "the transcripts of so many clips are not printed; --json FILE writes them" in capsys.readouterr().out
-    wanted = {f"{clip.stem}.{suffix}" for clip in clips for suffix in ("srt", "vtt")}
-    assert {path.name for path in folder.iterdir()} == wanted
+    expected = {f"{clip.stem}.{suffix}" for clip in clips for suffix in ("srt", "vtt")}
+    assert {path.name for path in folder.iterdir()} == expected
     assert (folder / "7.vtt").read_text().startswith("WEBVTT\n\n00:00:0")
     assert (folder / "7.srt").read_text() == (folder / "8.srt").read_text()
     assert rejected(capsys, test_real_speech, *argv, clips[0], "--srt", folder).count("which are one") == 1
@@ -433,7 +433,7 @@ def python(*argv, **options) -> subprocess.CompletedProcess:
 
 
 def imported_packages(name: str) -> set[str]:
-    """What a script imports before its first line runs, and what that imports: packages that are not Python's own."""
+    """The packages that importing a script imports, directly or not, except for Python's own."""
     code = f"import sys; import {name}; print(*(module.partition('.')[0] for module in sys.modules))"
     found = set(python("-c", code).stdout.split())
     top_level = {"numpy", "onnx_ir", "tqdm", "sentencepiece", "tokenizers", "yaml", "omegaconf"}
@@ -465,7 +465,7 @@ class TestBeforeTheScriptBegins:
     def test_help_in_ascii_and_to_a_reader_that_has_left(self, name):
         assert python(f"{name}.py", "--help", env={**os.environ, "PYTHONIOENCODING": "ascii"}).returncode == 0
         done = into_a_closed_pipe(f"{name}.py", "--help")
-        assert done.returncode in (0, 141)  # 0 where argparse itself sees the error, and keeps it to itself
+        assert done.returncode in (0, 141)  # 0 where argparse itself meets the error and ignores it
         assert done.stderr == ""
 
 
@@ -482,7 +482,7 @@ def into_a_closed_pipe(*argv, unbuffered: str = "") -> subprocess.CompletedProce
 
 
 def commands(folder, target) -> dict[str, tuple]:
-    """Each script at its shortest on the tiny checkpoint."""
+    """The shortest command of each script on the tiny checkpoint."""
     return {
         "export_parakeet_to_onnx": ("--model_name", TINY, "--skip_verify", "--output_dir", target / "exported"),
         "export_tokenizer": ("--model_name", TINY, "--output_dir", target / "tokenizer"),
@@ -494,14 +494,14 @@ def commands(folder, target) -> dict[str, tuple]:
 
 @pytest.fixture(scope="module")
 def foreign(tiny_export, tmp_path_factory):
-    """The tiny folder, whose tokenizer shows every word as one in Greek."""
+    """The tiny folder with a tokenizer that shows a Greek λ for every a."""
     folder = tmp_path_factory.mktemp("foreign") / "models"
     shutil.copytree(tiny_export, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     for piece in tokenizer["model"]["vocab"]:
         piece[0] = piece[0].replace("a", "λ")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    (folder / "manifest.json").unlink()  # it has the checksum of the other
+    (folder / "manifest.json").unlink()  # it has the checksum of the former tokenizer
     return folder
 
 
@@ -627,7 +627,7 @@ class TestResults:
 
     @pytest.mark.parametrize("name", ["-", "/dev/stdout"])
     def test_are_all_there_is_on_the_standard_output(self, name, foreign, tmp_path):
-        """Into a pipe and into a file; the tables are on the error output then, and the result is always UTF-8."""
+        """Into a pipe and into a file; the tables then go to the error output, and the result is always UTF-8."""
         argv = ("test_real_speech.py", "--model_dir", foreign, "--skip_nemo", "--audio", CLIP, "--json", name)
         environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
         done = python(*argv, env=environment, text=False)
@@ -646,7 +646,7 @@ class TestResults:
 
 
 def test_printed_commands_can_be_pasted(tiny_export, tmp_path, capsys):
-    """From folders whose names have spaces and quotes; what is printed is parsed as a shell would."""
+    """The names of the folders have spaces and quotes; the printed commands are parsed as a shell would parse them."""
     place = tmp_path / "it's a folder; really"
     shutil.copytree(tiny_export, place / "models")
     shutil.copy(TINY, place / "a b.nemo")
@@ -668,7 +668,7 @@ def test_printed_commands_can_be_pasted(tiny_export, tmp_path, capsys):
 
 
 def test_the_command_that_publishes_is_one_of_hugging_face(tiny_export):
-    """Its own program understands it, and then finds nobody at that address."""
+    """Hugging Face's own program accepts the command, and then finds no server at the address."""
     program, *argv = shlex.split(PUBLISH_COMMAND.format(tiny_export))
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none"}
     command = [str(Path(sys.executable).with_name(program)), *argv]
@@ -695,7 +695,7 @@ MANIFESTS = {
 
 @pytest.mark.parametrize("content", MANIFESTS.values(), ids=MANIFESTS)
 def test_a_manifest_of_another_shape_is_one_line_in_every_script(content, tiny_export, tmp_path, capsys, monkeypatch):
-    """Before the work, and nothing is changed."""
+    """The line comes before the work, and nothing is changed."""
     monkeypatch.setattr("common.checkpoint.nemo.require_tdt", lambda *_, **__: pytest.fail("the work began"))
     folder = tmp_path / "models"
     shutil.copytree(tiny_export, folder)
@@ -742,7 +742,7 @@ def test_a_config_edited_to_what_cannot_be_is_rejected(key, value, tiny_export, 
 
 
 def test_empty_model_folders(tmp_path, capsys, monkeypatch):
-    """Also where it is the default: an empty ./onnx_models_optimized does not hide ./onnx_models."""
+    """An empty folder is also rejected as the default: an empty ./onnx_models_optimized does not hide ./onnx_models."""
     (tmp_path / "onnx_models_optimized").mkdir()
     empty = tmp_path / "onnx_models_optimized"
     for script, *argv in ((optimize_encoder, "--output_dir", tmp_path / "out"), (test_e2e,), (test_real_speech,)):
@@ -754,7 +754,7 @@ def test_empty_model_folders(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_stated_memory_is_what_is_taken(tiny_export, tmp_path):
-    """Within a quarter, of a process of its own; by the kernel's count, which begins anew with each program."""
+    """Within a quarter, for a process of its own, by the kernel's count, which begins anew with each program."""
     argv = ("--model_dir", tiny_export, "--output_dir", tmp_path / "out")
     code = (
         f"{WITHOUT_SPEED}import optimize_encoder, pathlib, sys; status = optimize_encoder.main(sys.argv[1:]); "
@@ -785,7 +785,7 @@ def test_readme_command(command, capsys):
         script = words[1].removesuffix(".py")
         SCRIPTS[script].parse_args(words[2:])
         given = {word for word in words if word.startswith("--")}
-        assert given <= flags_of(script, capsys)  # argparse takes a beginning of a flag as well
+        assert given <= flags_of(script, capsys)  # argparse would also accept the beginning of a flag
     elif words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
         assert set(words[1:]) <= set(targets)

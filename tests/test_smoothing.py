@@ -48,7 +48,7 @@ def encode(folder: Path, features: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def loud_export(tiny_export, tmp_path_factory) -> Path:
-    """The exported folder, two channels of each normalization times 30 and the rows behind them divided."""
+    """The exported folder with two channels of each normalization times 30, and the rows behind them divided."""
     folder = tmp_path_factory.mktemp("loud") / "onnx_models"
     shutil.copytree(tiny_export, folder)
     model = onnx.load(tiny_export / ENCODER.file)
@@ -104,17 +104,17 @@ def test_a_folded_graph_is_the_exported_one(fused, loud_export, tmp_path, speech
 def test_loud_channels_cost_little_with_scaling_and_much_without(
     flags, loss, tiny_export, loud_export, tmp_path, speech, monkeypatch, capsys
 ):
-    wanted = encode(tiny_export, speech)
+    reference = encode(tiny_export, speech)
 
     def ratio(source: Path, name: str) -> float:
         target = tmp_path / name
         argv = ["--model_dir", str(source), "--output_dir", str(target), "--skip_fusion", *flags]
         assert optimize_encoder.main(argv) == 0, capsys.readouterr().err
-        return sqnr_db(wanted, encode(target, speech))
+        return sqnr_db(reference, encode(target, speech))
 
     tame, scaled = ratio(tiny_export, "tame"), ratio(loud_export, "scaled")
     assert "input channels of 30 weights scaled" in capsys.readouterr().out
-    assert abs(scaled - tame) < 1  # the factors undo what was done, up to the rounding of float32
+    assert abs(scaled - tame) < 1  # the factors undo the change, up to the rounding of float32
     monkeypatch.setattr("common.quantize.rewrite.factors_without_speech", lambda model, weights: {})
     assert ratio(loud_export, "unscaled") < scaled - loss
 
@@ -160,7 +160,7 @@ def test_a_normalization_that_also_goes_elsewhere_is_left_alone(elsewhere):
 
 
 def test_normalizations_with_the_same_numbers_get_their_own():
-    """The exporter stores equal scales once, and each normalization has factors of its own."""
+    """The exporter stores equal scales only once, but each normalization needs factors of its own."""
     K, draw = 64, np.random.default_rng(4)
     weights = [f"layers.{i}.feed_forward1.expand.weight" for i in range(2)]
     arrays = {"g": draw.uniform(0.5, 9, K), "b": draw.standard_normal(K)}
@@ -190,7 +190,7 @@ def test_normalizations_with_the_same_numbers_get_their_own():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scales", "stream"])
 def test_a_checkpoint_with_loud_channels_loses_little(kind, tmp_path, monkeypatch, capsys):
-    """The tool's checkpoints, of a random model with biases, through the scripts."""
+    """Run the scripts on the tool's checkpoints, made from a random model with biases."""
     monkeypatch.setattr("common.export.parity.LONG_CASE_MAX_PARAMETERS", 0)
     topology = {"mels": 80, "predictor": 48, "pieces": 64, "encoder": {**SMALL, "d_model": 96, "use_bias": True}}
     checkpoint, loud = tmp_path / "tame.nemo", tmp_path / "loud.nemo"

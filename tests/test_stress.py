@@ -1,5 +1,5 @@
-"""The conditions of a stress test do to the audio what they say; the table counts words; a folder ruined so that only
-stress shows it is found."""
+"""The conditions of a stress test alter the audio as their names say, the table counts words, and a folder that is
+ruined in a way that only stress shows is found."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def decibels(samples: np.ndarray) -> float:
 
 
 def share_above(samples: np.ndarray, hertz: float) -> float:
-    """Of the energy."""
+    """The share of the energy that is above `hertz`."""
     power = np.abs(np.fft.rfft(samples.astype(np.float64))) ** 2
     return float(power[np.fft.rfftfreq(len(samples), 1 / RATE) > hertz].sum() / power.sum())
 
@@ -197,7 +197,7 @@ def test_words_lost_added_and_changed():
 
 def ruin_silence(folder: Path) -> None:
     """Let the encoder's output collapse where the features of 25 frames or more in a row are the same, as in digital
-    silence: nothing changes for clips without any."""
+    silence; for clips without such silence nothing changes."""
     model = onnx.load(folder / "encoder.onnx")  # with its data
     graph = model.graph
     features, output = graph.input[0].name, graph.output[0].name
@@ -233,7 +233,7 @@ def ruin_silence(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def optimized(tiny_export, tmp_path_factory) -> Path:
-    """An optimized folder of float32 weights beside its export, which transcribes as that does."""
+    """An optimized folder with float32 weights beside its export, with the same transcripts as the export."""
     folder = tmp_path_factory.mktemp("stress") / "optimized"
     argv = ["--model_dir", str(tiny_export), "--output_dir", str(folder), "--skip_quantization", "--skip_fusion"]
     assert optimize_encoder.main(argv) == 0
@@ -306,7 +306,7 @@ def test_stress_alone_sees_a_folder_that_silence_ruins(optimized, ruined, short_
 
 @pytest.mark.slow
 def test_genai_itself_under_stress(optimized, ruined, short_manifest, tmp_path):
-    """It has the words of plain ONNX Runtime, and loses those that the ruined folder loses."""
+    """GenAI has the words of plain ONNX Runtime, and loses those that the ruined folder loses."""
     results = tmp_path / "stress.json"
     stress = ("--stress", "silence", "join", "--json", results)
     assert speech_of(optimized, short_manifest, *stress, "--engines", "genai,onnx") == 0

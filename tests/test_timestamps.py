@@ -1,4 +1,4 @@
-"""Words with their times as NeMo tells them, and subtitles."""
+"""Words with the times that NeMo gives them, and subtitles."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def pieces(tiny_export):
 
 
 def test_words_and_times_are_nemos_own(raw, pieces, tiny_model):
-    """NeMo as NeMo runs itself: model.transcribe(timestamps=True), one clip at a time."""
+    """The reference is NeMo's own model.transcribe(timestamps=True), one clip at a time."""
     nemo = Nemo(tiny_model)
     samples = [raw.config.read_audio(path) for path in CLIPS]
     features = [nemo.features(one) for one in samples]
@@ -91,7 +91,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_words_as_nemo_makes_them(case, handmade):
-    """Each case by hand, and by NeMo's own functions."""
+    """Each case is checked by hand, and by NeMo's own functions."""
     from nemo.collections.asr.parts.submodules.rnnt_decoding import AbstractRNNTDecoding
     from nemo.collections.asr.parts.utils.timestamp_utils import get_words_offsets
     from nemo.collections.asr.parts.utils.tokenizer_utils import extract_punctuation_from_vocab
@@ -126,7 +126,7 @@ def test_words_are_those_of_the_transcript(raw, pieces, tiny_export):
 
 
 def test_windows_tell_the_time_of_the_whole_clip(raw, pieces, tiny_export, monkeypatch):
-    """A sentence that is transcribed alike in windows of 0.72 s: its words are where one window has them."""
+    """A sentence with the same transcript in windows of 0.72 s: its words have the times that one window gives them."""
     window_seconds = 0.72  # 9 encoder frames
     genai = GenAI(tiny_export)
     clip = next(path for path, row in zip(CLIPS, ROWS, strict=True) if "June" in row["text"])
@@ -213,7 +213,7 @@ def test_script_writes_words_and_subtitles(tiny_export, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("field", METHODS)
 def test_confidences_are_nemos_own(field, tiny_model, tiny_export):
-    """Of each token and of each word, on every clip that has the same tokens."""
+    """The confidence of each token and each word is NeMo's, on every clip that has the same tokens."""
     nemo, raw, pieces = Nemo(tiny_model), RawOrt(tiny_export), Pieces.read(tiny_export)
     decode = nemo_confidences(tiny_model, METHODS[field])
     compared = 0

@@ -1,4 +1,4 @@
-"""SentencePiece, Hugging Face `tokenizers` and ORT GenAI read one tokenizer and show one text."""
+"""SentencePiece, Hugging Face `tokenizers` and ORT GenAI read the same tokenizer and show the same text."""
 
 import io
 import json
@@ -143,7 +143,7 @@ def test_each_ascii_byte_is_its_character_or_hidden(bytes_readers):
 
 
 def test_leading_spaces(readers):
-    """SentencePiece drops all or one; `tokenizers` does the same, ORT GenAI drops one."""
+    """SentencePiece drops all leading spaces or one, and so does `tokenizers`; ORT GenAI drops one."""
     space, word = readers.id("▁"), readers.sentencepiece.encode("dog")
     ids = [space, space, *word]
     expected = readers.sentencepiece.decode(ids)
@@ -191,7 +191,7 @@ def test_a_character_with_a_piece_is_shown_and_its_byte_is_not(tmp_path, pieces)
 
 
 def test_the_lost_id_is_real(tmp_path):
-    """The reason for the further brackets: under its own name the later byte takes the id of `%` from it."""
+    """The reason for the further brackets: without them, the byte piece that comes later takes the id of `%`."""
     readers = Readers(handmade(("%", 0.0, 4), *BYTES, ("a", -1.0, 1)), tmp_path)
     path = tmp_path / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -255,7 +255,7 @@ def test_script_writes_a_whole_folder(tmp_path, capsys):
 
 
 def hide_user_defined_pieces(content: dict) -> None:
-    """What `special_ids` once did: `%` is a user-defined piece."""
+    """Mark `%`, a user-defined piece, as special, as `special_ids` once did."""
     percent = [entry[0] for entry in content["model"]["vocab"]].index("%")
     content["added_tokens"].append({**content["added_tokens"][0], "id": percent, "content": "%"})
 

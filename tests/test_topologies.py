@@ -1,6 +1,6 @@
 """Random models of other topologies go through all the scripts: nothing about one published model is assumed.
 
-Verification compares logits; tokens are compared on trained weights elsewhere, since those of random ones nearly tie.
+Verification compares logits. Tokens are compared elsewhere, on trained weights, since random weights nearly tie.
 """
 
 import json

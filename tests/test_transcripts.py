@@ -126,7 +126,7 @@ def comparison_with(difference):
 
 
 def test_the_keys_of_the_json_results():
-    """Other programs read them."""
+    """Other programs read these keys, so they must not change."""
     found = comparison_with(Difference(0, 3, 1, 2, "a reason")).as_json()
     words = [{"text": "a", "start": 0.24, "end": 0.4}]
     rate = {"errors": 0, "words": 1, "low": 0.0, "high": 0.0}

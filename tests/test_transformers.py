@@ -53,7 +53,7 @@ sys.exit(status or (f"imported {{loaded[:3]}}" if loaded else 0))
 
 @pytest.fixture(scope="module")
 def converted_export(tiny_transformers, tmp_path_factory) -> Path:
-    """It exported, by scripts that never import NeMo."""
+    """The converted checkpoint, exported by scripts that never import NeMo."""
     folder = tmp_path_factory.mktemp("exported") / "onnx_models"
     for script in ("export_parakeet_to_onnx", "export_tokenizer"):
         command = [sys.executable, "-c", WITHOUT_NEMO.format(script=script), "--model_name", str(tiny_transformers)]
@@ -107,7 +107,7 @@ RANDOM = {
 
 @pytest.mark.parametrize("topology", RANDOM.values(), ids=RANDOM)
 def test_random_checkpoints_have_the_same_graphs_in_both_formats(topology, tmp_path):
-    """And they equal transformers' own modules within the tolerance."""
+    """The graphs also equal transformers' own modules within the tolerance."""
     source = tmp_path / "model.nemo"
     write_checkpoint(source, topology)
     folder = convert(source, tmp_path / "converted")
@@ -174,7 +174,7 @@ def test_transcripts_are_those_of_generate(converted_export, of_transformers):
 
 
 def test_the_prediction_network_is_that_of_the_whole_decoder(tiny_transformers):
-    """Its steps, chained, and the projection: what transformers' decoder makes of the whole sequence."""
+    """Its steps, chained and projected, give what transformers' decoder gives for the whole sequence."""
     import torch
 
     model = TRANSFORMERS.load_model(tiny_transformers)
@@ -259,7 +259,7 @@ def files_of(model: bytes) -> tuple:
 
 @pytest.mark.parametrize("recipe", ["bpe", "bpe bytes", "bpe nemo", "unigram", "unigram nemo"])
 def test_a_tokenizer_json_gives_the_files_of_its_sentencepiece_model(recipe, tmp_path):
-    """As transformers converts it: a BPE model as Parakeet's, a Unigram one as others'."""
+    """The tokenizer.json is made as transformers makes it, from a BPE model (as Parakeet's is) or a Unigram model."""
     from tokenizers import AddedToken
     from transformers.convert_slow_tokenizer import SpmConverter
 

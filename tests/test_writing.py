@@ -24,19 +24,19 @@ from tests.helpers import CLIPS, TINY, handmade, rejected, trained
 
 @pytest.fixture
 def own_model(restore_with_nemo, monkeypatch):
-    """The bias of the joint is changed in place, and not for other tests."""
+    """Give the test a model of its own, since it changes the bias of the joint in place."""
     monkeypatch.setattr(nemo, "_restore", restore_with_nemo)
 
 
 def letters_beside(text: str, name: str) -> bool:
-    """Whether `text` has a letter whose Unicode name does not begin with that of the script: another source than the
-    property that the code reads."""
+    """Whether `text` has a letter whose Unicode name does not begin with that of the script. The code under test reads
+    another source, the script property."""
     return any(one.isalpha() and not unicodedata.name(one).startswith((name, "MODIFIER")) for one in text)
 
 
 @pytest.mark.parametrize("script", ["latin", "cyrillic", "greek"])
 def test_tokens_with_letters_of_other_scripts(script):
-    """On the vocabulary of parakeet-tdt-0.6b-v3, by the names of the characters."""
+    """On the vocabulary of parakeet-tdt-0.6b-v3, checked by the Unicode names of the characters."""
     proto = parse_model(NEMO.read_tokenizer(TINY))
     found = set(ids_of_other_scripts(proto, [script]))
     ordinary = {index for index, piece in enumerate(proto.pieces) if piece.type == Piece.NORMAL}
@@ -95,7 +95,7 @@ def test_a_script_that_the_vocabulary_lacks(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_an_export_in_one_script(own_model, tiny_export, tmp_path, capsys, monkeypatch):
-    """No English clip is written with Greek alone; the reference has the same bias."""
+    """Greek alone cannot spell an English clip, so tokens must change; the reference has the same bias."""
     import shutil
 
     monkeypatch.setattr("common.export.parity.LONG_CASE_MAX_PARAMETERS", 0)

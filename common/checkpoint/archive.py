@@ -29,12 +29,12 @@ WEIGHTS_MEMBER = "model_weights.ckpt"
 GZIP_MAGIC = b"\x1f\x8b"
 # NeMo before 1.7 gzipped its checkpoints. Trained weights hardly compress; gzip at its best gains a factor of 1030.
 MAX_EXPANSION = 10
-# The largest checkpoints with one file per tensor of an optimizer have hundreds; a Parakeet has five.
+# The largest checkpoints, with one file per tensor of an optimizer, have hundreds of members; a Parakeet has five.
 MAX_MEMBERS = 1000
 BLOCK = 2**20  # bytes read at a time
 # A config with 8192 pieces, listed twice, has 16,500 values. OmegaConf takes 0.1 ms for each.
 MAX_CONFIG_VALUES = 100_000
-MAX_CONFIG_DEPTH = 30  # eight are in use
+MAX_CONFIG_DEPTH = 30  # configs in use have eight levels
 # With larger counts and sizes NeMo takes hours to build a model. The largest in use are 48 layers and 48 kHz.
 MAX_NUMBER = 100_000
 LARGEST = {"n_layers": 1000, "pred_rnn_layers": 100}
@@ -55,7 +55,7 @@ class Archive:
 
 @contextlib.contextmanager
 def open_archive(path: Path) -> Iterator[Archive]:
-    """Open a `.nemo` file and check its members, a config and weights among them. Raises ValueError."""
+    """Open a `.nemo` file and check its members, which must include a config and weights. Raises ValueError."""
     try:
         with path.open("rb") as file:
             zipped = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
@@ -87,8 +87,8 @@ def _check_expansion(path: Path) -> None:
 
 
 def _checked_members(path: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
-    """The files of the archive by name. Raises ValueError naming the first member that no checkpoint has."""
-    found: dict[str, tarfile.TarInfo] = {}
+    """The files of the archive by name. Raises ValueError naming the first member that a checkpoint must not have."""
+    members: dict[str, tarfile.TarInfo] = {}
     limit = MAX_EXPANSION * path.stat().st_size
     total = 0
     for count, member in enumerate(tar, 1):
@@ -106,10 +106,10 @@ def _checked_members(path: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarI
                 f"{path} has members of {total} bytes up to {member.name!r}, more than it can hold; download it again"
             )
         if member.isreg():
-            if name in found:
+            if name in members:
                 raise ValueError(f"{path} has two members {name!r}; {NOT_LOADED}")
-            found[name] = member
-    return found
+            members[name] = member
+    return members
 
 
 def unpacked_bytes(archive: Archive) -> int:
@@ -129,7 +129,7 @@ def read_member(archive: Archive, name: str, limit: int) -> bytes:
 
 def _open_member(archive: Archive, member: tarfile.TarInfo) -> IO[bytes]:
     file = archive.tar.extractfile(member)
-    assert file is not None  # _checked_members leaves regular files
+    assert file is not None  # _checked_members returns regular files only
     return file
 
 
@@ -173,13 +173,13 @@ def parse_config(text: bytes, members: Collection[str]) -> dict[str, Any]:
 
 
 def _check_yaml(text: str) -> None:
-    """Raise ValueError if the document is larger, with its aliases written out, or deeper than any config."""
+    """Raise ValueError if the document, with its aliases written out, is larger or deeper than any config is."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    anchors: list[str | None] = []  # of each mapping and list that has begun
-    counts: list[int] = []  # values so far of each of them
-    sizes: dict[str, int] = {}  # values of each finished anchor
+    anchors: list[str | None] = []  # of each mapping and list that is not finished yet
+    counts: list[int] = []  # number of values so far in each of them
+    sizes: dict[str, int] = {}  # number of values of each finished anchor
     for event in yaml.parse(text, Loader=loader):
         anchor = None
         size = 0

@@ -1,4 +1,4 @@
-"""SHA-256 of checkpoints, each file read once in a process: a checkpoint has gigabytes."""
+"""SHA-256 of checkpoints. Each file is read only once in a process, since a checkpoint has gigabytes."""
 
 import hashlib
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from common.folder.manifest import sha256
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-_digests: dict[tuple[int, ...], str] = {}  # by what tells a file and its content apart
+_digests: dict[tuple[int, ...], str] = {}  # by numbers that identify a file and its content
 
 
 def file_digest(path: Path) -> str:

@@ -66,7 +66,7 @@ def _from_hub(name: str, revision: str, formats: Sequence[CheckpointFormat]) -> 
 def _fetch_format(name: str, revision: str, known: CheckpointFormat) -> Path:
     """The checkpoint of a repository in one format: its files and no others, all of one commit.
 
-    Raises NotInRepositoryError where the repository lacks the first of them, and ValueError where it lacks another one.
+    Raises NotInRepositoryError where the repository lacks the first of these files, ValueError where it lacks another.
     """
     first: Path | None = None
     for group in known.hub_files(name):
@@ -141,9 +141,9 @@ def _download(file: HubFile) -> Path:
 
 
 def _checked(path: Path, file: HubFile, etag: str | None) -> Path:
-    """`path`, once its SHA-256 is the name of its content in the cache, or else `etag`. Raises ValueError."""
+    """`path`, if its SHA-256 is the name of its content in the cache, or else `etag`. Raises ValueError if not."""
     if path.is_symlink():
-        etag = path.readlink().name  # one link only: that may be a link into a store with other names
+        etag = path.readlink().name  # follow one link only: its target may be a link into a store with other names
     if etag is None or not SHA256.fullmatch(etag) or file_digest(path) == etag:
         return path
     raise ValueError(

@@ -1,7 +1,7 @@
 """A checkpoint format: how its files are recognized and checked, and what can be read from them.
 
 Each format is a module of this room that calls `register` once. The scripts find it by `format_of` and know nothing
-else of it. `docs/architecture.md` shows how to add one.
+else about it. `docs/architecture.md` shows how to add a format.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,15 +24,15 @@ class LoadModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFormat:
-    """One way in which checkpoints are stored. Its files are untrusted input to all of these functions."""
+    """One way in which checkpoints are stored. The files are untrusted input to all of these functions."""
 
     name: str  # as --checkpoint_format takes it
     matches: Callable[[Path], bool]  # whether a path, which may not exist, is of this format; opens no file
     within: Callable[[Path], Path | None] = lambda folder: None  # the checkpoint of this format that a folder holds
-    # The files of `owner/model` on Hugging Face that make a checkpoint; of each group the first that is there.
+    # The files of `owner/model` on Hugging Face that make a checkpoint: of each group, the first file that exists.
     hub_files: Callable[[str], Sequence[Sequence[str]]] = lambda name: ()
     files: Callable[[Path], Sequence[Path]]  # the files of a checkpoint, in a fixed order
-    loaded_bytes: Callable[[Path], int]  # of its weights as they are used, in float32; for the estimate of memory
+    loaded_bytes: Callable[[Path], int]  # of the weights in float32, in which they are used; to estimate memory
     # Raises ValueError for a downloaded file that rules the checkpoint out, before the next one is downloaded.
     check_file: Callable[[Path], None] = lambda path: None
     referred_files: Callable[[Path], Sequence[str]] = lambda path: ()  # the names that a downloaded file refers to
@@ -53,7 +53,7 @@ FORMATS: list[CheckpointFormat] = []
 
 
 def register(checkpoint_format: CheckpointFormat) -> CheckpointFormat:
-    """Make a format known to `format_of`. Raises ValueError for a name that is taken."""
+    """Make a format known to `format_of`. Raises ValueError for a name that another format has."""
     if any(known.name == checkpoint_format.name for known in FORMATS):
         raise ValueError(f"expected a new name for a checkpoint format, got {checkpoint_format.name} again")
     FORMATS.append(checkpoint_format)
@@ -61,9 +61,9 @@ def register(checkpoint_format: CheckpointFormat) -> CheckpointFormat:
 
 
 def format_of(checkpoint: Path) -> CheckpointFormat:
-    """The format of a path; the one registered last is asked first, since `.nemo`, the first, takes any file.
+    """The format of a path. The format registered last is tried first, since `.nemo`, the first, matches any file.
 
-    Raises FileNotFoundError where there is nothing, IsADirectoryError for a folder of no format.
+    Raises FileNotFoundError where there is nothing, IsADirectoryError for a folder that is of no format.
     """
     for checkpoint_format in reversed(FORMATS):
         if checkpoint_format.matches(checkpoint):
@@ -79,14 +79,14 @@ def format_of(checkpoint: Path) -> CheckpointFormat:
 
 
 def formats_named(name: str | None) -> Sequence[CheckpointFormat]:
-    """The format of that name; all, the one to prefer first, for None."""
+    """The format of that name; for None all formats, the preferred one first."""
     return [known for known in FORMATS if name in (None, known.name)]
 
 
 def checkpoint_at(path: Path, name: str | None = None) -> Path:
     """The checkpoint at a path that a user gave: the path itself, or what the folder there holds.
 
-    name: of the only format to take. Raises FileNotFoundError where it holds none of that format.
+    name: of the only format to accept. Raises FileNotFoundError where there is no checkpoint of that format.
     """
     if name is None and not path.is_dir():
         return path

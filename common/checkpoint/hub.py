@@ -90,7 +90,7 @@ class HubFile:
 
 
 def check_endpoint() -> None:
-    """Raise ValueError for an HF_ENDPOINT that is no address; huggingface_hub reads it when it is imported."""
+    """Raise ValueError for an HF_ENDPOINT that is not an address; huggingface_hub reads it when it is imported."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     with contextlib.suppress(ValueError):
         parts = urlsplit(endpoint)
@@ -102,7 +102,7 @@ def check_endpoint() -> None:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The HTTP status that an error of the client is about, or None."""
+    """The HTTP status that caused an error of the client, or None."""
     response: Any = getattr(error, "response", None)
     return None if response is None else int(response.status_code)
 
@@ -129,7 +129,7 @@ def requested_pause(error: BaseException) -> float | None:
 
 
 def not_the_hub() -> ConnectionError:
-    """The error for an answer that Hugging Face does not give."""
+    """The error for an answer that cannot come from Hugging Face."""
     from huggingface_hub import constants
 
     return ConnectionError(
@@ -153,7 +153,7 @@ def errors_explained(file: HubFile) -> Iterator[None]:
 
 
 def _explanation(error: BaseException, file: HubFile) -> Exception:
-    """The error to raise for one of the client's."""
+    """The error to raise in place of an error of the client."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):

@@ -33,7 +33,7 @@ MAX_CONFIG_BYTES = 10_000_000
 MAX_TOKENIZER_BYTES = 100_000_000
 # Tensors of a preprocessor that a checkpoint stores, although they follow from its config.
 FEATURE_BUFFERS = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb")
-# Tensors may share storage (tied weights). No model shares more than to have every one twice.
+# Tensors may share storage (tied weights). In no model do they claim more than twice the stored bytes.
 MAX_SHARING = 2
 
 
@@ -56,7 +56,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _parsed(text: bytes, members: frozenset[str]) -> dict[str, Any]:
-    """A config, kept: the reader takes seconds for 8192 labels, and several steps read the same config."""
+    """A config, which is cached: the reader takes seconds for 8192 labels, and several steps read the same config."""
     return parse_config(text, members)
 
 
@@ -126,11 +126,11 @@ def _restore(checkpoint: Path, device: str, scratch: Path) -> Any:
             )
     except OSError:
         raise
-    except pickle.UnpicklingError as error:  # whose text goes on to explain how to run the code after all
+    except pickle.UnpicklingError as error:  # its own text would explain how to run the code nevertheless
         raise ValueError(
             f"{checkpoint}: {WEIGHTS_MEMBER} holds more than tensors, which might run code; {NOT_LOADED}"
         ) from error
-    except Exception as error:  # NeMo raises whatever the constructors raise that it calls
+    except Exception as error:  # NeMo raises whatever the constructors that it calls raise
         # After a failure NeMo tries its abstract base class; its log, shown by --verbose, has the reason.
         reason = "NeMo cannot build it from its config" if "abstract class" in str(error) else error
         raise ValueError(f"{checkpoint} does not load: {reason}") from error
@@ -138,8 +138,8 @@ def _restore(checkpoint: Path, device: str, scratch: Path) -> Any:
 
 
 def _without_labels(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` without the two lists of pieces that NeMo's BPE models replace by those of their tokenizer as they are
-    built (rnnt_bpe_models.py, hybrid_rnnt_ctc_bpe_models.py): NeMo takes seconds to copy them around."""
+    """`config` without two lists of pieces, which NeMo takes seconds to copy around. While NeMo's BPE models are built,
+    they replace these lists by those of their tokenizer (rnnt_bpe_models.py, hybrid_rnnt_ctc_bpe_models.py)."""
     if str(config.get("target")).endswith("BPEModel"):
         config.pop("labels", None)
         if isinstance(joint := config.get("joint"), dict):
@@ -170,7 +170,7 @@ NEMO = register(
 
 
 def _assigning_connector(checkpoint: Path) -> Any:
-    """A SaveRestoreConnector of NeMo's that uses the checkpoint's tensors instead of copying them: half the memory."""
+    """NeMo's SaveRestoreConnector, but it uses the checkpoint's tensors instead of copying them: half the memory."""
     import torch
     from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 
@@ -201,9 +201,9 @@ def _assigning_connector(checkpoint: Path) -> Any:
 
 
 def _exact_features(checkpoint: Path, instance: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The window and filter bank that NeMo has made from the config, where the stored ones are these rounded.
+    """The window and the filter bank that NeMo has computed from the config, where the stored ones are rounded copies.
 
-    `model.half()` rounds them like weights, and runtimes compute theirs from the config. Stored values that rounding
+    `model.half()` rounds them like weights, but runtimes compute their own from the config. Stored values that rounding
     does not explain are kept, and ModelSpec reports how they differ.
     """
     import torch
@@ -217,7 +217,7 @@ def _exact_features(checkpoint: Path, instance: Any, state_dict: dict[str, Any])
         own = own.float().cpu()
         stored = stored.cpu()
         for dtype in (torch.float16, torch.bfloat16):
-            # Half a unit in the last place, and what versions of librosa and torch differ by before the rounding.
+            # Half a unit in the last place, and the difference between versions of librosa and torch before rounding.
             bound = (torch.finfo(dtype).eps / 2 + 1e-5) * own.abs() + torch.finfo(dtype).smallest_normal * 2**-10
             if torch.equal(stored, stored.to(dtype).float()) and bool(((stored - own).abs() <= bound).all()):
                 rounded = str(dtype).removeprefix("torch.")
@@ -231,7 +231,7 @@ def _exact_features(checkpoint: Path, instance: Any, state_dict: dict[str, Any])
 
 
 def _folder_with_room(size: int) -> Path:
-    """The folder for temporary files, or the working directory where that one's disk has no `size` bytes free."""
+    """The folder for temporary files, or the working directory if the disk of the first has no `size` bytes free."""
     folders = [Path(tempfile.gettempdir()), Path.cwd()]
     free = {folder: shutil.disk_usage(folder).free for folder in folders if os.access(folder, os.W_OK)}
     roomy = [folder for folder in free if free[folder] >= size]
@@ -246,7 +246,7 @@ def _folder_with_room(size: int) -> Path:
 
 @contextlib.contextmanager
 def _temporary_files_in(folder: Path | None) -> Iterator[None]:
-    """Let NeMo, which has no option for it, unpack into `folder`; the next run removes what a killed one leaves."""
+    """Let NeMo, which has no option for it, unpack into `folder`; the next run removes what a killed run leaves."""
     saved = tempfile.tempdir
     try:
         tempfile.tempdir = saved if folder is None else str(folder)
@@ -257,7 +257,7 @@ def _temporary_files_in(folder: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_initialization() -> Iterator[None]:
-    """Skip torch's random initialisation, most of the time of building a large model; every value is loaded later."""
+    """Skip torch's random initialisation, most of the time of building a large model: every value is loaded later."""
     import torch
 
     names = [name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_")]

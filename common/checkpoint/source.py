@@ -14,8 +14,8 @@ from common.folder.manifest import read_manifest
 def source_record(checkpoint: Path, model_name: str, *, revision: str | None = None) -> dict[str, Any]:
     """The record of a checkpoint that was found by `model_name`.
 
-    Its Hugging Face `name`, the `revision` asked for and the `commit` used, or the name of its `file`; its `sha256`;
-    and its `format`. Its path is not published (common/folder/locations.py).
+    The record has its Hugging Face `name`, the `revision` asked for and the `commit` used, or the name of its `file`;
+    its `sha256`; and its `format`. The path is not published (common/folder/locations.py).
     """
     known = format_of(checkpoint)
     digest = known.digest(checkpoint)
@@ -42,7 +42,7 @@ def recorded_checkpoint(folder: Path) -> Path:
             f"expected a manifest that names its checkpoint in {folder}, got none; pass --model_name or --skip_nemo"
         )
     if "name" in source:
-        # Folders of earlier versions, which knew one format only, record none.
+        # Folders made by earlier versions, which had one format only, record no format.
         checkpoint = find_checkpoint(source["name"], source.get("commit"), source.get("format", NEMO.name))
     else:
         checkpoint = read_location(folder, CHECKPOINT) or folder / source.get("file", "its checkpoint")

@@ -1,4 +1,4 @@
-"""The numbers of a checkpoint, read from the modules that NeMo has built; nothing later assumes one."""
+"""The numbers of a checkpoint, read from the modules that NeMo has built; no later step assumes any of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ NEMO_NORM_EPS = 1e-5
 class ModelSpec:
     """Every number of a checkpoint that a graph or a configuration file needs.
 
-    They are read from the built modules, since a key that is absent from the checkpoint's YAML has a value there.
+    They are read from the built modules, since these have a value even for a key that the checkpoint's YAML lacks.
     """
 
     num_mels: int  # M
@@ -44,7 +44,7 @@ class ModelSpec:
 
     @classmethod
     def of(cls, model: Any) -> "ModelSpec":
-        """The numbers of a model of NeMo's. Raises ValueError where its parts contradict each other."""
+        """The numbers of NeMo's `model`. Raises ValueError where its parts contradict each other."""
         features = model.preprocessor.featurizer
         encoder = model.encoder
         decoder = model.decoder
@@ -53,7 +53,7 @@ class ModelSpec:
         durations = tuple(int(duration) for duration in model.cfg.decoding.durations)
         vocab_size = decoder.blank_idx + 1
         joint_durations = joint.num_extra_outputs
-        joint_tokens = joint.num_classes_with_blank - joint_durations  # NeMo counts both
+        joint_tokens = joint.num_classes_with_blank - joint_durations  # NeMo counts tokens and durations together
         if (joint_tokens, joint_durations) != (vocab_size, len(durations)):
             raise ValueError(
                 f"expected a joint with the decoder's {vocab_size} tokens and the decoding's {len(durations)} "
@@ -82,9 +82,9 @@ class ModelSpec:
 
 
 def _feature_differences(features: Any) -> Iterator[str]:
-    """How a FilterbankFeatures of NeMo's differs from the log-mel features that runtimes compute.
+    """How NeMo's FilterbankFeatures differ from the log-mel features that runtimes compute.
 
-    Theirs have Slaney mels over the whole band and a symmetric Hann window (nemo_mel_spectrogram.cc of
+    Runtimes use Slaney mels over the whole band and a symmetric Hann window (nemo_mel_spectrogram.cc of
     onnxruntime-extensions).
     """
     import torch

@@ -8,11 +8,11 @@ decide how the files are written:
 * Any piece of six bytes whose fourth and fifth are upper-case hexadecimal digits becomes one byte, not only `<0x41>`:
   `▁100` would show as `\x10` and `▁FBI` as the byte FB. With a plain space for `▁` such a piece is four bytes long; it
   decodes right, and the encoders spell its text with other pieces.
-* `▁` becomes a space where the piece starts with it, else where it ends with it, and nowhere besides.
+* `▁` becomes a space at the start of a piece, or else at its end, and nowhere else.
 * Ids are counted, not read: a piece of score 0 whose string was seen before gets no id, and all later ids shift.
 * A string has one id, that of the last piece with it. Where `%` is a piece, `<0x25>` would share its string and take or
   lose the id. SentencePiece's encoder never uses such a byte, so no model learned to emit it: it is marked special, and
-  written in further brackets, `<<0x25>>`, which is the string of no other piece.
+  written with more brackets, `<<0x25>>`, which is the string of no other piece.
 
 V counts the blank, which SentencePiece does not have: it is the last id, V - 1.
 """
@@ -32,7 +32,7 @@ PLAIN_BLANK = "<blk>"  # the name by which onnx-asr and sherpa-onnx find the bla
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
 Piece: TypeAlias = ModelProto.SentencePiece
 MARK = re.compile(rf"{SPACE}?(<.+>|\[.+\])", re.DOTALL)  # the spelling of a user-defined piece that is not text
-WHITE_SPACE = set(string.whitespace)  # of ASCII: what sherpa-onnx splits and trims a line at
+WHITE_SPACE = set(string.whitespace)  # of ASCII: the characters at which sherpa-onnx splits and trims a line
 LAST_BYTE_BPE = 0xC6  # the largest byte of icefall's byte-level pieces, which are spelt up to U+01BF
 UTF8_LENGTHS = ((0x80, 0x800), (0x800, 0xD800), (0x10000, 0x110000))  # code points of 2, 3, 4 bytes
 SIX_BYTES_READ_AS_ONE = re.compile(rb"...([0-9A-F]{2}).", re.DOTALL)
@@ -59,7 +59,7 @@ def special_ids(proto: ModelProto) -> list[int]:
 
     A user-defined piece is a mark if it is spelt like one, `<|en|>` or `[noise]`. All others are text: v3 has its
     digits as user-defined pieces, and no other digit pieces. The unknown piece stands for what the vocabulary cannot
-    spell; SentencePiece and NeMo show ` ⁇ ` for it, which is no text either.
+    spell; SentencePiece and NeMo show ` ⁇ ` for it, which is not text either.
     """
     taken = {piece.piece for piece in proto.pieces}
     hidden = [
@@ -73,7 +73,7 @@ def special_ids(proto: ModelProto) -> list[int]:
 
 
 def vocabulary(proto: ModelProto) -> list[list[Any]]:
-    """[piece, score] of each id, the blank last; SentencePiece's own except where ORT Extensions would misread them.
+    """[piece, score] of each id, the blank last: those of SentencePiece, unless ORT Extensions would misread them.
 
     Raises ValueError naming the pieces that ORT Extensions cannot show: `IMPACT`, six bytes with `AC` as the fourth and
     fifth, is read as a byte, and there is no other spelling of it.
@@ -91,12 +91,12 @@ def vocabulary(proto: ModelProto) -> list[list[Any]]:
 
 
 def blank_name(proto: ModelProto) -> str:
-    """`<blank>`, in further brackets while the model has a piece of that name."""
+    """`<blank>`, in more brackets if the model has a piece of that name."""
     return _in_brackets("blank", proto)
 
 
 def _in_brackets(name: str, proto: ModelProto) -> str:
-    """`name` in brackets, as many as it takes until no piece of the model has that name."""
+    """`name` in as many brackets as it takes until no piece of the model has that name."""
     taken = {piece.piece for piece in proto.pieces}
     name = f"<{name}>"
     while name in taken:
@@ -157,8 +157,8 @@ def vocab_text(proto: ModelProto) -> str:
 def tokens_text(proto: ModelProto) -> str:
     """onnx-asr's vocab.txt and sherpa-onnx's tokens.txt: piece, space and id on each line, the blank `<blk>` last.
 
-    Raises ValueError naming the pieces that either would misread, with white space in them or named like the blank; and
-    for a vocabulary that sherpa-onnx takes for byte-level BPE (IsByteBPE in csrc/symbol-table.cc).
+    Raises ValueError naming the pieces that either would misread, which have white space in them or are named like the
+    blank; and for a vocabulary that sherpa-onnx mistakes for byte-level BPE (IsByteBPE in csrc/symbol-table.cc).
     """
     pieces = [piece.piece for piece in proto.pieces]
     wrong = [piece for piece in pieces if not piece or piece == PLAIN_BLANK or set(piece) & WHITE_SPACE]
@@ -172,10 +172,10 @@ def tokens_text(proto: ModelProto) -> str:
 def bpe_text(proto: ModelProto) -> str:
     """sherpa-onnx's bpe.vocab, by which it spells hotwords: piece, tab and score on each line, in id order.
 
-    sherpa-onnx takes the spelling of the largest sum of scores (pkufool/simple-sentencepiece, `CalcDp`), whatever the
-    tokenizer is. Those of a Unigram model are made for that. Those of a BPE model are minus the ranks of its merges, by
-    which `▁y ou` wins over `▁you`: 34 % of the words in this repository's documents were spelled as the published v3
-    tokenizer does. Here the fewest pieces win, and of those the earliest merges: 73 %.
+    sherpa-onnx chooses the spelling with the largest sum of scores (pkufool/simple-sentencepiece, `CalcDp`), whatever
+    the tokenizer is. The scores of a Unigram model are made for that. Those of a BPE model are minus the ranks of its
+    merges, with which `▁y ou` wins over `▁you`: 34 % of the words in this repository's documents were spelled as the
+    published v3 tokenizer spells them. With these scores the fewest pieces win, and of those the earliest merges: 73 %.
     """
     is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
     scores = ((piece.piece, piece.score * 1e-5 - 1 if is_bpe else piece.score) for piece in proto.pieces)
@@ -183,13 +183,12 @@ def bpe_text(proto: ModelProto) -> str:
 
 
 def probe_sequences(proto: ModelProto, length: int, seed: int = 0) -> list[list[int]]:
-    """Shuffled id sequences of about `length` ids that hold every piece, bytes as whole UTF-8 characters.
+    """Shuffled sequences of about `length` ids that together hold every piece, with bytes as whole UTF-8 characters.
 
-    For invalid UTF-8 SentencePiece shows U+FFFD for each wrong byte, `tokenizers` for each byte of the run, and ORT
-    GenAI raises UnicodeDecodeError, so no sequence has it. Where SentencePiece drops all spaces at the beginning, no
-    sequence starts with several, since ORT GenAI always drops one. NUL, and bytes whose character is a piece by
-    SentencePiece's own lookup, are left out, since SentencePiece alone shows them. On all other sequences the three
-    agree.
+    No sequence has invalid UTF-8: SentencePiece shows U+FFFD for each wrong byte, `tokenizers` for each byte of the
+    run, and ORT GenAI raises UnicodeDecodeError. Where SentencePiece drops all spaces at the beginning, no sequence
+    starts with several, since ORT GenAI always drops one. NUL, and bytes whose character is a piece by SentencePiece's
+    own lookup, are left out, since only SentencePiece shows them. On all other sequences the three agree.
     """
     processor = SentencePieceProcessor(model_proto=proto.SerializeToString())
     draw = random.Random(seed)
@@ -215,13 +214,13 @@ def probe_sequences(proto: ModelProto, length: int, seed: int = 0) -> list[list[
 
 
 def _space_ids(proto: ModelProto) -> set[int]:
-    """Ids of the lone space and of pieces that begin with several."""
+    """Ids of the lone space and of pieces that begin with several spaces."""
     pieces = enumerate(piece.piece for piece in proto.pieces)
     return {index for index, text in pieces if text == SPACE or text.startswith(2 * SPACE)}
 
 
 def _without_leading(spaces: set[int], sequence: list[int], special: set[int]) -> list[int]:
-    """`sequence` without those of `spaces` that precede its first other piece; special ids stay."""
+    """`sequence` without the ids of `spaces` before its first other piece; special ids stay."""
     start = next((place for place, index in enumerate(sequence) if index not in special | spaces), len(sequence))
     return [index for index in sequence[:start] if index not in spaces] + sequence[start:]
 
@@ -266,7 +265,7 @@ def _normalizer(proto: ModelProto) -> dict[str, Any] | None:
 
 
 def _decoder(proto: ModelProto) -> dict[str, Any]:
-    """Spaces, bytes, and the spaces that `SentencePieceProcessor::Decode` drops at the beginning: all, one or none."""
+    """Handles spaces, bytes, and what `SentencePieceProcessor::Decode` drops of leading spaces: all, one or none."""
     spec = proto.normalizer_spec
     dropped = 2**31 - 1 if spec.remove_extra_whitespaces else int(spec.add_dummy_prefix)
     steps = [
@@ -279,7 +278,7 @@ def _decoder(proto: ModelProto) -> dict[str, Any]:
 
 
 def _readable(text: str) -> str:
-    """`text` as it is where ORT Extensions shows it right, else with plain spaces, which it does not change."""
+    """`text` as it is where ORT Extensions shows it correctly, else with plain spaces, which stay as they are there."""
     plain = text.replace(SPACE, " ")
     return text if _runtime_text(_runtime_key(text)) == plain.encode() else plain
 
@@ -304,7 +303,7 @@ def _runtime_text(key: bytes) -> bytes:
 
 
 def _require_readable(proto: ModelProto, entries: list[list[Any]]) -> None:
-    """Raise ValueError naming the pieces of which ORT Extensions, loading `entries`, shows another text."""
+    """Raise ValueError naming the pieces that ORT Extensions would show as another text after it loaded `entries`."""
     ids: dict[bytes, int] = {}
     count = 0
     for text, score in entries:  # the loop of `SpmUgmTokenizer::Load`

@@ -1,13 +1,13 @@
 """tokenizer.json of a transformers checkpoint → the SentencePiece model that it was converted from.
 
 transformers converts a checkpoint's SentencePiece model into tokenizer.json (ParakeetConverter and SpmConverter of
-convert_slow_tokenizer.py, transformers 5.23), and keeps of it
+convert_slow_tokenizer.py, transformers 5.23), and keeps these parts of it:
     the pieces    in id order, as the vocabulary and the added tokens
     the types     control pieces are special added tokens, user-defined ones plain added tokens
     the scores    those of a Unigram model; of a BPE model their order, which is all that its scores say: SentencePiece
                   numbers its pieces 0, -1, -2, … in the order in which they were learned
     the normalizer's map of characters, and whether a space is put before the text
-It does not keep `remove_extra_whitespaces`; NeMo trains its tokenizers without. The result is compared with
+It does not keep `remove_extra_whitespaces`; NeMo trains its tokenizers without it. The result is compared with
 tokenizer.json itself: `tokenizers` and SentencePiece must decode the same text.
 """
 

@@ -1,4 +1,4 @@
-"""The download of one file from Hugging Face over HTTP, with retries, continued where an earlier request or run ended.
+"""Downloads one file from Hugging Face over HTTP, with retries, and continues where an earlier request or run ended.
 
 huggingface_hub's own download (2.4.0) starts over in every run and gives up when a connection is reset. Here the bytes
 are appended to a file in its cache, which the next request, or the next run, continues by an HTTP Range. Files in Xet
@@ -23,8 +23,8 @@ T = TypeVar("T")
 # Seconds to wait before a request is sent again; any byte that arrives starts the list again.
 WAITS = (1, 2, 4, 8, 16)
 LONGEST_WAIT = 60  # seconds that a server may ask for (Retry-After)
-RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)  # of HTTP: failures that may pass
-LINE_SECONDS = 10  # between two lines on the progress where stderr is not a terminal
+RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)  # of HTTP: failures that may be temporary
+LINE_SECONDS = 10  # between two lines about the progress where stderr is not a terminal
 MAKE_ROOM = "make room, or set HF_HUB_CACHE to a folder on another disk, and run the command again"
 
 
@@ -32,14 +32,14 @@ def fetch(file: HubFile, blob: Path, size: int) -> None:
     """Download `file` of `size` bytes into `blob`, its place in the cache, continuing what an earlier run left there.
 
     Raises OSError for a network or a disk that fails, for content with another SHA-256 than its name in the cache, and
-    while another run downloads the same file; and what httpx raises once the retries are used up.
+    while another run downloads the same file; and what httpx2 raises once the retries are used up.
     """
     from filelock import Timeout
     from huggingface_hub.utils._fixes import WeakFileLock
 
     cache = blob.parents[2]
     repository = blob.parents[1].name
-    lock = cache / ".locks" / repository / f"{blob.name}.lock"  # the one that huggingface_hub takes
+    lock = cache / ".locks" / repository / f"{blob.name}.lock"  # the lock that huggingface_hub uses
     partial = blob.with_name(f"{blob.name}.incomplete")  # a name that `hf cache prune` removes
     for path in (blob, lock):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,9 +72,9 @@ def retried(
     position: Callable[[], int] = int,
     print_line: Callable[[str], None] = _print_line,
 ) -> T:
-    """The result of `request()`, which is called again after a failure that may pass.
+    """The result of `request()`, which is called again after a failure that may be temporary.
 
-    retries: how often, without progress in between. position: what grows with progress, such as the bytes received.
+    retries: how often, without progress in between. position: grows with progress, such as the bytes received.
     """
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
@@ -173,7 +173,7 @@ def _progress(title: str, initial: int, total: int) -> Any:
 
 
 class _ProgressLines:
-    """The part of tqdm that a download uses, for a pipe."""
+    """The part of tqdm's interface that a download uses, for output to a pipe."""
 
     def __init__(self, title: str, initial: int, total: int) -> None:
         self.title = title

@@ -5,7 +5,8 @@ Its files are untrusted input. Before a tensor is read, it is checked that
     the configs   are JSON of a plausible size, name `ParakeetForTDT`, and name no code of their own (`auto_map`)
     the weights   are one file, or shards beside an index, that the safetensors library accepts (no offset overlaps, no
                   byte is left over), with exactly the tensors that the index gives to each shard, and in all of them
-                  exactly the tensors, shapes and types of the network that the config describes
+                  exactly the tensors and shapes of the network that the config describes, in a float type of at most
+                  32 bits
 
 Nothing of the folder is executed, and transformers' own loaders, which may download and run code, are not used: the
 network is built from the numbers of the config, and the tensors are mapped. NeMo is not imported.
@@ -29,9 +30,9 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # names the shards of a model that is saved in several files
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-FEATURES = ("preprocessor_config.json", "processor_config.json")  # transformers 5 writes the second, with all in it
+FEATURES = ("preprocessor_config.json", "processor_config.json")  # transformers 5 writes the second, which holds it all
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-GROUPS = ((CONFIG,), FEATURES, TOKENIZERS, (WEIGHTS, INDEX))  # of each the first that is there
+GROUPS = ((CONFIG,), FEATURES, TOKENIZERS, (WEIGHTS, INDEX))  # of each group, the first file that exists
 ARCHITECTURE = "ParakeetForTDT"
 
 MAX_CONFIG_BYTES = 1_000_000  # published ones have 2 kB
@@ -40,7 +41,7 @@ LARGEST = {"num_hidden_layers": 1000, "num_decoder_layers": 100}
 FLOATS = ("F32", "F16", "BF16")
 FLOAT32_BYTES = 4
 COUNTER = "num_batches_tracked"  # of a batch normalisation; not used by inference, and not every writer keeps it
-# Configs of models that are trained for streaming have these, and compute something else with the same tensors.
+# Models trained for streaming set these keys to other values, and compute something else with the same tensors.
 STREAMING = {
     "att_context_size": (None, [-1, -1], [[-1, -1]]),
     "att_context_style": (None, "regular"),
@@ -64,9 +65,9 @@ FEATURE_KEYS = (
 
 
 def files(checkpoint: Path) -> list[Path]:
-    """The files of a checkpoint: the first of each group that is there, then the shards, if the last is their index.
+    """The files of a checkpoint: of each group the first that exists, then the shards, if the last file is their index.
 
-    Raises ValueError where one is missing, or is a link to somewhere else, and as `shards` does.
+    Raises ValueError where a file is missing, or is a link to somewhere else, and as `shards` does.
     """
     found = [_first_file(checkpoint, group) for group in GROUPS]
     return found + [_first_file(checkpoint, (name,)) for name in shards(found[-1])]
@@ -88,7 +89,7 @@ def _what_else(checkpoint: Path, names: Sequence[str]) -> str:
 
 
 def shards(path: Path) -> list[str]:
-    """The names of the files that `path` refers to: those of the shards, if it is their index, else none.
+    """The names of the files that `path` refers to: the shards, if it is their index, else none.
 
     Raises ValueError for an index that is damaged, or that names anything but shards beside it.
     """
@@ -110,9 +111,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file lies in the folder, links followed; in huggingface_hub's cache, whether it is one of its blobs."""
+    """Whether a file lies in the folder after links are followed; in huggingface_hub's cache, whether it is a blob."""
     if commit_of(folder) and path.is_symlink():
-        # One link only: the blob may be a link into a store that several caches share.
+        # Follow one link only: the blob may be a link into a store that several caches share.
         target = Path(os.path.normpath(path.parent.absolute() / path.readlink()))
         return target.parent == folder.absolute().parents[1] / "blobs"
     return path.resolve().is_relative_to(folder.resolve())
@@ -127,19 +128,19 @@ def check(checkpoint: Path) -> None:
 
 
 def loaded_bytes(checkpoint: Path) -> int:
-    """Bytes of the weights in float32, as which they are used, whatever they are stored as."""
+    """Bytes of the weights in float32, the type in which they are used, whatever type they are stored in."""
     _, _, _, *weights = files(checkpoint)
     return sum(FLOAT32_BYTES * math.prod(shape) for _, shape in _read_header(weights).values())
 
 
 def check_config(path: Path) -> None:
-    """Raise ValueError unless a file, if it is called config.json, describes a ParakeetForTDT."""
+    """Raise ValueError for a file called config.json that does not describe a ParakeetForTDT."""
     if path.name == CONFIG:
         _read_config(path)
 
 
 def _read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """The content of a JSON file. Raises ValueError where it is no mapping, is too large, or names code."""
+    """The content of a JSON file. Raises ValueError where it is too large, damaged or not a mapping."""
     size = path.stat().st_size
     if size > limit:
         raise ValueError(f"expected at most {limit} bytes of {path}, got {size}; {NOT_LOADED}")
@@ -181,7 +182,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_features(path: Path) -> dict[str, Any]:
-    """The numbers of the feature extractor. Raises ValueError where they are not of a ParakeetFeatureExtractor."""
+    """The numbers of the feature extractor. Raises ValueError where it is not a ParakeetFeatureExtractor."""
     content = _read_json(path)
     _check_values(content, path)
     features = content if path.name == FEATURES[0] else content.get("feature_extractor")
@@ -214,9 +215,9 @@ Header = Mapping[str, tuple[str, tuple[int, ...]]]  # name → type as safetenso
 
 
 def _read_header(weights: Sequence[Path]) -> Header:
-    """What model.safetensors, or the index and its shards, hold; no tensor is read.
+    """What model.safetensors, or the shards of an index, hold; no tensor is read.
 
-    Raises ValueError where the library does not accept a file, or a shard holds others than the index says.
+    Raises ValueError where the library does not accept a file, or a shard holds other tensors than the index says.
     """
     first, *parts = weights
     if first.name == WEIGHTS:
@@ -253,7 +254,7 @@ def _read_file_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _check_tensors(header: Header, expected: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError unless the file holds the tensors of the network, of its shapes. `expected` is its state."""
+    """Raise ValueError unless the file holds the network's tensors, in its shapes. expected: the network's state."""
     missing = [name for name in expected if name not in header and not name.endswith(COUNTER)]
     extra = [name for name in header if name not in expected]
     for kind, names in (("lacks", missing), ("holds, beside those of its config,", extra)):
@@ -290,7 +291,7 @@ def read_tokenizer(checkpoint: Path) -> bytes:
 
 
 def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = None) -> Any:
-    """transformers' ParakeetForTDT in float32, in evaluation mode, with the parts that a model of NeMo's has.
+    """transformers' ParakeetForTDT in float32, in evaluation mode, with the parts that NeMo's models have.
 
     Weights are mapped from disk where they are float32. `scratch` is not needed. Raises ValueError for a checkpoint
     that does not fit its config or is unsafe, or a device that torch cannot use.
@@ -325,7 +326,7 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
 
 
 def _read_tensors(weights: Sequence[Path], device: str) -> dict[str, Any]:
-    """Every tensor of model.safetensors or of the shards, in float32; mapped from disk where it is stored so."""
+    """Every tensor of model.safetensors or of the shards, in float32; mapped from disk if it is stored as float32."""
     from safetensors import safe_open
 
     state = {}

@@ -1,7 +1,7 @@
-"""transformers' ParakeetForTDT with the parts, and the names of the parts, that a model of NeMo's has.
+"""transformers' ParakeetForTDT with the parts that NeMo's models have, under NeMo's names.
 
-What is called computes with transformers' own modules: the encoder, the feature extractor, the projections. What is
-only read, so that common/export/wrappers.py can share parameters, are the modules of transformers under NeMo's names.
+The parts that are called (encoder, feature extractor, projections) compute with transformers' own modules. The others
+are only read, so that common/export/wrappers.py can share their parameters: transformers' modules under NeMo's names.
 """
 
 import math
@@ -24,9 +24,9 @@ from transformers.models.parakeet.feature_extraction_parakeet import LOG_ZERO_GU
 def build(
     model: dict[str, Any], encoder: dict[str, Any], features: dict[str, Any]
 ) -> tuple[ParakeetForTDT, ParakeetFeatureExtractor]:
-    """The network, its weights without storage, and the feature extractor, of these keys of their configs.
+    """The network, whose weights have no storage, and the feature extractor, built from these keys of their configs.
 
-    Raises ValueError, or what transformers raises, where a value is not possible or two contradict each other.
+    Raises ValueError, or what transformers raises, where a value is not possible or two values contradict each other.
     """
     encoder_config = ParakeetEncoderConfig(**encoder)
     config = ParakeetTDTConfig(**model, encoder_config=encoder_config)
@@ -45,7 +45,7 @@ def build(
             raise ValueError(f"expected {name} to be {expected}, got {actual}")
     with torch.device("meta"):
         network = ParakeetForTDT(config)
-    # As transformers' converter sets it: a duration is no token.
+    # As transformers' converter sets it: a duration is not a token.
     network.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         decoder_start_token_id=config.blank_token_id,
         pad_token_id=config.pad_token_id,
@@ -70,7 +70,7 @@ class ParakeetModel(nn.Module):
         self.decoder = PredictionNetwork(network)
         self.joint = Joint(network)
         self.cfg = SimpleNamespace(decoding=SimpleNamespace(durations=config.durations))
-        # transformers' generate does not force a step; its config carries NeMo's limit for others.
+        # transformers' generate does not force a step; its config carries NeMo's limit for other users.
         self.decoding = SimpleNamespace(decoding=SimpleNamespace(max_symbols=config.max_symbols_per_step))
 
     @property
@@ -90,7 +90,7 @@ class Preprocessor:
 
     def __init__(self, extractor: ParakeetFeatureExtractor) -> None:
         self.extractor = extractor
-        # What ModelSpec reads. The attributes that are not numbers say what the extractor's code does.
+        # These are read by ModelSpec. The attributes that are not numbers say what the extractor's code does.
         self.featurizer = SimpleNamespace(
             nfilt=extractor.feature_size,
             sample_rate=extractor.sampling_rate,
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
     reduction_position = None
     out_proj = None
     att_context_size = (-1, -1)
-    _create_masks = None  # which only a limited context needs
+    _create_masks = None  # needed only for a limited context
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class PredictionNetwork(nn.Module):
     def predict(
         self, y: Tensor | None = None, state: Any = None, *, add_sos: bool = False, batch_size: int | None = None
     ) -> tuple[Tensor, Any]:
-        """y [B, U], without which the network is primed, h and c [L, B, H] → [B, U, H], h and c"""
+        """y [B, U], or None to prime the network with the blank; h and c [L, B, H] → [B, U, H], h and c"""
         if y is None:
             batch = state[0].size(1) if state is not None else batch_size or 1
             y = torch.full((batch, 1), self.blank_idx, device=self.decoder.embedding.weight.device)

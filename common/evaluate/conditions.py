@@ -1,8 +1,8 @@
-"""Conditions under which speech is hard to transcribe: each makes of a list of clips the audio of that condition.
+"""Conditions under which speech is hard to transcribe: each turns a list of clips into the audio of that condition.
 
-A condition is registered once, in CONDITIONS. Most of them alter one clip at a time; others join clips, or cut what was
-joined into pieces. Noise is drawn from the seed, the condition's name and the clip's number, so that a condition is the
-same whichever others run beside it. Resampling is soxr's.
+A condition is registered once, in CONDITIONS. Most of them alter one clip at a time; others join clips, or cut joined
+clips into pieces. Noise is drawn from the seed, the condition's name and the clip's number, so that a condition gives
+the same audio whichever others run beside it. soxr does the resampling.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import numpy as np
 TELEPHONE_RATE = 8000  # Hz
 CLIPPING_GAIN = 10.0  # 20 dB over full scale
 VOICES = 5  # that speak at once in babble
-# Joined clips are cut out of so much: the pieces of any length then begin at other places in the clips.
+# Clips are joined to this length before they are cut, so that pieces of every length begin at different places in them.
 CUT_SECONDS = 60.0
 PAUSE_SECONDS = 1.0  # between clips that are joined with pauses
 FULL_SCALE_16_BITS = 2.0**15
@@ -26,7 +26,7 @@ FULL_SCALE_16_BITS = 2.0**15
 
 @dataclass(frozen=True)
 class Speech:
-    """The clips that conditions are made of, and what else these need."""
+    """The clips that conditions alter, and what else conditions need."""
 
     clips: Sequence[np.ndarray]  # mono samples [N] of each
     sample_rate: int  # Hz
@@ -43,7 +43,7 @@ class Speech:
 
 @dataclass(frozen=True)
 class Part:
-    """Where a clip, or a part of it, is in a take; in seconds."""
+    """Where in a take a clip, or a part of a clip, lies; in seconds."""
 
     clip: int
     begin: float
@@ -53,7 +53,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Take:
-    """What an engine is given at a time."""
+    """The audio that an engine is given at one time."""
 
     samples: np.ndarray  # [N], mono
     parts: tuple[Part, ...]
@@ -61,21 +61,24 @@ class Take:
 
 @dataclass(frozen=True)
 class Condition(ABC):
-    """What is done to the clips; `kind` is what --stress selects by."""
+    """What is done to the clips; --stress selects conditions by their `kind`."""
 
     name: str
     kind: str
 
     @abstractmethod
     def takes(self, group: Sequence[int], speech: Speech) -> list[Take]:
-        """The audio that is made of the clips of one group, whose transcripts together are that of the group."""
+        """The audio made from one group of clips; the transcripts of these takes together are that of the group."""
 
     def groups(self, durations: Sequence[float]) -> Iterator[tuple[int, ...]]:
-        """The clips by number, in the groups that audio is made of, by their seconds: here each for itself."""
+        """The numbers of the clips, in the groups that audio is made from; here each clip by itself.
+
+        durations: the seconds of each clip.
+        """
         return ((clip,) for clip in range(len(durations)))
 
     def possible(self, speech: Speech) -> bool:
-        """Whether there is what the condition needs."""
+        """Whether the speech has what the condition needs."""
         return bool(speech.clips)
 
 
@@ -86,19 +89,19 @@ Alter = Callable[[np.ndarray], np.ndarray]
 
 
 def attenuate(samples: np.ndarray, db: float) -> np.ndarray:
-    """Quieter by `db`, rounded to 16 bits as a recording of that level is."""
+    """The samples made quieter by `db`, and rounded to 16 bits as a recording of that level is."""
     quiet = np.rint(samples * 10 ** (-db / 20) * FULL_SCALE_16_BITS) / FULL_SCALE_16_BITS
     return quiet.astype(np.float32)
 
 
 def clip_peaks(samples: np.ndarray) -> np.ndarray:
-    """Amplified until the peak is 20 dB over full scale, and cut off there."""
+    """The samples amplified until their peak is 20 dB over full scale, and cut off at full scale."""
     peak = float(np.abs(samples).max()) or 1.0
     return np.clip(samples * (CLIPPING_GAIN / peak), -1, 1).astype(np.float32)
 
 
 def mix(samples: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
-    """Samples with noise [N] at a signal-to-noise ratio, that of their powers over the whole clip."""
+    """Samples mixed with noise [N] at a signal-to-noise ratio, taken from their powers over the whole clip."""
     power, noise_power = (float(np.mean(np.square(one, dtype=np.float64))) for one in (samples, noise))
     gain = math.sqrt(power / (noise_power or 1.0)) * 10 ** (-snr_db / 20)
     mixed: np.ndarray = (samples + gain * noise).astype(np.float32)
@@ -106,7 +109,7 @@ def mix(samples: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
 
 
 def telephone(samples: np.ndarray, sample_rate: int) -> np.ndarray:
-    """What a telephone's 8 kHz keep of it, at the rate and length that it had."""
+    """The samples as a telephone's 8 kHz keep them, at the rate and length that they had."""
     import soxr
 
     narrow = soxr.resample(samples, sample_rate, TELEPHONE_RATE)
@@ -115,7 +118,7 @@ def telephone(samples: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def at_speed(samples: np.ndarray, speed: float) -> np.ndarray:
-    """Played `speed` times as fast, and so as much higher in pitch."""
+    """The samples played `speed` times as fast, which raises their pitch by the same factor."""
     import soxr
 
     played: np.ndarray = soxr.resample(samples, speed, 1.0)
@@ -123,7 +126,7 @@ def at_speed(samples: np.ndarray, speed: float) -> np.ndarray:
 
 
 def babble(speech: Speech, clip: int, draw: np.random.Generator) -> np.ndarray:
-    """Other clips at once, each repeated from a random place on and all equally loud, as long as clip number `clip`."""
+    """Several other clips at once, all equally loud and each repeated from a random start, as long as clip `clip`."""
     count = len(speech.clips[clip])
     others = [i for i in range(len(speech.clips)) if i != clip and speech.clips[i].any()]
     total = np.zeros(count)
@@ -181,7 +184,7 @@ class Joined(Condition):
 
     seconds: float
     pause: float = 0.0  # seconds of silence after each clip
-    repeats: bool = True  # whether the last group goes on with the first clip where they end, to be as long
+    repeats: bool = True  # whether the last group continues with the first clips, to be as long as the others
 
     def groups(self, durations: Sequence[float]) -> Iterator[tuple[int, ...]]:
         clips = range(len(durations))
@@ -210,8 +213,8 @@ class Joined(Condition):
 
 @dataclass(frozen=True)
 class Cut(Joined):
-    """Joined clips, cut into pieces of `piece` seconds wherever that is; a rest under half of that stays with the
-    last one."""
+    """Joined clips, cut into pieces of `piece` seconds wherever the cuts fall; a remainder under half a piece stays
+    with the last piece."""
 
     piece: float = 5.0
 
@@ -228,7 +231,7 @@ class Cut(Joined):
 
 
 def _within(parts: Sequence[Part], begin: float, end: float) -> Iterator[Part]:
-    """The parts of a take in the piece of it from `begin` up to `end`, in seconds from there on."""
+    """The parts of a take that lie between `begin` and `end`, with their seconds counted from `begin`."""
     for part in parts:
         inner = max(part.begin, begin), min(part.end, end)
         if inner[0] < inner[1]:
@@ -265,5 +268,5 @@ KINDS = tuple(dict.fromkeys(condition.kind for condition in CONDITIONS if condit
 
 
 def conditions_of(kinds: Sequence[str]) -> list[Condition]:
-    """The clips as they are, which the others are compared with, and the conditions of these kinds; none: of all."""
+    """CLEAN, which the others are compared with, and the conditions of these kinds; no kinds stand for all."""
     return [each for each in CONDITIONS if each is CLEAN or not kinds or each.kind in kinds]

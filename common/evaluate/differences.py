@@ -25,8 +25,8 @@ class Difference:
 def first_difference(tokens: Sequence[int], frames: Sequence[int], actual: Hypothesis) -> Difference | None:
     """Compare a reference's tokens and the encoder frames they were emitted at with a decoding; None where equal.
 
-    A difference is excused when, among the decisions between the last token in common and the one that differs, one had
-    two best choices nearer than the parity tolerance, or met the case in which NeMo and GenAI differ by design.
+    The decisions between the last common token and the first different one may excuse the difference: if the two best
+    choices of one of them are closer than the parity tolerance, or if NeMo and GenAI differ by design in one of them.
     """
     reference = list(zip(tokens, frames, strict=True))
     emitted = [(step.token, step.frame) for step in actual.emitted]
@@ -36,12 +36,12 @@ def first_difference(tokens: Sequence[int], frames: Sequence[int], actual: Hypot
     expected_token, expected_frame = reference[index] if index < len(reference) else (None, None)
     actual_token, actual_frame = emitted[index] if index < len(emitted) else (None, None)
     frame = actual_frame if expected_frame is None else expected_frame
-    assert frame is not None, "one of the two goes on at the first difference"
+    assert frame is not None, "at the first difference one of the two has a token"
     return Difference(index, frame, expected_token, actual_token, _excuse(actual, index))
 
 
 def _excuse(hypothesis: Hypothesis, index: int) -> str | None:
-    """What excuses another decision somewhere between token `index` - 1 and token `index`."""
+    """The excuse for a different decision between token `index` - 1 and token `index`; None if there is none."""
     positions = [i for i, step in enumerate(hypothesis.steps) if step.token != hypothesis.blank_id]
     begin = positions[index - 1] if index else 0  # that token's duration is one of the decisions
     end = positions[index] + 1 if index < len(positions) else len(hypothesis.steps)
@@ -57,14 +57,15 @@ def _excuse(hypothesis: Hypothesis, index: int) -> str | None:
 def excused_by(reference: Hypothesis, difference: Difference, actual: Hypothesis) -> Difference:
     """`difference` with the excuse that the reference's own decisions give for it.
 
-    What is checked does not excuse itself: every decision of a broken graph whose logits are all alike is a near tie.
+    The decoding under test must not excuse itself: where a broken graph gives equal logits, every decision is a near
+    tie.
     """
     own = first_difference(actual.tokens, actual.frames, reference)
     return replace(difference, excuse=own.excuse if own and difference.excuse else None)
 
 
 def first_token_difference(reference: Hypothesis, tokens: Sequence[int]) -> Difference | None:
-    """Compare tokens alone, where both must be equal: nothing excuses a difference. None where they are."""
+    """Compare only the tokens of two decodings that must be equal, so nothing is excused. None where they are equal."""
     if reference.tokens == list(tokens):
         return None
     index = _first_unequal(reference.tokens, tokens)

@@ -1,7 +1,7 @@
 """The engines of a comparison: NeMo or transformers, and each folder in ONNX Runtime GenAI and plain ONNX Runtime.
 
-An engine is loaded when it is first asked for, and runs once on noise then, since a first run allocates memory. Plain
-ONNX Runtime computes no features: it is given NeMo's, or else those of GenAI, which is then loaded for them.
+An engine is loaded when it is first asked for, and then runs once on noise, since a first run allocates memory. Plain
+ONNX Runtime computes no features: it is given NeMo's or, without NeMo, those of GenAI, which is loaded to compute them.
 """
 
 import argparse
@@ -79,7 +79,7 @@ class ComparedFolder:
 
     @cached_property
     def raw_text(self) -> Callable[[list[int]], str]:
-        """The text of plain ONNX Runtime's tokens; GenAI has a reader of its own."""
+        """A function that gives the text of plain ONNX Runtime's tokens; GenAI has a tokenizer of its own."""
         return tokenizer_text(self.path)
 
     def noise(self) -> np.ndarray:
@@ -87,7 +87,7 @@ class ComparedFolder:
         return np.random.default_rng(0).normal(0, 0.1, self.config.sample_rate).astype(np.float32)
 
     def files(self) -> Iterator[Path]:
-        """What is read of the folder, and the checkpoint that it names: no result may be written over these."""
+        """The files of the folder that are read, and the checkpoint that it names; no result may overwrite them."""
         manifest = read_manifest(self.path)
         yield from (self.path / name for name in {MANIFEST, *GENAI.files, *manifest.get(FILES, {})})
         if checkpoint := read_location(self.path, CHECKPOINT):
@@ -95,13 +95,13 @@ class ComparedFolder:
 
 
 def tokenizer_text(folder: Path) -> Callable[[list[int]], str]:
-    """The text of tokens by Hugging Face's reader of the folder's tokenizer.json."""
+    """A function that gives the text of tokens, by Hugging Face's reader of the folder's tokenizer.json."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return lambda tokens: str(tokenizer.decode(tokens)).strip()
 
 
 def input_files(folders: Sequence[ComparedFolder], clips: Sequence[Clip], *named: Path | str | None) -> Iterator[Path]:
-    """What a comparison reads, and must not be written over; `named`: on its command line, where it is given."""
+    """The files that a comparison reads, which no result may overwrite; `named`: those on its command line, if any."""
     yield from (Path(path) for path in named if path)
     yield from (file for folder in folders for file in folder.files())
     yield from (clip.path for clip in clips)
@@ -121,9 +121,9 @@ def _is_float32(folder: Path) -> bool:
 def open_folders(path: Path, engines: Collection[str] = ENGINES, folders: str = BOTH_FOLDERS) -> list[ComparedFolder]:
     """The folder at `path`, and the exported folder that it was optimized from, where that is still there.
 
-    engines: of ENGINES, those to run.
-    folders: of FOLDERS; either of them alone must be there.
-    Raises ValueError or FileNotFoundError, naming the command that repairs it, where a folder lacks a file or holds
+    engines: those of ENGINES to run.
+    folders: one of FOLDERS; a folder that is asked for alone must be there.
+    Raises ValueError or FileNotFoundError, naming the command that repairs the folder, where one lacks a file or holds
     parts of different checkpoints.
     """
     paths = _chosen_folders(path, folders)
@@ -159,7 +159,7 @@ def engine_names(text: str) -> frozenset[str]:
 
 
 def add_engine_flags(parser: Parser) -> None:
-    """--engines and --folders, and the checkpoint of the reference. `check_engine_flags` completes them."""
+    """Add --engines, --folders and the flags for the reference's checkpoint. `check_engine_flags` completes them."""
     parser.add_argument("--engines", type=engine_names, metavar="LIST",
                         help=f"which to run, with commas between them ({','.join(ENGINES)}; with --stress nemo,onnx); "
                              "onnx without nemo is given the features of GenAI, which is loaded for them")  # fmt: skip
@@ -173,8 +173,8 @@ def add_engine_flags(parser: Parser) -> None:
 
 
 def check_engine_flags(parser: Parser, args: argparse.Namespace) -> None:
-    """Make of `engines` those that run. Ends the script where flags do not go together."""
-    if args.engines is None:  # GenAI by request alone, since it doubles the time of a stress test
+    """Set `args.engines` to the engines that run. Ends the script where flags do not go together."""
+    if args.engines is None:  # GenAI only on request, since it doubles the time of a stress test
         args.engines = frozenset(ENGINES) - ({GENAI_ENGINE} if args.stress is not None else set())
     args.engines -= {NEMO_ENGINE} if args.skip_nemo else set()
     if not args.engines or (args.model_name and NEMO_ENGINE not in args.engines):
@@ -183,7 +183,7 @@ def check_engine_flags(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("argument --checkpoint_format: expected --model_name with it")
 
 
-# The library of a format, and the rules by which its text differs; a format that is not listed is loaded by NeMo.
+# The library of each format, and the rules by which its text differs. NeMo loads a format that is not listed.
 LIBRARIES: dict[CheckpointFormat, tuple[type[Reference], Callable[[bytes], Sequence[TextRule]]]] = {
     NEMO: (Nemo, text_rules),
     TRANSFORMERS: (Transformers, transformers_text_rules),
@@ -193,9 +193,9 @@ LIBRARIES: dict[CheckpointFormat, tuple[type[Reference], Callable[[bytes], Seque
 def load_reference(
     folder: ComparedFolder, model_name: str | None = None, checkpoint_format: str | None = None
 ) -> tuple[Reference, Sequence[TextRule]]:
-    """The library with the checkpoint `model_name`, or with the one that `folder` was exported from where that is None;
-    and the rules by which its text may differ from the folder's.
+    """Load the reference; returns it with the rules by which its text may differ from the folder's.
 
+    model_name: the checkpoint, or None for the one that `folder` was exported from.
     Raises ValueError where the vocabulary is not the folder's, and as find_checkpoint and recorded_checkpoint do.
     """
     if model_name:
@@ -220,8 +220,8 @@ def load_reference(
 class BothModels:
     """An optimized folder and the exported one beside it, each in plain ONNX Runtime with its own tokenizer.
 
-    Features are those of the optimized folder's GenAI. Float32 weights stay in the data file: both models are in memory
-    at once, and one of them is small. Raises as GenAI and RawOrt do.
+    GenAI computes the features, from the optimized folder. The float32 weights stay in their data file, since both
+    models are in memory at once; the optimized one is small. Raises as GenAI and RawOrt do.
     """
 
     def __init__(self, exported: Path, optimized: Path) -> None:

@@ -15,8 +15,8 @@ def read_speech_manifests(
 ) -> tuple[list[Clip], list[Clip]]:
     """The clips of --calibration_manifest and of --eval_manifest, none where there is no manifest.
 
-    Raises ValueError where no folder's runtime computes their features, or no text has a word, and as read_clips and
-    check_clips do, before the work. Warns of clips in both: a model does better on what it was fitted to.
+    Called before the work: raises ValueError where no folder's runtime computes their features, or no text has a word,
+    and as read_clips and check_clips do. Warns of clips in both, since a model does better on what it was fitted to.
     """
     if speech_folder is None and (options.calibration_manifest or options.eval_manifest):
         able = " or ".join(layout.runtime for layout in LAYOUTS.values() if layout.measures_speech)

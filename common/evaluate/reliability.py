@@ -1,4 +1,4 @@
-"""How often a word of a confidence is right: words with a confidence, aligned with the texts, in bins of confidence."""
+"""How often words of each confidence are right: words are aligned with the texts, and counted in bins of confidence."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ ENDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 @dataclass(frozen=True)
 class Bin:
-    """The words whose confidence is from `low` up to `high`, which only the last bin includes."""
+    """The words whose confidence is at least `low` and below `high`; only the last bin includes `high`."""
 
     low: float
     high: float
@@ -25,7 +25,7 @@ class Bin:
 
 
 def comparable_words(words: Iterable[str]) -> list[str]:
-    """A key for each word, without case, punctuation and spaces; one that is nothing but punctuation is its own key."""
+    """A key for each word, without case, punctuation and spaces; a word of punctuation alone is its own key."""
     return ["-".join((normalize(word) or word).split()) or "-" for word in words]
 
 
@@ -51,7 +51,7 @@ def bins(words: Iterable[tuple[float, bool]]) -> list[Bin]:
 
 
 def calibration_error(made: Sequence[Bin]) -> float:
-    """Expected calibration error (Naeini et al., AAAI 2015): by how much confidence and share of words that are right
-    differ, on average over the words."""
+    """Expected calibration error (Naeini et al., AAAI 2015): how far the confidence and the share of right words are
+    apart, on average over the words."""
     words = sum(each.words for each in made)
     return sum(each.words * abs(each.share_right - each.mean) for each in made) / max(words, 1)

@@ -1,7 +1,7 @@
 """Several engines transcribe the same clips; the tokens of those that run in float32 are compared with a reference's.
 
 The reference is NeMo, or transformers for a checkpoint of that format. Every engine is given the same samples. The
-reference computes its own features, and plain ONNX Runtime is given those; without one it is given GenAI's. GenAI
+reference computes its own features, and plain ONNX Runtime is given those or, without a reference, GenAI's. GenAI
 always computes its own.
 """
 
@@ -19,7 +19,7 @@ from common.run.decode import GENAI_RULE, NEMO_RULE, Hypothesis
 from common.run.genai import GenAI
 from common.run.reference import Reference, ReferenceTranscript
 
-# Of as much audio clips are sorted by length into batches: more is padded less, and takes more memory, 8 MB a minute.
+# So much audio at a time is sorted by length into batches: more needs less padding, and more memory, 8 MB a minute.
 POOL_SECONDS = 1200
 
 
@@ -30,12 +30,12 @@ class Recording:
     clip: ComparedClip
     samples: np.ndarray  # mono, at the model's rate
     features: np.ndarray | None = None  # [M, T]
-    features_seconds: float = 0.0  # that computing them took
-    reference: ReferenceTranscript | None = None  # the reference's, where its tokens and frames must be met
+    features_seconds: float = 0.0  # that it took to compute them
+    reference: ReferenceTranscript | None = None  # the reference's result, where its tokens and frames must be matched
     traced: dict[str, Hypothesis] = field(default_factory=dict)  # by the name of an engine on plain ONNX Runtime
 
     def compute_features(self, source: Callable[[], GenAI | Reference]) -> np.ndarray:
-        """Features [M, T] by the first source that is asked; those after it are given the same, and not loaded."""
+        """Features [M, T] by the first source that is asked; later calls return the same without loading theirs."""
         if self.features is not None:
             return self.features
         features, self.features_seconds = timed(source().features, self.samples)
@@ -57,7 +57,7 @@ class SideBySide:
     with_times: bool = False  # whether words are given with their times as well
 
     def read(self, clips: Sequence[ComparedClip]) -> Iterator[Pool]:
-        """The clips with their samples: one at a time, or pools to make batches of. Raises as read_clip does."""
+        """The clips with their samples, one at a time or in pools to make batches from. Raises as read_clip does."""
         config = self.folders[0].config
         pool: Pool = []
         seconds = 0.0
@@ -73,7 +73,7 @@ class SideBySide:
                 seconds = 0.0
 
     def comparison_of(self, clips: Sequence[ComparedClip], rules: Sequence[TextRule]) -> Comparison:
-        """Of these engines on `clips`, which are not transcribed yet; the reference's text may differ by `rules`."""
+        """A Comparison on `clips`, which are not transcribed yet; the reference's text may differ by `rules`."""
         config = self.folders[0].config
         return Comparison(
             clips=clips,
@@ -100,7 +100,7 @@ class SideBySide:
                 on_engine(name)
 
     def _run_raw(self, folder: ComparedFolder, name: str, pool: Pool) -> None:
-        """Plain ONNX Runtime, in batches; each clip has its share of the time by its length."""
+        """Run plain ONNX Runtime in batches; the time is divided among the clips by their length."""
         features = [recording.compute_features(lambda: folder.genai) for recording in pool]
         rule = NEMO_RULE if self.reference else GENAI_RULE
         hypotheses, seconds = timed(folder.raw.transcribe_all, features, rule, self.batch_size)
@@ -115,7 +115,7 @@ class SideBySide:
             recording.traced[name] = hypothesis
 
     def differences(self, pool: Pool) -> list[EngineDifference]:
-        """Where a float32 engine differs from the reference; without one, GenAI from plain ONNX Runtime."""
+        """Where float32 engines differ from the reference; without a reference, GenAI from plain ONNX Runtime."""
         return [
             EngineDifference(recording.clip, engine, difference)
             for recording in pool
@@ -125,8 +125,11 @@ class SideBySide:
         ]
 
     def _compare(self, recording: Recording, folder: ComparedFolder) -> Iterator[tuple[str, Difference]]:
-        """GenAI computes features of its own, so it is compared with plain ONNX Runtime on those, by GenAI's rule, and
-        that with the reference. Without one a batch of several clips is compared with each of them alone, too."""
+        """Yield the name of each engine that differs, with its difference.
+
+        GenAI computes its own features, so it is compared with plain ONNX Runtime on those features by GenAI's rule,
+        and that result with the reference. Without a reference, a clip in a batch is also compared with itself alone.
+        """
         names, reference = folder.engines, recording.reference
         traced = recording.traced[names.raw] if names.raw else None
         if names.raw and traced and reference:
@@ -149,7 +152,7 @@ class SideBySide:
     def _explained(
         self, recording: Recording, engine: str, difference: Difference | None, actual: Hypothesis
     ) -> Iterator[tuple[str, Difference]]:
-        """The difference, if there is one; with a reference, excused only by its own decisions."""
+        """The difference, if there is one; with a reference, only the reference's decisions can excuse it."""
         library = self.reference
         if difference and difference.excuse and library:
             reference = library.trace(recording.compute_features(lambda: library))
@@ -165,7 +168,7 @@ def _run_reference(reference: Reference, recording: Recording, *, with_times: bo
     words = None if timed_by_it is None else [TimedWord(*word) for word in timed_by_it]
     seconds += recording.features_seconds
     recording.clip.transcripts[reference.name] = Transcript(made.tokens, made.text, seconds, words)
-    if recording.clip.one_window:  # what is cut into windows may well be decoded differently
+    if recording.clip.one_window:  # a clip that is cut into windows may well be decoded differently
         recording.reference = made
 
 

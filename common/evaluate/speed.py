@@ -1,5 +1,7 @@
-"""How fast two encoders run on this machine, and the memory that each takes: each runs in a process of its own, which
-holds nothing else, and they take turns, so that what else the machine does slows both.
+"""How fast two encoders run on this machine, and how much memory each takes.
+
+Each runs in a process of its own that holds nothing else. They take turns, so that other work on the machine slows both
+alike.
 
     python -m common.evaluate.speed ENCODER.onnx    (a line of the standard input for each run)
 """
@@ -23,30 +25,31 @@ AUDIO_SECONDS = 10
 FRAMES_PER_SECOND = 100  # mel frames; the hop of every published Parakeet is 10 ms
 MIN_ROUNDS, MAX_ROUNDS = 2, 20
 SECONDS = 2  # of runs, after which no further round begins
-PAUSE = 0.1  # seconds before a run, in which the threads of the other process stop waiting actively
-# Memory of both processes as a multiple of the float32 file: it, its repacked copy, and the optimized model.
+PAUSE = 0.1  # seconds before a run, in which the threads of the other process stop busy-waiting
+# Memory of both processes as a multiple of the float32 file: that file, its repacked copy, and the optimized model.
 MEMORY_FACTOR = 3.0
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one encoder. The names are keys of the report's JSON."""
+    """The speed of one encoder. The names of the fields are keys of the report's JSON."""
 
     rtfx: float  # seconds of audio encoded in one second, by the fastest run, the one least disturbed
-    peak_memory: int | None  # bytes of its process; None where the system does not tell
+    peak_memory: int | None  # bytes of its process; None where the system does not report it
 
 
 def machine() -> dict[str, Any]:
-    """The CPU by its name, and the cores that this process may use."""
+    """The name of the CPU, and the number of cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     names = _fields(Path("/proc/cpuinfo"))
     return {"cpu": names.get("model name") or platform.processor() or platform.machine(), "cores": cores}
 
 
 def measure_speed(graphs: Sequence[Path]) -> list[Speed] | None:
-    """Speeds of encoders by the paths of their .onnx files, the largest first, in a few seconds.
+    """The speeds of the encoders in these .onnx files, of which the first is the largest; takes a few seconds.
 
-    None where free memory does not suffice, or a process ends early, as one does that the system stops for its memory.
+    None where too little memory is free, or where a process ends early, for example stopped by the system for the
+    memory that it takes.
     """
     largest = sum(path.stat().st_size for path in graphs[0].parent.glob(f"{graphs[0].name}*"))
     free = _fields(Path("/proc/meminfo")).get("MemAvailable")
@@ -72,7 +75,7 @@ def measure_speed(graphs: Sequence[Path]) -> list[Speed] | None:
 
 def _take_turns(processes: Sequence["subprocess.Popen[str]"]) -> list[Speed]:
     """Raises ValueError or OSError where a process has ended."""
-    for process in processes:  # each is loaded, and has run once
+    for process in processes:  # each answers when it is loaded and has run once
         _answer(process)
     seconds: list[list[float]] = [[] for _ in processes]
     peaks: list[int | None] = [None] * len(processes)
@@ -108,7 +111,7 @@ def _serve(path: Path) -> None:
         start = time.perf_counter()
         session.run(None, inputs)
         seconds = time.perf_counter() - start
-        # Not getrusage: its largest size of a process includes the one that it was forked from.
+        # Not getrusage: the peak that it reports includes that of the process from which this one was forked.
         peak = _fields(Path("/proc/self/status")).get("VmHWM")
         print(
             json.dumps({"seconds": seconds, "peak_memory": int(peak.split()[0]) * 1024 if peak else None}), flush=True
@@ -116,7 +119,7 @@ def _serve(path: Path) -> None:
 
 
 def _fields(path: Path) -> dict[str, str]:
-    """The lines `name: value` of a file of Linux; nothing elsewhere."""
+    """The `name: value` lines of a file of Linux; empty on other systems."""
     if not path.is_file():
         return {}
     pairs = (line.partition(":") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())

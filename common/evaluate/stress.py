@@ -1,8 +1,8 @@
 """What engines lose where speech is hard: the clips under the conditions of `conditions`, word by word.
 
 Each transcript is aligned with two references, without case and punctuation: the engine's own transcript of the same
-clips as they are, which shows what the condition costs it, and the clips' texts, by which engines can be compared. All
-engines but GenAI, which computes its own, are given the same features.
+clips as they are, which shows what the condition costs that engine, and the clips' texts, by which engines can be
+compared. All engines are given the same features, except for GenAI, which computes its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +22,14 @@ from common.run.config import RuntimeConfig
 from common.run.genai import GenAI
 from common.run.reference import Reference
 
-MIN_SHARE_WITH_WORDS = 0.5  # of a take's speech: from there on it is expected to have a word
+MIN_SHARE_WITH_WORDS = 0.5  # of a take's speech: with words in so much of it, its transcript is expected to have a word
 
 Case = tuple[Condition, tuple[int, ...]]  # a condition, and a group of clips that its audio is made of
 
 
 @dataclass(frozen=True)
 class Output:
-    """What an engine makes of a take."""
+    """The result of an engine on one take."""
 
     text: str
     frames: Sequence[int] | None  # encoder frames at which tokens were emitted, of engines that give them
@@ -37,17 +37,18 @@ class Output:
 
 @dataclass(frozen=True)
 class StressedEngine:
-    """An engine, by the name of its rows."""
+    """An engine, and the name of its rows in the table."""
 
     name: str
     transcribe: Callable[[np.ndarray, np.ndarray], Output]  # samples [N] and their features [M, T]
-    # The engine of which this is the variant that encodes a take in one window; it is given only takes that are longer.
+    # The name of the engine of which this is a variant that encodes a take in one window, however long it is. The
+    # variant is given only takes that are longer than a window.
     whole_of: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StressTest:
-    """The clips, and what transcribes them."""
+    """The clips, and the engines that transcribe them."""
 
     speech: Speech
     names: Sequence[str]  # of the clips
@@ -61,17 +62,17 @@ class StressTest:
 
     @property
     def conditions(self) -> list[Condition]:
-        """Those that can be made of the clips."""
+        """The conditions that can be made from the clips."""
         return [each for each in conditions_of(self.kinds) if each.possible(self.speech)]
 
     @property
     def cases(self) -> list[Case]:
-        """Each condition with each group of clips that its audio is made of."""
+        """Each condition with each group of clips that its audio is made from."""
         durations = self.speech.durations
         return [(condition, group) for condition in self.conditions for group in condition.groups(durations)]
 
     def takes(self, condition: Condition, group: Sequence[int]) -> list[Take]:
-        """Takes that are long enough, and a whole number of hops, which engines need (RuntimeConfig.read_clip)."""
+        """The takes, each long enough and a whole number of hops, as engines need it (RuntimeConfig.read_clip)."""
         least, hop = self.config.min_samples, self.config.hop_length
         takes = condition.takes(group, self.speech)
         whole = [np.pad(take.samples, (0, max(least - len(take.samples), 0))) for take in takes]
@@ -80,14 +81,14 @@ class StressTest:
         ]
 
     def name_of(self, group: Sequence[int]) -> str:
-        """The first clip, and how many follow."""
+        """The name of the first clip, and how many clips follow."""
         following = f" and {len(group) - 1} more" if len(group) > 1 else ""
         return f"{self.names[group[0]]}{following}"
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How many stretches of audio with words there were, and in how many of them no word came."""
+    """How many stretches of audio should have words, and for how many of them no word was emitted."""
 
     takes: int = 0
     empty: int = 0  # takes whose transcript has no word
@@ -114,7 +115,7 @@ class StressResult:
 
     @property
     def case(self) -> Case:
-        """By which the engines' results belong together."""
+        """The key by which the results of several engines belong together."""
         return self.condition, self.group
 
 
@@ -127,7 +128,7 @@ class StressResults:
     clean: dict[tuple[str, int], str] = field(default_factory=dict)  # transcripts as they are, by engine and clip
 
     def text_of(self, clip: int) -> str:
-        """The reference that engines are compared by."""
+        """The text of a clip by which engines are compared."""
         text = self.test.texts[clip]
         return self.clean[self.test.baseline, clip] if text is None else text
 
@@ -159,7 +160,7 @@ class StressResults:
 
 
 def run_stress(test: StressTest) -> StressResults:
-    """Let all engines transcribe the clips under all conditions, after a line that says how long that takes.
+    """Let all engines transcribe the clips under all conditions, after printing about how long that takes.
 
     Raises CheckError where an engine fails on a take.
     """
@@ -175,7 +176,7 @@ def run_stress(test: StressTest) -> StressResults:
 
 
 def _outlook(test: StressTest) -> str:
-    """What will be done, and for about how long, by the second run of the first clip: a first one takes longer."""
+    """What will be done, and about how long by the second run of the first clip, since a first run is slower."""
     durations = test.speech.durations
     (take,) = test.takes(CLEAN, [0])
     for _ in range(2):
@@ -232,7 +233,7 @@ def _run_case(results: StressResults, condition: Condition, group: tuple[int, ..
 
 
 def _windows(results: StressResults, take: Take, output: Output) -> Windows:
-    """Whether a take that should have words has none, and which whole clips in it have none."""
+    """Whether a take that should have words has none, and how many whole clips in it have none."""
     with_words = [part for part in take.parts if normalize(results.text_of(part.clip))]
     seconds, all_seconds = (sum(part.end - part.begin for part in parts) for parts in (with_words, take.parts))
     expects_words = bool(with_words) and seconds >= MIN_SHARE_WITH_WORDS * all_seconds
@@ -250,7 +251,7 @@ def _windows(results: StressResults, take: Take, output: Output) -> Windows:
 def folder_engines(name: str, raw: RawOrt, spell: Callable[[list[int]], str]) -> list[StressedEngine]:
     """A model folder in plain ONNX Runtime, by GenAI's rule: in windows, and long takes in one window as well.
 
-    spell: the text of tokens.
+    spell: a function that gives the text of tokens.
     """
 
     def transcribe(samples: np.ndarray, features: np.ndarray, *, whole: bool) -> Output:
@@ -264,7 +265,7 @@ def folder_engines(name: str, raw: RawOrt, spell: Callable[[list[int]], str]) ->
 
 
 def genai_engine(name: str, genai: GenAI) -> StressedEngine:
-    """A model folder in GenAI, its own features and text included."""
+    """A model folder in GenAI, which computes its own features and text."""
 
     def transcribe(samples: np.ndarray, features: np.ndarray) -> Output:
         return Output(genai.text(genai.transcribe(samples)), None)

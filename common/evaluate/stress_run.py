@@ -36,8 +36,8 @@ class StressOptions:
     seed: int = 0
 
     def validate(self) -> None:
-        """Raise ValueError for flags that need --stress, a limit that is none, a seed that NumPy does not take, and a
-        folder that is not empty, where the audio of two runs would be mixed."""
+        """Raise ValueError for flags that need --stress, an impossible limit, a seed that NumPy does not accept, and a
+        folder that is not empty, in which the audio of two runs would be mixed."""
         if self.stress is None and (self.stress_dir or self.max_lost_words is not None):
             raise ValueError("--stress_dir and --max_lost_words expect --stress, got them without")
         if self.max_lost_words is not None and not 0 <= self.max_lost_words < math.inf:
@@ -50,7 +50,7 @@ class StressOptions:
 
 
 def add_stress_flags(parser: Parser) -> None:
-    """The fields of StressOptions as flags."""
+    """Add the fields of StressOptions as flags."""
     kinds = ", ".join(KINDS)
     parser.add_argument("--stress", nargs="*", choices=KINDS, metavar="KIND",
                         help="transcribe the clips where speech is hard, and count the words lost, added and changed; "
@@ -67,8 +67,8 @@ def add_stress_flags(parser: Parser) -> None:
 def stress_compared(
     folders: Sequence[ComparedFolder], reference: Reference | None, clips: Sequence[Clip], options: StressOptions
 ) -> StressResults:
-    """Stress the engines of a comparison. Raises ValueError where there is a limit and no float32 folder to compare
-    with, and as run_stress does."""
+    """Run a stress test on the engines of a comparison. Raises ValueError where there is a limit but no float32 folder
+    to compare with, and as run_stress does."""
     optimized, *exported = folders
     names = [OPTIMIZED if exported or not optimized.engines.is_float32 else FLOAT32, FLOAT32]
     if options.max_lost_words is not None and not exported:
@@ -88,7 +88,7 @@ def stress_compared(
 
 
 def stress_optimized(models: BothModels, clips: Sequence[Clip], options: StressOptions) -> StressResults:
-    """Stress an optimized folder that is being made, beside its source. Raises as run_stress does."""
+    """Run a stress test on an optimized folder that is being made and on its source. Raises as run_stress does."""
     engines: list[StressedEngine] = [
         *folder_engines(FLOAT32, models.float32, models.float32_text),
         *folder_engines(OPTIMIZED, models.optimized, models.optimized_text),
@@ -100,8 +100,11 @@ def stress_optimized(models: BothModels, clips: Sequence[Clip], options: StressO
 def _run_and_print(
     test_of: Callable[..., StressTest], config: RuntimeConfig, clips: Sequence[Clip], options: StressOptions
 ) -> StressResults:
-    """test_of: a StressTest that lacks the clips. All samples are read at once, 230 MB an hour: clips are noise to each
-    other. Raises as read_clip and run_stress do."""
+    """Complete the test with the clips, run it and print its results. Raises as read_clip and run_stress do.
+
+    test_of: gives a StressTest for the arguments that it lacks, above all the clips. All samples are read at once,
+    230 MB per hour of audio, since the clips serve as noise for each other.
+    """
     test = test_of(
         speech=Speech([config.read_clip(clip) for clip in clips], config.sample_rate, options.seed),
         names=[clip.label for clip in clips],

@@ -29,11 +29,11 @@ class StressRow:
     clean: WordCounts  # against its own transcripts of the clips as they are
     text: WordCounts  # against the clips' texts
     windows: Windows
-    points: float | None  # of the texts' words missed, beyond the baseline's; None for the baseline, and without words
+    points: float | None  # of the texts' words missed, beyond the baseline's; None for the baseline, or for no words
 
 
 def stress_rows(results: StressResults) -> list[StressRow]:
-    """A row for each condition and engine. An engine that is given some takes alone is compared on those."""
+    """A row for each condition and engine. An engine that is given only some of the takes is compared on those."""
     baseline = {each.case: each.text for each in results.of_baseline}
     rows = []
     for condition, engine in itertools.product(results.test.conditions, results.test.engines):
@@ -61,7 +61,7 @@ def _sum_counts(counts: Iterable[WordCounts]) -> WordCounts:
 
 
 def print_stress(results: StressResults) -> None:
-    """The table, after what its columns mean, and what seams cost."""
+    """Print what the columns mean, the table, and what seams cost."""
     baseline = results.test.baseline
     no_texts = all(text is None for text in results.test.texts)
     against = f"{baseline}'s transcripts of them as they are" if no_texts else "their texts"
@@ -89,7 +89,7 @@ def _cells(row: StressRow, *, repeated: bool) -> tuple[str, ...]:
 
 
 def _seams(results: StressResults) -> Iterator[str]:
-    """What cutting into windows costs: takes that are longer than one, in windows and as a whole."""
+    """What cutting into windows costs: the errors on takes longer than a window, in windows and as a whole."""
     config = results.test.config
     for engine in results.test.engines:
         whole = {each.case: each.text for each in results.results if each.engine == engine.name}
@@ -105,7 +105,7 @@ def _seams(results: StressResults) -> Iterator[str]:
 
 def worst_results(results: StressResults) -> list[StressResult]:
     """The results of the judged engine with the most errors beyond the baseline's, or, where it is the baseline itself,
-    beyond its own on clean clips; those with none are left out."""
+    beyond its own on clean clips. Results without such errors are left out."""
     baseline = {each.case: each for each in results.of_baseline}
     judged = results.test.judged
 
@@ -119,8 +119,8 @@ def worst_results(results: StressResults) -> list[StressResult]:
 
 
 def print_worst(results: StressResults, worst: Sequence[StressResult]) -> None:
-    """A line for each, with the words of the baseline, or of the clean clips, and what stands for them; the beginning
-    of long ones."""
+    """Print a line for each result: the words of the baseline, or of the clean clips, and what replaces them. Long
+    lines are cut off."""
     test = results.test
     baseline = {each.case: each.transcript for each in results.of_baseline}
     for number, each in enumerate(worst, 1):
@@ -151,8 +151,8 @@ def write_worst(folder: Path, test: StressTest, worst: Sequence[StressResult]) -
 
 
 def judge_stress(results: StressResults, limit: float | None) -> None:
-    """Raise CheckError where the judged engine misses, under any condition, more of the texts' words than the baseline
-    does and `limit` percentage points; None is no limit."""
+    """Raise CheckError where, under any condition, the judged engine's share of missed words is more than `limit`
+    percentage points above the baseline's; None is no limit."""
     if limit is None:
         return
     judged = results.test.judged

@@ -22,9 +22,9 @@ SENTENCE_END = (".", "?", "!")  # NeMo's default segment_seperators
 
 
 def cues(words: Sequence[TimedWord], frame_seconds: float) -> Iterator[list[TimedWord]]:
-    """Words that are shown together: a sentence or less, two lines at most, up to a pause or the longest time.
+    """The words that are shown together: at most a sentence, two lines and the longest time, and without a pause.
 
-    Each begins later than the one before.
+    Each cue begins later than the one before it.
     """
     cue: list[TimedWord] = []
     for word in words:
@@ -60,9 +60,9 @@ def vtt(words: Sequence[TimedWord], frame_seconds: float) -> str:
 
 
 def _timed_cues(words: Sequence[TimedWord], frame_seconds: float, point: str) -> Iterator[tuple[str, str]]:
-    """Start and end, and the lines of each cue; a short one stays for the shortest time, or until the next one.
+    """Start and end, and the lines of each cue; a short cue stays for the shortest time, or until the next cue.
 
-    point: what stands before the milliseconds.
+    point: the character before the milliseconds.
     """
     groups = list(cues(words, frame_seconds))
     for cue, following in itertools.zip_longest(groups, groups[1:]):
@@ -74,7 +74,7 @@ def _timed_cues(words: Sequence[TimedWord], frame_seconds: float, point: str) ->
 
 
 def _clock(seconds: float, point: str) -> str:
-    """HH:MM:SS,mmm, with `point` for the comma."""
+    """HH:MM:SS,mmm, with `point` in place of the comma."""
     rest, milliseconds = divmod(round(1000 * seconds), 1000)
     return f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}{point}{milliseconds:03}"
 
@@ -100,14 +100,15 @@ class SubtitleFile:
     render: Render
 
 
-def subtitle_files(wanted: Mapping[str, Path | None], clips: Sequence[Clip]) -> list[SubtitleFile]:
-    """The files to write for formats with a path: that path for one clip, and for several clips files in that folder,
-    which is made here; they are named after the clip's file and, for a segment of it, where that begins.
+def subtitle_files(paths: Mapping[str, Path | None], clips: Sequence[Clip]) -> list[SubtitleFile]:
+    """The subtitle files to write, for each format that has a path.
 
-    Raises ValueError where several clips are given and the path is no folder.
+    For one clip the path is the file. For several clips it is a folder, which is made here; each file in it is named
+    after the clip's file and, for a segment, after where the segment begins. Raises ValueError where several clips are
+    given and the path is not a folder.
     """
     files = []
-    for suffix, path in wanted.items():
+    for suffix, path in paths.items():
         if path is None:
             continue
         if len(clips) == 1:

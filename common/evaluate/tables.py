@@ -10,7 +10,7 @@ from common.evaluate.transcripts import NEMO, REFERENCES, ComparedClip, Comparis
 from common.evaluate.wer import CONFIDENCE, WordErrorRate, no_rate, word_errors
 from common.progress import progress_bar
 
-MAX_PRINTED_CLIPS = 20  # transcripts of more clips than a person reads are in the --json file alone
+MAX_PRINTED_CLIPS = 20  # transcripts of more clips than a person reads are only in the --json file
 NONE = "–"  # stands for a figure where there is nothing to compare with
 CLIP_HEADER = ("engine", "RTFx", "WER", "against {}", "transcript")
 CORPUS_HEADER = ("engine", "RTFx", "WER", "normalised WER", "against {}", "clips with other tokens")
@@ -18,7 +18,7 @@ RTFX_MEANING = "RTFx: seconds of audio transcribed in one second, features inclu
 
 
 def format_row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """The cells in columns of these widths; a last cell beyond them is as wide as it is."""
+    """The cells in columns of these widths; a last cell beyond the columns is not padded."""
     padded = [f"{cell:{width}}" for cell, width in zip(cells, widths, strict=False)]
     return "  ".join([*padded, *cells[len(widths) :]]).rstrip()
 
@@ -31,8 +31,8 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 class ClipTables:
-    """Prints a table for each clip: the lines of a clip that is transcribed alone as soon as each engine has it, those
-    of a batch when every engine has it."""
+    """Prints a table for each clip. The lines of a clip that is transcribed alone are printed as soon as each engine is
+    done with it, those of the clips of a batch when every engine is done."""
 
     def __init__(
         self,
@@ -95,8 +95,8 @@ class ClipTables:
 def transcribe_and_print(engines: SideBySide, comparison: Comparison, *, print_times: bool) -> None:
     """Let every engine transcribe every clip of `comparison`, and collect the differences in it.
 
-    Prints a table for each of a few clips, with the times of its words where `print_times` asks for them; a progress
-    bar for many.
+    Prints a table for each clip where there are few, with the times of its words where `print_times` asks for them;
+    shows a progress bar where there are many.
     """
     clips = comparison.clips
     if len(clips) > MAX_PRINTED_CLIPS:
@@ -130,7 +130,7 @@ def clip_percent(reference: str | None, transcript: str) -> str:
 
 
 def percent_against_reference(clip: ComparedClip, engine: str, rules: Sequence[TextRule]) -> str:
-    """The same against the reference's own text; what differs by rule is no error."""
+    """The word error rate of one clip against the reference's own text; a difference by rule is no error."""
     if clip.reference in (None, engine):
         return NONE
     reference, transcript = clip.texts(engine, rules)
@@ -160,7 +160,7 @@ def print_words(words: Iterable[TimedWord], frame_seconds: float) -> None:
 
 
 def print_corpus(comparison: Comparison) -> None:
-    """One table over all clips, a line for each engine, after what its columns mean."""
+    """Print what the columns mean, and then one table over all clips, with a line for each engine."""
     audio_seconds = sum(clip.seconds for clip in comparison.clips)
     print(f"{len(comparison.clips)} clips, {audio_seconds:.0f} s of audio")
     print(RTFX_MEANING)

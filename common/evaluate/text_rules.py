@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# How a user-defined piece that is not text is spelt. Defined here a second time, apart from the tokenizer's export,
-# because what that one hides is checked against this one.
+# How a user-defined piece that is not text is spelt. Defined here a second time, independently of the tokenizer's
+# export, because this definition checks which pieces the export hides.
 _MARK = re.compile(r"▁?(<.+>|\[.+\])", re.DOTALL)
 
 
@@ -27,12 +27,12 @@ class TextRule:
 def text_rules(sentencepiece_model: bytes) -> tuple[TextRule, ...]:
     """How NeMo's text differs from GenAI's for the same tokens, in the order in which the rules are applied.
 
-    `sentencepiece_model` is the checkpoint's own. Read from decode_tokens_to_str_with_strip_punctuation in
-    nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0. docs/tdt.md lists them.
+    `sentencepiece_model` is the checkpoint's own. The rules are those of decode_tokens_to_str_with_strip_punctuation in
+    nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0; docs/tdt.md lists them.
     """
     proto = _parsed(sentencepiece_model)
     spellings = [_spelling(piece.piece) for piece in proto.pieces if _is_mark(piece)]
-    # NeMo may have deleted the space after it, which then stood before a punctuation mark.
+    # NeMo may have deleted the space after ` ⁇ `, if a punctuation mark followed.
     unknown = " ?" + re.escape(proto.trainer_spec.unk_surface.strip()) + " ?"
     return (
         TextRule("NeMo shows marks such as <|en|>", _remover("|".join(spellings) or "(?!)")),
@@ -43,8 +43,8 @@ def text_rules(sentencepiece_model: bytes) -> tuple[TextRule, ...]:
 
 
 def transformers_text_rules(sentencepiece_model: bytes) -> tuple[TextRule, ...]:
-    """How transformers' text differs from GenAI's: it leaves out special tokens, among which a mark is only where the
-    checkpoint's tokenizer.json says so."""
+    """How transformers' text differs from GenAI's: it leaves out special tokens, but a mark is such a token only where
+    the checkpoint's tokenizer.json says so."""
     proto = _parsed(sentencepiece_model)
     spellings = [_spelling(piece.piece) for piece in proto.pieces if _is_mark(piece)]
     return (
@@ -54,7 +54,7 @@ def transformers_text_rules(sentencepiece_model: bytes) -> tuple[TextRule, ...]:
 
 
 def ids_of_other_words(sentencepiece_model: bytes) -> frozenset[int]:
-    """Tokens of which NeMo's timestamps make words of their own: the unknown piece, marks, and each byte."""
+    """Tokens that NeMo's timestamps turn into words of their own: the unknown piece, marks, and each byte."""
     proto = _parsed(sentencepiece_model)
     return frozenset(
         index
@@ -76,7 +76,7 @@ def _is_mark(piece: Any) -> bool:
 
 
 def _spelling(piece: str) -> str:
-    """A pattern of how a mark is shown: its space is gone where it is the first piece."""
+    """A regular expression for a mark as it is shown; the space before it is missing where it is the first piece."""
     text = re.escape(piece.removeprefix("▁"))
     return f" ?{text}" if piece.startswith("▁") else text
 
@@ -87,8 +87,8 @@ def _remover(pattern: str) -> Callable[[str], str]:
 
 
 def _close_up(text: str) -> str:
-    """`text` without spaces before punctuation marks. NeMo deletes one space, before the marks of its vocabulary; of
-    several, and before any mark, both texts are left without."""
+    """`text` without spaces before punctuation marks. NeMo deletes one space, and only before the marks of its
+    vocabulary; here all spaces before any mark are deleted, in both texts."""
     marks = {character for character in text if unicodedata.category(character).startswith("P")}
     return re.sub(rf"\s+(?=[{re.escape(''.join(sorted(marks)))}])", "", text) if marks else text
 
@@ -108,7 +108,7 @@ def explaining_rules(nemo: str, exported: str, rules: Sequence[TextRule]) -> lis
 
 
 def comparable(nemo: str, exported: str, rules: Sequence[TextRule]) -> tuple[str, str]:
-    """Both texts without what differs by rule, to count words in."""
+    """Both texts without the differences that rules explain, so that their words can be compared."""
     for rule in rules:
         nemo, exported = rule.nemo(nemo), rule.exported(exported)
     return nemo, exported

@@ -1,8 +1,8 @@
 """The words of a clip with their start and end, from the steps that the greedy loop recorded.
 
-A token begins at the frame it was emitted at and ends its duration later. Words and their times are NeMo's
+A token begins at the frame it was emitted at and ends its duration later. Words and their times follow NeMo
 (RNNTBPEDecoding.compute_rnnt_timestamps in nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0,
-get_words_offsets in nemo/collections/asr/parts/utils/timestamp_utils.py), peculiarities included:
+get_words_offsets in nemo/collections/asr/parts/utils/timestamp_utils.py), including its peculiarities:
 
 * A word begins with a piece that holds `▁`, and lasts from the start of its first token to the end of its last one, so
   that the silence a duration jumps over is part of it; where that duration is 0, a word of one token has no length.
@@ -26,7 +26,7 @@ from common.folder.outputs import read_json
 from common.run.confidence import Confidence
 from common.run.decode import Step
 
-# What NeMo takes for a special token, and not for a source of punctuation (extract_punctuation_from_vocab).
+# Pieces that NeMo takes for special tokens, and not for sources of punctuation (extract_punctuation_from_vocab).
 NO_MARKS = re.compile(rf"\[.*\]$|<.*>$|##|{SPACE}")
 
 
@@ -51,7 +51,7 @@ class Pieces:
 
     @classmethod
     def read(cls, folder: Path) -> "Pieces":
-        """From the tokenizer.json of a model folder. Raises as read_json does, and ValueError for another's."""
+        """Read tokenizer.json of a model folder. Raises as read_json does, and ValueError for another kind of file."""
         path = Path(folder) / "tokenizer.json"
         tokenizer = read_json(path, TOKENIZER_COMMAND.format(folder))
         try:
@@ -64,7 +64,7 @@ class Pieces:
         return cls(names, special, frozenset(i for i, name in enumerate(names) if is_byte(name)), frozenset(marks))
 
     def spell(self, tokens: Sequence[int]) -> str:
-        """Text without outer spaces; U+FFFD for bytes that are no character."""
+        """The text of tokens, without outer spaces; bytes that form no character become U+FFFD."""
         raw = (bytes([int(self.names[i][3:5], 16)]) if i in self.byte_ids else self.names[i].encode() for i in tokens)
         return b"".join(raw).decode("utf-8", errors="replace").replace(SPACE, " ").strip()
 
@@ -100,7 +100,7 @@ def timed_words(emitted: Sequence[Step], pieces: Pieces) -> list[TimedWord]:
 
 
 def _least(tokens: Sequence[Confidence]) -> Confidence | None:
-    """The confidence of a word by those of its tokens; None where they have none."""
+    """The confidence of a word, which is the lowest of its tokens by each measure; None where tokens have none."""
     if not tokens:
         return None
     return Confidence(min(each.max_prob for each in tokens), min(each.entropy for each in tokens))

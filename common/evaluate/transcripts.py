@@ -59,7 +59,7 @@ class ComparedClip(Clip):
         return comparable(self.expected.text, self.transcripts[engine].text, rules)
 
     def rules_that_explain(self, engine: str, rules: Sequence[TextRule]) -> list[str]:
-        """The names of the rules by which the engine's text of the reference's own tokens differs from its text."""
+        """The names of the rules by which the engine's text differs from the reference's for the same tokens."""
         other = self.transcripts[engine]
         if engine == self.reference or other.tokens != self.expected.tokens:
             return []
@@ -76,7 +76,7 @@ class FolderEngines:
 
     @property
     def names(self) -> list[str]:
-        """Of those that run, in their order."""
+        """The names of the engines that run, in their order."""
         return [name for name in (self.genai, self.raw) if name is not None]
 
 
@@ -96,7 +96,7 @@ class EngineFigures:
     rtfx: float  # seconds of audio that are transcribed in one second
     wer: WordErrorRate | None = None  # against the clips' texts, as written
     normalised_wer: WordErrorRate | None = None  # without case and punctuation
-    clips_compared: int | None = None  # of one window, with the reference; the names below are kept from NeMo's
+    clips_compared: int | None = None  # of one window, with the reference; the names below say nemo for any reference
     clips_of_several_windows: int | None = None
     clips_differing_from_nemo: int | None = None  # of those compared, with other tokens than the reference's
     wer_against_nemo: WordErrorRate | None = None  # on the clips of one window
@@ -157,7 +157,7 @@ class Comparison:
         )
 
     def words(self, clip: ComparedClip) -> list[TimedWord]:
-        """The words of a clip with their times, by plain ONNX Runtime on the folder named first."""
+        """The words of a clip with their times, by plain ONNX Runtime on the first folder."""
         raw = self.engines[0].raw
         return (clip.transcripts[raw].words or []) if raw else []
 
@@ -192,7 +192,7 @@ class Comparison:
 
 
 def _error_rate(pairs: Sequence[tuple[str, str]]) -> WordErrorRate | None:
-    """Of pairs of a reference and a transcript; None where there are none."""
+    """The error rate over pairs of a reference and a transcript; None without pairs."""
     if not pairs:
         return None
     return word_error_rate([reference for reference, _ in pairs], [transcript for _, transcript in pairs])

@@ -25,7 +25,7 @@ def print_and_judge(comparison: Comparison) -> None:
 
 
 def print_warnings(comparison: Comparison) -> None:
-    """A line for each engine without a word, and one where a float32 engine has most words wrong."""
+    """Warn of each engine whose transcripts are all empty, and of a float32 engine that has most words wrong."""
     for engine in comparison.figures:
         if not any(clip.transcripts[engine].text.strip() for clip in comparison.clips):
             print(f"warning: every transcript of {engine} is empty, so its word errors mean nothing")
@@ -37,7 +37,7 @@ def print_warnings(comparison: Comparison) -> None:
 
 
 def print_verdict(comparison: Comparison) -> None:
-    """Say what the comparison of tokens came to, and what was not compared."""
+    """Say what the comparison of tokens found, and what was not compared."""
     if comparison.reference is None:
         print("nothing was compared with NeMo (--skip_nemo)")
     reference = comparison.reference or "plain ONNX Runtime"
@@ -94,7 +94,7 @@ def describe(each: EngineDifference) -> str:
 
 def judge_texts(comparison: Comparison) -> None:
     """Compare texts of equal tokens: each engine's with the reference's own, and GenAI's with what `tokenizers` makes
-    of plain ONNX Runtime's. Print what was compared; raise CheckError where they differ and no rule says why."""
+    of plain ONNX Runtime's. Print what was compared; raise CheckError where texts differ and no rule explains it."""
     pairs = [(each.raw, each.genai) for each in comparison.engines if each.raw and each.genai]
     name_of_reference = comparison.reference
     if name_of_reference:
@@ -137,9 +137,9 @@ def _texts_summary(explanations: Sequence[Sequence[str]], reference: str) -> str
 
 
 def judge_times(comparison: Comparison, ids_of_other_words: frozenset[int]) -> None:
-    """Say how far the words of float32 ONNX are from the reference's times; raise CheckError beyond the tolerance.
+    """Say how far the times of float32 ONNX's words are from the reference's; raise CheckError beyond the tolerance.
 
-    Compared are clips of one window whose tokens are the same, without any of `ids_of_other_words` (text_rules.py).
+    Only clips of one window are compared whose tokens are the same and none of `ids_of_other_words` (text_rules.py).
     """
     for raw in (each.raw for each in comparison.float32_engines if each.raw):
         words = 0

@@ -8,14 +8,14 @@ import numpy as np
 BOOTSTRAP_SAMPLES = 2000
 CONFIDENCE = 95  # per cent
 PARENTHESES = str.maketrans("()", "  ")
-# Of a float32 model's words, per cent, normalised; the published checkpoints stay far below on languages they know.
+# Per cent of a float32 model's words, normalised. Published checkpoints stay far below this on languages they know.
 SUSPICIOUS_WER = 60
 CONTEXT = 4  # words shown before and after a change
 
 
 @dataclass(frozen=True)
 class WordErrorRate:
-    """Corpus word error rate in per cent, with the interval that resampling the clips gives; none of no words."""
+    """Corpus word error rate in per cent, with the interval from resampling the clips; no interval without words."""
 
     errors: int
     words: int
@@ -41,8 +41,8 @@ def normalize(text: str) -> str:
     """`text` without case and punctuation, in any language (Whisper's basic normaliser, whisper_normalizer).
 
     Every digit stays: `90%` becomes `90`, `$19.99` `19 99`, `3:30` `3 30`, `½` `1 2`, and `1st` stays. Whisper's
-    normaliser drops what stands between parentheses, which may be the `(555)` of a phone number, so here those go
-    before it. What stands between `<` and `>` or `[` and `]` is dropped: marks such as `[noise]`.
+    normaliser drops text in parentheses, which may be the `(555)` of a phone number, so the parentheses are removed
+    before it runs. Text between `<` and `>` or `[` and `]` is dropped: marks such as `[noise]`.
     """
     from whisper_normalizer.basic import BasicTextNormalizer
 
@@ -81,7 +81,7 @@ NO_WORDS = WordCounts(0, 0, 0, 0)
 
 
 def word_counts(reference: str, hypothesis: str) -> WordCounts:
-    """The words of an alignment with the fewest errors (jiwer)."""
+    """Count the words of an alignment with the fewest errors (jiwer)."""
     import jiwer
 
     if not reference.split():  # jiwer does not accept an empty reference; every word is an insertion
@@ -91,7 +91,7 @@ def word_counts(reference: str, hypothesis: str) -> WordCounts:
 
 
 def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
-    """Words lost, added and changed, and the words of the reference."""
+    """The number of words lost, added or changed, and the number of words of the reference."""
     counts = word_counts(reference, hypothesis)
     return counts.errors, counts.words
 
@@ -99,8 +99,8 @@ def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
 def word_error_rate(references: list[str], hypotheses: list[str], baseline: list[str] | None = None) -> WordErrorRate:
     """WER over all clips, with a 95 % bootstrap interval over clips (Bisani & Ney, ICASSP 2004; seeded).
 
-    With a `baseline`, how much higher the rate is than that of the baseline's hypotheses. Each draw takes both from the
-    same clips, so the interval is that of the difference.
+    With a `baseline`, the result is how much higher the rate is than that of the baseline's hypotheses. Each draw takes
+    both from the same clips, so the interval is that of the difference.
     """
     counts = _counts(references, hypotheses)
     if baseline is not None:
@@ -110,14 +110,14 @@ def word_error_rate(references: list[str], hypotheses: list[str], baseline: list
     total_errors, total_words = map(int, counts.sum(axis=0))
     if not total_words:
         return WordErrorRate(total_errors, total_words, None, None)
-    errors, words = np.array([draw for draw in draws if draw[1]]).T  # of silent clips alone there is no rate
+    errors, words = np.array([draw for draw in draws if draw[1]]).T  # a draw of silent clips alone has no rate
     tail = (100 - CONFIDENCE) / 2
     low, high = np.percentile(100 * errors / words, [tail, 100 - tail])
     return WordErrorRate(total_errors, total_words, float(low), float(high))
 
 
 def high_error_warning(float32: WordErrorRate) -> str | None:
-    """A line for a float32 model whose error rate, normalised, is too high for a model that works; None below."""
+    """A warning where a float32 model's normalised error rate is too high for a model that works; None otherwise."""
     if not float32.words or float32.percent <= SUSPICIOUS_WER:
         return None
     return (
@@ -133,7 +133,7 @@ def _counts(references: list[str], hypotheses: list[str]) -> np.ndarray:
 
 
 def word_changes(before: str, after: str) -> list[tuple[str, str]]:
-    """Two transcripts aligned word by word: runs of words of each, equal ones, or what stands for what."""
+    """Align two transcripts word by word: pairs of runs of words, which are equal or replace each other."""
     one, other = before.split(), after.split()
     return [
         (" ".join(one[own.start : own.stop]), " ".join(other[its.start : its.stop]))
@@ -142,8 +142,8 @@ def word_changes(before: str, after: str) -> list[tuple[str, str]]:
 
 
 def word_runs(one: Sequence[str], other: Sequence[str]) -> list[tuple[range, range, bool]]:
-    """Words without spaces, aligned with the fewest errors (jiwer): runs as positions in each, and whether they are
-    equal."""
+    """Align words, none of which has a space, with the fewest errors (jiwer): runs as positions in each sequence, and
+    whether they are equal."""
     import jiwer
 
     if not one or not other:  # jiwer does not accept an empty reference
@@ -156,7 +156,7 @@ def word_runs(one: Sequence[str], other: Sequence[str]) -> list[tuple[range, ran
 
 
 def marked_changes(before: str, after: str) -> list[tuple[str, str]]:
-    """Runs of words of two transcripts; what is equal and far from any change is cut to an ellipsis."""
+    """Pairs of runs of words of two transcripts; equal words far from any change are cut to an ellipsis."""
     runs = word_changes(before, after)
     last = len(runs) - 1
     return [

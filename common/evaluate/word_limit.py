@@ -1,8 +1,7 @@
-"""How many words an optimized folder loses: it and the float32 folder transcribe the same clips, and the rise of the
-word error rate is held to a limit.
+"""How many words an optimized folder loses: the rise of its word error rate is measured and held to a limit.
 
-Both run in plain ONNX Runtime by GenAI's greedy rule, on the features of GenAI's processor, for which the optimized
-folder is loaded in GenAI too; NeMo is not needed.
+The optimized folder and the float32 folder transcribe the same clips. Both run in plain ONNX Runtime by GenAI's greedy
+rule, on the features of GenAI's processor, for which the optimized folder is also loaded in GenAI. NeMo is not needed.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,7 +28,7 @@ MAX_PRINTED_CLIPS = 20  # a person reads no more; the report has them all
 
 @dataclass(frozen=True)
 class EvaluatedClip:
-    """One clip and the transcripts of both folders. The names are keys of the report's JSON."""
+    """One clip and the transcripts of both folders. The names of the fields are keys of the report's JSON."""
 
     name: str
     lang: str | None
@@ -72,10 +71,10 @@ def transcribe_with_both(
     clips: list[Clip],
     progress: Callable[[list[Clip]], Iterable[Clip]] = lambda clips: clips,
 ) -> list[EvaluatedClip]:
-    """Transcribe the clips of `manifest`, which have texts, with both folders; each shows its tokens by its own
-    tokenizer, so that one that loses words is counted.
+    """Transcribe the clips of `manifest`, which have texts, with both folders. Each folder's own tokenizer spells its
+    tokens, so that words that a tokenizer loses are counted.
 
-    Raises CheckError where the optimized one fails, and as read_clip does.
+    Raises CheckError where the optimized model fails, and as read_clip does.
     """
     config = models.genai.config
     evaluated = []
@@ -102,12 +101,12 @@ def transcribe_with_both(
 
 
 def _name(path: Path, manifest: Path) -> str:
-    """A clip's path below its manifest, or its name alone: a report shows no home directory."""
+    """A clip's path relative to its manifest, or else its name alone, so that a report shows no home directory."""
     return path.relative_to(manifest.parent).as_posix() if path.is_relative_to(manifest.parent) else path.name
 
 
 def word_table(clips: list[EvaluatedClip], write: Callable[[str], str] = normalize) -> list[WordErrors]:
-    """Error rates over all clips, then by language where clips have one; texts are compared as `write` writes them."""
+    """Error rates over all clips, then by language where clips have one; `write` is applied to texts to compare."""
     langs = sorted({clip.lang for clip in clips if clip.lang is not None})
     return [
         _word_errors(None, clips, write),
@@ -163,8 +162,9 @@ def print_word_errors(table: list[WordErrors], clips: list[EvaluatedClip]) -> No
 def judge(table: list[WordErrors], limit: float) -> None:
     """Raise CheckError if the error rate over all clips, or that of one language, rises by more than `limit` points.
 
-    A rate over all clips may hide a language that got worse, so each is held to the limit; in a language with few words
-    a single one may decide. Where its clips are silent it has no rate, and words inserted there count over all clips.
+    A rate over all clips may hide a language that got worse, so each language is held to the limit, although a single
+    word may decide where a language has few. A language whose clips are all silent has no rate; words inserted there
+    count only over all clips.
     """
     if not table[0].increase.words:
         raise CheckError("expected texts with words to judge by, got none, so nothing was compared; nothing is written")

@@ -24,10 +24,10 @@ from common.folder.onnx_graph import add_initializer, release, tensor_of
 from common.run.ort import OrtGraph
 
 LARGEST_FLOAT16 = 65504.0
-# An operator stays float32 if one of its inputs, outputs or inner sums was as large or larger. A quarter of the largest
-# float16, since other speech may have larger values. Masked attention scores, -10000, are below it.
+# An operator stays float32 if one of its inputs, outputs or inner sums was as large as this or larger. It is a quarter
+# of the largest float16, since other speech may have larger values. Masked attention scores, -10000, are below it.
 LIMIT = 2.0**14
-# The precision of their inner sums, which may be sums of squares, is not declared; that of LayerNormalization's is
+# Operators whose inner sums, perhaps of squares, have no declared precision; LayerNormalization declares it
 # (stash_type, float32).
 SUMS = ("InstanceNormalization", "GroupNormalization", "ReduceMean", "ReduceSum", "ReduceL2")
 PERIODIC = ("Sin", "Cos")  # large angles in, small numbers out
@@ -37,7 +37,7 @@ Ranges = Mapping[str, float]  # operator's name → its largest magnitude
 
 @dataclass
 class Conversion:
-    """What became of one graph's operators, each with the largest value measured in it."""
+    """How the operators of one graph were converted, each with the largest value measured in it."""
 
     overflowing: dict[str, float] = field(default_factory=dict)  # left in float32: name → largest value
     exact: list[str] = field(default_factory=list)  # left in float32: integer arithmetic, sums of unknown precision
@@ -109,7 +109,7 @@ def convert(source: Path, target: Path, graph: Graph, ranges: Ranges) -> Convers
 
 
 def _chosen_dtype(node: ir.Node, exact: set[ir.Node], ranges: Ranges, conversion: Conversion) -> ir.DataType:
-    """The type in which `node` is to compute, noted in `conversion`."""
+    """The type in which `node` is to compute, which is also recorded in `conversion`."""
     name = name_of(node)
     conversion.operators += 1
     if node in exact:
@@ -123,7 +123,7 @@ def _chosen_dtype(node: ir.Node, exact: set[ir.Node], ranges: Ranges, conversion
 
 
 def _set_dtype(node: ir.Node, dtype: ir.DataType, casts: "_Casts") -> None:
-    """Let `node` compute in the float type `dtype`, with casts in front of its inputs where they are of the other."""
+    """Let `node` compute in the float type `dtype`, with casts before its inputs where they are of the other type."""
     for index, value in enumerate(node.inputs):
         if value is not None and value.dtype in FLOATS and value.dtype != dtype:
             node.replace_input_with(index, casts.cast(value, dtype))
@@ -135,7 +135,7 @@ def _set_dtype(node: ir.Node, dtype: ir.DataType, casts: "_Casts") -> None:
 
 
 def _restore_outputs(model: ir.Model, casts: "_Casts") -> None:
-    """Make the outputs of the graph that have become float16 float32 again, under their names."""
+    """Cast graph outputs that have become float16 back to float32, under their old names."""
     for index, value in enumerate(model.graph.outputs):
         if value.dtype == ir.DataType.FLOAT16:
             name = value.name
@@ -147,9 +147,9 @@ def _restore_outputs(model: ir.Model, casts: "_Casts") -> None:
 
 
 class _Casts:
-    """Values of a graph in another float type: one Cast node for each, appended, so that the graph needs sorting.
+    """Values of a graph in another float type, by one Cast node each; nodes are appended, so the graph needs sorting.
 
-    With `convert_weights` an initializer becomes one more initializer, which is converted when it is written.
+    With `convert_weights`, an initializer gets a second initializer instead, which is converted when it is written.
     """
 
     def __init__(self, model: ir.Model, *, convert_weights: bool) -> None:
@@ -158,7 +158,7 @@ class _Casts:
         self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """`value` in the type `dtype`; the same one each time."""
+        """`value` in the type `dtype`; each call returns the same converted value."""
         key = value, dtype
         if key not in self.made:
             name = f"{value.name}.{dtype.name.lower()}"
@@ -200,8 +200,8 @@ def _forget_types(model: ir.Model) -> None:
 def _exact_operators(model: ir.Model) -> set[ir.Node]:
     """Operators that stay float32 whatever their values are: SUMS, and those that count in floats.
 
-    Float16 has no odd integer beyond 2048, and the positions of a clip of three minutes go further. So a Cast of
-    integers stays, and so does what is computed from its result and constants alone, up to the sine or cosine.
+    Float16 has no odd integer beyond 2048, and the positions of a clip of three minutes exceed that. So a Cast of
+    integers stays float32, and so does what is computed from its result and constants alone, up to the sine or cosine.
     """
     exact = {node for node in model.graph if node.op_type in SUMS}
     for node in filter(float_values, model.graph):
@@ -214,7 +214,7 @@ def _exact_operators(model: ir.Model) -> set[ir.Node]:
         elif node.op_type == "Cast":
             counts = _is_integer(node.inputs[0])
         else:
-            counts = not values  # a source of floats, whose type is in an attribute
+            counts = not values  # an operator without float inputs, whose output type is an attribute
         if counts:
             exact.add(node)
     return exact

@@ -1,9 +1,9 @@
 """The layers of the exported encoder. Each shares the parameters of NeMo's layer and computes the same function.
 
 NeMo's own layers, traced as they are, give graphs that fail or waste time (nemo_toolkit 3.0.0): positions come from a
-table that ends at 5000 frames, pointwise convolutions are skipped by MatMul quantizers, masks are filled twice per
-layer, and every reshape brings its shape arithmetic along. Where one computation can be written in two ways, the one
-that ONNX Runtime turns into faster operators was chosen (ONNX Runtime 1.32, times on 2 cores).
+table that ends at 5000 frames, MatMul quantizers skip pointwise convolutions, masks are filled twice per layer, and
+every reshape adds nodes that compute its shape. Where a computation can be written in two ways, this module uses the
+one that ONNX Runtime turns into faster operators (ONNX Runtime 1.32, times on 2 cores).
 """
 
 import copy
@@ -17,8 +17,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # NeMo puts this in the place of a masked score (INF_VAL in parts/submodules/multi_head_attention.py).
 MASKED_SCORE = -10000.0
-# Subtracted from a masked frame before a ReLU, between one and three times: more than a convolution of normalised
-# features reaches, and still a number in float16 (largest 65504).
+# Subtracted from a masked frame before a ReLU, between one and three times. It is larger than any result of a
+# convolution of normalised features, and still fits into float16 (largest 65504).
 MASKED_ACTIVATION = 20000.0
 
 
@@ -43,15 +43,15 @@ def reshape(x: Tensor, *shape: int) -> Tensor:
     return cast(Tensor, _Reshape.apply(x, *shape))  # type: ignore[no-untyped-call]
 
 
-# Attention is computed in blocks of the frames that attend, so many at most, each of so many frames at least. At 900
-# frames, which is the window of 72 s, four blocks take 0.8 times as long as one, at 250 as long, at 125 a tenth longer;
-# six are hardly faster.
+# Attention is computed in blocks of the frames that attend (queries): at most BLOCKS blocks, of at least BLOCK_FRAMES
+# frames each. At 900 frames, the window of 72 s, four blocks take 0.8 times as long as one block; at 250 frames they
+# take as long, at 125 a tenth longer. Six blocks are hardly faster.
 BLOCKS = 4
 BLOCK_FRAMES = 64
 
 
 class _BlockBounds(torch.autograd.Function):
-    """The first frames of `count` blocks, then the frame after the last of each."""
+    """The first frame of each of `count` blocks, then the frame after the last frame of each."""
 
     @staticmethod
     def forward(ctx: Any, like: Tensor, count: int) -> Tensor:
@@ -74,10 +74,10 @@ class _BlockBounds(torch.autograd.Function):
 
 
 class Block(NamedTuple):
-    """The frames first … stop-1 of S, which attend to all S frames (the first three are scalars).
+    """The frames first … stop-1 of S, which attend to all S frames. The first three fields are scalars.
 
-    There is one at least: where S is too short for all blocks, the last ones are the last frame again. In products
-    without rows ONNX Runtime 1.28 divides by zero, which ends the process.
+    A block has at least one frame: where S is too short for all blocks, the last ones repeat the last frame. In a
+    product without rows ONNX Runtime 1.28 divides by zero, which ends the process.
     """
 
     first: Tensor
@@ -87,7 +87,7 @@ class Block(NamedTuple):
 
 
 def attention_blocks(bias: Tensor, count: int, *, of_each_row: bool) -> list[Block]:
-    """`count` blocks of an encoder's frames, whose scores have the bias [B, 1, 1, S], or `of_each_row` [B, 1, S, S]."""
+    """`count` blocks of an encoder's frames. bias: of the scores, [B, 1, 1, S], or [B, 1, S, S] with `of_each_row`."""
     bounds = cast(Tensor, _BlockBounds.apply(bias, count))  # type: ignore[no-untyped-call]
     blocks = []
     for index in range(count):
@@ -110,7 +110,7 @@ class _RelativeShift(torch.autograd.Function):
         def constant(*values: int) -> Any:
             return g.op("Constant", value_t=torch.tensor(values))
 
-        # Every layer writes the same shape arithmetic; common/export/trace.py merges it into one.
+        # Every layer adds the same nodes for the shape; common/export/trace.py merges the copies.
         rows, columns = (g.op("Reshape", scalar, constant(1)) for scalar in (count, frames))
         skipped = g.op("Sub", rows, constant(1))
         width = g.op("Add", columns, skipped)
@@ -123,8 +123,8 @@ class _RelativeShift(torch.autograd.Function):
 def relative_shift(x: Tensor, count: Tensor, frames: Tensor) -> Tensor:
     """Column j of row i becomes what is in column n-1-i+j: [B, heads, n, S+n] → [B, heads, n, S], n = `count` rows.
 
-    Read as one vector, every row needs what begins S+n-1 after that of the row before. So: flatten, drop the first n-1,
-    take rows of S+n-1, keep S columns.
+    In the flattened array, what a row needs begins S+n-1 places after what the row before needs. So: flatten, drop the
+    first n-1 values, cut into rows of S+n-1, keep S columns.
     """
     return cast(Tensor, _RelativeShift.apply(x, count, frames))  # type: ignore[no-untyped-call]
 
@@ -148,20 +148,20 @@ class Linear(nn.Module):
 
 
 class Subsampling(nn.Module):
-    """NeMo's ConvSubsampling by 2-d convolutions, masked only where a masked frame would reach a valid one.
+    """NeMo's ConvSubsampling as 2-d convolutions, masked only where a masked frame would reach a valid one.
 
-    That is before a kernel longer than one frame; NeMo masks before and after each of its layers. The mask behind the
-    first convolution, where activations are largest (65 MB for 20 s), is an input channel: 1 where a frame is masked,
-    times so negative a weight that ReLU gives 0 whatever the other channels hold; valid frames do not change.
-    For 20 s of audio this takes 48 ms; with the mask as a product, which also leaves ONNX Runtime's blocked layout,
-    74 ms.
+    That is before a kernel longer than one frame; NeMo masks before and after each of its layers. After the first
+    convolution, where activations are largest (65 MB for 20 s), the mask comes from an extra input channel of that
+    convolution. It is 1 where a frame is masked, and its weight is so negative that ReLU gives 0 whatever the other
+    channels hold; valid frames do not change. For 20 s of audio this takes 48 ms. With the mask as a product, which
+    also leaves ONNX Runtime's blocked layout, it takes 74 ms.
     """
 
     def __init__(self, subsampling: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(share_parameters(subsampling.conv))
         for i, layer in enumerate(self.layers):
-            if hasattr(layer, "inplace"):  # names and order of the exported nodes depend on it, and on sharing
+            if hasattr(layer, "inplace"):  # a flag that, like shared layers, changes names and order of exported nodes
                 self.layers[i] = type(layer)()
         self.out = Linear.from_module(subsampling.out)
         first = cast(nn.Conv2d, self.layers[0])
@@ -228,7 +228,7 @@ def _padding(layer: Any, axis: int) -> tuple[int, int]:
 
 
 class Positions(NamedTuple):
-    """The distances S … 0 of frames from each other."""
+    """Sines and cosines of the distances S … 0 between frames."""
 
     sine: Tensor  # [S+1, 1, D/2]
     cosine: Tensor  # [S+1, 1, D/2]
@@ -238,8 +238,9 @@ class Positions(NamedTuple):
 class RelativePositions(nn.Module):
     """Sines and cosines of the distances S … 0, computed in the graph (Transformer-XL, arXiv:1901.02860, B).
 
-    NeMo's table has the distances S-1 … -(S-1), sines and cosines in turn. Those of negative distances follow from
-    these; -S, which it lacks, makes the relative shift a slice without padding.
+    NeMo's table has the distances S-1 … -(S-1), with sines and cosines alternating. Here the values of negative
+    distances follow from those of positive ones. The distance -S, which NeMo's table lacks, makes the relative shift a
+    slice without padding.
     """
 
     frequencies: Tensor
@@ -254,7 +255,7 @@ class RelativePositions(nn.Module):
         """x [B, S, D] → x, scaled where the model does that, [B, S, D]; the positions of its frames"""
         distance = torch.arange(x.size(1), -1, -1, dtype=torch.float32, device=x.device)
         angle = distance[:, None, None] * self.frequencies
-        # Not a range that falls: ONNX Runtime 1.32 turns a Gather by one into a Slice that ends at the last place.
+        # Not a descending range: ONNX Runtime 1.32 turns a Gather by one into a Slice that ends at the last place.
         backwards = x.size(1) - 1 - torch.arange(x.size(1), device=x.device)
         return (x if self.scale is None else x * self.scale), Positions(angle.sin(), angle.cos(), backwards)
 
@@ -262,17 +263,17 @@ class RelativePositions(nn.Module):
 class RelativeAttention(nn.Module):
     """NeMo's RelPositionMultiHeadAttention with an additive mask.
 
-    Inside, time comes before batch: a runtime then reads a head's rows in place, where it would otherwise write
-    queries, keys, values and positions a second time (24 layers, 60 s: 0.15 s). Each product is scaled, which a runtime
-    fuses into the product, instead of their sum.
+    Inside, time comes before batch, so a runtime reads a head's rows in place; otherwise it would write queries, keys,
+    values and positions a second time (24 layers, 60 s: 0.15 s). The two products are scaled instead of their sum,
+    since a runtime fuses a scale into a product.
 
-    It is computed in blocks of queries. A query needs S of the 2S distances, those from its own frame to all others, n
-    queries in a row need S+n-1 of them; so in blocks nearly half of the products with positions need not be computed,
-    and the scores of a block fit into the cache between one operator and the next.
+    Attention is computed in blocks of queries. A query needs S of the 2S distances, those from its own frame to all
+    others, and n consecutive queries need S+n-1 of them. So with blocks nearly half of the products with positions need
+    not be computed, and the scores of a block fit into the cache between one operator and the next.
 
-    Positions are projected for distances of one sign. Sines are odd and cosines even, so the projection of distance d
-    is the sum of their projections, and that of -d the difference: half of the products (0.6B, 900 frames, one thread
-    with AVX2: 24 ms a layer for 50).
+    Positions are projected for distances of one sign only. Sines are odd and cosines even, so the projection of
+    distance d is the sum of their projections, and that of -d is the difference. This halves the products (0.6B, 900
+    frames, one thread with AVX2: 24 ms a layer instead of 50).
     """
 
     def __init__(self, attention: Any) -> None:
@@ -283,7 +284,7 @@ class RelativeAttention(nn.Module):
         self.key = Linear.from_module(attention.linear_k)
         self.value = Linear.from_module(attention.linear_v)
         self.out = Linear.from_module(attention.linear_out)
-        position = attention.linear_pos  # whose inputs are sines and cosines in turn
+        position = attention.linear_pos  # its inputs alternate between sines and cosines
         self.position_sine = Linear(position.weight.detach()[:, 0::2], None)
         self.position_cosine = Linear(position.weight.detach()[:, 1::2], position.bias)
         self.content_bias: Tensor = attention.pos_bias_u  # [heads, dk]
@@ -300,15 +301,15 @@ class RelativeAttention(nn.Module):
         contexts = [torch.matmul(self._weights(query, key, position, block), value) for block in blocks]
         context = contexts[0]  # [B, heads, S, dk]
         if len(blocks) > 1:
-            context = torch.cat(contexts, dim=2)[:, :, : blocks[0].frames]  # without the last frame again
+            context = torch.cat(contexts, dim=2)[:, :, : blocks[0].frames]  # without repeats of the last frame
         out: Tensor = self.out(reshape(context.transpose(1, 2), 0, 0, -1))
         return out
 
     def _project(self, positions: Positions) -> Tensor:
         """The projections of the distances S-1 … -S, [2S, 1, D].
 
-        Gathered, not flipped, which exports as a Slice of negative steps: WebGPU's drops the first row (ONNX Runtime
-        Web 1.24.1).
+        They are reversed by a gather, not by a flip, which exports as a Slice with negative steps: WebGPU's Slice then
+        drops the first row (ONNX Runtime Web 1.24.1).
         """
         odd, even = self.position_sine(positions.sine), self.position_cosine(positions.cosine)
         return torch.cat(((even + odd)[1:], (even - odd).index_select(0, positions.backwards)))
@@ -316,8 +317,8 @@ class RelativeAttention(nn.Module):
     def _weights(self, query: Tensor, key: Tensor, position: Tensor, block: Block) -> Tensor:
         """How much each of the block's n frames attends to each frame: [B, heads, n, S]"""
         query = query[block.first : block.stop]
-        # Row 0 holds distance S-1. The distances from the block's last frame begin at stop-1, those from its first end
-        # at first+1-S; one more, and the relative shift is a slice without padding.
+        # Row 0 holds distance S-1. The distances from the block's last frame begin at stop-1, and those from its first
+        # frame end at first+1-S. One more row makes the relative shift a slice without padding.
         position = position[block.frames - block.stop : 2 * block.frames - block.first]
         by_content = self._product(query + self.content_bias, key)
         by_position = self._product(query + self.position_bias, position)
@@ -333,8 +334,8 @@ class RelativeAttention(nn.Module):
 class Convolution(nn.Module):
     """NeMo's ConformerConvolution with its pointwise convolutions as linear layers and batch normalisation folded in.
 
-    The depthwise convolution has two dimensions, the first of size 1: for those ONNX Runtime has a blocked layout,
-    and copies into it straight from channels last (0.6 ms a layer at 20 s; in one dimension 1.1 ms).
+    The depthwise convolution has two dimensions, the first of size 1. For two dimensions ONNX Runtime has a blocked
+    layout, into which it copies directly from channels last (0.6 ms a layer at 20 s; with one dimension 1.1 ms).
     """
 
     def __init__(self, convolution: Any) -> None:
@@ -358,7 +359,7 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         """x [B, S, D], keep [B, S, 1], 1 for a valid frame and 0 for a masked one → [B, S, D]"""
-        # Not dim -1: WebGPU's Split takes no negative axis (ONNX Runtime Web 1.24.1).
+        # Not dim -1: WebGPU's Split does not accept a negative axis (ONNX Runtime Web 1.24.1).
         x = nn.functional.glu(self.expand(x), dim=2) * keep
         x = x.unsqueeze(1).permute(0, 3, 1, 2)  # [B, D, 1, S]
         left, right = self.padding

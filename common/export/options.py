@@ -1,4 +1,4 @@
-"""What an export is asked for. Needs neither torch nor NeMo, so that usage errors are reported at once."""
+"""The settings of an export. This module needs neither torch nor NeMo, so that usage errors are reported at once."""
 
 import dataclasses
 from typing import Any
@@ -12,12 +12,12 @@ PRECISIONS = (FP32, FP16)
 MIN_OPSET = 17  # the first with LayerNormalization
 MAX_OPSET = 21  # the newest that the wheels of onnxruntime-genai were built for
 
-# Peak memory and disk as multiples of the weights' size in float32, measured at 0.6B. Memory: the weights, in NeMo or
-# in the ONNX Runtime session, activations, and the code of NeMo. Disk: the unpacked checkpoint and exported weights.
+# Peak memory and disk as multiples of the weights' size in float32, measured at 0.6B. Memory holds the weights (in NeMo
+# or in the ONNX Runtime session), activations, and NeMo's code; disk the unpacked checkpoint and the exported weights.
 MEMORY_FACTOR = 1.3
 MEMORY_OF_NEMO = 1e9  # bytes
 MEMORY_OF_LONG_CASE = 2.8e9  # bytes; a clip past 400 s, on which small encoders are verified; measured with 4 heads
-# Encoders of up to so many parameters are verified on a clip past 400 s as well; attention's memory is quadratic in it.
+# Encoders of up to this many parameters are also verified on a clip past 400 s; attention's memory is quadratic in it.
 LONG_CASE_MAX_PARAMETERS = 20e6
 FLOAT32_BYTES = 4
 DISK_FACTOR = 2.0
@@ -38,10 +38,10 @@ class ExportOptions:
     left_context_seconds: float = 10
     right_context_seconds: float = 2
     skip_verify: bool = False
-    scripts: str | None = None  # writing systems that the text may be in, by commas; None: any
+    scripts: str | None = None  # writing systems that the text may be in, separated by commas; None: any
 
     def validate(self) -> None:
-        """Raise ValueError naming the flag that cannot be fulfilled."""
+        """Raise ValueError naming the flag whose value cannot be used."""
         check_opset(self.opset_version)
         if self.chunk_seconds == 0:
             raise ValueError("expected --chunk_seconds of more than 0, got 0")

@@ -45,7 +45,7 @@ class Parity:
     cases: int = 0
 
     def add(self, name: str, actual: np.ndarray, expected: np.ndarray) -> None:
-        """Take in one comparison. Raises ParityError beyond the tolerance, where a NaN on either side always is."""
+        """Record one comparison. Raises ParityError beyond the tolerance; a NaN on either side always exceeds it."""
         if actual.shape != expected.shape:
             raise ParityError(f"{name}: expected an output of shape {expected.shape}, got {actual.shape}")
         error = float(np.max(np.abs(actual - expected), initial=0.0))
@@ -75,7 +75,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of a graph and the outputs of the library's module for them; the module can be freed."""
+    """Inputs of a graph and the outputs of the library's module for them, so that the module can be freed."""
 
     inputs: tuple[np.ndarray, ...]
     expected: tuple[np.ndarray, ...]
@@ -83,7 +83,7 @@ class Case:
 
 
 def encoder_cases(encoder: Any, example_inputs: ExampleInputs) -> list[Case]:
-    """NeMo's outputs and lengths over `ENCODER_CASES`; for small models also over more than 400 s."""
+    """NeMo's outputs and lengths for `ENCODER_CASES`; for small models also for a clip of more than 400 s."""
     shapes = list(ENCODER_CASES)
     if sum(parameter.numel() for parameter in encoder.parameters()) <= LONG_CASE_MAX_PARAMETERS:
         shapes.append((1, LONG_CASE_FRAMES * encoder.subsampling_factor))
@@ -99,7 +99,7 @@ def encoder_cases(encoder: Any, example_inputs: ExampleInputs) -> list[Case]:
 def decoder_cases(decoder: Any, example_inputs: ExampleInputs) -> list[Case]:
     """The outputs and states of NeMo's prediction network along a chain of tokens that starts with the blank.
 
-    Of the inputs, only the first case's states are used: a graph continues from its own.
+    The states among the inputs are used in the first case only: after that, a graph continues from its own states.
     """
     batch = 2
     tokens, _, *zeros = example_inputs(batch, DECODER_STEPS)
@@ -107,7 +107,7 @@ def decoder_cases(decoder: Any, example_inputs: ExampleInputs) -> list[Case]:
     cases = []
     for step in range(DECODER_STEPS):
         targets = torch.full_like(tokens[:, :1], decoder.blank_idx) if step == 0 else tokens[:, step : step + 1]
-        fed = None if step == 0 else _like(targets, decoder)  # NeMo starts with no token, which is a zero vector
+        fed = None if step == 0 else _like(targets, decoder)  # NeMo starts without a token, that is, with a zero vector
         before = state
         with torch.inference_mode():
             output, state = decoder.predict(fed, state=before, add_sos=False)
@@ -117,7 +117,7 @@ def decoder_cases(decoder: Any, example_inputs: ExampleInputs) -> list[Case]:
 
 
 def joint_cases(joint: Any, example_inputs: ExampleInputs) -> list[Case]:
-    """NeMo's raw logits over several S and U."""
+    """NeMo's raw logits for several S and U."""
     cases = []
     for batch, frames, targets in JOINT_CASES:
         encoded, predicted = example_inputs(batch, frames, targets)

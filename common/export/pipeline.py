@@ -75,7 +75,7 @@ def export_checkpoint(
 
 
 def export_graphs(model: Any, folder: Path, options: ExportOptions) -> References:
-    """Write the three graphs of NeMo's `model` into `folder`, in float32, and compute what they are verified with.
+    """Write the three graphs of NeMo's `model` into `folder`, in float32, and compute references to verify them with.
 
     Raises ValueError where the model has a part that cannot be exported.
     """
@@ -96,7 +96,7 @@ def export_graphs(model: Any, folder: Path, options: ExportOptions) -> Reference
 
 
 def verify_graphs(folder: Path, references: References, print_stage: PrintStage) -> dict[str, Any]:
-    """Run the float32 graphs in ONNX Runtime and compare them with NeMo: graph's file → record for the manifest.
+    """Run the float32 graphs in ONNX Runtime and compare them with NeMo. Graph's file → record for the manifest.
 
     Raises ParityError for a graph that differs by more than the tolerance.
     """
@@ -134,8 +134,8 @@ def convert_to_float16(
 ) -> dict[str, Any]:
     """Convert the graphs of the float32 folder `source` into `target` and verify them; return the manifest's record.
 
-    speech: features [M, T] on which the values inside the graphs are measured. Each graph is verified as the CPU of
-    ONNX Runtime runs it, and as a GPU that rounds each result to float16 would. Raises ParityError as verify_graphs.
+    speech: features [M, T] on which the values inside the graphs are measured. Each graph is verified as ONNX Runtime
+    runs it on the CPU, and as a GPU that rounds each result to float16 would. Raises ParityError as verify_graphs does.
     """
     from common.export.float16 import LARGEST_FLOAT16, LIMIT, EmulatedGraph, convert
     from common.export.parity import VERIFICATIONS

@@ -1,4 +1,4 @@
-"""The largest values inside the graphs, measured on speech: the float16 conversion keeps to what they allow."""
+"""The largest values inside the graphs, measured on speech: they decide what the float16 conversion may convert."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from common.run.ort import OrtGraph
 class RangeRecorder(OrtGraph):
     """A float32 graph that records, over all its calls, the largest magnitude at each of its operators.
 
-    For a product this is the sum of the magnitudes of its terms: no order of summation, in float16 too, exceeds it.
+    For a product this is the sum of the magnitudes of its terms, which no order of summation exceeds, even in float16.
     """
 
     def __init__(self, folder: Path, graph: Graph) -> None:
@@ -29,7 +29,7 @@ class RangeRecorder(OrtGraph):
             for node in model.graph
         }
         self.probes = _Probes(model).names  # name of an output → name in `known`
-        # The magnitudes of the encoder's weights, gigabytes, are computed when they are needed; the others once.
+        # The magnitudes of the encoder's weights take gigabytes: they are computed when needed, those of others once.
         self.session = exact_session(model, folder, fold=graph is not ENCODER)
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
@@ -56,7 +56,7 @@ def measure_ranges(folder: Path, clips: Sequence[np.ndarray]) -> dict[str, Range
         engine.transcribe(features)
     shortest = min(clips, key=lambda features: features.shape[1])
     frames = shortest.shape[1]
-    engine.encoder(np.stack([shortest, shortest]), np.array([frames, frames // 2]))  # masked frames
+    engine.encoder(np.stack([shortest, shortest]), np.array([frames, frames // 2]))  # with masked frames
     return {name: recorder.ranges() for name, recorder in recorders.items()}
 
 
@@ -72,8 +72,8 @@ def _largest_weights(model: ir.Model) -> dict[str, float]:
 class _Probes:
     """Adds one scalar output to the graph for each float value and each product: the largest magnitude in it.
 
-    Each is computed right behind the operator it belongs to: at the end of the graph, all values would be held until
-    then.
+    Each is computed directly after the operator it belongs to. At the end of the graph, all values would have to be
+    held in memory until then.
     """
 
     def __init__(self, model: ir.Model) -> None:

@@ -15,7 +15,7 @@ from common.export.options import check_opset
 from common.export.wrappers import Wrapper, named_weights
 from common.folder.onnx_files import save_model
 
-# torch.onnx.export(dynamo=False) of torch 2.13 ends at 20; the newer exporter, which goes on, takes four times as long.
+# torch.onnx.export(dynamo=False) of torch 2.13 ends at 20; the newer exporter goes on, but takes four times as long.
 EXPORTER_MAX_OPSET = 20
 
 

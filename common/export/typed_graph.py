@@ -1,4 +1,4 @@
-"""Graphs for measuring and converting: the type of every value known, and run exactly as they are written."""
+"""Graphs for measuring and converting: the type of every value is known, and they run exactly as they are written."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,7 @@
 """The three PyTorch modules that are exported: the encoder, the prediction network with its state, and the joint.
 
 Each shares the parameters of NeMo's module, or of transformers' under NeMo's names, and computes the same function.
-What a wrapper does not support it rejects with a ValueError that names it.
+A wrapper rejects what it does not support with a ValueError that names it.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class Wrapper(nn.Module):
     example_inputs: Callable[..., tuple[Tensor, ...]]  # sizes, each with a default → inputs of `forward`
 
     def for_float16(self) -> None:
-        """Choose the form for a graph that becomes float16, which is for GPUs."""
+        """Switch to the form for a graph that is converted to float16, which is for GPUs."""
 
 
 class Encoder(Wrapper):
@@ -66,7 +66,7 @@ class Encoder(Wrapper):
         return self.projection(x).transpose(1, 2), length
 
     def for_float16(self) -> None:
-        """One block: a GPU pays for every operator, and values of a block that was empty would not be measured."""
+        """Use one block of attention, since every operator costs time on a GPU."""
         self.blocks = 1
 
     def _attention_bias(self, keep: Tensor, length: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Encoder(Wrapper):
 
 
 def _check_supported(encoder: Any) -> None:
-    """Raise ValueError naming what of NeMo's encoder `Encoder` does not compute."""
+    """Raise ValueError naming the property of NeMo's encoder that `Encoder` does not support."""
     properties = (
         ("self_attention_model", getattr(encoder, "self_attention_model", None), ("rel_pos",)),
         ("reduction_position", getattr(encoder, "reduction_position", None), (None,)),
@@ -159,7 +159,7 @@ class StatefulDecoder(Wrapper):
 class TdtJoint(Wrapper):
     """The joint (NeMo's RNNTJoint) with raw logits: tokens with the blank last, then durations.
 
-    NeMo's own forward takes log_softmax on a CPU, and over tokens and durations together, which is a probability of
+    NeMo's own forward applies log_softmax on a CPU, over tokens and durations together, which is a probability of
     neither.
     """
 
@@ -191,7 +191,7 @@ class TdtJoint(Wrapper):
         )
 
 
-# The model's attribute of NeMo has the graph's name.
+# Each module is an attribute of NeMo's model that has the name of the graph.
 WRAPPERS: dict[Graph, Callable[[Any], Wrapper]] = {ENCODER: Encoder, DECODER: StatefulDecoder, JOINT: TdtJoint}
 
 

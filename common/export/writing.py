@@ -1,7 +1,7 @@
-"""Keeping a model's text in chosen scripts (writing systems): tokens with letters of others get a bias in the joint.
+"""Keeps a model's text in chosen scripts (writing systems): tokens with letters of others get a bias in the joint.
 
 A multilingual checkpoint without a language input sometimes writes one language in the script of another. A bias that
-no logit outweighs costs nothing when the model runs, and every runtime obeys it.
+no logit outweighs costs nothing when the model runs, and it works in every runtime.
 """
 
 from collections.abc import Iterable
@@ -13,17 +13,17 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from common.checkpoint.format import format_of
 from common.checkpoint.tokenizer import Piece, parse_model, special_ids
 
-BIAS = -1e4  # logits are within hundreds; a number that float16 holds
+BIAS = -1e4  # logits are at most hundreds; float16 can hold this number
 SHARED = (
     "Zyyy",
     "Zinh",
     "Zzzz",
-)  # ISO 15924 of characters of several scripts or none: digits, accents
+)  # ISO 15924 codes of characters that belong to several scripts or to none: digits, accents
 LETTERS = ("L", "M")  # of Unicode's general categories: letters, and the marks that some scripts write vowels with
 
 
 def suppressed_ids(checkpoint: Path, scripts: str | None) -> list[int]:
-    """Ids of the tokens with letters of other scripts than `scripts`, names by commas; none where that is None.
+    """Ids of the tokens with letters of other scripts than `scripts`, names separated by commas; none if it is None.
 
     Marks, bytes, the unknown piece and the blank are never among them. Raises ValueError for a script that the
     vocabulary has no letter of, listing those that it has.
@@ -35,21 +35,21 @@ def suppressed_ids(checkpoint: Path, scripts: str | None) -> list[int]:
 
 
 def ids_of_other_scripts(proto: ModelProto, scripts: Iterable[str]) -> list[int]:
-    """The same for a SentencePiece model and names such as `latin`."""
+    """Like `suppressed_ids`, for a SentencePiece model and names such as `latin`."""
     hidden = set(special_ids(proto))
-    found = {
+    scripts_of_token = {
         index: _scripts_of(piece.piece)
         for index, piece in enumerate(proto.pieces)
         if index not in hidden and piece.type != Piece.BYTE
     }
-    known = sorted(set().union(*found.values()))
-    wanted = {name.strip().lower() for name in scripts}
-    if unknown := sorted(wanted.difference(known)):
+    known = sorted(set().union(*scripts_of_token.values()))
+    allowed = {name.strip().lower() for name in scripts}
+    if unknown := sorted(allowed.difference(known)):
         raise ValueError(
             f"expected --scripts among those of the checkpoint's vocabulary, {', '.join(known)}, got "
             f"{', '.join(unknown) or 'none'}"
         )
-    return [index for index, names in found.items() if not names <= wanted]
+    return [index for index, names in scripts_of_token.items() if not names <= allowed]
 
 
 def _scripts_of(text: str) -> set[str]:
@@ -61,7 +61,7 @@ def _scripts_of(text: str) -> set[str]:
 
 
 def suppress(joint: Any, ids: Iterable[int]) -> None:
-    """Add BIAS to the logits of the tokens `ids` of a joint of NeMo's. Raises ValueError where it has no bias."""
+    """Add BIAS to the logits of the tokens `ids` in NeMo's `joint`. Raises ValueError where the joint has no bias."""
     import torch
 
     last = joint.joint_net[-1]

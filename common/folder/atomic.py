@@ -2,7 +2,7 @@
 
 While a run writes the folder NAME, these are beside it:
     .NAME.lock      held by the run (the kernel releases it when the run ends, however it ends)
-    .NAME.partial   its scratch space; the new folder grows in it
+    .NAME.partial   its scratch space, in which the new folder is built
     .NAME.old       the old folder, about to be removed: for a moment, where the system cannot exchange two folders
 
 So whatever the holder of the lock finds there was left by a run that was killed. `lock` removes it; where the old
@@ -40,10 +40,10 @@ def lock(target: Path) -> Iterator[Path]:
         try:
             yield scratch
         finally:
-            with contextlib.suppress(OSError):  # what cannot be removed now, the next run removes
+            with contextlib.suppress(OSError):  # the next run removes what cannot be removed now
                 _remove(scratch)
     finally:
-        if os.name == "posix":  # unlinked while it is held: a run that waits for it notices, in _acquire
+        if os.name == "posix":  # unlinked while the lock is held: a run that opened the file notices it in _acquire
             path.unlink(missing_ok=True)
             os.close(file)
         else:  # Windows does not delete an open file, nor one that the next run has opened meanwhile
@@ -88,7 +88,7 @@ def _lock_file(file: int) -> None:
 
 
 def _recover(target: Path, scratch: Path, aside: Path) -> None:
-    """Restore the state before, or after, a run that was killed."""
+    """Restore the state from before or after a run that was killed."""
     if aside.is_dir():
         if target.exists():
             _remove(aside)
@@ -125,7 +125,7 @@ def replace_folder(target: Path, new: Path, removed: Collection[Path] = ()) -> N
 
 
 def _keep_entries(old: Path, new: Path, removed: Collection[Path]) -> None:
-    """Give `new` the mode of `old` and the entries that only `old` has, except those in `removed`; and so for the
+    """Give `new` the mode of `old` and the entries that only `old` has, except those in `removed`; do the same for the
     folders that both have."""
     for entry in old.iterdir():
         if entry in removed:

@@ -1,7 +1,7 @@
 """Where the checkpoint and the exported folder of a model folder lie on this machine.
 
-Written as relative paths to `.cache/huggingface/parakeet_onnx.json` in the model folder. The manifest is published with
-the folder, and local paths are not: huggingface_hub never uploads that subfolder (its DEFAULT_IGNORE_PATTERNS).
+They are written to `.cache/huggingface/parakeet_onnx.json` in the model folder, as relative paths, since the manifest
+is published but local paths must not be: huggingface_hub never uploads that subfolder (its DEFAULT_IGNORE_PATTERNS).
 """
 
 import os
@@ -15,9 +15,9 @@ EXPORTED = "exported"
 
 
 def write_locations(staging: Path, target: Path, **paths: Path | None) -> None:
-    """Write into `staging`, which becomes `target`, where the files and folders `paths` lie, None left out.
+    """Record in `staging`, which becomes `target`, where the files and folders `paths` lie, except those that are None.
 
-    The paths are relative to `target`, so that all of them may be moved together.
+    The paths are relative to `target`, so that everything may be moved together.
     """
     known = {name: _relative(path, target) for name, path in paths.items() if path is not None}
     (staging / LOCATIONS).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """`manifest.json` of a model folder: where it came from, the flags and versions it was made with, what was measured.
 
-One section for each script that writes into the folder (`export`, `tokenizer`, `optimize`), and `files`, the size and
-SHA-256 of every file. It is written last, into the staged folder, and read with its types checked.
+It has a section for each script that writes into the folder (`export`, `tokenizer`, `optimize`), and `files`, the size
+and SHA-256 of every file. It is written last, into the staged folder, and its types are checked when it is read.
 """
 
 import hashlib
@@ -86,7 +86,7 @@ def is_float16(manifest: dict[str, Any]) -> bool:
 def write_manifest(staging: Path, manifest: dict[str, Any], section: str, content: dict[str, Any]) -> None:
     """Write `manifest` into `staging` with `section` replaced by `content` and the versions of the installed packages.
 
-    The size and SHA-256 of each file of `staging` are added to those that it lists already, so call it last.
+    The size and SHA-256 of each file of `staging` are added to those already in `manifest`, so call this last.
     """
     written = {
         path.name: fingerprint(path) for path in sorted(staging.iterdir()) if path.is_file() and path.name != MANIFEST
@@ -110,8 +110,8 @@ def verify_files(folder: Path, names: Iterable[str]) -> int:
     """Compare the files `names` of a folder with its manifest; return how many it lists (an old manifest lists none).
 
     A configuration may be edited by hand. A graph and its data belong together byte for byte, and a runtime that loads
-    a graph with the data of another does not notice. A missing file is not reported here but by what reads it. Raises
-    ValueError naming each file and what is wrong with it.
+    a graph with the data of another does not notice. A missing file is reported by the code that reads it, not here.
+    Raises ValueError naming each file and what is wrong with it.
     """
     listed = read_manifest(folder).get(FILES, {})
     checked = [name for name in names if name in listed and (folder / name).is_file()]
@@ -122,13 +122,13 @@ def verify_files(folder: Path, names: Iterable[str]) -> int:
 
 
 def _problem(path: Path, listed: dict[str, Any]) -> str | None:
-    """What is wrong with a file by the section `files` of its manifest, or None."""
+    """What is wrong with a file according to the section `files` of its manifest, or None."""
     expected = listed[path.name]
     size = path.stat().st_size
-    found = sha256(path)
-    if found == expected["sha256"]:
+    digest = sha256(path)
+    if digest == expected["sha256"]:
         return None
-    same = next((name for name, other in listed.items() if other["sha256"] == found), None)
+    same = next((name for name, other in listed.items() if other["sha256"] == digest), None)
     if same:
         return f"{path.name} is {same} under another name"
     if size < expected["bytes"]:
@@ -138,10 +138,10 @@ def _problem(path: Path, listed: dict[str, Any]) -> str | None:
 
 def package_versions() -> dict[str, str]:
     """Version of each recorded package that is installed."""
-    found = {}
+    versions = {}
     for package in RECORDED_PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

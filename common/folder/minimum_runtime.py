@@ -1,4 +1,4 @@
-"""The oldest ONNX Runtime whose CPU provider runs a graph, by what the graph is made of.
+"""The oldest ONNX Runtime whose CPU provider runs a graph, which depends on its opset, operators and types.
 
 docs/runtimes.md has the versions in which graphs of each method were run.
 """
@@ -13,8 +13,8 @@ from common.folder.onnx_files import read_proto
 
 MINIMUM_RUNTIME = "minimum_onnxruntime"  # in manifest.json
 Version = tuple[int, int]
-# By opset of ONNX's own operators (onnxruntime.ai/docs/reference/compatibility.html). Those of ONNX Runtime's own that
-# are used are older, but for the product with weights of a few bits.
+# By opset of ONNX's own operators (onnxruntime.ai/docs/reference/compatibility.html). The operators of ONNX Runtime
+# that are used here are older, except for the product with weights of a few bits.
 OPSETS: dict[int, Version] = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18)}
 MATMUL_NBITS: dict[int, Version] = {4: (1, 17), 8: (1, 22)}  # by bits
 INT4: Version = (1, 23)  # 1.22 has no Cast of 4-bit integers

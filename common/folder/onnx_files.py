@@ -1,7 +1,7 @@
 """ONNX files with external data: `NAME.onnx`, the graph, and `NAME.onnx.data`, its large tensors.
 
-Graphs are read with their tensors left on disk and mapped when they are needed, so that a model of gigabytes takes
-little memory; graphs from disk are checked before that. Operations on a graph are in onnx_graph.py.
+When a graph is read, its tensors stay on disk and are mapped when they are needed, so that a model of gigabytes takes
+little memory; a graph from disk is checked first. Operations on a graph are in onnx_graph.py.
 """
 
 import shutil
@@ -26,8 +26,8 @@ EXTERNAL_DATA_ALIGNED_FROM = 2**20  # bytes; onnx_ir's default
 def save_model(model: ir.Model, path: Path) -> None:
     """Write a model as `path` and `path`.data, large tensors at offsets that every system can map.
 
-    The largest come first: sizes of large ones are mostly multiples of the alignment, so there is next to no padding
-    between them, where 5 MB were between those of a 4-bit encoder of 0.6B.
+    The largest tensors come first. Their sizes are mostly multiples of the alignment, so there is almost no padding
+    between them; without this order a 4-bit encoder of 0.6B had 5 MB of padding.
     """
     initializers = model.graph.initializers
     for name in sorted(initializers, key=lambda name: -tensor_bytes(initializers[name])):
@@ -57,10 +57,10 @@ def data_bytes(sizes: Iterable[int]) -> int:
 
 
 def of_one_name(source: Path, names: Iterable[str], scratch: Path) -> Path:
-    """A folder that holds the files `names` of `source` under one name each.
+    """A folder with the files `names` of `source` in which each file has only one name.
 
-    That is `source` itself, or, where one of them is shared with another folder by a hard link, the new folder
-    `scratch` with copies: onnx and onnx_ir do not read external data with several hard links, for safety.
+    That is `source` itself or, where another folder shares one of the files by a hard link, the new folder `scratch`
+    with copies: onnx and onnx_ir do not read external data with several hard links, for safety.
     """
     names = list(names)
     if all((source / name).stat().st_nlink == 1 for name in names):
@@ -72,7 +72,7 @@ def of_one_name(source: Path, names: Iterable[str], scratch: Path) -> Path:
 
 
 def share_equal_data(folders: Iterable[Path]) -> None:
-    """Store the data files of several folders that are equal by their manifests once, under several names.
+    """Store data files of several folders only once, under several names, where the manifests say that they are equal.
 
     Where the file system has no hard links, they stay copies.
     """
@@ -86,7 +86,7 @@ def share_equal_data(folders: Iterable[Path]) -> None:
 
 
 def load(path: Path) -> ir.Model:
-    """The model at `path`, its large tensors on disk. Raises ValueError as read_proto does."""
+    """The model at `path`, with its large tensors left on disk. Raises ValueError as read_proto does."""
     return model_of(read_proto(path), path.parent)
 
 

@@ -1,4 +1,4 @@
-"""Small operations on onnx_ir graphs that several rooms need, with the types that onnx_ir leaves open made definite."""
+"""Small operations on onnx_ir graphs that several rooms need, with definite types where onnx_ir leaves them open."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,13 +18,13 @@ def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
 
 
 def shared_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """The initializer of that name, made of `array` on first use."""
+    """The initializer of that name, which is created from `array` on first use."""
     existing = graph.initializers.get(name)
     return add_initializer(graph, ir.tensor(array, name=name)) if existing is None else existing
 
 
 def remove_if_unused(graph: ir.Graph, value: ir.Value) -> None:
-    """Remove an initializer that no node takes any more."""
+    """Remove an initializer that no node uses any more."""
     if not value.uses():
         del graph.initializers[name_of(value)]
 
@@ -62,7 +62,7 @@ def release(tensor: ir.TensorProtocol) -> None:
 
 
 def computed_from(value: ir.Value, function: Callable[[np.ndarray], T]) -> T:
-    """`function` of an initializer's content, whose data file is mapped only meanwhile; the result must not view it."""
+    """`function` of an initializer's content. Its data file is mapped only for that, so the result must not view it."""
     tensor = tensor_of(value)
     try:
         return function(tensor.numpy())  # not kept in a variable: a mapping that is viewed cannot be closed

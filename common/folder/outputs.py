@@ -20,7 +20,7 @@ KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: 
 
 
 def kind_of_file(mode: int) -> str:
-    """What a file that is not a regular one is, in words, by its st_mode."""
+    """The kind of a file that is not a regular file, in words, from its st_mode."""
     return KINDS.get(stat.S_IFMT(mode), "a device")
 
 
@@ -60,7 +60,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
 def check_output_file(path: Path) -> None:
     """Raise IsADirectoryError, FileNotFoundError, PermissionError or ValueError if `path` cannot be written to.
 
-    A character device and a named pipe can be.
+    A character device or a named pipe can be written to.
     """
     folder = Path(os.path.realpath(path)).parent
     if path.is_dir():
@@ -83,15 +83,15 @@ def is_standard_output(path: Path) -> bool:
 
 @contextlib.contextmanager
 def printing_beside(results: Iterable[Path]) -> Iterator[TextIO]:
-    """Print to the error output where one of `results` goes to the standard output, to be read by a program. Gives the
-    standard output."""
+    """Redirect printing to the error output where one of `results` goes to the standard output, which a program may
+    read. Yields the standard output."""
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr if any(map(is_standard_output, results)) else stdout):
         yield stdout
 
 
 def _same_file(path: Path, other: str | Path) -> bool:
-    """Whether two names are one regular file, or will be."""
+    """Whether two names stand for the same regular file, or will once it is written."""
     if path.exists() and not path.is_file():
         return False
     try:

@@ -1,6 +1,6 @@
 """Staged output folders: a script writes into an empty folder beside its output, which replaces the output at the end.
 
-The output is checked before the work, and the memory and disk that the work takes are stated. A run that fails or is
+Before the work, the output is checked, and the memory and disk that the work needs are printed. A run that fails or is
 killed leaves the output as it was (common/folder/atomic.py).
 """
 
@@ -69,7 +69,7 @@ def staged_folder(target: Path, removed: Collection[str] = ()) -> Iterator[Path]
     both is removed by the next run. Raises as check_output_dir and atomic.lock do, and OSError where the disk is full.
     """
     check_output_dir(target)
-    target = target.resolve()  # a link to the folder stays one
+    target = target.resolve()  # a link to the folder stays a link
     target.parent.mkdir(parents=True, exist_ok=True)
     with lock(target) as scratch:
         staging = scratch / "new"

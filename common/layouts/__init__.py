@@ -1,7 +1,7 @@
-"""Model folders of other runtimes. Importing this package registers every layout, in the order of writing.
+"""The model folders of each runtime. Importing this package registers every layout, in the order of writing.
 
-onnx-asr's joined graph is read from files that no other folder shares yet, since onnx_ir does not accept files with
-several hard links; so GenAI's folder comes first and onnx-asr's second.
+onnx-asr's joined graph must be made from files that no other folder shares yet, since onnx_ir does not accept files
+with several hard links. So GenAI's folder is written first and onnx-asr's second.
 """
 
 from common.layouts.genai import GENAI

@@ -1,8 +1,8 @@
 """Graphs in the form that another runtime expects: renamed, axes in another order, or several graphs in one file.
 
 The nodes and weights are those of the source graphs. The weights of a view of a single graph are the source's data
-file under a second name (a hard link; a copy where the file system has none), so that a folder for another runtime
-takes next to no space. Every view is compared with its source.
+file under a second name (a hard link, or a copy where the file system has no links), so that a folder for another
+runtime takes next to no space. Every view is compared with its source.
 """
 
 from collections.abc import Mapping
@@ -35,12 +35,12 @@ def write_view(view: View, source: Path, target: Path, metadata: Mapping[str, st
 
 
 def write_second_name(folder: Path, file: str, name: str) -> None:
-    """Write the graph `file` of a folder once more as `name`, with data of that name that are the same file."""
+    """Write the graph `file` of a folder again as `name`; its data file is linked under a matching second name."""
     _save_with_data_of(folder / f"{file}.data", load(folder / file), folder / name)
 
 
 def _save_with_data_of(data: Path, model: ir.Model, path: Path) -> None:
-    """Save a model whose weights are in the file `data`, which becomes the data file of `path` under a second name."""
+    """Save a model whose weights are in the file `data`; a link to that file becomes the data file of `path`."""
     name = f"{path.name}.data"
     link(data, path.with_name(name))
     for value in model.graph.initializers.values():
@@ -78,7 +78,7 @@ def check_view(view: View, source: Path, target: Path, vocabulary: int) -> None:
 
 
 def _run_parts(view: View, source: Path, vocabulary: int) -> dict[str, np.ndarray]:
-    """Every input and output of the parts, one of which may feed the next, by name."""
+    """Run the parts, where one may feed the next; returns every input and output by name."""
     values: dict[str, np.ndarray] = {}
     for part in view.parts:
         graph = OrtGraph(source, part, mapped=True)
@@ -171,7 +171,7 @@ def _rename(graph: ir.Graph, view: View) -> None:
 
 
 def _converted(value: ir.Value, old: Tensor, new: Tensor) -> tuple[ir.Value, list[ir.Node]]:
-    """`value`, declared as `old`, with the type and order of axes of `new`; and the nodes that this takes, if any."""
+    """`value`, declared as `old`, in the type and order of axes of `new`; and the nodes needed for that, if any."""
     nodes: list[ir.Node] = []
     if old.dtype != new.dtype:
         nodes.append(ir.node("Cast", [value], {"to": _dtype(new)}))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from common.checkpoint.spec import ModelSpec
 
-# GenAI takes 0 as "force a step after every token"; the largest int is its "no limit", and onnx-asr's.
+# To GenAI, 0 means "force a step after every token"; the largest int means "no limit" to GenAI and to onnx-asr.
 NO_SYMBOL_LIMIT = 2**31 - 1
 # The features that onnx-asr (preprocessors/nemo.py) and sherpa-onnx (csrc/features.h) compute.
 # sherpa-onnx's differ a little from every NeMo model's: see docs/runtimes.md.
@@ -20,7 +20,7 @@ FIXED_FEATURES: Mapping[str, tuple[float, ...]] = {
 
 
 def check_fixed(spec: ModelSpec, runtime: str, features: Mapping[str, tuple[float, ...]] = FIXED_FEATURES) -> None:
-    """Raise ValueError naming what a runtime with fixed features and durations by index cannot compute of `spec`.
+    """Raise ValueError naming what a runtime with fixed features, and durations by index, cannot compute of `spec`.
 
     features: field of ModelSpec → the values that the runtime can compute with.
     """

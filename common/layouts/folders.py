@@ -14,7 +14,7 @@ ALL = "all"  # every runtime that has a layout
 
 
 def subfolders_of(runtime: str) -> dict[Layout, str]:
-    """Each layout that `--runtime` stands for, and its subfolder, which is empty for a folder of GenAI alone."""
+    """Each layout that `--runtime` stands for, and the name of its subfolder, which is empty for GenAI alone."""
     if runtime == GENAI.runtime:
         return {GENAI: ""}
     layouts = LAYOUTS.values() if runtime == ALL else (LAYOUTS[runtime],)
@@ -42,9 +42,9 @@ def write_layout(
     device: str,
     vocabulary: Mapping[str, str],
 ) -> None:
-    """Write what the runtime of `layout` reads, the tokenizer of GenAI excepted, into `folder`.
+    """Write into `folder` what the runtime of `layout` reads, except for the tokenizer of GenAI.
 
-    graphs: the folder of the exported graphs, of which the layout's are views. Raises as write_views does.
+    graphs: the folder of the exported graphs; the layout's graphs are views of them. Raises as write_views does.
     """
     folder.mkdir(exist_ok=True)
     write_views(layout, graphs, folder, spec)

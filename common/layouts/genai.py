@@ -13,15 +13,17 @@ from common.contract import AUDIO_PROCESSOR_CONFIG, DECODER, ENCODER, GENAI_CONF
 from common.layouts.features import NO_SYMBOL_LIMIT, check_log_mel
 from common.layouts.layout import Layout, Window, layouts_in, register
 
-# The runtime stops there. One token a frame of 80 ms would fill it in 2.9 hours of audio.
+# The runtime stops at this number. One token for each frame of 80 ms would reach it after 2.9 hours of audio.
 CONTEXT_LENGTH = 131072  # tokens
-# What GenAI is told of threads. Its own default is half of what the system counts (CreateSessionOptionsFromConfig in
-# src/models/model.cpp), right where two hardware threads share a core and wrong elsewhere; 0 is ONNX Runtime's, one for
-# each core. A token is one row, read in a few hundred microseconds: threads that spin between two of them are in the
-# encoder's way, and in each other's. Measured by benchmarks/decoding.py on 2 cores: 60 s of audio in 8 s for 15 s.
+# The threads that GenAI is told to use. Its own default is half of those that the system counts (see
+# CreateSessionOptionsFromConfig in src/models/model.cpp), which is right where two hardware threads share a core and
+# wrong elsewhere; 0 is ONNX Runtime's default, one for each core. A token is a single row and takes a few hundred
+# microseconds: threads that spin between two tokens get in the way of the encoder and of each other. Measured by
+# benchmarks/decoding.py on 2 cores: 60 s of audio take 8 s instead of 15 s.
 ENCODER_SESSION = {"intra_op_num_threads": 0}
 TOKEN_SESSION = {"intra_op_num_threads": 2, "session.intra_op.allow_spinning": "0"}
-# cuDNN's default tries every algorithm on each new shape, and nearly each clip has one; sherpa-onnx's choice as well.
+# By default cuDNN tries every algorithm on each new shape, and nearly every clip has a new shape. sherpa-onnx chooses
+# HEURISTIC as well.
 CUDA_ENCODER_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
 
 
@@ -38,8 +40,8 @@ def check_genai_supports(spec: ModelSpec) -> None:
 def genai_config(spec: ModelSpec, window: Window, device: str = "cpu") -> dict[str, Any]:
     """The content of genai_config.json.
 
-    The joint has the decoder's session options: providers that a section of its own names are not registered
-    (Config::Config in src/config.cpp fills in those of encoder and decoder alone), and it would run on the CPU.
+    The joint uses the decoder's session options. Providers named in a section of its own would not be registered
+    (Config::Config in src/config.cpp fills in only those of the encoder and decoder), and it would run on the CPU.
     """
     sections: dict[str, dict[str, Any]] = {
         graph.genai_section: {"filename": graph.file, **graph.name_maps()} for graph in GRAPHS
@@ -143,7 +145,7 @@ print(tokenizer.decode(generator.get_sequence(0)))
 
 
 def genai_folder(folder: Path) -> Path:
-    """`folder`, or its subfolder for ONNX Runtime GenAI. Raises ValueError where it is another runtime's."""
+    """`folder`, or its subfolder for ONNX Runtime GenAI. Raises ValueError for a folder of another runtime."""
     existing = layouts_in(folder)
     if existing.get("") is GENAI:
         return folder

@@ -1,8 +1,8 @@
 """Whether the parts of a model folder belong to one checkpoint: the graphs, their configuration and the tokenizer.
 
 The manifest has the SHA-256 of the checkpoint from which the graphs were exported (section `export`) and of the one
-whose tokenizer was exported (section `tokenizer`). Where it lacks one, as in a folder that was copied without its
-manifest, only sizes are compared: the vocabulary in each file, and the logits of the last graph.
+whose tokenizer was exported (section `tokenizer`). Where one of these is missing, as in a folder that was copied
+without its manifest, only sizes are compared: the vocabulary in each file, and the logits of the last graph.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ MAX_DURATIONS = 32
 
 
 def check_one_checkpoint(folder: Path, layout: Layout = GENAI) -> None:
-    """Raise ValueError where parts of `folder` are of different checkpoints, FileNotFoundError where one is missing.
+    """Raise ValueError where parts of `folder` come from different checkpoints, FileNotFoundError where one is missing.
 
     The message names the command that repairs the folder.
     """
@@ -97,7 +97,7 @@ def check_same_checkpoint(folder: Path, exported: Path) -> None:
 def check_name_for_graphs(folder: Path, model_name: str) -> None:
     """Raise ValueError where a tokenizer of `model_name` on Hugging Face cannot belong to the graphs in `folder`.
 
-    By the name in the manifest, before the download, which may take an hour. A path is not checked here.
+    The name in the manifest decides, so that this shows before a download that may take an hour. A path is not checked.
     """
     graphs = _source(folder, "export")
     name = hub_name(model_name)
@@ -111,7 +111,7 @@ def check_name_for_graphs(folder: Path, model_name: str) -> None:
 def check_tokenizer_for_graphs(folder: Path, source: Mapping[str, Any], tokens: int) -> None:
     """Raise ValueError where a tokenizer does not belong to the graphs in `folder`, if there are any.
 
-    source: the record of its checkpoint. tokens: their number, blank included.
+    source: the record of the tokenizer's checkpoint. tokens: the number of its tokens, blank included.
     """
     graphs = _source(folder, "export")
     if graphs and graphs["sha256"] != source["sha256"]:

@@ -1,7 +1,7 @@
 """A model folder as one runtime reads it: its graphs, the files beside them, and the Python that runs it.
 
-Each layout is a module of this room that calls `register` once; the choices of `--runtime`, the checks, the model card
-and the tests follow from the registry. `docs/architecture.md` shows how to add one.
+Each layout is a module of this package that calls `register` once; the choices of `--runtime`, the checks, the model
+card and the tests follow from the registry. `docs/architecture.md` shows how to add a layout.
 
 The greedy loops of the runtimes, from their sources, and where they differ from NeMo's (common/run/decode.py):
     genai        durations by value; a blank of duration 0 takes the best other one; the limit of genai_config.json
@@ -26,7 +26,7 @@ from common.folder.manifest import MANIFEST, read_manifest
 from common.folder.outputs import write_json
 from common.run.session import open_session
 
-# The largest difference from the features that the library computes; float32 and another order of sums give 3e-4.
+# The largest difference allowed from the library's features; float32 and another order of sums make it 3e-4.
 FEATURES_TOLERANCE = 1e-3
 
 
@@ -67,13 +67,13 @@ class Layout:
     """One runtime's model folder."""
 
     runtime: str  # the value of --runtime, and the name of the subfolder where a folder holds several
-    packages: tuple[str, ...]  # on PyPI: what `usage` imports and they do not bring along; the runtime first
-    cuda_package: str = ""  # on PyPI, where running on CUDA takes another package
+    packages: tuple[str, ...]  # on PyPI, the runtime first: what `usage` needs and pip does not bring along
+    cuda_package: str = ""  # on PyPI, where running on CUDA needs another package
     graphs: tuple[Graph, ...]  # the encoder, then those that run once a token
     config_files: tuple[str, ...]
     vocabulary: tuple[str, ...]  # the first file has a line for each token
-    vocabulary_command: str  # what writes them; {} stands for the folder
-    # What writes each of them in the export; none where a script of its own writes them.
+    vocabulary_command: str  # the command that writes these files; {} stands for the folder
+    # A function for the text of each of these files, called by the export; none where a script of its own writes them.
     vocabulary_texts: tuple[Callable[[ModelProto], str], ...] = (tokens_text,)
     usage: str  # Python that transcribes a file; {folder} and {audio} stand for the paths
     page: Path | None = None  # HTML that transcribes in a browser, put beside the files of the folder
@@ -84,7 +84,7 @@ class Layout:
     feature_graphs: Callable[[ModelSpec], dict[str, bytes]] = _nothing  # file name → an ONNX model of the features
     feature_files: tuple[str, ...] = ()  # the names that these may have
     named_after_method: bool = False  # whether the runtime finds a quantized graph as NAME.METHOD.onnx
-    measures_speech: bool = False  # whether common/run loads it: calibration and evaluation need one that it does
+    measures_speech: bool = False  # whether common/run can load it, as calibration and evaluation need
 
     @property
     def package(self) -> str:
@@ -151,8 +151,8 @@ def layouts_in(folder: Path) -> dict[str, Layout]:
 
 
 def check_same_layouts(folder: Path, planned: Mapping[str, Layout]) -> None:
-    """Raise ValueError where `folder` is for one runtime and is to become that of another, or of several, or the other
-    way round: a reader would take one for the other. Also where a manifest that is to be kept is another's."""
+    """Raise ValueError where `folder` is for one runtime and would become one for another or for several, or the other
+    way round, since a reader would confuse them. Also where a manifest to be kept belongs to another project."""
     existing = layouts_in(folder)
     is_model_folder = "" not in existing or (folder / MANIFEST).is_file()
     if is_model_folder and existing.get("") is not planned.get(""):
@@ -161,7 +161,7 @@ def check_same_layouts(folder: Path, planned: Mapping[str, Layout]) -> None:
             f"expected a folder for {new}, got {folder}, which is one for {old}; give another --output_dir"
         )
     for name in planned:
-        read_manifest(folder / name)  # raises where it is another project's, which later would be after the work
+        read_manifest(folder / name)  # where it is another project's, this raises before the work instead of after
 
 
 def write_views(layout: Layout, source: Path, target: Path, spec: ModelSpec) -> None:
@@ -169,7 +169,7 @@ def write_views(layout: Layout, source: Path, target: Path, spec: ModelSpec) -> 
 
     Raises CheckError where a view does not compute what its source does.
     """
-    from common.layouts.adapt import check_view, write_view  # onnx_ir; readers of a folder do without it
+    from common.layouts.adapt import check_view, write_view  # needs onnx_ir, which readers of a folder do not
 
     for graph in layout.graphs:
         if isinstance(graph, View):
@@ -181,7 +181,7 @@ def write_views(layout: Layout, source: Path, target: Path, spec: ModelSpec) -> 
 def check_feature_graphs(layout: Layout, spec: ModelSpec, features: Callable[[np.ndarray], np.ndarray]) -> None:
     """Compare the graph of the features, where the runtime reads one, with the features of the checkpoint's library.
 
-    features: samples [N] → [M, T], valid frames only. Raises CheckError beyond FEATURES_TOLERANCE.
+    features: samples [N] → [M, T], valid frames only. Raises CheckError for differences beyond FEATURES_TOLERANCE.
     """
     for name, model in layout.feature_graphs(spec).items():
         session = open_session(model)

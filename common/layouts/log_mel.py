@@ -2,7 +2,7 @@
 
 It computes what NeMo's FilterbankFeatures computes without dither (nemo/collections/asr/parts/preprocessing/features.py
 3.0.0): emphasis, Hann window, power spectrum, Slaney mels, logarithm, normalisation over the valid frames. The spectrum
-is a convolution with the windowed sines and cosines, which every runtime has; the operator STFT is not in WebGPU.
+is a convolution with the windowed sines and cosines: every runtime has convolutions, but WebGPU has no STFT operator.
 """
 
 import numpy as np
@@ -57,10 +57,10 @@ log_mel (float[batch, samples] waveforms, int64[batch] waveforms_lens)
 def log_mel_graph(spec: ModelSpec) -> bytes:
     """An ONNX model: waveforms [B, N] float32, waveforms_lens [B] → features [B, M, T] float32, features_lens [B].
 
-    T is 1 + N // hop, and features after features_lens are 0. The checkpoint's features must be those that
-    ModelSpec.unsupported_features describes, none of which may differ.
+    T is 1 + N // hop, and features after features_lens are 0. The checkpoint's features must not differ in any of the
+    ways that ModelSpec.unsupported_features lists.
     """
-    import onnx  # readers of a folder do without
+    import onnx  # not needed by readers of a folder
     from librosa.filters import mel
     from onnx import numpy_helper, parser
 
@@ -89,7 +89,8 @@ def log_mel_graph(spec: ModelSpec) -> bytes:
 def _sinusoids(fft_size: int, win_length: int) -> np.ndarray:
     """Cosines and sines of each frequency under a symmetric Hann window: [2F, 1, win_length].
 
-    The transform of `fft_size` has the window in its middle, with zeros around it; a shift changes no magnitude.
+    The transform of `fft_size` has the window in its middle, with zeros around it. They are left out here: a shift
+    changes no magnitude.
     """
     places = np.arange(win_length)
     window = np.hanning(win_length)

@@ -1,7 +1,7 @@
 """The folder of onnx-asr 0.12.0 (src/onnx_asr/asr.py, src/onnx_asr/models/nemo.py).
 
-onnx-asr brings its own features. Programs that read its folders without it, such as transcribe-rs and parakeet.js, take
-the graph `nemo128.onnx` from the folder. `-q METHOD` makes onnx-asr look for encoder-model.METHOD.onnx.
+onnx-asr brings its own features. Other programs that read its folders, such as transcribe-rs and parakeet.js, take the
+graph `nemo128.onnx` from the folder. `-q METHOD` makes onnx-asr look for encoder-model.METHOD.onnx.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ BROWSER_PACKAGES = ("parakeet.js@1.4.4", "onnxruntime-web@1.24.1")
 FEATURES = {**FIXED_FEATURES, "num_mels": (80.0, 128.0)}
 
 # onnx-asr asks for tensors by these names (src/onnx_asr/models/nemo.py of 0.12.0); they and the 32-bit tokens are those
-# of NeMo's own export. parakeet.js feeds that type only, onnx-asr whichever the graph has.
+# of NeMo's own export. parakeet.js feeds 32-bit tokens only, and onnx-asr feeds whichever type the graph declares.
 ONNX_ASR_GRAPHS = (
     View("encoder-model", ENCODER.inputs, ENCODER.outputs, parts=(ENCODER,)),
     View(

@@ -9,8 +9,8 @@ from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.layouts.features import check_fixed
 from common.layouts.layout import Layout, Window, register
 
-# sherpa-onnx goes by position, whatever the names (sherpa-onnx/csrc/offline-transducer-nemo-model.cc), feeds 32-bit
-# tokens and puts time last everywhere (offline-transducer-greedy-search-nemo-decoder.cc).
+# sherpa-onnx passes tensors by position, whatever their names (sherpa-onnx/csrc/offline-transducer-nemo-model.cc). It
+# feeds 32-bit tokens and puts time last everywhere (offline-transducer-greedy-search-nemo-decoder.cc).
 SHERPA_ONNX_GRAPHS = (
     View("encoder", ENCODER.inputs, ENCODER.outputs, parts=(ENCODER,)),
     View(
@@ -47,10 +47,10 @@ def check_sherpa_onnx_supports(spec: ModelSpec) -> None:
 
 
 def sherpa_onnx_metadata(spec: ModelSpec) -> dict[str, str]:
-    """The metadata that sherpa-onnx reads from the encoder; without a number it ends the process."""
+    """The metadata that sherpa-onnx reads from the encoder; it ends the process where a number is missing."""
     content = {
         "model_type": "EncDecRNNTBPEModel",
-        "url": "tdt",  # it takes a model for a TDT where this has "tdt" in it, and looks nowhere else
+        "url": "tdt",  # sherpa-onnx recognizes a TDT model by "tdt" in this value, and by nothing else
         "vocab_size": spec.vocab_size - 1,  # NeMo's count, without the blank
         "normalize_type": "per_feature",
         "feat_dim": spec.num_mels,
@@ -62,7 +62,7 @@ def sherpa_onnx_metadata(spec: ModelSpec) -> dict[str, str]:
 
 
 def _configs(spec: ModelSpec, window: Window, device: str) -> dict[str, dict[str, Any]]:
-    return {}  # all that it reads is in the encoder's metadata
+    return {}  # sherpa-onnx reads everything from the encoder's metadata
 
 
 SHERPA_ONNX = register(

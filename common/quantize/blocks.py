@@ -1,10 +1,10 @@
 """Float32 matrices as the tensors of ONNX Runtime's MatMulNBits: one function for each way to find codes.
 
 A weight W [K, N] is cut along K into blocks that share a scale and a zero point; W ≈ scale · (code - zero point).
-Inside, a block is a column of x [block, n]: a sum over every block is then a sum of long rows, the fast kind.
+In the functions here each block is a column of x [block, n], so a sum over every block adds long rows, which is fast.
 
-A Fitter fits one slab of blocks: (x, bits) → scale [n], zero point [n] of whole numbers, or None for the middle code
-2^(bits-1), which MatMulNBits assumes where no zero points are stored. Codes follow from those by rounding.
+A Fitter fits one slab of blocks: (x, bits) → scale [n] and zero point [n] of whole numbers, or None for the middle code
+2^(bits-1), which MatMulNBits assumes where no zero points are stored. Rounding with these then gives the codes.
 """
 
 import math
@@ -15,15 +15,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 BITS = (4, 8)
-BLOCK_SIZES = (16, 32, 64, 128, 256)  # weights; what ONNX Runtime's CPU kernels have (1.32)
-# Weights fitted at a time: 1 MB, so that temporaries stay in cache and threads seldom wait for Python's lock.
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # weights; those that ONNX Runtime's CPU kernels support (1.32)
+# Number of weights fitted at a time: 1 MB, so that temporaries stay in cache and threads seldom wait for Python's lock.
 SLAB = 1 << 18
-TINY = np.float32(1e-30)  # in the place of a zero divisor, whose dividend is then zero as well
-# How much wider (negative: the range is stretched over fewer codes) or narrower than the block's range the tried scales
-# are, in codes. Beyond these ends, and between these points, a Gaussian or Laplacian matrix gains under 0.1 dB.
+TINY = np.float32(1e-30)  # replaces a divisor of zero, whose dividend is then zero as well
+# By how many codes the scales that are tried are narrower than the block's range, or wider if the number is negative:
+# the range is then stretched over fewer codes. More scales, beyond these ends or between these points, would improve a
+# Gaussian or Laplacian matrix by less than 0.1 dB.
 RTN_STEPS = (-2.0, -1.2, -0.6, 0.0, 0.5)
 K_QUANT_STEPS = tuple(np.linspace(-3.0, 0.9, 14))
-# Badri & Shaji's constants (mobiusml/hqq, `optimize_weights_proximal`), there for 20 iterations that stop early.
+# Badri & Shaji's constants (mobiusml/hqq, `optimize_weights_proximal`, where 20 iterations use them and stop early).
 HQQ_NORM, HQQ_BETA, HQQ_KAPPA = 0.7, 10.0, 1.01
 HQQ_ITERATIONS = 10  # 20 gain 0.06 dB at block 128, less at 32
 Fit = tuple[np.ndarray, np.ndarray | None]
@@ -32,7 +33,7 @@ Fitter = Callable[[np.ndarray, int], Fit]
 
 @dataclass(frozen=True)
 class Packed:
-    """The constant inputs of one MatMulNBits node (docs/ContribOperators.md of onnxruntime), and what they lost."""
+    """The constant inputs of one MatMulNBits node (docs/ContribOperators.md of onnxruntime), and their error."""
 
     codes: np.ndarray  # [N, blocks, block * bits / 8] uint8, low half first
     scales: np.ndarray  # [N, blocks] float32
@@ -45,7 +46,10 @@ class Packed:
 
 
 def quantize(weight: np.ndarray, bits: int, block: int, fit: Fitter) -> Packed:
-    """weight [K, N] in blocks along K, the last one padded with zeros. Raises ValueError for other bits or blocks."""
+    """Quantize weight [K, N] in blocks along K, the last one padded with zeros.
+
+    Raises ValueError for bits or a block size that is not supported.
+    """
     if bits not in BITS or block not in BLOCK_SIZES:
         raise ValueError(f"expected bits of {BITS} and a block size of {BLOCK_SIZES}, got {bits} and {block}")
     K, N = weight.shape
@@ -71,7 +75,7 @@ def quantize(weight: np.ndarray, bits: int, block: int, fit: Fitter) -> Packed:
 
 
 def _packed(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int, error: float) -> Packed:
-    """codes [blocks, block, N], scales and zero points [blocks, N], in the operator's layout"""
+    """Put codes [blocks, block, N], scales and zero points [blocks, N] into the layout of MatMulNBits."""
     return Packed(
         codes=np.ascontiguousarray(_pack(codes, bits).transpose(2, 0, 1)),
         scales=np.ascontiguousarray(scales.T),
@@ -88,8 +92,8 @@ def quantize_compensated(
     feedback: np.ndarray,
     factors: np.ndarray | float = 1.0,
 ) -> tuple[Packed, np.ndarray]:
-    """As `quantize`, but of the weight times factors of its rows [K, 1], rounded row by row with the feedback of
-    `moments.error_feedback`; also the errors W - Ŵ [K, N], factors taken away again."""
+    """Like `quantize`, but rows are multiplied by `factors` [K, 1] and then rounded one by one with the feedback of
+    `moments.error_feedback`. Also returns the errors W - Ŵ [K, N], divided by the factors again."""
     codes, scales, zeros, errors = compensate(weight * factors, bits, block, fit, feedback)
     errors /= factors
     symmetric = bool(np.all(zeros == 2 ** (bits - 1)))
@@ -100,21 +104,21 @@ def quantize_compensated(
 def compensate(
     weight: np.ndarray, bits: int, block: int, fit: Fitter, feedback: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Codes [blocks, block, N], scales and zero points [blocks, N], and errors W - Ŵ [K, N], which go into the rows
-    that follow."""
+    """Round row by row, where each row makes up for the errors of the rows before it. Returns codes [blocks, block, N],
+    scales and zero points [blocks, N], and errors W - Ŵ [K, N]."""
     K, N = weight.shape
     blocks, middle = ceil_div(K, block), 2 ** (bits - 1)
     codes, scales = np.zeros((blocks, block, N), np.uint8), np.empty((blocks, N), np.float32)
     zeros, errors = np.empty((blocks, N), np.uint8), np.empty((K, N), np.float32)
     for i, begin in enumerate(range(0, K, block)):
         end = min(begin + block, K)
-        wanted = np.zeros((block, N), np.float32)
-        wanted[: end - begin] = weight[begin:end] + feedback[:begin, begin:end].T @ errors[:begin]
-        scales[i], zero = fit(wanted, bits)
+        target = np.zeros((block, N), np.float32)
+        target[: end - begin] = weight[begin:end] + feedback[:begin, begin:end].T @ errors[:begin]
+        scales[i], zero = fit(target, bits)
         zero = np.full(N, middle, np.float32) if zero is None else zero
         inverse, within = inverse_of(scales[i]), np.ascontiguousarray(feedback[begin:end, begin:end].T)
         for k in range(begin, end):
-            row = wanted[k - begin] + within[k - begin, : k - begin] @ errors[begin:k]
+            row = target[k - begin] + within[k - begin, : k - begin] @ errors[begin:k]
             steps = steps_of(row, inverse, zero, bits)
             errors[k] = weight[k] - steps * scales[i]
             codes[i, k - begin] = steps + zero
@@ -123,17 +127,18 @@ def compensate(
 
 
 def rtn(x: np.ndarray, bits: int) -> Fit:
-    """Symmetric round to nearest, 0.3 to 0.5 dB better than its plain form: of five scales the one of least error.
+    """Symmetric round to nearest that tries five scales and keeps the best: 0.3 to 0.5 dB better than the plain form.
 
-    As in ONNX Runtime and llama.cpp's Q4_0 the weight of largest magnitude falls on code 0, whatever its sign: of the
-    two ends of -8 … 7 that is the far one.
+    As in ONNX Runtime and llama.cpp's Q4_0, the weight of largest magnitude gets code 0, whatever its sign. Code 0
+    stands for -8, which is further from zero than 7, the other end of the range.
     """
     return symmetric_scales(x, bits, RTN_STEPS), None
 
 
 def symmetric_scales(x: np.ndarray, bits: int, steps: Iterable[float], weight: np.ndarray | None = None) -> np.ndarray:
-    """Of the scales for which the extreme of each column of x [block, n] is -2^(bits-1) - step codes, the ones of least
-    squared error, or error under a weight of that shape: [n], negative where the extreme is positive."""
+    """For each column of x [block, n] the scale of least squared error: [n], negative where the extreme of the column
+    is positive. The scales that are tried are those with which the extreme is -2^(bits-1) - step codes, for each of
+    `steps`. weight: of the squared errors, [block, n] or [block, 1]; None counts all alike."""
     half = 2 ** (bits - 1)
     high, low = x.max(axis=0), x.min(axis=0)
     per_extreme = inverse_of(np.where(high >= -low, high, low))
@@ -142,9 +147,9 @@ def symmetric_scales(x: np.ndarray, bits: int, steps: Iterable[float], weight: n
 
 
 def k_quant(x: np.ndarray, bits: int) -> Fit:
-    """A search of scale and zero point under llama.cpp's weights, rms + |x| (`make_qkx2_quants` in ggml-quants.c).
+    """Search for scale and zero point with llama.cpp's weights, rms + |x| (`make_qkx2_quants` in ggml-quants.c).
 
-    There the offset is a float; here it is rounded before a candidate is judged, not after the search.
+    llama.cpp's offset is a float. Here it is rounded before a candidate is judged, not after the search.
     """
     low, high = np.minimum(x.min(axis=0), 0), np.maximum(x.max(axis=0), 0)
     top, per_range = 2**bits - 1, inverse_of(high - low)
@@ -156,10 +161,10 @@ def k_quant(x: np.ndarray, bits: int) -> Fit:
 def hqq(x: np.ndarray, bits: int) -> Fit:
     """Half-quadratic quantization (Badri & Shaji 2023) with whole zero points, which the fast kernels need.
 
-    Large errors are taken for outliers by an l_p shrinkage, p < 1, and scale and zero point are fitted to the rest.
-    The original moves only the zero point, which would mostly be rounded back to where it began; here the closed form
-    is for both. Errors are measured in steps of the block, so the constants mean the same for any magnitude of weight.
-    The iterate of least squared error is kept, so the result is no worse than its start, the block's range.
+    An l_p shrinkage, p < 1, treats large errors as outliers, and scale and zero point are fitted to the rest. The
+    original moves only the zero point, which would mostly be rounded back to where it began; here a closed form gives
+    both. Errors are measured in steps of the block, so the constants mean the same for any magnitude of weight. The
+    iterate of least squared error is kept, so the result is never worse than the start, which is the block's range.
     """
     top = np.float32(2**bits - 1)
     low, high = np.minimum(x.min(axis=0), 0), np.maximum(x.max(axis=0), 0)
@@ -184,7 +189,8 @@ def hqq(x: np.ndarray, bits: int) -> Fit:
 
 
 def _least_squares(x: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np.ndarray, top: np.float32) -> Fit:
-    """Scale and whole zero' that fit x ≈ scale · (code - zero'); steps are code - zero. [block, n] twice, [n] twice."""
+    """The scale and the whole zero' with which x ≈ scale · (code - zero') fits best. steps: code - zero, in the shape
+    of x, [block, n]. scale, zero: those so far, [n]."""
     mean_x, mean_steps = x.mean(axis=0), steps.mean(axis=0)
     centred = steps - mean_steps
     slope = sum_of_products(centred, x) / np.maximum(sum_of_products(centred, centred), TINY)
@@ -198,8 +204,8 @@ def _least_squares(x: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np
 def _best_of(
     x: np.ndarray, weight: np.ndarray | None, candidates: Iterable[tuple[np.ndarray, ArrayLike]], bits: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of the candidates (1/scale, zero) that whose codes, once the scale is fitted to them, have the least weighted
-    squared error Σ weight · (x - scale · steps)². Explained by a fit is Σ(w x s)² / Σ(w s²); the rest is error."""
+    """Scale and zero of the best candidate (1/scale, zero) in each column: the scale is fitted to a candidate's codes,
+    and the least Σ weight · (x - scale · steps)² wins. A fit explains (Σ w x s)² / Σ w s² of Σ w x²."""
     weighted = x if weight is None else weight * x
     explained = np.full(x.shape[1], -1, np.float32)
     scale, zero = np.zeros_like(explained), np.zeros_like(explained)
@@ -215,7 +221,7 @@ def _best_of(
 
 
 def steps_of(x: np.ndarray, inverse: np.ndarray, zero: ArrayLike, bits: int) -> np.ndarray:
-    """code - zero of each weight, [block, n] float32: the nearest whole multiple of the scale that a code reaches."""
+    """code - zero of each weight, [block, n] float32: the nearest whole multiple of the scale that a code can reach."""
     zero = np.asarray(zero, np.float32)
     steps: np.ndarray = x * inverse
     np.rint(steps, out=steps)
@@ -225,7 +231,8 @@ def steps_of(x: np.ndarray, inverse: np.ndarray, zero: ArrayLike, bits: int) -> 
 
 
 def sum_of_products(*factors: np.ndarray) -> np.ndarray:
-    """Σ over each column of a product of factors [block, n]: [n]. One pass, where product and sum take two."""
+    """The sum over each column of the elementwise product of the factors [block, n]: [n]. It takes one pass; a product
+    and then a sum would take two."""
     return np.asarray(np.einsum(", ".join(["ij"] * len(factors)) + " -> j", *factors))
 
 
@@ -234,10 +241,10 @@ def ceil_div(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def relative_error(weight: np.ndarray, found: np.ndarray) -> float:
+def relative_error(weight: np.ndarray, rounded: np.ndarray) -> float:
     """Σ (W - Ŵ)² / Σ W², and 0 for a weight of zeros."""
     power = power_of(weight)
-    return power_of(found - weight) / power if power else 0.0
+    return power_of(rounded - weight) / power if power else 0.0
 
 
 def power_of(x: np.ndarray) -> float:
@@ -253,7 +260,8 @@ def inverse_of(x: np.ndarray) -> np.ndarray:
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Two 4-bit codes a byte along axis 1, the even one in the low half; 8-bit codes stay. [·, k, N] → [·, ⌈k/2⌉, N]"""
+    """Pack two 4-bit codes into a byte along axis 1, the even one in the low half; 8-bit codes stay as they are.
+    [·, k, N] → [·, ⌈k/2⌉, N]"""
     if bits == 8:
         return codes
     low, high = codes[:, 0::2], codes[:, 1::2]

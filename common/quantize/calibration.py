@@ -1,16 +1,16 @@
 """Calibration: speech is run through the float32 encoder, and every product with a weight matrix is observed.
 
-The graph is cut before each product with a constant matrix, into segments, each of which passes its values to the
-next. All of the speech goes through them once. At each product its inputs are known, so a method can round the weight
-such that later rows make up for the errors of earlier ones on inputs like these (moments.py); input
-channels that come from a normalization are scaled to differ less (smoothing.py). There are two ways through:
+The graph is cut before each product with a constant matrix. Each segment passes its values to the next, and all of the
+speech goes through the segments once. The inputs of each product are therefore known, so a method can round the weight
+such that later rows make up for the errors of earlier ones on inputs like these (moments.py). Input channels that come
+from a normalization are scaled so that they differ less (smoothing.py). There are two ways to go through the graph:
 
-- `calibrated_products`: every weight by itself. From its product part of the speech can go to the end of the graph a
-  second time, with the rounded weight: how far the output moves is the weight's damage.
+- `calibrated_products`: every weight by itself. From its product on, part of the speech can go to the end of the graph
+  a second time, with the rounded weight. How far the output then moves is called the damage of the weight.
 - `fit_in_sequence`: every weight after those before it. The speech goes through the graph twice, side by side, with the
   exact weights and with the rounded ones, and each weight is fitted to make up for the difference so far.
 
-Weights stay in the data file, and a pass holds the values of one cut: memory is that of the speech and of the codes.
+Weights stay in the data file, and a pass holds the values at one cut, so memory is that of the speech and the codes.
 """
 
 import time
@@ -36,20 +36,21 @@ from common.run.clips import Clip
 from common.run.genai import GenAI
 from common.run.session import open_session
 
-# Pieces of speech that run at once, together. Damage is measured on one such batch: on the tiny checkpoint it ranks the
-# weights as all of the speech does (rank correlation 0.99), and at 0.6B a run from every weight on takes minutes.
+# Length of all pieces of speech that run together in one batch. Damage is measured on one batch only: on the tiny
+# checkpoint this ranks the weights as all of the speech does (rank correlation 0.99), and at 0.6B it takes minutes to
+# run one batch to the end of the graph from every weight.
 BATCH_SECONDS = 20
 # More speech changes the codes little; less covers too few sounds.
 MAX_SECONDS, MIN_SECONDS = 300, 10
-FIT_RUNS = 70  # quantizing a weight takes about as long as so many runs of a segment, at 0.6B, to one width or two
-# In a sequence: how much of the difference on the residual stream a product that is added to it makes up for. None of
-# it: 25.8 dB in 4 bits, half 26.6 dB, 0.7 and all 26.7 dB (201 s of speech, the tiny checkpoint).
+FIT_RUNS = 70  # at 0.6B, quantizing a weight to one width or two takes about as long as this many runs of a segment
+# In a sequence: the share of the difference on a residual stream that a product which is added to the stream makes up
+# for. In 4 bits a share of 0 gives 25.8 dB, 0.5 26.6 dB, 0.7 and 1 26.7 dB (201 s of speech, the tiny checkpoint).
 RESIDUAL_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class CalibrationSpeech:
-    """Features of the clips that are used."""
+    """Features of the clips that calibration uses."""
 
     batches: list[np.ndarray]  # [B, M, T] each
     clips: int
@@ -57,9 +58,9 @@ class CalibrationSpeech:
 
 
 def read_speech(folder: Path, clips: list[Clip]) -> CalibrationSpeech:
-    """Features of the clips by the processor of GenAI in `folder`; if they are long, of some of them from all over.
+    """Features of the clips, computed by GenAI's processor in `folder`; of at most MAX_SECONDS, chosen at random.
 
-    Raises ValueError where they are too short, and as GenAI and read_audio do.
+    Raises ValueError where the clips are too short, and as GenAI and read_audio do.
     """
     genai = GenAI(folder)
     features: list[np.ndarray] = []
@@ -98,7 +99,7 @@ def speech_batches(features: Iterable[np.ndarray], frame_rate: float) -> list[np
 
 @dataclass(frozen=True)
 class Product:
-    """A weight [K, N], and what speech multiplies it by."""
+    """A weight [K, N], and what is known of its inputs on speech."""
 
     name: str
     weight: np.ndarray
@@ -109,21 +110,21 @@ class Product:
 
 @dataclass(frozen=True)
 class ProductInSequence(Product):
-    """And what the errors of earlier weights have left to make up for."""
+    """A product, and what its weight has to make up for after the errors of earlier weights."""
 
-    missing: np.ndarray | None  # [K, N], xᵀ times what is missing in the product; None where nothing is
+    missing: np.ndarray | None  # [K, N], xᵀ times what is missing in the product; None where nothing is missing
 
 
 @dataclass(frozen=True)
 class ObservedProduct(Product):
-    """And what follows from a change of the weight."""
+    """A product, and the effect that a change of its weight has on the encoder's output."""
 
     x: np.ndarray  # [R, K], its inputs on part of the speech
     damage: Callable[[np.ndarray], float]  # of errors [K, N] of the weight: Σ (y - ŷ)² / Σ y² of the encoder's output y
 
     def damages(self, errors: Mapping[int, np.ndarray]) -> dict[int, float]:
-        """Bits → damage, from bits → errors of the weight. That of the fewest bits is measured; that of others is it
-        times the ratio of the errors that they leave in the product, small errors going through the rest alike."""
+        """Bits → damage, from bits → errors of the weight. Only that of the fewest bits is measured. For other bits it
+        is scaled by the ratio of the errors in the product: small errors go through the rest of the graph alike."""
         low = min(errors)
         noise = {bits: power_of(self.x @ error) for bits, error in errors.items()}
         damage = self.damage(errors[low])
@@ -131,9 +132,9 @@ class ObservedProduct(Product):
 
 
 def calibrated_products(encoder: Path, batches: Sequence[np.ndarray]) -> Iterator[ObservedProduct]:
-    """Each quantizable weight of the float32 graph at `encoder`, in graph order, on features [B, M, T].
+    """Each quantizable weight of the float32 graph at `encoder`, in graph order, observed on features [B, M, T].
 
-    A progress bar and an estimate of the time are printed; both expect that `damage` will be called.
+    A progress bar and an estimate of the time are printed; both assume that `damage` will be called.
     """
     segments, weights, rows = _cut(encoder)
     speech = [_inputs(batch) for batch in batches]
@@ -157,10 +158,10 @@ def calibrated_products(encoder: Path, batches: Sequence[np.ndarray]) -> Iterato
 def fit_in_sequence(
     encoder: Path, batches: Sequence[np.ndarray], fit: Callable[[ProductInSequence], np.ndarray]
 ) -> None:
-    """Call `fit` with each quantizable weight of the float32 graph at `encoder`, in graph order; it returns what the
-    weight became, [K, N]. batches: features [B, M, T].
+    """Call `fit` with each quantizable weight of the float32 graph at `encoder`, in graph order; `fit` returns the
+    weight as it is after quantization, [K, N]. batches: features [B, M, T].
 
-    Moments are those of the inputs that earlier weights leave. A progress bar and an estimate of the time are printed.
+    Moments are of the inputs after earlier weights were quantized. A progress bar and an estimate of time are printed.
     """
     segments, weights, rows = _cut(encoder)
     exact = [_inputs(batch) for batch in batches]
@@ -184,8 +185,8 @@ def fit_in_sequence(
 
 
 def _product(name: str, weight: np.ndarray, moments: np.ndarray, rows: np.ndarray | None) -> Product:
-    """moments: of the inputs as they are; divided in place, since they are 67 MB for 4096 inputs.
-    rows: Σ W² of each row, [K], behind a normalization (`row_powers`)."""
+    """moments: of the inputs before they are scaled; divided in place, since they take 67 MB for 4096 inputs.
+    rows: Σ W² of each row, [K], if a normalization precedes the product (`row_powers`), else None."""
     scaled = rows is not None
     factors = np.ones((len(moments), 1), np.float32)
     if rows is not None:
@@ -201,24 +202,25 @@ def _missing(
     exact: list[dict[str, np.ndarray]],
     rounded: list[dict[str, np.ndarray]],
 ) -> np.ndarray | None:
-    """xᵀ [K, R] times what the product [R, N] of the rounded encoder's inputs x with the weight is short of that of the
-    exact one; where the product is added to a residual stream, of that and RESIDUAL_SHARE of the difference there."""
+    """xᵀ [K, R] times what is missing [R, N] in the product of the rounded encoder's inputs x and the weight, compared
+    to the product in the exact encoder. Where the product is added to a residual stream, RESIDUAL_SHARE of the
+    difference between the two streams is missing as well."""
     change = _all_rows(exact, segment.x) - x
-    if not change.any():  # the first product, and those with positions
+    if not change.any():  # so for the first product, and for products with positions
         return None
     if segment.residual:
         name, factor = segment.residual
         stream = _all_rows(exact, name) - _all_rows(rounded, name)
         return np.asarray(x.T @ (change @ weight + np.float32(RESIDUAL_SHARE / factor) * stream))
-    return np.asarray(np.linalg.multi_dot([x.T, change, weight]))  # in the order that takes less
+    return np.asarray(np.linalg.multi_dot([x.T, change, weight]))  # in the order that takes fewer operations
 
 
 @dataclass(frozen=True)
 class _Damage:
-    """Runs the rest of the graph with errors taken from one weight."""
+    """Runs the rest of the graph after errors were subtracted from one weight."""
 
-    segments: "list[_Segment]"  # from the weight's own to the last
-    values: dict[str, np.ndarray]  # where the first of them begins
+    segments: "list[_Segment]"  # from the one that begins with the weight to the last
+    values: dict[str, np.ndarray]  # at the beginning of the first of these segments
     weights: dict[str, np.ndarray]
     name: str
     reference: np.ndarray  # the encoder's output without errors
@@ -231,25 +233,25 @@ class _Damage:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Part of the graph, which begins with the first product by `weight` (the head of the graph has none)."""
+    """Part of the graph. It begins with the first product with `weight`; the first segment has no weight."""
 
     weight: str
     x: str  # the other factor
-    residual: tuple[str, float] | None  # what a multiple of the product is added to at once, and that number
+    residual: tuple[str, float] | None  # the value to which a multiple of the product is added directly; the multiple
     takes: list[str]
     gives: list[str]
     later: set[str]  # values that are still used after it
     session: ort.InferenceSession
 
     def __call__(self, values: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The values at the end of the segment, of those at its beginning."""
+        """The values at the end of the segment, from the values at its beginning."""
         feeds = {name: weights[name] if name in weights else values[name] for name in self.takes}
         made = dict(zip(self.gives, self.session.run(self.gives, feeds), strict=True))
         return {name: value for name, value in {**values, **made}.items() if name in self.later}
 
 
 def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The graph in segments, its quantizable weights, mapped, and the `row_powers` of those that have some."""
+    """The segments of the graph, its quantizable weights (mapped), and the `row_powers` of those that have any."""
     model = load(path)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.ShapeInferencePass()(model)  # a segment's inputs need types
@@ -275,13 +277,13 @@ def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], dict[str, n
         x = name_of(input_of(nodes[begin], 0)) if weight else ""
         residual = _residual(nodes[begin], before) if weight else None
         segments.append(_Segment(weight, x, residual, takes, gives, later, _session(model, takes, gives)))
-    rows = row_powers(model, products)  # first, since it unmaps what it has read
+    rows = row_powers(model, products)  # before the weights are mapped, since it unmaps what it has read
     weights = {name: tensor_of(graph.initializers[name]).numpy() for name in products}
     return segments, weights, rows
 
 
 def _residual(product: ir.Node, known: Collection[ir.Value]) -> tuple[str, float] | None:
-    """The known value that the product, times a number and with a bias perhaps, is added to, and that number."""
+    """The known value to which the product is added, perhaps times a number and with a bias, and that number."""
     y, factor = product.outputs[0], 1.0
     while len(y.uses()) == 1:
         node = next(iter(y.uses())).node
@@ -304,9 +306,9 @@ def _residual(product: ir.Node, known: Collection[ir.Value]) -> tuple[str, float
 def _session(model: ir.Model, takes: list[str], gives: list[str]) -> ort.InferenceSession:
     graph = ir.convenience.extract(model.graph, takes, gives)
     for name in set(takes) & set(graph.initializers):
-        del graph.initializers[name]  # a weight, which is fed
+        del graph.initializers[name]  # a weight, which is fed as an input
     options = ort.SessionOptions()
-    # There are hundreds, of which one is at work: the others neither wait for it busily nor keep memory.
+    # There are hundreds of sessions, of which one runs at a time: the others must not spin, and must not keep memory.
     options.enable_cpu_mem_arena = False
     proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version))
     no_spinning = {"session.intra_op.allow_spinning": "0"}
@@ -319,7 +321,7 @@ def _inputs(batch: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _run(segments: list[_Segment], values: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> np.ndarray:
-    """The encoder's output for the values at the beginning of the first of the segments."""
+    """The encoder's output, from the values at the beginning of the first segment."""
     for segment in segments:
         values = segment(values, weights)
     return values[ENCODER.output_names[0]]
@@ -331,6 +333,6 @@ def _rows(x: np.ndarray) -> np.ndarray:
 
 
 def _all_rows(batches: Sequence[Mapping[str, np.ndarray]], name: str) -> np.ndarray:
-    """The rows [R, K] of a value in all batches. One product with them all takes half the time of one for each batch,
-    whose results of up to 134 MB would have to be added."""
+    """The rows [R, K] of a value in all batches. One product with all rows takes half the time of one product for each
+    batch, since their results of up to 134 MB would have to be added."""
     return np.concatenate([_rows(values[name]) for values in batches])

@@ -1,4 +1,4 @@
-"""Weights of integers with one scale a column, as integer products take them: pure NumPy."""
+"""Integer weights with one scale for each column, as integer products need them, in pure NumPy."""
 
 from dataclasses import dataclass
 
@@ -18,15 +18,15 @@ from common.quantize.moments import SortedMoments
 from common.quantize.plan import Format
 
 WEIGHT_BITS, REDUCED_BITS, LOW_BITS = 8, 7, 4
-BLOCK = 128  # rows whose feedback is one product; nothing else depends on it
-# By how many codes the largest weight of a column may lie beyond the range of 4 bits, and be clipped to it: the finer
+BLOCK = 128  # rows whose feedback is computed by one product; nothing else depends on this number
+# By how many codes the largest weight of a column may lie beyond the range of 4 bits. It is then clipped, but the finer
 # scale makes up for that in the rest of the column.
 SCALE_STEPS = (0.0, 1.0, 2.0, 3.5, 5.5)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """A weight W [K, N] ≈ codes · scales, and what it lost."""
+    """A weight W [K, N] ≈ codes · scales, and its error."""
 
     codes: np.ndarray  # [K, N] int8
     scales: np.ndarray  # [N]
@@ -35,7 +35,7 @@ class Columns:
 
     @property
     def weight(self) -> np.ndarray:
-        """What it stands for, [K, N] float32."""
+        """The weight that codes and scales stand for, [K, N] float32."""
         return np.asarray(self.codes * self.scales)
 
 
@@ -45,7 +45,7 @@ def high_bits(options: WeightOptions) -> int:
 
 
 def weight_bits(options: WeightOptions) -> int:
-    """Bits of the encoder's weights where they all have the same."""
+    """Bits of the encoder's weights where all weights have the same number of bits."""
     return LOW_BITS if options.weight_bits == LOW_BITS else high_bits(options)
 
 
@@ -58,8 +58,8 @@ def column_bytes(shape: tuple[int, ...], form: Format) -> tuple[int, int]:
 def quantize_columns(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """W [K, N] → codes [K, N] int8 and scales [N]: W ≈ codes · scales, and a column of zeros is 0 · 0.
 
-    With 7 bits no sum of two products uint8 · int8 leaves int16, where AVX2 without VNNI adds them: 2 · 255 · 63 is
-    32130, while 2 · 255 · 127 = 64770 is cut to 32767. Sums of 4 bits, 2 · 255 · 8, are far from it.
+    With 7 bits a sum of two products uint8 · int8 always fits into int16, in which AVX2 without VNNI adds them:
+    2 · 255 · 63 is 32130, while 2 · 255 · 127 = 64770 is cut to 32767. Sums with 4 bits, 2 · 255 · 8, are far below.
     """
     scales = _scales(weight, bits, None)
     return steps_of(weight, inverse_of(scales), 2 ** (bits - 1), bits).astype(np.int8), scales
@@ -78,14 +78,16 @@ def fitted_columns(
     factors: np.ndarray | float = 1.0,
     missing: np.ndarray | None = None,
 ) -> tuple[Columns, np.ndarray]:
-    """The weight [K, N] times factors of its rows [K, 1], rounded such that products with such inputs change least;
-    also what it has become, [K, N], factors taken away again. What is missing in the product without it, xᵀ times that
-    [K, N], is made up for; the error is from the weight all the same.
+    """Multiply the rows of the weight [K, N] by `factors` [K, 1], and round it such that products with these inputs
+    change least. Also returns the rounded weight, [K, N], divided by the factors again.
 
-    Rows go by the power of their inputs, the loudest first: the later ones make up for the errors of the earlier ones
-    (moments.py). With 4 bits the scales are fitted to the codes in the end.
+    missing: xᵀ times what the product lacks, [K, N]. The rounded weight makes up for it; its error is still measured
+    from the weight that was given.
 
-    Feedback may lead to a code of -2^(bits-1), one beyond the plain ones: 2 · 255 · 64 = 32640 is in int16 as well.
+    Rows are rounded in the order of the power of their inputs, the strongest first, and later rows make up for the
+    errors of earlier ones (moments.py). With 4 bits the scales are fitted to the codes at the end.
+
+    Feedback may lead to a code of -2^(bits-1), one beyond those of plain rounding: 2 · 255 · 64 = 32640 fits as well.
     """
     target = weight * factors
     if missing is not None:
@@ -102,8 +104,8 @@ def fitted_columns(
 
 
 def _scales(weight: np.ndarray, bits: int, power: np.ndarray | None) -> np.ndarray:
-    """Scales [N] for a weight [K, N]: of 4 bits those of least error under the power [K] of the inputs; of more, those
-    that reach its largest number."""
+    """Scales [N] for a weight [K, N]: in 4 bits those of least error, weighted by the power [K] of the inputs; in more
+    bits those that just reach the largest number of each column."""
     if bits == LOW_BITS:
         by_row = None if power is None else np.maximum(power, TINY).astype(np.float32)[:, None]
         return symmetric_scales(weight, bits, SCALE_STEPS, by_row)
@@ -112,8 +114,8 @@ def _scales(weight: np.ndarray, bits: int, power: np.ndarray | None) -> np.ndarr
 
 
 def _round_rows(weight: np.ndarray, scales: np.ndarray, bits: int, factor: np.ndarray) -> np.ndarray:
-    """Codes [K, N], in float32, of a weight [K, N]: rows in turn, the last one first, each moved by the errors of those
-    after it, in parts that the factor [K, K] of the inputs' second moments gives."""
+    """Codes [K, N], in float32, of a weight [K, N]. Rows are rounded from the last to the first. Each is first moved by
+    the errors of the rows after it, weighted by the factor [K, K] of the inputs' second moments."""
     codes, errors = np.empty_like(weight), np.empty_like(weight)
     inverse, middle = inverse_of(scales), 2 ** (bits - 1)
     for end in range(len(weight), 0, -BLOCK):

@@ -12,7 +12,7 @@ from common.quantize.options import OptimizeOptions
 from common.run.session import open_session
 
 LARGEST_UINT8, LARGEST_INT8 = 255, 127
-SIZE = 64  # rows of the product: more than any vector register holds, so that no slower code for a rest is taken
+SIZE = 64  # rows of the product: more than any vector register holds, so that no slower code for a remainder runs
 
 
 def exact_bits() -> int:

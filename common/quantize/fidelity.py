@@ -12,7 +12,7 @@ from common.run.ort import OrtGraph
 # Noise on which two encoders are compared: mel frames of a ragged batch. 4 s and a shorter one of odd length.
 NOISE_FRAMES = (400, 267)
 # A graph whose output has nothing to do with the exported one's has at most 0 dB (all zeros; -3 dB if it is as large).
-# At 3 dB half of the output is error: nobody would use that, and no weight quantization that works comes near.
+# At 3 dB half of the output is error: nobody would use that, and no weight quantization that works is as bad.
 MIN_SQNR_DB = 3.0
 # Fusion reorders float32 sums: measured 123 dB on the tiny checkpoint. A wrong epsilon or bias falls far below 80.
 MIN_FLOAT_SQNR_DB = 80.0
@@ -22,11 +22,11 @@ def compare(reference: Path, optimized: Path, floor: float, graph: Graph = ENCOD
     """Signal to quantization noise ratio in dB, over the valid frames of noise, of the encoder `graph` in folder
     `optimized` against that in `reference`. Raises CheckError below `floor`, and if shapes or lengths differ.
 
-    One session at a time: at full size each holds gigabytes.
+    Only one session is open at a time, since each holds gigabytes at full size.
     """
     expected, expected_lengths = _encode_noise(reference, graph, mapped=True)
     try:
-        # Repacked as in use: unpacked, MatMulNBits takes a float path that rounds no activations.
+        # Weights are repacked, as in use: otherwise MatMulNBits takes a float path, which does not round activations.
         output, lengths = _encode_noise(optimized, graph, mapped=False)
     except ValueError as error:
         raise CheckError(f"the optimized encoder does not run: {error}") from error
@@ -54,8 +54,8 @@ def _encode_noise(folder: Path, graph: Graph, *, mapped: bool) -> list[np.ndarra
 def token_sqnr(source: Path, target: Path, graph: Graph, vocabulary: int) -> float:
     """SQNR in dB of the first output for a batch of 16 random tokens, or frames and decoder outputs.
 
-    What is the same for all of them is left out of the signal: biases of -30, of pieces that a joint never emits,
-    would hide any error in the others.
+    What is the same for all of them is left out of the signal: otherwise the biases of -30 of pieces that a joint never
+    emits would hide any error in the other pieces.
     """
     exported, quantized = OrtGraph(source, graph), OrtGraph(target, graph)
     inputs = exported.noise(vocabulary, B=16, S=1, U=1)
@@ -65,7 +65,7 @@ def token_sqnr(source: Path, target: Path, graph: Graph, vocabulary: int) -> flo
 
 
 def sqnr_db(expected: np.ndarray, output: np.ndarray) -> float:
-    """10 log10(Σ expected² / Σ (expected - output)²); infinite where both are equal, NaN for a value not finite."""
+    """10 log10(Σ expected² / Σ (expected - output)²); infinite where both are equal, NaN if a value is not finite."""
     signal = float(np.sum(np.square(expected, dtype=np.float64)))
     noise = float(np.sum(np.square(expected.astype(np.float64) - output)))
     if noise == 0:

@@ -18,8 +18,8 @@ from common.folder.onnx_files import model_of, read_proto
 def fuse(path: Path) -> tuple[ir.Model, Counter[str]]:
     """The fused form of the model at `path`; also the number of fused nodes by operator.
 
-    The fusions read biases, so vectors are loaded, and no matrix. Symbolic shape inference is off: it takes more than
-    a second a layer, for no other result than that the Adds do not broadcast, which `fidelity.compare` would notice.
+    The fusions read biases, so vectors are loaded, but matrices are not. Symbolic shape inference is off: it takes more
+    than a second a layer, and shows only that the Adds do not broadcast; if one did, `fidelity.compare` would notice.
     """
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model

@@ -2,16 +2,16 @@
 
     x [B, S, K] → codes uint8, one scale a row → MatMulIntegerToFloat by int8 W [K, N], one scale a column → · row scale
 
-A row is divided by its own scale, so its error depends neither on the other rows nor on how long the clip is; operators
-with one scale per tensor (DynamicQuantizeMatMul) lose 1.2 dB on Gaussian rows of equal size, and more with every clip
-that has one loud frame. A row of zeros has the scale TINY: its codes are the zero point and its products 0, not NaN.
+A row is divided by its own scale, so its error depends neither on the other rows nor on the length of the clip.
+Operators with one scale per tensor (DynamicQuantizeMatMul) lose 1.2 dB on Gaussian rows of equal size, and more on
+every clip with a loud frame. A row of zeros has the scale TINY: its codes are the zero point, its products 0, not NaN.
 
-Rows are quantized once, however many products they go into. A constant factor that follows a product is taken into the
-column scales. All in all the row scales cost 12 % of the products' time (1080 GFLOP/s for 1230 without them, where
-float32 has 310; 1.32, 2 cores with AVX-512 VNNI); dividing by them before DynamicQuantizeMatMul costs the same.
+Rows are quantized once, however many products they go into. A constant factor that follows a product is merged into the
+column scales. In total the row scales cost 12 % of the products' time (1080 GFLOP/s, 1230 without them, 310 in float32;
+ONNX Runtime 1.32, 2 cores with AVX-512 VNNI). Dividing by them before DynamicQuantizeMatMul costs the same.
 
-W may lie in the file in 4 bits, as an INT4 tensor behind a Cast to int8. ONNX Runtime computes a Cast of a constant
-once, when a session is created, so what runs are the same products (1.23 or newer; older versions have no such Cast).
+W may be stored in 4 bits, as an INT4 tensor that a Cast turns into int8. ONNX Runtime computes a Cast of a constant
+once, when a session is created, so the same products run (1.23 or newer; older versions have no such Cast).
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -42,32 +42,34 @@ from common.quantize.plan import Format, Plan, Sensitivity, SizeModel, smallest_
 from common.quantize.rewrite import plan_encoder
 
 CODES = 255  # largest uint8
-# What a quantized product adds to the graph file, the nodes that quantize its input included.
+# Bytes that a quantized product adds to the graph file, including the nodes that quantize its input.
 NODE_BYTES = 1600  # 1503 were measured
 TINY = np.float32(1e-30)  # a row scale that can still be divided by and multiplied with
-# The code of 0, from what is known of a row's range: codes below it are for negative numbers, and a range that is used
-# up is a finer scale. SiLU is never under -0.28: at 32, a row whose maximum is 3 has 4.9 dB less error than at 128, and
-# one whose maximum is under 1 has more. At the output 32 to 64 are within 0.3 dB on speech, 2.2 dB or more before 128.
+# The code that stands for 0, chosen by what is known about the range of a row: codes below it stand for negative
+# numbers, and the fewer codes are wasted, the finer is the scale. SiLU is never below -0.28: with code 32, a row whose
+# maximum is 3 has 4.9 dB less error than with 128, but a row whose maximum is below 1 has more. At the encoder's
+# output, on speech, the codes 32 to 64 are within 0.3 dB of each other, and 2.2 dB or more better than 128.
 MIDDLE_ZERO, SILU_ZERO, RELU_ZERO = 128, 32, 0
-# Rows of sines and cosines need no scales of their own: one for all, which reach from -1 to 1, is as exact for the sums
-# of their products, and saves a pass over the result.
+# Rows of sines and cosines need no scales of their own, since all reach from -1 to 1: one scale for all rows is as
+# exact for the sums of their products, and saves a pass over the result.
 EVEN_ROWS_ROLES = (Role.ATTENTION_POSITION_SINE, Role.ATTENTION_POSITION_COSINE)
-# What rounding takes from these inputs is multiplied as well, 255 times finer: 65 % of the error of the output comes
-# from this eighth of its products (speech through the tiny checkpoint: 36.2 dB without, 39.2 dB with it; if all
-# products had it, for twice the time, 43.4 dB). Columns that were fitted to speech do without: they are as exact. So do
-# those of 4 bits, which lose far more than their inputs: 19.60 dB with it, 19.57 dB without.
+# For these products, what rounding takes from the input is multiplied too, with a scale 255 times finer (a second
+# term). 65 % of the error of the output comes from this eighth of the products: speech through the tiny checkpoint
+# gives 36.2 dB without the second term, 39.2 dB with it, and 43.4 dB if all products have it, which takes twice the
+# time. Columns that were fitted to speech need no second term: they are as exact without it. Nor do columns in 4 bits,
+# whose own error is far larger than that of their inputs: 19.60 dB with it, 19.57 dB without.
 TWO_TERM_ROLES = (Role.CONVOLUTION_EXPAND, Role.CONVOLUTION_PROJECT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerMethod(QuantMethod[Columns]):
-    """4 or 8 bits for every weight, or a budget's choice; 7 for 8 where the range is reduced."""
+    """4 or 8 bits for every weight, or what a size budget gives each; 7 instead of 8 where the range is reduced."""
 
     weight_bits: tuple[int, ...] = (4, 8)
     reduces_range: bool = True
     calibrates: bool = True
     has_size_budget: bool = True
-    fused_on_cpu: bool = False  # SkipLayerNormalization costs more, in parts, of an encoder that takes less time
+    fused_on_cpu: bool = False  # SkipLayerNormalization takes a larger share of the time of this faster encoder
 
     def plan(self, weights: Mapping[str, EncoderWeight], options: WeightOptions) -> Plan:
         return dict.fromkeys(weights, Format(weight_bits(options)))
@@ -85,9 +87,9 @@ class IntegerMethod(QuantMethod[Columns]):
         return put
 
     def calibrate(self, encoder: Path, batches: Sequence[np.ndarray], options: WeightOptions) -> Calibrated[Columns]:
-        """Columns of each weight, fitted to the inputs that the weights before it leave. With a size budget the damage
-        of 4 bits is measured before, and 8 bits go where they remove most. Raises ValueError for a budget that 4 bits
-        for every weight exceed."""
+        """Fit the columns of each weight to its inputs after the weights before it were quantized. With a size budget,
+        the damage of 4 bits is measured first, and 8 bits go where they remove most of it. Raises ValueError for a
+        budget that is exceeded even with 4 bits for every weight."""
         plan = plan_encoder(load(encoder), self, options)
         sensitivity = None
         if options.size_budget_mb is not None:
@@ -125,10 +127,11 @@ class IntegerMethod(QuantMethod[Columns]):
 def _spend_budget(
     encoder: Path, batches: Sequence[np.ndarray], weights: Iterable[str], options: WeightOptions, budget: float
 ) -> tuple[Plan, Sensitivity]:
-    """4 bits, and more where that removes most damage per byte, in `budget` bytes."""
+    """A plan that fits into `budget` bytes: 4 bits, and more where that removes most damage per byte. Also returns the
+    damage that was measured."""
     low, high = Format(LOW_BITS), Format(high_bits(options))
     sizes = SizeModel(load(encoder), encoder.stat().st_size, column_bytes, NODE_BYTES)
-    smallest_plan(sizes, weights, low, budget)  # before the work
+    smallest_plan(sizes, weights, low, budget)  # raises ValueError before the long work begins
 
     def damages(product: ObservedProduct) -> dict[int, float]:
         inputs = SortedMoments.of(product.moments)
@@ -172,8 +175,8 @@ class _Rewriter:
         return shared_initializer(self.graph, name, array)
 
     def replace(self, node: ir.Node, name: str, columns: Columns, form: Format) -> None:
-        """Put (quantized x) · codes · scales in the place of `node`, x times the weight called `name`, and of the
-        constant factor that follows it. Raises ValueError for a weight without a role, and as `lift_opset` does."""
+        """Replace `node`, which multiplies x by the weight called `name`, and the constant factor that follows it, by
+        (quantized x) · codes · scales. Raises ValueError for a weight without a role, and as `lift_opset` does."""
         role = encoder_weight(name).role
         x, old, factor = input_of(node, 0), [node], _constant_factor(node)
         scales = self.constant(f"{name}.scales", columns.scales)
@@ -201,7 +204,7 @@ class _Rewriter:
         ir.convenience.replace_nodes_and_values(self.graph, old[-1], old[::-1], tape.nodes, old[-1].outputs, [y])
 
     def _codes(self, name: str, codes: np.ndarray, form: Format, tape: Tape) -> ir.Value:
-        """The weight's codes as the product takes them, int8."""
+        """The codes of the weight in int8, as the product needs them."""
         if form.bits != LOW_BITS:
             return self.constant(f"{name}.codes", codes)
         lift_opset(self.model, INT4_OPSET, INT4_IR_VERSION)
@@ -211,7 +214,7 @@ class _Rewriter:
         return tape.op("Cast", [stored], {"to": ir.DataType.INT8}, name=f"{name}.unpacked")
 
     def _one_scale(self, x: ir.Value, node: ir.Node) -> tuple[ir.Value, ...]:
-        """x as codes of its shape, with one scale and one zero point."""
+        """Codes in the shape of x, with one scale and one zero point for all of them."""
         if x not in self._tensors:
             new = ir.Node("", "DynamicQuantizeLinear", [x], num_outputs=3)
             self.graph.insert_before(node, new)
@@ -237,19 +240,19 @@ class _Rewriter:
         return self._rows[x]
 
     def _rest(self, x: _Rows, tape: Tape) -> ir.Value:
-        """What rounding took from x, at most half a scale: codes [R, K] of a scale 255 times finer."""
+        """What rounding took from x, at most half a scale, as codes [R, K] with a scale 255 times finer."""
         back = tape.op("DequantizeLinear", [x.codes, x.scales, x.zeros], {"axis": 0})
         scales = tape.op("Mul", [x.scales, self._number("step", 1 / CODES)])
         inputs = [tape.op("Sub", [x.rows, back]), scales, _filled(tape, x.scales, MIDDLE_ZERO)]
         return tape.op("QuantizeLinear", inputs, {"axis": 0})
 
     def _bound(self, tape: Tape, extreme: str, x: ir.Value, per_code: float) -> ir.Value:
-        """The scale [..., 1] for which the rows' largest, or smallest, elements are just within reach."""
+        """The scale [..., 1] with which codes just reach the largest, or the smallest, element of each row."""
         if self.graph.opset_imports[""] < 18:  # where the axes became an input
-            found = tape.op(extreme, [x], {"axes": [-1], "keepdims": 1})
+            extremes = tape.op(extreme, [x], {"axes": [-1], "keepdims": 1})
         else:
-            found = tape.op(extreme, [x, self.constant("int8.last_axis", np.array([-1]))], {"keepdims": 1})
-        return tape.op("Mul", [found, self._number(f"per_code_{per_code:.4f}", per_code)])
+            extremes = tape.op(extreme, [x, self.constant("int8.last_axis", np.array([-1]))], {"keepdims": 1})
+        return tape.op("Mul", [extremes, self._number(f"per_code_{per_code:.4f}", per_code)])
 
     def _number(self, name: str, number: float) -> ir.Value:
         return self.constant(f"int8.{name}", np.array([number], np.float32))
@@ -267,14 +270,14 @@ def int4_tensor(name: str, codes: np.ndarray) -> ir.TensorProtocol:
 
 
 def _filled(tape: Tape, like: ir.Value, code: int) -> ir.Value:
-    """A vector of one uint8: QuantizeLinear takes as many zero points as scales."""
+    """A vector as long as `like` that repeats one uint8: QuantizeLinear needs as many zero points as scales."""
     fill = {"value": ir.tensor(np.array([code], np.uint8))}
     return tape.op("ConstantOfShape", [tape.op("Shape", [like])], fill)
 
 
 @dataclass(frozen=True)
 class _Factor:
-    """A multiplication by a number, which alone uses a product."""
+    """A multiplication of a product by a number; nothing else uses that product."""
 
     node: ir.Node
     number: np.ndarray  # without axes
@@ -295,7 +298,7 @@ def _constant_factor(node: ir.Node) -> _Factor | None:
 
 
 def _zero_code(x: ir.Value) -> int:
-    """The code of 0 that follows from the node that makes x, which says what its range is."""
+    """The code that stands for 0 in x, chosen by the node that computes x, which tells the range of its values."""
     node = x.producer()
     while node is not None and node.op_type in ("Reshape", "Transpose"):
         node = input_of(node, 0).producer()

@@ -29,10 +29,10 @@ from common.quantize.plan import Format, Plan, Sensitivity, SizeModel, smallest_
 from common.quantize.rewrite import plan_encoder
 
 LOW, HIGH = BITS
-# Where 8 bits buy most per byte. On speech through the tiny checkpoint (k_quant, block 32, the ends of the graph always
-# at 8) 4 bits elsewhere give 23.1 dB, 8 bits for these 31.2 dB at 13 % more bytes; values and feed-forward outputs of
-# some layers, llama.cpp's choice for language models, 23.6 dB at 8 %; values, attention and feed-forward outputs of all
-# layers 24.1 dB at 24 %.
+# The roles where 8 bits gain most per byte. On speech through the tiny checkpoint (k_quant, block 32, the ends of the
+# graph always at 8 bits), 4 bits elsewhere give 23.1 dB, and 8 bits for these roles 31.2 dB at 13 % more bytes. Values
+# and feed-forward outputs of some layers, llama.cpp's choice for language models, give 23.6 dB at 8 %; values,
+# attention and feed-forward outputs of all layers give 24.1 dB at 24 %.
 EIGHT_BIT_ROLES = (
     Role.ATTENTION_VALUE,
     Role.ATTENTION_OUT,
@@ -94,8 +94,8 @@ def _replace_node(graph: ir.Graph, node: ir.Node, constants: list[ir.Value], for
 
 @dataclass(frozen=True)
 class FittedWeight:
-    """One weight at one width, fitted to speech: its stored form, and what it does alone to the encoder's output y,
-    Σ (y - ŷ)² / Σ y²."""
+    """One weight at one width, fitted to speech: its stored form, and the damage that it alone does to the encoder's
+    output y, Σ (y - ŷ)² / Σ y²."""
 
     packed: Packed
     damage: float
@@ -103,10 +103,10 @@ class FittedWeight:
 
 @dataclass(frozen=True)
 class FittedWidths:
-    """Each weight in both widths, by name, in graph order, and then by bits."""
+    """Each weight in both widths: by name, in graph order, and then by bits."""
 
     weights: dict[str, dict[int, FittedWeight]]
-    factors: dict[str, np.ndarray]  # [K, 1] of the rows of those whose input channels are scaled
+    factors: dict[str, np.ndarray]  # [K, 1], of the rows of the weights whose input channels are scaled
 
     @property
     def sensitivity(self) -> Sensitivity:
@@ -114,7 +114,7 @@ class FittedWidths:
 
 
 def fit_widths(encoder: Path, batches: Sequence[np.ndarray], block: int) -> FittedWidths:
-    """Both widths of each quantizable weight of the float32 graph at `encoder`, on features [B, M, T] of speech."""
+    """Fit each quantizable weight of the float32 graph at `encoder` to features [B, M, T] of speech, in both widths."""
     fitted = FittedWidths({}, {})
     for product in calibrated_products(encoder, batches):
         fitted.weights[product.name] = _fit_product(product, block)
@@ -149,13 +149,13 @@ class MixedBlockMethod(BlockMethod):
         return {name: Format(HIGH if name in eight else LOW, options.block_size) for name in weights}
 
     def calibrate(self, encoder: Path, batches: Sequence[np.ndarray], options: WeightOptions) -> Calibrated[Packed]:
-        """Spend the size budget, or what `plan` takes, where it helps most. Raises ValueError for a budget that 4 bits
-        for every weight exceed."""
+        """Spend the size budget, or as many bytes as `plan` needs, where they help most. Raises ValueError for a budget
+        that is exceeded even with 4 bits for every weight."""
         model, low, high = load(encoder), Format(LOW, options.block_size), Format(HIGH, options.block_size)
         sizes = SizeModel(model, encoder.stat().st_size, tensor_bytes)
         rule = plan_encoder(model, self, options)
         budget = sizes.total(rule) if options.size_budget_mb is None else options.size_budget_mb * 1e6
-        smallest_plan(sizes, rule, low, budget)  # before the work
+        smallest_plan(sizes, rule, low, budget)  # raises ValueError before the long work begins
         fitted = fit_widths(encoder, batches, options.block_size)
         plan = spend(sizes, fitted.sensitivity, low, high, budget)
         weights = {name: fitted.weights[name][form.bits].packed for name, form in plan.items()}

@@ -23,7 +23,7 @@ class PackedWeight(Protocol):
 
     @property
     def error(self) -> float:
-        """What was lost: Σ (W - Ŵ)² / Σ W²."""
+        """The relative error of the stored weight: Σ (W - Ŵ)² / Σ W²."""
 
 
 P = TypeVar("P", bound=PackedWeight)
@@ -31,7 +31,7 @@ P = TypeVar("P", bound=PackedWeight)
 
 @dataclass(frozen=True)
 class WeightOptions:
-    """What a method is told of the flags."""
+    """The flags that a method needs to know."""
 
     block_size: int = 32  # weights that share a scale
     accuracy_level: int = 4  # of MatMulNBits
@@ -42,7 +42,7 @@ class WeightOptions:
 
 @dataclass(frozen=True)
 class Calibrated(Generic[P]):
-    """What speech says of an encoder's weights."""
+    """The result of calibration: how speech says that an encoder's weights should be stored."""
 
     plan: Plan
     weights: Mapping[str, P]  # each weight of the plan, fitted to its inputs on speech
@@ -51,7 +51,7 @@ class Calibrated(Generic[P]):
     sensitivity: Sensitivity | None = None  # where it was measured
 
     def summary(self) -> list[str]:
-        """What to tell the user, a field of a line each."""
+        """What to tell the user, as the fields of one line."""
         if not self.sensitivity:
             return []
         damage = {name: widths[min(widths)] for name, widths in self.sensitivity.items()}
@@ -73,10 +73,10 @@ class QuantMethod(ABC, Generic[P]):
     name: str
     help: str  # a clause that follows the name and a colon
     uses_blocks: bool = False  # whether --block_size and --accuracy_level apply
-    weight_bits: tuple[int, ...] = ()  # what --weight_bits may be, where it applies
+    weight_bits: tuple[int, ...] = ()  # the values that --weight_bits may have, where it applies
     reduces_range: bool = False  # whether --reduce_range applies
     calibrates: bool = False  # whether it fits weights to --calibration_manifest
-    has_size_budget: bool = False  # whether --size_budget_mb applies, which takes calibration
+    has_size_budget: bool = False  # whether --size_budget_mb applies, which needs calibration
     fused_on_cpu: bool = True  # whether the graph of a folder for a CPU is fused unless --skip_fusion says otherwise
     unfused_gain_on_cpu: str = ""  # how much faster --skip_fusion makes it on a CPU, where that was measured
 
@@ -90,18 +90,18 @@ class QuantMethod(ABC, Generic[P]):
 
     @abstractmethod
     def replace(self, model: ir.Model, options: WeightOptions) -> Replace[P]:
-        """What puts the packed weights into `model`, in place."""
+        """The function that puts the packed weights into `model`, in place."""
 
     def calibrate(self, encoder: Path, batches: Sequence[np.ndarray], options: WeightOptions) -> Calibrated[P]:
         """Fit the weights of the float32 graph at `encoder` to speech: features [B, M, T] of each batch."""
         raise NotImplementedError(f"{self.name} does not calibrate")
 
     def uncalibrated_advice(self, options: WeightOptions) -> str | None:
-        """A line for the user who gave no --calibration_manifest, where that costs much."""
+        """A line for the user who gave no --calibration_manifest, where that costs much accuracy."""
         return None
 
     def runs_as(self, bits: Collection[int]) -> str:
-        """What multiplies weights that are stored in these bits, as the report and the model card say it."""
+        """How weights that are stored in these bits are multiplied, in words for the report and the model card."""
         return ""
 
     def describe(self, options: WeightOptions) -> str:

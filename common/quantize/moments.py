@@ -1,4 +1,4 @@
-"""Second moments of a product's inputs, and what rounding its weight to them takes: all by one Cholesky factor each."""
+"""Second moments of a product's inputs, and what rounding needs of them, computed from one Cholesky factor each."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,9 +8,9 @@ from scipy.linalg import cho_solve, cholesky
 
 from common.quantize.blocks import TINY
 
-# Added to the diagonal of the second moments, in parts of its mean, as in GPTQ. More to that of sorted ones, which also
-# tell what makes up for earlier errors: that should hold for other speech as well. 0.05 instead: 0.2 to 0.4 dB less in
-# 4 bits if the speech is 29 s, no difference if it is 194 s (the tiny checkpoints).
+# Added to the diagonal of the second moments, as a fraction of its mean, as in GPTQ. Sorted moments get more: they also
+# determine what makes up for earlier errors, and that should hold for other speech as well. With 0.05 instead, 4 bits
+# lose 0.2 to 0.4 dB if the speech is 29 s, and there is no difference if it is 194 s (the tiny checkpoints).
 DAMPING, SORTED_DAMPING = 0.01, 0.1
 
 
@@ -20,24 +20,25 @@ def second_moments(inputs: np.ndarray) -> np.ndarray:
 
 
 def damped(moments: np.ndarray, damping: float) -> np.ndarray:
-    """Second moments [K, K] with a part of the mean of their diagonal added to it, so that they can be inverted."""
+    """Second moments [K, K] with a fraction of the mean of their diagonal added to it, so that they can be inverted."""
     result = moments.copy()
     result[np.diag_indices_from(result)] += damping * np.trace(moments) / len(moments) + TINY
     return result
 
 
 def cholesky_factor(matrix: np.ndarray) -> np.ndarray:
-    """R, upper triangular, of a positive definite matrix RᵀR, which is overwritten; both [K, K] and of its type. By
-    SciPy, which takes a quarter of NumPy's time."""
+    """The upper triangular R of a positive definite matrix RᵀR, which is overwritten; R is [K, K] and of the same type.
+    SciPy takes a quarter of NumPy's time."""
     return np.asarray(cholesky(matrix.T, overwrite_a=True, check_finite=False))
 
 
 def error_feedback(moments: np.ndarray) -> np.ndarray:
-    """How the error of one row of a weight [K, N] is made up for by the rows after it, from the second moments of the
-    product's inputs: [K, K], upper triangular, ones on its diagonal.
+    """How the rows of a weight [K, N] make up for the error of a row before them, from the second moments of the
+    product's inputs: [K, K], upper triangular, with ones on its diagonal.
 
-    With Σ xᵀx = U D Uᵀ, errors E [K, N] put Σ d_k ‖(Uᵀ E)_k‖² into the product, so row k should be wrong by what undoes
-    the rows before it (QuIP's LDLQ, Chee et al. 2023; the same codes as GPTQ's, Frantar et al. 2023, by one Cholesky).
+    With Σ xᵀx = U D Uᵀ, errors E [K, N] of the weight put an error of Σ d_k ‖(Uᵀ E)_k‖² into the product, so row k
+    should have the error that cancels those of the rows before it. (This is QuIP's LDLQ, Chee et al. 2023; it gives the
+    codes of GPTQ, Frantar et al. 2023, with one Cholesky factorization.)
     """
     factor = cholesky_factor(damped(moments[::-1, ::-1], DAMPING)).T[::-1, ::-1]
     return np.asarray(factor / np.diag(factor))
@@ -47,8 +48,9 @@ def error_feedback(moments: np.ndarray) -> np.ndarray:
 class SortedMoments:
     """Second moments with the inputs sorted by their power, the weakest first.
 
-    With Σ xᵀx = Rᵀ R, errors E [K, N] of a weight put ‖R E‖² into the product, so a row makes up for the rows after
-    it: rounded from the last row to the first, the strongest inputs go first, as with GPTQ's act-order.
+    With Σ xᵀx = Rᵀ R, errors E [K, N] of a weight put an error of ‖R E‖² into the product, so a row can make up for the
+    rows after it. Rows are therefore rounded from the last to the first: those of the strongest inputs come first, as
+    with GPTQ's act-order.
     """
 
     order: np.ndarray  # [K], places of the sorted inputs in the product
@@ -65,7 +67,7 @@ class SortedMoments:
         return cholesky_factor(damped(self.moments, SORTED_DAMPING))
 
     def solve(self, right: np.ndarray) -> np.ndarray:
-        """X [K, N] of (Σ xᵀx, damped) · X = right, rows of both in the order of the product."""
+        """The solution X [K, N] of (Σ xᵀx, damped) · X = right. The rows of both have the order of the product."""
         solution = np.empty_like(right)
         solution[self.order] = cho_solve((self.factor, False), right[self.order], overwrite_b=True, check_finite=False)
         return solution

@@ -1,7 +1,7 @@
-"""A graph lifted to a newer opset, for a type that its own does not have.
+"""Lifts a graph to a newer opset, for a type that its own opset does not have.
 
-The converters of onnx and onnxscript want the weights in memory, and the latter begins at opset 18. An encoder uses
-some thirty operators, of which two are written in another way since.
+The converters of onnx and onnxscript need the weights in memory, and that of onnxscript begins at opset 18. An encoder
+uses some thirty operators, of which only two are written in another way in newer opsets.
 """
 
 import numpy as np
@@ -10,8 +10,8 @@ from onnx import defs
 
 from common.folder.onnx_graph import shared_initializer
 
-# Operators whose newer versions only take more types, or have attributes that default to what was (onnx's changelog,
-# opsets 18 to 21).
+# Operators whose newer versions only accept more types, or have new attributes whose defaults keep the old meaning
+# (onnx's changelog, opsets 18 to 21).
 SAME_MEANING = (
     "Cast", "Constant", "ConstantOfShape", "DequantizeLinear", "Equal", "Flatten", "Identity", "Pad", "QuantizeLinear",
     "Reshape", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze",
@@ -36,19 +36,19 @@ def lift_opset(model: ir.Model, opset: int, ir_version: int) -> None:
 
 
 def _version(node: ir.Node, opset: int) -> int:
-    """The opset in which the operator, as `opset` has it, was defined."""
+    """The opset that defined the version of the operator that is valid in `opset`."""
     return defs.get_schema(node.op_type, opset, "").since_version
 
 
 def _lift(graph: ir.Graph, node: ir.Node) -> None:
-    """From a version before opset 18 or after to that of opset 21."""
+    """Rewrite a node for opset 21, whether its version is from before opset 18 or later."""
     if node.op_type in AXES_BECAME_INPUT:
         if axes := node.attributes.pop("axes", None):
             numbers = axes.as_ints()
             name = "axes_" + "_".join(map(str, numbers))
             node.resize_inputs(2)
             node.replace_input_with(1, shared_initializer(graph, name, np.array(numbers)))
-    elif node.op_type == "Split":  # into equal parts: their number is no longer that of the outputs
+    elif node.op_type == "Split":  # into equal parts: their number no longer follows from the outputs
         if len(node.inputs) == 1 and "num_outputs" not in node.attributes:
             node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
     elif node.op_type not in SAME_MEANING:

@@ -1,4 +1,4 @@
-"""The flags of optimize_encoder.py as one value, checked once, which records itself in the manifest."""
+"""The flags of optimize_encoder.py as one object, which is checked once and gives its record for the manifest."""
 
 import math
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from typing import Any
 from common.quantize.method import METHODS, QuantMethod, WeightOptions
 
 TOKEN_PRECISIONS = ("fp32", "int8")
-# Not recorded: the manifests are by their checksums, and the limit in the report.
+# Not recorded as flags: of the clip lists the checksums are recorded, and the limit is in the report.
 NOT_RECORDED = ("calibration_manifest", "eval_manifest", "max_wer_increase")
 
 
@@ -61,13 +61,13 @@ class OptimizeOptions(WeightOptions):
         )
 
     def calibration_advice(self) -> str | None:
-        """A line for the user where no calibration costs much."""
+        """A line for the user where leaving out calibration costs much accuracy."""
         if self.method is None or self.calibration_manifest is not None:
             return None
         return self.method.uncalibrated_advice(self)
 
     def validate(self) -> None:
-        """Raise ValueError naming a flag that does not go with the others, or has a value that it cannot have."""
+        """Raise ValueError naming a flag that does not go with the others, or has a value that is not possible."""
         self._validate_bits()
         if self.calibration_manifest is not None and not (self.method and self.method.calibrates):
             raise ValueError(
@@ -89,7 +89,7 @@ class OptimizeOptions(WeightOptions):
                 raise ValueError(f"expected --max_wer_increase in points, 0 or more, got {self.max_wer_increase}")
 
     def _validate_bits(self) -> None:
-        """As `validate`, of the flags about integers."""
+        """Like `validate`, for the flags about integers."""
         other_bits = self.weight_bits != WeightOptions.weight_bits
         if other_bits and not (self.method and self.weight_bits in self.method.weight_bits):
             raise ValueError(

@@ -9,8 +9,8 @@ import onnx_ir as ir
 from common.folder.onnx_files import data_bytes
 from common.folder.onnx_graph import shape_of, tensor_of
 
-# What a quantized product adds to the graph file: attributes, the names and places of its tensors; up to 500 were
-# measured for a MatMulNBits.
+# Bytes that a quantized product adds to the graph file: attributes, and the names and places of its tensors. Up to 500
+# were measured for a MatMulNBits.
 NODE_BYTES = 600
 
 
@@ -23,14 +23,14 @@ class Format:
 
 
 Plan = Mapping[str, Format]  # weight name → its format; a weight that is not in it stays float32
-# weight name → bits → relative error power of the encoder's output on speech, this weight alone stored in those bits
+# weight name → bits → relative error power of the encoder's output on speech, if only this weight has these bits
 Sensitivity = Mapping[str, Mapping[int, float]]
 TensorBytes = Callable[[tuple[int, ...], Format], tuple[int, ...]]  # shape, format → bytes of each tensor stored
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How one weight was stored, and what it lost: Σ (W - Ŵ)² / Σ W²."""
+    """How one weight was stored, and its relative error: Σ (W - Ŵ)² / Σ W²."""
 
     form: Format
     error: float
@@ -43,16 +43,16 @@ class SizeModel:
     model: ir.Model
     graph_bytes: int  # of the exported graph file, without its data
     tensor_bytes: TensorBytes
-    node_bytes: int = NODE_BYTES  # that a quantized product adds to it
+    node_bytes: int = NODE_BYTES  # that a quantized product adds to the graph file
 
     def total(self, plan: Plan) -> int:
-        """Bytes of graph and data once `plan` has been carried out, or up to a per cent less."""
+        """Bytes of graph and data once `plan` has been carried out; the files may be up to a per cent smaller."""
         initializers = self.model.graph.initializers
         others = (tensor_of(value).nbytes for name, value in initializers.items() if name not in plan)
-        packed = (size for name, form in plan.items() for size in self.of(name, form))
+        packed = (size for name, form in plan.items() for size in self.bytes_of(name, form))
         return self.graph_bytes + self.node_bytes * len(plan) + data_bytes((*others, *packed))
 
-    def of(self, name: str, form: Format) -> tuple[int, ...]:
+    def bytes_of(self, name: str, form: Format) -> tuple[int, ...]:
         """Bytes of each tensor of one weight."""
         return self.tensor_bytes(shape_of(self.model.graph.initializers[name]), form)
 
@@ -71,10 +71,10 @@ def smallest_plan(sizes: SizeModel, weights: Iterable[str], low: Format, budget:
 
 
 def spend(sizes: SizeModel, damage: Sensitivity, low: Format, high: Format, budget: float) -> Plan:
-    """The format `low` for all weights, then `high` where that removes most damage per byte, as far as `budget` bytes
-    reach. Raises ValueError as `smallest_plan` does."""
+    """The format `low` for all weights, and `high` where that removes most damage per byte, as long as everything fits
+    into `budget` bytes. Raises ValueError as `smallest_plan` does."""
     plan = dict(smallest_plan(sizes, damage, low, budget))
-    extra = {name: sum(sizes.of(name, high)) - sum(sizes.of(name, low)) for name in plan}
+    extra = {name: sum(sizes.bytes_of(name, high)) - sum(sizes.bytes_of(name, low)) for name in plan}
     gain = {name: (damage[name][low.bits] - damage[name][high.bits]) / extra[name] for name in plan}
     for name in sorted(plan, key=gain.__getitem__, reverse=True):
         richer = {**plan, name: high}

@@ -1,6 +1,6 @@
-"""The exported encoder made small and fast: its graph fused, then its weights quantized by a plan.
+"""Makes the exported encoder small and fast: its graph is fused, then its weights are quantized by a plan.
 
-Weights are mapped, never loaded as a whole: a pass holds the one tensor a thread works on and the quantized results.
+Weights are mapped, never loaded as a whole: a pass holds one tensor for each thread, and the quantized results.
 """
 
 import os
@@ -35,7 +35,7 @@ class OptimizedEncoder:
     model: ir.Model
     fused: Mapping[str, int]  # number of fused nodes by operator
     stored: Mapping[str, Stored]  # the quantized weights, by name
-    sensitivity: Sensitivity | None  # what each weight does to the output, where calibration measured it
+    sensitivity: Sensitivity | None  # damage of each weight to the output, where calibration measured it
 
     @property
     def weights_by_bits(self) -> dict[int, int]:
@@ -45,10 +45,10 @@ class OptimizedEncoder:
 
 def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated: Calibrated[P] | None,
                    print_stage: PrintStage) -> OptimizedEncoder:  # fmt: skip
-    """Fuse and quantize the float32 encoder at `path`, exported for `device`, with one call of `print_stage` a stage.
+    """Fuse and quantize the float32 encoder at `path`, exported for `device`, and call `print_stage` after each stage.
 
     calibrated: from `QuantMethod.calibrate`, of the same checkpoint; None without speech.
-    Raises ValueError where the encoder has no float32 matrices, or one whose role is not declared.
+    Raises ValueError where the encoder has no float32 matrix, or one whose role is not declared.
     """
     model, fused = fuse(path) if options.fuses(device) else (load(path), Counter[str]())
     print_stage("fusion", _fusion_text(fused, options, device), f"{len(model.graph)} nodes")
@@ -82,7 +82,7 @@ def _fusion_text(fused: Mapping[str, int], options: OptimizeOptions, device: str
 def plan_encoder(model: ir.Model, method: QuantMethod[P], options: WeightOptions) -> Plan:
     """The format of each weight of an encoder, without calibration.
 
-    Raises ValueError where there is none to quantize, and as `contract.encoder_weights` does.
+    Raises ValueError where there is no weight to quantize, and as `contract.encoder_weights` does.
     """
     weights = encoder_weights(matrices(model))
     large = quantizable(model)
@@ -94,7 +94,7 @@ def plan_encoder(model: ir.Model, method: QuantMethod[P], options: WeightOptions
 def matrices(model: ir.Model) -> dict[str, list[ir.Node]]:
     """Name of each constant float32 matrix → the MatMuls that multiply by it, in graph order.
 
-    A product of two activations is left out by itself; Conv weights are not matrices.
+    Products of two activations have no constant matrix, and Conv weights are not matrices.
     """
     products: dict[str, list[ir.Node]] = {}
     for node in model.graph:
@@ -108,14 +108,14 @@ def matrices(model: ir.Model) -> dict[str, list[ir.Node]]:
 
 
 def quantizable(model: ir.Model) -> dict[str, list[ir.Node]]:
-    """Those of the matrices that are large enough to gain by it."""
+    """The matrices that are large enough to gain from quantization; in the form of `matrices`."""
     initializers = model.graph.initializers
     return {name: nodes for name, nodes in matrices(model).items() if tensor_of(initializers[name]).size >= MIN_WEIGHTS}
 
 
 def quantize_weights(model: ir.Model, plan: Plan, method: QuantMethod[P], options: WeightOptions,
                      fitted: Mapping[str, P]) -> dict[str, Stored]:  # fmt: skip
-    """Store the weights of `plan` as `method` does, in place. fitted: those that are packed already."""
+    """Store the weights of `plan` in place, in the form of `method`. fitted: weights that are packed already."""
     products, initializers = matrices(model), model.graph.initializers
     weights = {name: initializers[name] for name in plan}
     replace = method.replace(model, options)

@@ -1,8 +1,8 @@
 """SmoothQuant-style channel scaling (Xiao et al. 2022; AWQ, Lin et al. 2023), before weights are quantized.
 
-A LayerNormalization's output is divided by a factor for each channel, and the rows of the weights it goes into are
-multiplied by them, so that channels differ less in magnitude. The function is the same and nothing more is computed:
-the factors go into the normalization's own scale and bias.
+Each channel of a LayerNormalization's output is divided by a factor, and the row of each weight that this channel goes
+into is multiplied by it, so that channels differ less in magnitude. The function stays the same, and nothing is added
+to the graph: the factors go into the normalization's own scale and bias.
 """
 
 from collections.abc import Collection, Mapping
@@ -21,18 +21,18 @@ from common.folder.onnx_graph import (
 
 # Where the scale is among the inputs, by operator; the bias follows it.
 SCALE_INPUT = {"LayerNormalization": 1, "SkipLayerNormalization": 2}
-MIN_FACTOR = 1e-2  # of the largest: a channel that is silent on this speech may not be on another
-# How far the magnitudes of a channel and of the rows behind it are brought together: half way, where they meet, as in
-# SmoothQuant.
+MIN_FACTOR = 1e-2  # of the largest: a channel that is silent on this speech may not be silent on other speech
+# How far the magnitudes of a channel and of the weight rows that it goes into are brought together: half way, where
+# they meet, as in SmoothQuant.
 SMOOTHING = 0.5
 MIN_ROW_POWER = 1e-6  # of the mean: a row of zeros would have an infinite factor
 
 
 def row_factors(power: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Σ x² of each input of products, and Σ W² of each row behind it, [K] → what the rows are multiplied by, [K, 1]:
-    root mean squares of inputs over those of rows, to the power SMOOTHING; 1 for the largest.
+    """Σ x² of each input of products, and Σ W² of the row that it goes into, [K] → the factors of the rows, [K, 1]: the
+    root mean square of the input over that of the row, to the power SMOOTHING, scaled so that the largest factor is 1.
 
-    If a checkpoint has a channel times s and the rows behind it divided by s, its factors undo that, whatever s is.
+    If a checkpoint has a channel times s and its rows divided by s, the factors undo that, whatever s is.
     """
     ratios = power / np.maximum(rows, MIN_ROW_POWER * np.mean(rows) + 1e-30)
     factors = (ratios / max(ratios.max(), 1e-30)) ** (SMOOTHING / 2)
@@ -40,7 +40,7 @@ def row_factors(power: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def row_powers(model: ir.Model, weights: Collection[str]) -> dict[str, np.ndarray]:
-    """Σ W² of each row, over all weights behind the same normalization, [K]; of those of the weights that have one."""
+    """Σ W² of each row, [K], summed over all weights that follow the same normalization; for those that follow one."""
     powers: dict[str, np.ndarray] = {}
     for names in normalized_inputs(model, weights).values():
         parts = [computed_from(model.graph.initializers[name], _row_power) for name in names]
@@ -53,8 +53,8 @@ def _row_power(weight: np.ndarray) -> np.ndarray:
 
 
 def factors_without_speech(model: ir.Model, weights: Collection[str]) -> dict[str, np.ndarray]:
-    """Row factors [K, 1] of those of the weights that a normalization feeds, from the parameters of the graph alone: a
-    channel with scale γ and bias β has a mean square of about γ² + β²."""
+    """Row factors [K, 1] of the weights that follow a normalization, from the parameters of the graph alone: a channel
+    with scale γ and bias β has a mean square of about γ² + β²."""
     rows = row_powers(model, weights)
     factors: dict[str, np.ndarray] = {}
     for node, names in normalized_inputs(model, weights).items():
@@ -64,14 +64,14 @@ def factors_without_speech(model: ir.Model, weights: Collection[str]) -> dict[st
 
 
 def normalized_inputs(model: ir.Model, weights: Collection[str]) -> dict[ir.Node, list[str]]:
-    """Normalizations whose output goes into products with some of the weights and nowhere else → those weights."""
+    """Normalizations whose output goes only into products with some of the weights → those weights."""
     nodes = (node for node in model.graph if node.op_type in SCALE_INPUT)
     multiplied = {node: _multiplied_by(node.outputs[0], weights) for node in nodes}
     return {node: names for node, names in multiplied.items() if names}
 
 
 def _multiplied_by(x: ir.Value, weights: Collection[str]) -> list[str]:
-    """The weights that x, and nothing else, is multiplied by; none if anything else is done with it."""
+    """The weights that multiply x and nothing else; none if x is used in any other way."""
     names: list[str] = []
     for use in x.uses():
         behind = _weights_of_use(use.node, weights)
@@ -96,12 +96,11 @@ def _keeps_channels(transpose: ir.Node) -> bool:
 
 
 def fold(model: ir.Model, factors: Mapping[str, np.ndarray]) -> None:
-    """Divide what goes into the products with these weights by their row factors and multiply the weights by them, in
-    place: the function stays the same. The weights are multiplied each time that they are read, not kept.
+    """Divide the inputs of the products with these weights by the row factors and multiply the weights by them, in
+    place: the function stays the same. A weight is multiplied each time that it is read, and the result is not kept.
 
-    factors: weight name → [K, 1]; weights behind one normalization have equal ones.
-    Raises ValueError where a weight has no normalization before it: the graph is another than the one that the factors
-    are of.
+    factors: weight name → [K, 1]; weights that follow the same normalization have equal factors.
+    Raises ValueError where a weight has no normalization before it: the factors were computed from another graph.
     """
     normalized = normalized_inputs(model, factors)
     left = set(factors) - {name for names in normalized.values() for name in names}

@@ -1,4 +1,4 @@
-"""The graphs that run once a token, decoder and joint, with 8-bit weights."""
+"""8-bit weights for the graphs that run once for each token: the decoder and the joint."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ from common.quantize.method import WeightOptions
 from common.quantize.plan import Format, Stored
 from common.quantize.rewrite import quantizable, quantize_weights
 
-# 8-bit decoder and joint: measured 54 dB and 41 dB at full size; on the tiny checkpoint 41 dB in the joint, and in the
+# Measured with 8 bits at full size: decoder 54 dB, joint 41 dB. On the tiny checkpoint the joint has 41 dB, and the
 # decoder 38 dB with 7 bits on a CPU without VNNI, where sums of 8 bits overflow (22 dB; see columns.quantize_columns).
 MIN_TOKEN_SQNR_DB = 20.0
-# The joint multiplies one row at a time, which is reading weights: MatMulNBits of 8 bits takes 0.26 ms a token, with
-# block 32 0.38 ms, DynamicQuantizeMatMul 0.39 ms, float32 0.75 ms.
+# The joint multiplies one row at a time, which mostly means reading weights: MatMulNBits of 8 bits takes 0.26 ms a
+# token (0.38 ms with block 32), DynamicQuantizeMatMul 0.39 ms, float32 0.75 ms.
 JOINT_BITS = 8
 JOINT_BLOCK = 128
 JOINT_ACCURACY_LEVEL = 4
@@ -40,9 +40,9 @@ class QuantizedTokenGraphs:
 def quantize_token_graphs(
     source: Path, target: Path, graphs: Iterable[Graph], vocabulary: int, options: WeightOptions
 ) -> QuantizedTokenGraphs:
-    """Write the graphs of folder `source` with 8-bit weights into `target`, the embedding as it was.
+    """Write the graphs of folder `source` with 8-bit weights into `target`. The embedding is not changed.
 
-    Raises CheckError where an SQNR is so low that something is broken.
+    Raises CheckError where an SQNR is so low that something must be broken.
     """
     bits = high_bits(options)
     done = QuantizedTokenGraphs()
@@ -71,10 +71,10 @@ def _joint_format(model: ir.Model, name: str) -> Format:
 
 
 def quantize_lstms(model: ir.Model, bits: int) -> dict[str, float]:
-    """Put a DynamicQuantizeLSTM in the place of each LSTM, in place: a scale for each gate of each unit; the relative
-    error of each weight.
+    """Replace each LSTM by a DynamicQuantizeLSTM, in place, with a scale for each gate of each unit. Returns the
+    relative error of each weight.
 
-    Its activations, one token here, have one scale; a layer reads a quarter of the bytes (0.07 ms for 0.42 ms).
+    Activations, here of one token, share one scale. A layer reads a quarter of the bytes (0.07 ms instead of 0.42 ms).
     """
     errors: dict[str, float] = {}
     for node in list(model.graph):

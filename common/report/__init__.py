@@ -1,1 +1,1 @@
-"""What people read of a folder: the model card, and the report of an optimization."""
+"""What people read about a folder: the model card, and the report of an optimization."""

@@ -28,11 +28,11 @@ class Published:
     """Licence and languages by the card of a published checkpoint, as Hugging Face writes them."""
 
     license: str
-    languages: str  # ISO 639-1, by spaces
+    languages: str  # ISO 639-1, separated by spaces
 
 
 V3_LANGUAGES = "bg hr cs da nl en et fi fr de el hu it lv lt mt pl pt ro sk sl es sv ru uk"
-# By the name that --model_name took. Add one with its own card open; every other checkpoint's licence is left open.
+# By the name given as --model_name. Add a checkpoint only from its own card; the licence of every other is left open.
 PUBLISHED = {
     "nvidia/parakeet-tdt-0.6b-v3": Published("cc-by-4.0", V3_LANGUAGES),
     "nvidia/parakeet-tdt-0.6b-v2": Published("cc-by-4.0", "en"),
@@ -54,7 +54,7 @@ SCRIPTS = {
 def write_card(staging: Path, target: Path, layout: Layout) -> None:
     """Write the card into `staging`, which will become `target`, and list it in its manifest. To be called last.
 
-    A card that a person wrote or changed, one that the manifest of `target` does not list, is left as it is.
+    A card that a person wrote or changed, which the manifest of `target` therefore does not list, is left as it is.
     """
     manifest = read_manifest(staging)
     manifest[FILES].pop(CARD, None)
@@ -69,7 +69,7 @@ def write_card(staging: Path, target: Path, layout: Layout) -> None:
 
 
 def model_card(manifest: dict[str, Any], layout: Layout) -> str:
-    """The whole text."""
+    """The whole text of the card."""
     name = _source_name(manifest)
     sections = (
         f"---\n{yaml.safe_dump(front_matter(manifest, layout), sort_keys=False)}---",
@@ -107,7 +107,7 @@ def front_matter(manifest: dict[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def wer_table(rows: dict[str, dict[str, Any]]) -> str:
-    """Engine → `errors`, `words` and the interval `low`, `high` in per cent (common.evaluate.wer)."""
+    """A table of engine → `errors`, `words` and the interval `low`, `high` in per cent (common.evaluate.wer)."""
     lines = ["| | WER | 95 % interval | words |", "|---|---|---|---|"]
     for engine, row in rows.items():
         rate = WordErrorRate(row["errors"], row["words"], row["low"], row["high"])
@@ -118,7 +118,7 @@ def wer_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def _source(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Name or file, and SHA-256, of the checkpoint, as the first section of the manifest has them."""
+    """Name or file, and SHA-256, of the checkpoint, from the first section of the manifest that records them."""
     sources: Iterator[dict[str, Any]] = (
         manifest[section]["source"] for section in SCRIPTS if "source" in manifest.get(section, {})
     )
@@ -164,12 +164,12 @@ def _scripts(manifest: dict[str, Any]) -> str:
 
 
 def _library(manifest: dict[str, Any]) -> str:
-    """The library of the checkpoint; folders of earlier versions, which knew NeMo only, record none."""
+    """The library of the checkpoint; folders made by earlier versions, which knew only NeMo, record none."""
     return TRANSFORMERS if _source(manifest).get("format") == TRANSFORMERS else NEMO
 
 
 def _minimum_runtime(manifest: dict[str, Any]) -> str | None:
-    """The oldest ONNX Runtime that runs the graphs; folders of earlier versions record none."""
+    """The oldest ONNX Runtime that runs the graphs; folders made by earlier versions record none."""
     oldest: str | None = (manifest.get("optimize") or manifest.get("export", {})).get(MINIMUM_RUNTIME)
     return oldest
 
@@ -199,7 +199,7 @@ def _files(listed: dict[str, Any]) -> str:
 
 
 def _commands(manifest: dict[str, Any]) -> str:
-    """The scripts as they were called, folders aside, and the versions that they ran with."""
+    """The scripts as they were called, without the folders, and the versions that they ran with."""
     lines: list[str] = []
     versions: dict[str, str] = {}
     for section, script in SCRIPTS.items():

@@ -1,7 +1,7 @@
 """The page of test_real_speech.py --html: clips to listen to, with the engines' words under each other.
 
-One file that loads nothing: the audio is Opus in it, about 4 kB a second. Its one script is named in its security
-policy by its hash, so that no other runs.
+The page is one file that loads nothing else: the audio is embedded as Opus, about 4 kB a second. Its security policy
+names the hash of its one script, so that no other script runs.
 """
 
 import base64
@@ -24,7 +24,7 @@ from common.report.pages import page_environment
 from common.run.config import RuntimeConfig
 
 TEMPLATE, SCRIPT = "clips.html.j2", "clips.js"
-WAVE_COLUMNS = 400  # of a waveform: about as many as a phone has points
+WAVE_COLUMNS = 400  # of a waveform: about as many as a phone's screen has points
 BLOCK = 2**16  # samples given to the encoder at a time
 MEASURES = ("max_prob", "entropy")  # of Confidence
 
@@ -42,7 +42,7 @@ class ShownWord:
 
     @property
     def shade(self) -> int:
-        """0 for a word that is sure, up to 3."""
+        """From 0, for a word that is sure, up to 3."""
         return 0 if self.confidence is None else sum(self.confidence < limit for limit in (0.9, 0.7, 0.5))
 
 
@@ -52,7 +52,7 @@ class ShownRow:
 
     engine: str
     words: list[ShownWord]
-    errors: tuple[int, int] | None = None  # and the words of the text, both without case and punctuation
+    errors: tuple[int, int] | None = None  # and the number of words of the text, both without case and punctuation
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,10 @@ class ClipsPage:
 
 
 def clips_page_writer() -> Callable[[ClipsPage], str]:
-    """A function that gives the HTML of a page. Call it before the work: raises ModuleNotFoundError without Jinja."""
+    """A function that gives the HTML of a page.
+
+    Call this before the work, since it raises ModuleNotFoundError without Jinja.
+    """
     template = page_environment().get_template(TEMPLATE)
     script = (Path(__file__).resolve().parent / SCRIPT).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -107,7 +110,7 @@ def clips_page_writer() -> Callable[[ClipsPage], str]:
 
 
 def comparison_page(title: str, comparison: Comparison, config: RuntimeConfig) -> ClipsPage:
-    """Of a comparison of engines. The clips are read once more, one at a time. Raises as read_clip does."""
+    """The page of a comparison of engines. The clips are read again, one at a time. Raises as read_clip does."""
     seconds = sum(clip.seconds for clip in comparison.clips)
     return ClipsPage(
         title,
@@ -119,7 +122,7 @@ def comparison_page(title: str, comparison: Comparison, config: RuntimeConfig) -
 
 
 def stress_page(title: str, results: StressResults) -> ClipsPage:
-    """Of a stress test: its table, and its worst results with their audio, made again from the seed."""
+    """The page of a stress test: its table, and its worst results with their audio, made again from the seed."""
     test = results.test
     worst = worst_results(results)
     listed = _count(len(worst), "worst result")
@@ -164,7 +167,7 @@ def _marked(baseline: Sequence[str], words: Sequence[ShownWord]) -> list[ShownWo
 
 
 def _compared(clip: ComparedClip, frame_seconds: float, config: RuntimeConfig) -> ShownClip:
-    """A clip of a comparison; the baseline is its text, or else the reference's transcript or the first one."""
+    """A clip of a comparison; the baseline is its text, else the reference's transcript, else the first engine's."""
     engines = iter(clip.transcripts)
     reference = clip.reference or next(engines)
     baseline = clip.transcripts[reference].text if clip.text is None else clip.text
@@ -223,7 +226,7 @@ def _timed(words: Iterable[TimedWord], frame_seconds: float) -> list[ShownWord]:
 
 
 def _reliabilities(comparison: Comparison) -> Iterator[Reliability]:
-    """Of each engine that gives confidences, by each measure, on the clips with a text."""
+    """The reliability of each engine that gives confidences, by each measure, on the clips with a text."""
     for engine in comparison.clips[0].transcripts:
         judged = [
             (word.confidence, right)
@@ -241,7 +244,7 @@ def _reliabilities(comparison: Comparison) -> Iterator[Reliability]:
 
 
 def audio_uri(samples: np.ndarray, rate: int) -> str:
-    """Samples [N] as a data URI of OGG with Opus; what is louder than full scale is made quieter as a whole."""
+    """Samples [N] as a data URI of OGG with Opus; a clip that exceeds full scale is made quieter as a whole."""
     import soundfile
 
     peak = float(np.abs(samples).max(initial=1.0))
@@ -253,7 +256,7 @@ def audio_uri(samples: np.ndarray, rate: int) -> str:
 
 
 def wave_path(samples: np.ndarray) -> str:
-    """The lowest and the highest sample of each column as the path of an SVG, as high as the loudest one."""
+    """The lowest and the highest sample of each column as the path of an SVG, scaled to the loudest sample."""
     edges = np.linspace(0, len(samples), WAVE_COLUMNS + 1).astype(int)
     columns = [samples[begin:end] for begin, end in itertools.pairwise(edges) if end > begin]
     peak = max(float(np.abs(samples).max(initial=0.0)), 1e-9)

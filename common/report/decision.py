@@ -1,4 +1,4 @@
-"""Whether an optimized folder is fit for use: what its report measured, beside the limits. From the report alone."""
+"""Whether an optimized folder is fit for use, by its report alone: the measurements beside their limits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ NO_LIMIT = "no limit was set"
 
 @dataclass(frozen=True)
 class Check:
-    """What was measured beside its limit, in words."""
+    """One measurement beside its limit, in words."""
 
     name: str
     measured: str
@@ -23,25 +23,25 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The checks, and what they come to."""
+    """The checks, and what follows from them."""
 
     checks: list[Check]
 
     @property
     def passed(self) -> bool | None:
-        """False where a limit is not met; None where no limit on words was held."""
+        """False where a limit is not met; None where no limit on words was checked."""
         if any(check.met is False for check in self.checks):
             return False
         return True if any(check.met for check in self.checks if check.name in (WORDS, STRESS)) else None
 
     @property
     def title(self) -> str:
-        """In a word or a few."""
+        """The verdict in one word or a few."""
         return {True: "Passed", False: "Not passed", None: "Not judged on words"}[self.passed]
 
     @property
     def reason(self) -> str:
-        """The title in a sentence."""
+        """The reason for the verdict, in a sentence."""
         if self.passed is False:
             names = ", ".join(check.name for check in self.checks if check.met is False)
             return f"Beyond the limit: {names}."
@@ -58,7 +58,7 @@ WORDS, STRESS = "words on speech", "words where speech is hard"
 
 
 def verdict(report: dict[str, Any]) -> Verdict:
-    """Of a report as make_report gives it, completed by finish_folder."""
+    """The verdict on a report that make_report has made and finish_folder has completed."""
     return Verdict([*_noise(report), _words(report), _stress(report)])
 
 
@@ -80,7 +80,7 @@ def _words(report: dict[str, Any]) -> Check:
 
 
 def _stress(report: dict[str, Any]) -> Check:
-    """The most words missed beyond float32's under one condition."""
+    """The largest share of words missed beyond float32's under one condition."""
     points = [row["points"] for row in report["stress"] if row["engine"] == "optimized" and row["points"] is not None]
     return _points(STRESS, points, report["max_lost_words"])
 

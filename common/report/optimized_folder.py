@@ -1,4 +1,4 @@
-"""Folders of optimize_encoder.py: the source is checked; the result is compared with it, completed and recorded."""
+"""The folders of optimize_encoder.py: check the source; compare the result with it, complete it and record it."""
 
 import contextlib
 import math
@@ -44,10 +44,10 @@ from common.report.report import (
 )
 from common.run.clips import Clip
 
-# Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, when they are compared.
+# Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, while both are compared.
 MEMORY_FACTOR = 1.3
 CALIBRATION_MEMORY_FACTOR = 2.25
-# What the libraries take, measured on the tiny checkpoint, and those that read and transcribe speech in addition.
+# What the libraries take, measured on the tiny checkpoint, and what those that read and transcribe speech add to it.
 MEMORY_OF_IMPORTS = 160e6  # bytes
 MEMORY_OF_SPEECH = 80e6  # bytes
 
@@ -87,7 +87,7 @@ def state_needs_of_folders(source: Path, target: Path, layouts: Mapping[str, Lay
     memory = MEMORY_OF_IMPORTS + factor * encoder
     if options.calibration_manifest or options.eval_manifest:
         memory += MEMORY_OF_SPEECH
-    # As much as the sources, though the result is smaller: one whose weights are shared is copied, and then removed.
+    # As much as the sources, though the result is smaller: sources with shared weights are copied, and removed later.
     disk = sum(bytes_of(source / name, layout.files) for name, layout in layouts.items())
     state_needs(f"encoder.onnx ({size_text(encoder)})", memory, disk, target)
 
@@ -123,10 +123,10 @@ class ModelFolder:
 
 @contextlib.contextmanager
 def open_folder(layout: Layout, name: str, source: Path, target: Path, staging: Path) -> Iterator[ModelFolder]:
-    """The subfolder `name` of `source`, or `source` itself for "", to be optimized into that of `target`. The result is
-    written into that of `staging`, which is made here if it is missing.
+    """Open the subfolder `name` of `source`, or `source` itself for "", to optimize it into that subfolder of `target`.
 
-    Raises ValueError at the end of the block if the source was written in the meantime.
+    The result is written into the same subfolder of `staging`, which is made here if it is missing. Raises ValueError
+    at the end of the block if the source was written in the meantime.
     """
     (staging / name).mkdir(exist_ok=True)
     manifest = read_manifest(source / name)
@@ -157,7 +157,7 @@ class EvaluationSpeech:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """How the report is written, the command that it names, and what another folder's report has measured for it."""
+    """How the report is written, the command that it names, and measurements that another folder's report has made."""
 
     write_page: PageWriter
     command: Sequence[str]
@@ -228,9 +228,9 @@ def finish_folder(
 
 
 def _speed(folder: ModelFolder, measured: dict[str, Any] | None, print_stage: PrintStage) -> dict[str, Any] | None:
-    """Of the exported encoder and of the optimized one, on this machine; None where it could not be measured.
+    """The speeds of the exported and the optimized encoder on this machine; None where they could not be measured.
 
-    measured: the same for another runtime's folder, whose encoder has the same operators and weights.
+    measured: those of another runtime's folder, whose encoder has the same operators and weights.
     """
     if measured:
         print_stage("speed", f"that of the encoder for {measured['runtime']}")
@@ -249,7 +249,7 @@ def _speed(folder: ModelFolder, measured: dict[str, Any] | None, print_stage: Pr
 
 
 def _ratio_text(ratio: float, *, quantized: bool) -> str:
-    """A signal to quantization noise ratio, and what such ratios meant for words (README.md)."""
+    """A signal to quantization noise ratio, and what such a ratio has meant for words (README.md)."""
     if not math.isfinite(ratio):
         return "identical"
     scale = "on speech, 20 dB changed 2 words in 100, 30 dB fewer than 1" if quantized else "equal but for rounding"

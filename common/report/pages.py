@@ -1,4 +1,4 @@
-"""What the pages share: the environment of their templates, in which text is escaped wherever it is put in."""
+"""What the HTML pages share: the environment of their templates, which escapes all text that is inserted."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +8,10 @@ if TYPE_CHECKING:
 
 
 def page_environment() -> "Environment":
-    """Of the templates of this folder. Call it before the work: raises ModuleNotFoundError without Jinja."""
+    """The environment of this folder's templates.
+
+    Call this before the work, since it raises ModuleNotFoundError without Jinja.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(

@@ -36,7 +36,7 @@ OURS = {
     "xtick.color": INK,
     "ytick.color": INK,
     "svg.fonttype": "none",
-    "svg.hashsalt": "report",  # or names would be drawn by chance
+    "svg.hashsalt": "report",  # without it the names would be random
 }
 STYLE = ("default", OURS)  # whatever matplotlibrc says
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # dates and versions would differ
@@ -54,14 +54,14 @@ class Scale:
 
 # Rounding to 4 bits in blocks of 32 gives 17 to 25 dB, to 8 bits more than 40.
 OF_WEIGHTS = Scale(0, 15, 20, 50)
-# Of one weight alone: where a whole encoder has 30 dB, fewer than 1 word in 100 changes. A hundred weights of 40 dB
-# each, whose errors add up, give 20 dB.
+# The error from one weight alone. Where a whole encoder has 30 dB, fewer than 1 word in 100 changes. The errors of a
+# hundred weights of 40 dB each add up to 20 dB.
 OF_OUTPUTS = Scale(10, 30, 40, 60)
 
 
 @style.context(STYLE)
 def sizes(components: dict[str, dict[str, dict[str, int]]], kinds: tuple[str, ...]) -> str:
-    """component → exported, optimized → kind → bytes, as bars one below the other."""
+    """Draw component → exported, optimized → kind → bytes as bars, one below the other."""
     bars = [(f"{name}, {side}", numbers) for name, pair in components.items() for side, numbers in pair.items()]
     largest = max(sum(numbers.values()) for _, numbers in bars)
     unit, scale = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
@@ -84,8 +84,8 @@ def sizes(components: dict[str, dict[str, dict[str, int]]], kinds: tuple[str, ..
 
 @style.context(STYLE)
 def by_layer(name: str, cells: dict[tuple[str, int], tuple[float, int]], title: str, scale: Scale) -> str:
-    """(role, layer) → dB and bits, as a map of roles by layers; a dot is on what has more bits than others, and what is
-    under `scale.look` is outlined."""
+    """Draw (role, layer) → dB and bits as a map of roles by layers. Weights with more bits than others have a dot, and
+    those under `scale.look` an outline."""
     roles = list(dict.fromkeys(role for role, _ in cells))
     layers = 1 + max(layer for _, layer in cells)
     values = [[cells.get((role, layer), (float("nan"), 0))[0] for layer in range(layers)] for role in roles]
@@ -120,7 +120,7 @@ def by_layer(name: str, cells: dict[tuple[str, int], tuple[float, int]], title: 
 
 @style.context(STYLE)
 def by_length(points: list[tuple[float, float]]) -> str:
-    """(seconds, dB) of each clip."""
+    """Draw (seconds, dB) of each clip as points."""
     figure, axes = _axes(2.8)
     seconds, ratios = zip(*points, strict=True)
     axes.scatter(seconds, ratios, s=14, color="#0072b2", alpha=0.7, linewidths=0)
@@ -134,7 +134,7 @@ def by_length(points: list[tuple[float, float]]) -> str:
 
 @style.context(STYLE)
 def increases(rows: list[tuple[str, float, float, float]], limit: float | None) -> str:
-    """Name, percentage points and both ends of their interval, for all clips and each language; the limit as a line."""
+    """Draw percentage points and the ends of their interval by name, for all clips and each language, and the limit."""
     names, points, low, high = zip(*rows, strict=True)
     figure, axes = _axes(0.7 + 0.24 * len(rows))
     axes.axvline(0, color=INK, linewidth=0.8)
@@ -155,7 +155,7 @@ def _axes(height: float) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, name: str, label: str) -> str:
-    """The picture as an element of a page; `name` keeps its ids apart from those of others; screen readers
+    """The picture as an element of a page. `name` keeps its ids apart from those of other pictures; screen readers
     read `label`."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=NO_METADATA)

@@ -1,7 +1,7 @@
 """The report of an optimization, for programs (optimization_report.json) and for people (optimization_report.html).
 
-Both depend on the two folders and on what was measured, and say when, by which command, and on which machine. Paths
-that a user keeps files at are no part of them.
+Both depend on the two folders and on what was measured, and say when, by which command and on which machine they were
+made. They do not contain the paths at which a user keeps files.
 """
 
 import datetime
@@ -48,7 +48,10 @@ class QuantizedWeights:
 
 
 def page_writer() -> PageWriter:
-    """A function that writes the page. Call it before the work: raises ModuleNotFoundError without its packages."""
+    """A function that writes the page.
+
+    Call this before the work, since it raises ModuleNotFoundError where packages are missing.
+    """
     from common.report import plots
 
     environment = page_environment()
@@ -136,7 +139,7 @@ def _role(name: str, graphs: tuple[Graph, ...]) -> str:
 
 
 def run_record(command: Sequence[str]) -> dict[str, str]:
-    """The time, and the command as a shell takes it; of absolute paths the last part alone, since a report is
+    """The time, and the command as a shell takes it. Absolute paths are cut to their last part, since a report is
     published with its folder."""
     shown = [f"…/{Path(part).name}" if Path(part).is_absolute() else part for part in command]
     now = datetime.datetime.now().astimezone()
@@ -146,7 +149,7 @@ def run_record(command: Sequence[str]) -> dict[str, str]:
 def make_evaluation(
     manifest: Path, clips: list[EvaluatedClip], table: list[WordErrors], limit: float | None
 ) -> dict[str, Any]:
-    """The section on words: error rates normalised (those that the limit is for) and as written, and each clip."""
+    """The section on words: error rates normalised (to which the limit applies) and as written, and each clip."""
     return {
         "manifest": manifest.name,
         "sha256": sha256(manifest),
@@ -174,7 +177,7 @@ def write_report(folder: Path, report: dict[str, Any], clips: list[EvaluatedClip
 def _account(
     exported: Path, optimized: Path, graph: Graph, stored: Mapping[str, Stored]
 ) -> tuple[list[dict[str, Any]], dict[str, int], dict[str, int]]:
-    """A row for each tensor of either file of a graph, and the bytes of both by kind: they add up to its files."""
+    """A row for each tensor that a graph has in either folder, and the bytes of its files in both, by kind."""
     rows: dict[str, dict[str, Any]] = {}
     before = _count_bytes(exported, graph, rows, "bytes_before", {}, stored)
     after = _count_bytes(optimized, graph, rows, "bytes_after", stored, stored)
@@ -191,7 +194,7 @@ def _count_bytes(
 ) -> dict[str, int]:
     """Bytes of a graph in `folder` by kind; those of each tensor are added to its row, under `key`.
 
-    split: the weights that this graph has in parts.
+    split: the weights that this graph stores in parts.
     """
     sizes = dict.fromkeys(KINDS, 0)
     inline = 0  # bytes in the .onnx file
@@ -213,7 +216,7 @@ def _count_bytes(
 
 
 def _owner(name: str, stored: Mapping[str, Stored]) -> tuple[str, str]:
-    """The weight that a tensor is a part of, and which part; a float32 tensor (or an index) is its own."""
+    """The weight that a tensor is a part of, and which part; a float32 tensor (or an index) is a weight by itself."""
     part = _PART.fullmatch(name)
     return (part[1], part[2]) if part and part[1] in stored else (name, "float32")
 
@@ -297,7 +300,7 @@ def _weight_error(row: dict[str, Any]) -> float | None:
 
 
 def chosen_sensitivity(row: dict[str, Any]) -> float | None:
-    """The error of the encoder's output that a weight causes in its bits; None where it was not measured."""
+    """The error of the encoder's output that a weight causes at its number of bits; None where it was not measured."""
     by_bits: dict[str, float] = row["output_sensitivity"] or {}
     return by_bits.get(str(row["bits"]))
 
@@ -317,7 +320,7 @@ def _ratio(error: float | None) -> str:
 
 
 def _short(number: float) -> float:
-    """Four digits, which do not depend on the order of sums."""
+    """Rounded to four digits, which do not depend on the order of sums."""
     return float(f"{number:.4g}")
 
 

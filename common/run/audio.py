@@ -1,7 +1,7 @@
-"""Audio files as the models take them: mono float32 samples at the model's rate, whole files or segments of them.
+"""Read audio as the models take it: mono float32 samples at the model's rate, from whole files or segments of them.
 
-Files are read in blocks, so that memory follows from the audio that is there and not from what a header claims. Formats
-are libsndfile's, resampling is soxr's HQ.
+Files are read in blocks, so that memory use depends on the audio that is there and not on what a header claims. The
+formats are those of libsndfile, and soxr resamples with its HQ setting.
 """
 
 import contextlib
@@ -15,18 +15,18 @@ from common.cli import silent_stderr
 from common.folder.outputs import require_file
 from common.run.clips import Clip
 
-# GenAI computes a clip's features at once, in 2 GB an hour; the encoder then runs chunk by chunk.
+# GenAI computes the features of a whole clip at once, in 2 GB per hour of audio; the encoder then runs chunk by chunk.
 MAX_SECONDS = 4 * 3600
-# Hz: the range of audio converters; a header with another rate is damaged.
+# In Hz: the rates of audio converters. A header with a rate outside this range is damaged.
 MIN_SAMPLE_RATE = 4_000
 MAX_SAMPLE_RATE = 768_000
 # Full scale is 1, or 2^31 where a program stored integers as floats. The power of the features is finite up to there.
 MAX_AMPLITUDE = 2.0**31
 BLOCK_VALUES = 2**20  # samples times channels decoded at a time, 4 MB
-# Subtypes in which libsndfile seeks to the exact sample; FLAC's is PCM. After a seek in the others the decoder lacks
-# what went before: samples of Opus are up to 0.002 off, those of MP3 audibly.
+# Subtypes in which libsndfile seeks to the exact sample; that of FLAC is PCM. In the others the decoder lacks the
+# preceding samples after a seek: Opus samples are then off by up to 0.002, and MP3 samples audibly.
 SEEKABLE = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
-# Manifests round durations: what ends this close to the end of the file ends there.
+# Manifests round durations, so a segment that ends this close to the end of the file is read to the end.
 SEGMENT_TOLERANCE = 0.05  # seconds
 # The smallest share of the channels' energy that their average may have. It is 1/channels for unrelated channels, and
 # near 0 where one channel is the other with its sign inverted.
@@ -49,9 +49,9 @@ def load_clip(clip: Clip, sample_rate: int, min_samples: int) -> np.ndarray:
 
 
 def check_audio(clip: Clip, sample_rate: int, min_samples: int) -> float:
-    """Seconds of the clip by the header of its file, which is all that is read of it.
+    """The length of the clip in seconds according to the header of its file; nothing else of the file is read.
 
-    Raises as load_clip does for what the header shows.
+    Raises as load_clip does, for the faults that the header shows.
     """
     with _open_audio(clip.path) as file:
         begin, end = _segment(clip, file)
@@ -62,7 +62,7 @@ def check_audio(clip: Clip, sample_rate: int, min_samples: int) -> float:
 
 @contextlib.contextmanager
 def _open_audio(path: Path) -> Iterator[Any]:
-    """An open soundfile.SoundFile, checked."""
+    """Yield an open soundfile.SoundFile after checking that it is audio with a plausible sample rate."""
     import soundfile
 
     require_file(path, "an audio file")
@@ -71,7 +71,7 @@ def _open_audio(path: Path) -> Iterator[Any]:
             if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
                 limits = f"{MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
                 raise ValueError(f"expected a sample rate of {limits} Hz in {path}, got {file.samplerate}")
-            # After each read soundfile seeks to its own position, at which an MP3 decoder starts again, audibly.
+            # After each read soundfile seeks to the position that it is at, where an MP3 decoder starts again, audibly.
             file.seekable = lambda: False
             yield file
     except soundfile.LibsndfileError as error:
@@ -79,7 +79,7 @@ def _open_audio(path: Path) -> Iterator[Any]:
 
 
 def _segment(clip: Clip, file: Any) -> tuple[int, int | None]:
-    """The first frame of the clip in an open sound file, and the one after its last, which is None for the end of file.
+    """The first frame of the clip in an open sound file, and the frame after its last one (None: the end of the file).
 
     Raises ValueError where the clip is outside of the file.
     """

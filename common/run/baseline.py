@@ -1,7 +1,7 @@
-"""The baseline: a model folder in plain ONNX Runtime sessions and the greedy loop of `common.run.decode`.
+"""The baseline: run a model folder in plain ONNX Runtime sessions with the greedy loop of `common.run.decode`.
 
 It reads genai_config.json and the three graphs, cuts long clips into windows as ONNX Runtime GenAI does, and follows
-either runtime's rule. It shares no code with GenAI, so that each checks the other.
+the greedy rule of either NeMo or GenAI. It shares no code with GenAI, so that each of the two checks the other.
 """
 
 from bisect import bisect_right
@@ -28,7 +28,7 @@ class RawOrt:
         self.encoder, self.decoder, self.joint = (open_graph(folder, graph) for graph in (ENCODER, DECODER, JOINT))
 
     def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """features [M, T] of each clip, run together, padded to the longest → [S, D] of each, valid frames only"""
+        """Encode clips together, padded to the longest: features [M, T] of each → valid frames [S, D] of each."""
         lengths = np.array([one.shape[1] for one in features])
         padded = np.zeros((len(features), len(features[0]), lengths.max()), dtype=np.float32)
         for row, one in zip(padded, features, strict=True):
@@ -46,11 +46,11 @@ class RawOrt:
     def transcribe_all(
         self, features: Sequence[np.ndarray], rule: BlankZero = GENAI_RULE, batch_size: int = 1
     ) -> list[Hypothesis]:
-        """`transcribe` for each clip, clips of similar length together, which pads least; results in the order given.
+        """`transcribe` for each clip, in batches of similar length, which need the least padding; in the order given.
 
         Memory is proportional to `batch_size` times the longest clip of a batch, or the window where that is shorter.
-        The encoder frames of a batch of several clips are kept until it is decoded, 0.2 GB for an hour of audio at
-        D = 1024; of a clip alone two windows are kept.
+        The encoder frames of a batch of several clips are kept until the batch is decoded, which is 0.2 GB for an hour
+        of audio at D = 1024; of a clip that is transcribed alone, two windows are kept.
         """
         by_length = sorted(range(len(features)), key=lambda clip: features[clip].shape[1])
         results: dict[int, Hypothesis] = {}
@@ -76,7 +76,7 @@ class RawOrt:
         return self._decode(frames, [np.cumsum([len(part) for part in own]).tolist() for own in parts], rule)
 
     def _encode_piece(self, features: np.ndarray, piece: Piece, bar: Any) -> np.ndarray:
-        """features [M, T] → the encoder frames of one window that are decoded, [S, D]"""
+        """Encode one window of features [M, T] → those of its encoder frames that are decoded, [S, D]."""
         (frames,) = self.encode([features[:, piece.begin : piece.end]])
         bar.update()
         return frames[piece.start : piece.stop]
@@ -84,7 +84,7 @@ class RawOrt:
     def _encode_together(
         self, features: Sequence[np.ndarray], pieces: Sequence[Sequence[Piece]]
     ) -> list[list[np.ndarray]]:
-        """The encoder frames of all windows of each clip, as many windows encoded at once as there are clips."""
+        """The encoder frames of all windows of each clip; as many windows are encoded at once as there are clips."""
         cuts = [(clip, piece) for clip, own in enumerate(pieces) for piece in own]
         cuts.sort(key=lambda cut: cut[1].end - cut[1].begin)
         encoded: dict[tuple[int, Piece], np.ndarray] = {}
@@ -112,7 +112,7 @@ class RawOrt:
     def predict(
         self, tokens: Sequence[int], states: Sequence[tuple[np.ndarray, np.ndarray] | None]
     ) -> list[Prediction]:
-        """One step of the prediction network for each; without a state it starts from zeros."""
+        """Run one step of the prediction network for each token; where the state is None, it starts from zeros."""
         h, c = zip(*(state or self._start for state in states), strict=True)
         targets, ones = np.array(tokens)[:, None], np.array([1] * len(tokens))
         outputs, _, h, c = self.decoder(targets, ones, np.concatenate(h, axis=1), np.concatenate(c, axis=1))
@@ -121,18 +121,21 @@ class RawOrt:
         ]  # outputs [B, H, 1]
 
     def join(self, frames: np.ndarray, outputs: Sequence[np.ndarray]) -> np.ndarray:
-        """[B, D], [1, H] of each → [B, V+K]"""
+        """Encoder frames [B, D] and the prediction output [1, H] of each → logits [B, V+K]."""
         return self.joint(frames[:, None], np.array(outputs))[0][:, 0, 0]
 
 
 class _WindowFrames:
-    """The encoder frames of a clip by number. A window is encoded when its first frame is asked for, and the one before
-    is dropped: the loop goes forward."""
+    """The encoder frames of a clip, by number.
+
+    A window is encoded when its first frame is asked for, and the window before it is then dropped, since the decoding
+    loop only moves forward.
+    """
 
     def __init__(self, pieces: Sequence[Piece], encode: Callable[[Piece], np.ndarray]) -> None:
         self._pieces = pieces
         self._encode = encode
-        # The last window first, since only its frames show how many there are; it is kept.
+        # The last window is encoded first, since only its output shows how many frames it has, and it is kept.
         self._last = encode(pieces[-1])
         lengths = [piece.stop - piece.start for piece in pieces[:-1] if piece.stop is not None] + [len(self._last)]
         self.ends: list[int] = np.cumsum(lengths).tolist()  # frames at which the windows end
@@ -145,5 +148,5 @@ class _WindowFrames:
             is_last = window == len(self._pieces) - 1
             self._frames = self._last if is_last else self._encode(self._pieces[window])
             self._window = window
-        found: np.ndarray = self._frames[frame - (self.ends[window - 1] if window else 0)]
-        return found
+        encoded: np.ndarray = self._frames[frame - (self.ends[window - 1] if window else 0)]
+        return encoded

@@ -1,8 +1,8 @@
 """The clips of a NeMo manifest, a file of JSON lines.
 
 Each line has `audio_filepath`, relative to the manifest, and may have `text`, `lang`, and a segment of the file as
-`offset` and `duration` in seconds. Without an `offset` it is the whole file, which `duration` then describes: tools
-that write manifests round it, or take it from the audio before it was cut or resampled.
+`offset` and `duration` in seconds. Without an `offset` the clip is the whole file, whatever its `duration` says: tools
+that write manifests round that number, or take it from the audio before it was cut or resampled.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ class Clip:
 
     @property
     def segment(self) -> str:
-        """For messages, behind the name of the file: ` [1.5–3 s]`, or nothing for a whole file."""
+        """The segment as messages show it after the name of the file: ` [1.5–3 s]`, or nothing for a whole file."""
         end = "" if self.duration is None else f"{self.offset + self.duration:g}"
         return f" [{self.offset:g}–{end} s]" if self.offset or end else ""
 
     @property
     def label(self) -> str:
-        """The name of the file without its folder, and the segment of it."""
+        """The name of the file without its folder, and the segment."""
         return f"{self.path.name}{self.segment}"
 
     def overlaps(self, other: "Clip") -> bool:
@@ -48,7 +48,7 @@ class Clip:
 
     @contextlib.contextmanager
     def located(self) -> Iterator[None]:
-        """Put the line of the manifest in front of what is raised inside the block, as a ValueError."""
+        """Turn an error inside the block into a ValueError that begins with the line of the manifest."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -58,19 +58,19 @@ class Clip:
 
 
 def read_clips(manifest: Path, *, with_text: bool = False) -> list[Clip]:
-    """The clips of a manifest in its order; their files are not read.
+    """The clips of a manifest, in its order; the audio files are not read.
 
-    Raises FileNotFoundError, or ValueError naming the line that is not such JSON, or that has no text where `with_text`
-    asks for one.
+    Raises FileNotFoundError, or ValueError naming the line that does not describe a clip in JSON, or that has no text
+    although `with_text` asks for one.
     """
-    require_file(manifest, "a manifest")
+    require_file(manifest, "a clip list")
     clips = []
     for number, line in enumerate(_read_utf8(manifest).split("\n"), 1):
         if not line.strip():
             continue
         try:
             clip = _read_clip(line, manifest.parent)
-        except ValueError as error:  # json.JSONDecodeError is one
+        except ValueError as error:  # json.JSONDecodeError is a ValueError
             raise ValueError(f"{manifest}:{number}: {error}") from None
         if with_text and clip.text is None:
             raise ValueError(f"{manifest}:{number}: expected the text of {clip.path.name}, got none")
@@ -82,17 +82,17 @@ def read_clips(manifest: Path, *, with_text: bool = False) -> list[Clip]:
 
 
 def _read_utf8(manifest: Path) -> str:
-    """The text of a manifest, without a byte order mark. Raises ValueError naming the line in another encoding."""
+    """The text of a manifest, without a byte order mark. Raises ValueError naming the first line that is not UTF-8."""
     content = manifest.read_bytes()
     try:
         text = content.decode("utf-8-sig")
-        wrong = text.find("\0")  # every second byte of English in UTF-16, which is valid UTF-8 as well
+        wrong = text.find("\0")  # in UTF-16 every second byte of English is 0, which is valid UTF-8 as well
     except UnicodeDecodeError as error:
         text = content[: error.start].decode("utf-8", "replace")
         wrong = error.start
     if wrong >= 0:
         line = text[:wrong].count("\n") + 1
-        raise ValueError(f"{manifest}:{line}: expected UTF-8, got another encoding; save the manifest as UTF-8")
+        raise ValueError(f"{manifest}:{line}: expected UTF-8, got another encoding; save the clip list as UTF-8")
     return text
 
 
@@ -126,14 +126,14 @@ def _seconds(row: dict[str, Any], key: str) -> float | None:
     value = row.get(key)
     if value is None:
         return None
-    # `not <=` rejects NaN, which Python's JSON reader accepts; True is an int.
+    # `not <=` rejects NaN, which Python's JSON reader accepts; to Python, True is an int.
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= MAX_NUMBER:
         raise ValueError(f"expected a number of seconds, 0 or more, as {key}, got {value!r}")
     return float(value)
 
 
 def shared_clips(clips: Iterable[Clip], others: Iterable[Clip]) -> list[Clip]:
-    """Those of `clips` that have samples in common with one of `others`; links to one file are followed."""
+    """Those of `clips` that have samples in common with one of `others`; links to the same file are recognized."""
     by_file: dict[str, list[Clip]] = {}
     for other in others:
         by_file.setdefault(os.path.realpath(other.path), []).append(other)

@@ -1,6 +1,6 @@
 """genai_config.json as the engines read it: the numbers of decoding, and the windows in which GenAI encodes a clip.
 
-The baseline takes its numbers from the same file as GenAI, so that a wrong one shows as a difference from NeMo.
+The baseline takes its numbers from the same file as GenAI, so that a wrong number shows as a difference from NeMo.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from common.run.clips import Clip
 
 # NeMo's features need two frames for a standard deviation.
 MIN_FRAMES = 2
-# Of a clip, 4 minutes by default: a progress bar then counts the windows, or GenAI's tokens.
+# A clip of so many windows, by default 4 minutes, gets a progress bar that counts its windows, or GenAI's tokens.
 MIN_WINDOWS_OF_BAR = 4
 
 
@@ -41,8 +41,8 @@ class RuntimeConfig:
     def read(cls, folder: Path) -> "RuntimeConfig":
         """Read genai_config.json of a folder.
 
-        Raises FileNotFoundError, or ValueError where a number is missing or impossible: with chunk_samples of 0 GenAI
-        does not end.
+        Raises FileNotFoundError, or ValueError where a number is missing or impossible: with a chunk_samples of 0, for
+        example, GenAI never ends.
         """
         path = Path(folder) / GENAI_CONFIG
         config = read_json(path, EXPORT_COMMAND.format(folder))
@@ -85,14 +85,14 @@ class RuntimeConfig:
         return MIN_FRAMES * self.hop_length
 
     def fits_one_window(self, seconds: float) -> bool:
-        """Whether a clip of that length is encoded in one run, as NeMo does."""
+        """Whether a clip of that length is encoded in one run, as NeMo encodes every clip."""
         return seconds * self.sample_rate <= self.chunk
 
     def check_clips(self, clips: Iterable[Clip]) -> float:
-        """Seconds of all clips by the headers of their files.
+        """The length of all clips together in seconds, according to the headers of their files.
 
-        Raises before the work, as check_audio does, for a clip that is missing, too short or outside of its file; the
-        message names its line of the manifest. Warns of whole files that are not as long as the manifest says.
+        Called before the work: raises as check_audio does for a clip that is missing, too short or outside of its file,
+        and names its line of the manifest. Warns of whole files that are not as long as the manifest says.
         """
         total = 0.0
         others: list[Clip] = []
@@ -117,7 +117,8 @@ class RuntimeConfig:
         """Mono samples at the model's rate, [N] float32, a whole number of hops.
 
         Up to 10 ms are cut off the end. With them GenAI may compute one frame more than NeMo, since 9 ms of a window
-        are enough for it (NemoStreamingMelExtractor in nemo_mel_spectrogram.cc), and both normalise over their frames.
+        are enough for a frame there (NemoStreamingMelExtractor in nemo_mel_spectrogram.cc); and since both normalise
+        over all their frames, every feature would differ.
         """
         with clip.located():
             samples = load_clip(clip, self.sample_rate, self.min_samples)

@@ -1,12 +1,12 @@
-"""Greedy decoding of a token-and-duration transducer (TDT, arXiv:2304.06795), in NumPy, whatever runs the networks.
+"""Greedy decoding of a token-and-duration transducer (TDT, arXiv:2304.06795) in NumPy, whatever runs its networks.
 
 At each step the joint network gives token and duration logits for one encoder frame and the output of the prediction
-network; the largest of both is taken. A token is emitted and fed to the prediction network; the duration is the number
+network; the largest of each is taken. A token is emitted and fed to the prediction network; the duration is the number
 of frames to advance. Several utterances are decoded together, each at its own frame: a step is one call of the joint
-for all that have not ended, then one call of the prediction network for those that emitted a token.
+for all utterances that have not ended, then one call of the prediction network for those that emitted a token.
 
-Two published loops differ in one case, a blank whose best duration is 0, which would stay on the frame for ever: see
-`BlankZero`.
+The published loops of NeMo and GenAI differ in one case: a blank whose best duration is 0, which would stay on its
+frame for ever. See `BlankZero`.
 """
 
 from bisect import bisect_right
@@ -65,14 +65,14 @@ class Prediction:
     state: Any
 
 
-# predict(tokens, states) → a Prediction each; the state None starts the network.
+# predict(tokens, states) → a Prediction for each token; a state of None starts the network.
 Predict = Callable[[Sequence[int], Sequence[Any]], Sequence[Prediction]]
 # join(encoder frames [B, D], prediction outputs, B of them) → logits [B, V+K]
 Join = Callable[[np.ndarray, Sequence[np.ndarray]], np.ndarray]
 
 
 class Frames(Protocol):
-    """Encoder frames by number, each [D]: an array [S, D], or what computes them as they are asked for."""
+    """Encoder frames by number, each [D]: an array [S, D], or an object that computes them when they are asked for."""
 
     def __getitem__(self, frame: int, /) -> np.ndarray: ...
 
@@ -119,8 +119,8 @@ def greedy_tdt_decode(
     """Decode utterances together.
 
     encoded: [S, D] of each utterance, or [B, S, D] padded. The frames of an utterance are asked for in order.
-    ends: for each utterance, the frames at which its windows end, in ascending order, the last of them its length; the
-        rest of a duration is dropped at the end of a window.
+    ends: for each utterance, the frames at which its windows end, in ascending order, the last of them its length; at
+        the end of a window, what is left of a duration is dropped.
 
     Raises ValueError for logits that are NaN.
     """
@@ -175,9 +175,9 @@ def greedy_tdt_decode(
 
 
 def _best(logits: np.ndarray) -> list[tuple[int, float]]:
-    """For each row the index of the largest (the first of equals, as in both loops) and its lead over the second.
+    """For each row, the index of the largest logit (the first of equals, as in both loops) and its lead over the next.
 
-    Raises ValueError at NaN, which argmax takes for the largest: the loop would emit one token until its limit.
+    Raises ValueError for NaN, which argmax takes for the largest: the loop would emit the same token up to its limit.
     """
     rows = np.arange(len(logits))
     best = logits.argmax(axis=1)

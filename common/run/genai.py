@@ -1,4 +1,4 @@
-"""A model folder in ONNX Runtime GenAI, as an application runs it: features, graphs, greedy loop and text by GenAI."""
+"""A model folder in ONNX Runtime GenAI, as an application runs it: features, loop and text are all GenAI's own."""
 
 import io
 from pathlib import Path

@@ -42,7 +42,7 @@ class Nemo(Reference):
 
     @cached_property
     def _with_timestamps(self) -> Any:
-        """A decoding with times, as NeMo's `transcribe(timestamps=True)` sets it; separate, since it takes longer."""
+        """A decoding that gives times, set up as by NeMo's `transcribe(timestamps=True)`; separate, as it is slower."""
         from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecoding
         from omegaconf import OmegaConf
 
@@ -52,7 +52,7 @@ class Nemo(Reference):
         return RNNTBPEDecoding(decoding, model.decoder, model.joint, model.tokenizer)
 
     def _decode(self, decoding: Any, features: np.ndarray) -> Any:
-        """features [M, T] → a Hypothesis of NeMo's."""
+        """features [M, T] → NeMo's own Hypothesis."""
         import torch
 
         with torch.inference_mode():

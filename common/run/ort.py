@@ -15,7 +15,7 @@ class OrtGraph:
     """One graph of a folder, called with arrays in the order of its declaration.
 
     `mapped` leaves the weights in the data file instead of repacking copies: at 0.6B the session opens in 0.2 s instead
-    of 6 s, with 2.4 GB less memory of its own. It is for a few runs, since each of them converts float16 weights to
+    of 6 s, with 2.4 GB less memory of its own. It suits a few runs only, since each run converts float16 weights to
     float32 again. Raises FileNotFoundError, or ValueError where ONNX Runtime does not load the graph.
     """
 
@@ -47,7 +47,7 @@ class OrtGraph:
     def noise(self, vocabulary: int, **sizes: int) -> list[np.ndarray]:
         """Inputs on which to compare two graphs: noise, tokens below `vocabulary`, whole lengths.
 
-        sizes: of the axes whose size a caller chooses, B, T, S and U.
+        sizes: the size of each axis that the caller chooses: B, T, S and U.
         """
         draw = np.random.default_rng(0)
         arrays = []

@@ -1,7 +1,7 @@
-"""What the exported graphs are compared with: the library that the checkpoint is of, NeMo or transformers.
+"""What the exported graphs are compared with: the library that the checkpoint belongs to, NeMo or transformers.
 
-A model, as CheckpointFormat.load_model returns it, has the parts of NeMo's; features and the decoding step by step are
-computed with them. Whole transcripts are the library's own.
+A model that CheckpointFormat.load_model returns has the same parts as a model of NeMo. Features and the step-by-step
+decoding are computed with these parts; whole transcripts come from the library itself.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ class ReferenceTranscript(NamedTuple):
 
 
 class Reference(ABC):
-    """A model in the library that it is of."""
+    """A model in the library that its checkpoint belongs to."""
 
     name: ClassVar[str]  # of the library
 
@@ -43,12 +43,12 @@ class Reference(ABC):
         """features [M, T] → each word with the library's own start and end, in encoder frames; None if it has none."""
 
     def features(self, samples: np.ndarray) -> np.ndarray:
-        """The features that the library computes of mono samples [N], valid frames only: [M, T]."""
+        """The features that the library computes from mono samples [N], valid frames only: [M, T]."""
         return features_of(self.model, samples)
 
     def trace(self, features: np.ndarray) -> Hypothesis:
-        """features [M, T] → the same decoding step by step, on the library's own modules, with the margin of each
-        decision."""
+        """features [M, T] → the decoding of `transcribe`, done step by step on the library's own modules, with the
+        margin of each decision."""
         import torch
 
         decoder = self.model.decoder
@@ -90,7 +90,7 @@ class Reference(ABC):
 
 
 def features_of(model: Any, samples: np.ndarray) -> np.ndarray:
-    """The features that a model's library computes of mono samples [N], valid frames only: [M, T]."""
+    """The features that a model's library computes from mono samples [N], valid frames only: [M, T]."""
     import torch
 
     with torch.inference_mode():

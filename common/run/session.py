@@ -1,4 +1,4 @@
-"""Opening ONNX Runtime sessions on the CPU: the options that all of them share, in one place."""
+"""Open ONNX Runtime sessions on the CPU, with the options that all of them share in one place."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ def open_session(
     disabled_optimizers: Sequence[str] = (),
     options: ort.SessionOptions | None = None,
 ) -> ort.InferenceSession:
-    """A session on the CPU that logs errors alone.
+    """A session on the CPU that logs nothing but errors.
 
     model: a path, or a serialized ModelProto.
     entries: configuration by key, such as {"session.disable_prepacking": "1"}.

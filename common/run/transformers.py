@@ -1,4 +1,4 @@
-"""The reference for a checkpoint of transformers: its own features, `generate`, and its own tokenizer's text."""
+"""The reference for a checkpoint of transformers: the library's features and `generate`, the checkpoint's tokenizer."""
 
 from functools import cached_property
 from typing import Any
@@ -21,8 +21,8 @@ class Transformers(Reference):
     def transcribe(self, features: np.ndarray) -> ReferenceTranscript:
         """features [M, T] → tokens, frames and text, all of them transformers'.
 
-        The sequence that `generate` returns has the blanks, and begins with one; the frame of a step is the sum of the
-        durations before it.
+        The sequence that `generate` returns includes the blanks and begins with a blank; the frame of a step is the sum
+        of the durations before it.
         """
         import torch
 
@@ -37,7 +37,7 @@ class Transformers(Reference):
         return ReferenceTranscript(tokens, [frame for _, frame in steps], self._decode(tokens))
 
     def words(self, features: np.ndarray) -> None:
-        """None: transformers gives the times of tokens, which are compared with the tokens."""
+        """None: transformers gives times of tokens only, and those are compared together with the tokens."""
 
     @cached_property
     def _tokenizer(self) -> Any:

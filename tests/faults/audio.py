@@ -1,4 +1,4 @@
-"""Sound files as they are not in a textbook, each a function that writes one, named by what is odd about it."""
+"""Odd sound files: each is written by a function that is named after what is odd about the file."""
 
 import struct
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def clip(name: str, samples: np.ndarray, rate: int = 16000, suffix: str = "wav",
 
 
 def damaged(name: str, suffix: str, change: Callable[[bytearray], bytes | None], subtype: str | None = None) -> None:
-    """Speech in a format, its bytes changed."""
+    """Speech in a format, with its bytes changed."""
 
     def write(folder: Path) -> Path:
         path = folder / f"clip.{suffix}"
@@ -88,7 +88,7 @@ clip("10 MHz", noise, 10_000_000)
 
 
 def half_an_hour(folder: Path) -> Path:
-    """30 minutes at 192 kHz in 8 channels: 11 GB to whoever reads it whole."""
+    """30 minutes at 192 kHz in 8 channels, which take 11 GB of memory if they are read at once."""
     path = folder / "clip.w64"
     second = np.tile((100 * sine).astype(np.int16)[:, None], (4, 8))
     with soundfile.SoundFile(path, "w", 192_000, 8, "PCM_U8", format="W64") as file:

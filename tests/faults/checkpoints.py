@@ -1,6 +1,6 @@
-"""Checkpoints that nobody should load: each a function that writes one, named by what is wrong with it.
+"""Checkpoints that must not be loaded: each is written by a function that is named after what is wrong with it.
 
-Those that carry code would write the file CANARY names; after a refusal it must not be there.
+Those that carry code would write the file that CANARY names; after they were rejected it must not be there.
 """
 
 import bz2
@@ -30,7 +30,7 @@ def case(name: str) -> Callable[[Writer], Writer]:
 
 
 def with_member(path: Path, name: str, content: bytes = b"", **fields) -> None:
-    """The bundled checkpoint and one member more, of these tar fields."""
+    """The bundled checkpoint with one more member, which has these tar fields."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     for field, value in fields.items():
@@ -43,7 +43,7 @@ def with_weights(path: Path, content: bytes) -> None:
 
 
 class Code:
-    """Unpickled carelessly, it touches the canary."""
+    """If it is unpickled carelessly, it touches the canary."""
 
     def __init__(self, canary: Path):
         self.canary = canary
@@ -322,7 +322,7 @@ def _(path):
 @case("negative durations")
 def _(path):
     def change(config):
-        for section in (config["decoding"], config["loss"]["tdt_kwargs"]):  # NeMo decodes by those of the loss
+        for section in (config["decoding"], config["loss"]["tdt_kwargs"]):  # NeMo decodes by the durations of the loss
             section["durations"] = [0, -1, 2, 3, 4]
 
     rewrite_config(path, change)

@@ -39,7 +39,7 @@ from tests.helpers import ROOT, TINY, reproducible
 CLIP = audio.SPEECH
 KILLS, SHORT_KILLS = 60, 3
 FUZZED, SHORT_FUZZED = 40, 1  # files of each format
-SHORT_EVERY = 20  # of a list of cases the short form takes one in so many
+SHORT_EVERY = 20  # the short form takes one case in so many from a list
 LIMIT_S = 300  # the slowest case, 30 minutes of audio, takes a sixth of it
 # One clip and a model of 5 MB: a child that takes more has trusted a header. NeMo and torch alone take 0.7 GB.
 LIMIT_MEMORY = 3e9
@@ -47,7 +47,7 @@ SMALL_DISK, HALF_FULL_DISK = 300_000, 11_500_000  # rejected at once; full in th
 WRITES_THAT_FAIL = (
     2_000,
     100_000,
-)  # a limit on the size of files: what a full disk does, wherever mounting is forbidden
+)  # limits on the size of files: they act like a full disk wherever mounting is forbidden
 EXPORT, TOKENIZER, OPTIMIZE = export_parakeet_to_onnx, export_tokenizer, optimize_encoder
 
 
@@ -65,7 +65,7 @@ class Outcome:
         return self.stderr.strip() or ("done" if self.status == 0 else f"status {self.status}, {self.seconds:.0f} s")
 
     def problem(self, accepted: tuple[int, ...]) -> str | None:
-        """What is wrong with this end, or None: an accepted status, and no more than one line."""
+        """What is wrong with this outcome, or None for an accepted status with no more than one line."""
         if self.status not in accepted:
             return f"status {self.status}"
         if self.stderr.count("\n") != (self.status != 0) or (
@@ -139,7 +139,7 @@ def _child(script, argv: list[str], errors, folder: Path | None, file_limit: int
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every entry below `folder` with its kind, mode and content, as far as the same input gives it again."""
+    """Every entry below `folder` with its kind, mode and content, as far as the same input reproduces it."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name, mode = str(path.relative_to(folder)), oct(path.lstat().st_mode)
@@ -213,8 +213,8 @@ def _good(outcome: Outcome) -> Outcome:
 
 
 def kills(report: Report, work: Path, cases: list[Rewrite], count: int, draw: random.Random) -> None:
-    """Kill the scripts in turn, `count` times in all, at random moments, and run each again; compare what is there each
-    time with the folder before, and with what the same run gives undisturbed."""
+    """Kill the scripts in turn, `count` times in all, at random moments, and run each again. Each time, compare the
+    folder with its state before, and with the result of the same run undisturbed."""
     killed = 0
     while killed < count:
         rewrite = cases[killed % len(cases)]
@@ -302,7 +302,7 @@ def bad_checkpoints(report: Report, work: Path, every: int) -> None:
 
 
 def bad_folders(report: Report, work: Path, models: Path, every: int) -> None:
-    """A model folder with one thing wrong, to the scripts that read it."""
+    """Give a model folder with one fault to the scripts that read it."""
 
     def truncate(path: Path) -> None:
         os.truncate(path, path.stat().st_size // 2)
@@ -360,7 +360,7 @@ def bad_folders(report: Report, work: Path, models: Path, every: int) -> None:
 
 
 def bad_arguments(report: Report, work: Path, models: Path) -> None:
-    """Places that cannot be written to."""
+    """Tell the scripts to write to places that cannot be written to."""
     place = work / "places"
     place.mkdir()
     (place / "file").write_text("mine")
@@ -400,7 +400,7 @@ def bad_arguments(report: Report, work: Path, models: Path) -> None:
 
 
 def bad_manifests(report: Report, work: Path, models: Path, every: int) -> None:
-    """Manifests of other encodings and with lines that name no clip, to the scripts that read one."""
+    """Give manifests in other encodings, or with lines that name no clip, to the scripts that read manifests."""
     place = work / "manifests"
     place.mkdir()
     shutil.copy(CLIP, place / "clip.flac")
@@ -500,8 +500,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _import_heavy_modules() -> None:
-    """What a child would otherwise import for ten seconds; nothing is run, since threads do not survive a fork. And the
-    config of the bundled checkpoint, which is read once for all children."""
+    """Import what every child would otherwise import for ten seconds, and read the config of the bundled checkpoint
+    once for all children. Nothing is run, since threads do not survive a fork."""
     quiet_libraries()
     read_config(TINY)
     import nemo.collections.asr.models  # noqa: F401
