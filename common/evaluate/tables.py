@@ -51,7 +51,7 @@ class ClipTables:
         self.frame_seconds = frame_seconds
         self.words_of = words_of
         self.clip: ComparedClip | None = None  # whose table is being printed
-        print(f"{RTFX_MEANING}; WER: word error rate in %, against the clip's text and against {reference}'s")
+        print(f"{RTFX_MEANING}; WER: word error rate in %, against the clip's text and that of {reference}")
 
     def begin(self, pool: Pool) -> None:
         """To be called before the engines run."""
@@ -148,7 +148,7 @@ def clip_notes(clip: ComparedClip, rules: Sequence[TextRule], window_seconds: fl
         )
     named = Counter(name for engine in clip.transcripts for name in clip.rules_that_explain(engine, rules))
     if named:
-        notes.append(f"differs from {clip.reference}'s own text by rule: {'; '.join(named)}")
+        notes.append(f"differs from the text of {clip.reference} by rule: {'; '.join(named)}")
     return notes
 
 
@@ -167,8 +167,8 @@ def print_corpus(comparison: Comparison) -> None:
     print(f"WER: word error rate against the clips' texts, with its {CONFIDENCE} % bootstrap interval over clips")
     print("normalised WER: without case and punctuation (whisper_normalizer)")
     if name := comparison.reference:
-        print(f"against {name}: WER against {name}'s own text, on clips of one window, without what differs by rule")
-        print(f"clips with other tokens: those of one window whose tokens differ from {name}'s")
+        print(f"against {name}: WER against the text of {name}, on clips of one window, without what differs by rule")
+        print(f"clips with other tokens: those of one window whose tokens differ from those of {name}")
     print_table(
         [
             _named(CORPUS_HEADER, comparison.reference or NEMO),

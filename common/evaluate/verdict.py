@@ -127,12 +127,12 @@ def judge_texts(comparison: Comparison) -> None:
 
 def _texts_summary(explanations: Sequence[Sequence[str]], reference: str) -> str:
     if not explanations:
-        return f"no text was compared with {reference}'s own: no engine has {reference}'s tokens on a clip with words"
+        return f"no text was compared with that of {reference}: no engine has its tokens on a clip with words"
     same = sum(not names for names in explanations)
     by_rule = Counter(name for names in explanations for name in names)
     named = "; ".join(f"{name} ({count})" for name, count in by_rule.items())
-    return f"of the transcripts with {reference}'s tokens {same} are {reference}'s own text letter for letter" + (
-        f", {len(explanations) - same} by rule: {named}" if by_rule else ""
+    return f"{same} transcripts with the tokens of {reference} also have its text, letter for letter" + (
+        f"; {len(explanations) - same} differ from it by rule: {named}" if by_rule else ""
     )
 
 
@@ -158,11 +158,11 @@ def judge_times(comparison: Comparison, ids_of_other_words: frozenset[int]) -> N
         without = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         if not words:
             name = comparison.reference
-            print(f"{raw}: no word's times were compared with {name}'s own; clips left out: {without}")
+            print(f"{raw}: no times of words were compared with those of {name}; clips left out: {without}")
             continue
         print(
-            f"{raw}: {words} words; their times differ from {comparison.reference}'s by at most {furthest:g} encoder "
-            f"frames ({comparison.frame_seconds:g} s each)" + (f"; clips left out: {without}" if without else "")
+            f"{raw}: {words} words; their times differ from those of {comparison.reference} by at most {furthest:g} "
+            f"frames of {comparison.frame_seconds:g} s" + (f"; clips left out: {without}" if without else "")
         )
 
 
@@ -171,7 +171,7 @@ def _why_no_times(clip: ComparedClip, raw: str, ids_of_other_words: frozenset[in
     if not clip.one_window:
         return "of several windows"
     if expected.tokens != actual.tokens:
-        return f"with other tokens than {clip.reference}'s"
+        return f"with other tokens than {clip.reference}"
     if expected.words is None:
         return f"to whose words {clip.reference} gives no times"
     if not expected.words:
@@ -181,5 +181,5 @@ def _why_no_times(clip: ComparedClip, raw: str, ids_of_other_words: frozenset[in
 
 def _times_error(name: str | None, expected: Sequence[TimedWord], actual: Sequence[TimedWord], apart: float) -> str:
     if apart < float("inf"):
-        return f"expected words within {TIMES_TOLERANCE} encoder frame of {name}'s own, got {apart:g}"
-    return f"expected {name}'s own words {[word.text for word in expected]}, got {[word.text for word in actual]}"
+        return f"expected words within {TIMES_TOLERANCE} encoder frame of those of {name}, got {apart:g}"
+    return f"expected the words of {name}, {[word.text for word in expected]}, got {[word.text for word in actual]}"

@@ -231,7 +231,8 @@ def _parity(manifest: dict[str, Any]) -> str:
         return f"The graphs were not verified against {_library(manifest)}."
     library = _library(manifest)
     lines = [
-        f"Largest difference from {library}'s own modules, over short and long inputs and ragged batches, as exported:",
+        f"Largest difference from the modules of {library}, over short and long inputs and batches of unequal lengths,"
+        " as exported:",
         "",
     ]
     lines += ["| graph | largest difference | of the largest value | comparisons |", "|---|---|---|---|"]
@@ -256,7 +257,7 @@ def _float16(manifest: dict[str, Any]) -> str:
     if rounded:
         text += (
             f" With the result of each operator rounded to float16, as a GPU does, outputs differ from "
-            f"{_library(manifest)}'s by up to {max(rounded):.1e} of the largest value."
+            f"those of {_library(manifest)} by up to {max(rounded):.1e} of the largest value."
         )
     return text
 
