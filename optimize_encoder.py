@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     methods = METHODS.values()
     help_of_methods = ". ".join(f"{method.name}: {method.help}" for method in methods)
-    in_blocks = " and ".join(method.name for method in methods if method.uses_blocks)
+    in_blocks = ", ".join(method.name for method in methods if method.uses_blocks)
     calibrating = " and ".join(method.name for method in methods if method.calibrates)
     with_budget = " and ".join(method.name for method in methods if method.has_size_budget)
     with_bits = " and ".join(method.name for method in methods if method.weight_bits)
@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--calibration_manifest", type=Path, metavar="FILE",
         help=f"for {calibrating}: clip list (JSON lines with audio_filepath) of a few minutes of speech, of which "
              "up to 5 are used. Weights are rounded so that products with this speech change least, and "
-             f"{with_budget} measures on it which weights need 8 bits")  # fmt: skip
+             f"{with_budget} measure on it which weights need 8 bits")  # fmt: skip
     add("--size_budget_mb", type=float, metavar="MB",
         help=f"for {with_budget} with --calibration_manifest: the largest encoder.onnx and its data, in MB of 10^6 "
              "bytes (the size without calibration)")  # fmt: skip
@@ -94,8 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="percentage points by which the word error rate, without case and punctuation, may be higher than "
              "float32's, over all clips and in each language; beyond, nothing is written (no limit)")  # fmt: skip
     add("--skip_fusion", action="store_true",
-        help="leave the graph as exported. Fusion makes one operator of a residual addition and the normalization "
-             "after it, which is faster on a GPU; on a CPU 4-bit encoders are 6 to 10 %% faster without it, and "
+        help="leave the graph as exported. Fusion merges each residual addition with the normalization after it, "
+             "which is faster on a GPU; on a CPU 4-bit encoders are 6 to 10 %% faster without it, and "
              f"{never_fused} is not fused")  # fmt: skip
     add("--skip_quantization", action="store_true", help="leave the weights float32")
     add_stress_flags(parser)

@@ -63,11 +63,11 @@ SAMPLE = Path(__file__).resolve().parent / "samples" / "jfk.wav"
 MANIFEST_HELP = """clip list: JSON lines with audio_filepath and text, and offset and duration in seconds where a
 clip is a segment of its file"""
 JSON_HELP = """write every transcript and figure to FILE; - is the standard output, and all else is then printed to
-the error output"""
+standard error"""
 TIMESTAMPS_HELP = """print each word with its start and end in seconds, by plain ONNX Runtime (GenAI gives no times);
 with NeMo, compare them with NeMo's own"""
-HTML_HELP = """write a page to FILE to look at and listen to: each clip with its audio, and the engines' words under
-each other with their times and confidences; with --stress its table and the worst clips (- as for --json)"""
+HTML_HELP = """write a page to FILE to look at and listen to: each clip with its audio, and the engines' words one
+below the other, with their times and confidences; with --stress its table and the worst clips (- as for --json)"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -140,7 +140,7 @@ def test_a_page_has_every_clip_with_its_words_and_times(speech_page):
     text = flat(speech_page)
     for clip in speech_page.clips:
         assert clip["text"] in text
-    assert "How often a word of a confidence is right" in text
+    assert "How often words of each confidence are right" in text
     assert "ONNX Runtime onnx_models, max_prob" in text
     for name, value in speech_page.attributes:
         if name in ("src", "href"):

@@ -6,6 +6,6 @@ from common.checkpoint.transformers import TRANSFORMERS
 
 FORMAT_NAMES = tuple(known.name for known in FORMATS)
 MODEL_NAME_HELP = "Hugging Face name, .nemo file, or folder of a transformers checkpoint (%(default)s)"
-FORMAT_HELP = "the form to take where a repository or a folder has several (nemo, if it is there)"
+FORMAT_HELP = "the format to use where a repository or a folder has both (nemo, if it is there)"
 
 __all__ = ["FORMAT_HELP", "FORMAT_NAMES", "MODEL_NAME_HELP", "NEMO", "TRANSFORMERS", "format_of"]

@@ -161,11 +161,11 @@ def engine_names(text: str) -> frozenset[str]:
 def add_engine_flags(parser: Parser) -> None:
     """Add --engines, --folders and the flags for the reference's checkpoint. `check_engine_flags` completes them."""
     parser.add_argument("--engines", type=engine_names, metavar="LIST",
-                        help=f"which to run, with commas between them ({','.join(ENGINES)}; with --stress nemo,onnx); "
+                        help=f"engines to run, separated by commas ({','.join(ENGINES)}; with --stress nemo,onnx); "
                              "onnx without nemo is given the features of GenAI, which is loaded for them")  # fmt: skip
     parser.add_argument("--folders", choices=FOLDERS, default=BOTH_FOLDERS,
-                        help="the optimized folder, the exported one that it was made from, or both where they are "
-                             "there (%(default)s)")  # fmt: skip
+                        help="the optimized folder, the exported one that it was made from, or both if there "
+                             "are both (%(default)s)")  # fmt: skip
     reference = parser.add_mutually_exclusive_group()
     reference.add_argument("--model_name", help="checkpoint of the reference (the one in manifest.json)")
     reference.add_argument("--skip_nemo", action="store_true", help="do without NeMo, which is then not even imported")

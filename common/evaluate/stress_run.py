@@ -61,7 +61,7 @@ def add_stress_flags(parser: Parser) -> None:
                              "(no limit)")  # fmt: skip
     parser.add_argument("--stress_dir", type=Path, metavar="FOLDER",
                         help="with --stress: write the audio of the worst clips there")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the noise of --stress (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise of --stress (%(default)s)")
 
 
 def stress_compared(

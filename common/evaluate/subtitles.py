@@ -81,8 +81,8 @@ def _clock(seconds: float, point: str) -> str:
 
 Render = Callable[[Sequence[TimedWord], float], str]  # words, and the length of a frame in seconds
 FORMATS: dict[str, Render] = {"srt": srt, "vtt": vtt}  # by the suffix of their files
-SUBTITLE_HELP = """write subtitles: of one clip to the file PATH (- as for --json), of several to files in the folder
-PATH"""
+SUBTITLE_HELP = """write subtitles: for one clip to the file PATH (- as for --json), for several to files in the
+folder PATH"""
 
 
 def add_subtitle_flags(parser: Parser) -> None:

@@ -144,8 +144,8 @@ def _spend_budget(
 
 INT8 = IntegerMethod(
     name="int8",
-    help="8 bits and integer products; the fastest and the most exact, 1.6 times the size of 4 bits, unless "
-    "--weight_bits 4; its graph is not fused for a CPU, where that would make it slower",
+    help="8 bits and integer products; the fastest and the most exact, 1.6 times as large as rtn, and with "
+    "--weight_bits 4 the smallest; its graph is not fused for a CPU, where that would make it slower",
 )
 
 

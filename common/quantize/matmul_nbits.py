@@ -162,7 +162,7 @@ class MixedBlockMethod(BlockMethod):
         return Calibrated(plan, weights, fitted.factors, fitted.sensitivity)
 
 
-RTN = BlockMethod(name="rtn", fit=rtn, help="4 bits, rounded to nearest with a searched scale; the smallest")
+RTN = BlockMethod(name="rtn", fit=rtn, help="4 bits, rounded to nearest with a searched scale")
 K_QUANT_MIXED = MixedBlockMethod(
     name="k_quant_mixed",
     fit=k_quant,

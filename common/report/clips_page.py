@@ -1,4 +1,4 @@
-"""The page of test_real_speech.py --html: clips to listen to, with the engines' words under each other.
+"""The page of test_real_speech.py --html: clips to listen to, with the engines' words one below the other.
 
 The page is one file that loads nothing else: the audio is embedded as Opus, about 4 kB a second. Its security policy
 names the hash of its one script, so that no other script runs.
