@@ -25,11 +25,16 @@ from common.run.reference import ReferenceTranscript
 from tests.helpers import CLIPS, TINY, export_for_every_runtime
 
 KEPT_MODELS = 3
+# Fixtures that restore a checkpoint or run scripts. A test with one of them, directly or through another, is slow.
+SLOW_FIXTURES = {"tiny_model", "tiny_transformers", "tiny_export", "tiny_runtimes"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files with the most slow tests first: a worker of pytest-xdist takes one file after the other, and none
-    should begin a long file when the others have already finished."""
+    """Mark the tests with a slow fixture, and run the files with the most slow tests first: a worker of pytest-xdist
+    takes one file after the other, and none should begin a long file when the others have already finished."""
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

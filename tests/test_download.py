@@ -28,6 +28,8 @@ from common.checkpoint.source import source_record
 from tests.helpers import CLIPS, ROOT, TINY, shard
 from tests.hub import COMMIT, Hub, serve
 
+pytestmark = pytest.mark.slow
+
 EXPORT, TOKENIZER = "export_parakeet_to_onnx.py", "export_tokenizer.py"
 NAME = "owner/model"
 TOKEN = "hf_thisisnotarealtoken"

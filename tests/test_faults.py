@@ -34,6 +34,8 @@ from common.run.genai import GenAI
 from tests.faults import audio, checkpoints
 from tests.helpers import ROOT, TINY, WITHOUT_SPEED, reproducible, tiny_members, write_tar
 
+pytestmark = pytest.mark.slow
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked child")
 
 

@@ -18,6 +18,8 @@ from common.run.genai import GenAI
 from common.run.nemo import Nemo
 from tests.helpers import TINY, ctc_only, plain_rnnt, rewrite_config, rewrite_weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def spec(tiny_model):

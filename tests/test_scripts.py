@@ -77,6 +77,7 @@ class TestBadCheckpoints:
         assert "--model_name" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [ctc_only, plain_rnnt])
 def test_another_family(change, capsys, tmp_path):
     path = rewrite_config(tmp_path / "other.nemo", change)
@@ -85,6 +86,7 @@ def test_another_family(change, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_features_that_genai_cannot_compute(capsys, tmp_path):
     odd = {"normalize": "all_features", "mag_power": 1.0, "frame_splicing": 2}
     path = rewrite_config(tmp_path / "odd.nemo", lambda config: config["preprocessor"].update(odd))
@@ -93,6 +95,7 @@ def test_features_that_genai_cannot_compute(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_windows_that_are_not_whole_frames(capsys, tmp_path):
     argv = ("--model_name", TINY, "--output_dir", tmp_path / "out", "--left_context_seconds", "1.23")
     error = rejected(capsys, export_parakeet_to_onnx, *argv)
@@ -440,6 +443,7 @@ def imported_packages(name: str) -> set[str]:
     return found & top_level
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 class TestBeforeTheScriptBegins:
     def test_a_python_without_packages_is_one_line(self, name):

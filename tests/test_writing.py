@@ -21,6 +21,8 @@ from common.run.genai import GenAI
 from common.run.ort import OrtGraph
 from tests.helpers import CLIPS, TINY, handmade, rejected, trained
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def own_model(restore_with_nemo, monkeypatch):
