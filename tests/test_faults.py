@@ -39,7 +39,6 @@ pytestmark = pytest.mark.slow
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked child")
 
 
-@pytest.mark.slow
 @needs_fork
 def test_drills():
     """Kills, a full disk, hostile and odd input: the short form of `make faults`, in a process that can fork."""
@@ -111,7 +110,6 @@ class TestReplacing:
         assert seen == {"old", "new"}
         assert found == self.NEW
 
-    @pytest.mark.slow
     @needs_fork
     @pytest.mark.skipif(sys.platform != "linux", reason="renameat2")
     def test_with_an_exchange_no_reader_meets_anything_but_the_whole(self, tmp_path):
@@ -251,7 +249,6 @@ assert optimize_encoder.main(["--model_dir", folder, "--output_dir", optimized])
 """
 
 
-@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(tiny_export, tiny_optimized, tmp_path):
     """In another process, with another hash seed, in a folder of another name."""
     folder = tmp_path / "again" / "onnx_models"

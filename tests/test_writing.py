@@ -95,7 +95,6 @@ def test_a_script_that_the_vocabulary_lacks(tmp_path, capsys):
     assert "got" in rejected(capsys, export_parakeet_to_onnx, *argv, "")
 
 
-@pytest.mark.slow
 def test_an_export_in_one_script(own_model, tiny_export, tmp_path, capsys, monkeypatch):
     """Greek alone cannot spell an English clip, so tokens must change; the reference has the same bias."""
     import shutil
