@@ -37,8 +37,8 @@ EXPORTS = {  # name → (checkpoint, flags)
     "nemo/fp16": ("tiny", ["--runtime", "all", "--precision", "fp16", "--skip_verify"]),
     "nemo/cuda-less scripts": ("tiny", ["--scripts", "latin", "--skip_verify"]),
     "transformers/all": ("transformers", ["--runtime", "all", "--skip_verify"]),
-    "random/all": ("random", ["--runtime", "all", "--skip_verify"]),
-    "random/fp16": ("random", ["--precision", "fp16", "--skip_verify"]),
+    "random/all": ("hybrid TDT-CTC", ["--runtime", "all", "--skip_verify"]),
+    "random/fp16": ("biases", ["--precision", "fp16", "--skip_verify"]),
 }
 OPTIMIZATIONS = {  # name → flags; each on the GenAI folder of nemo/all
     "rtn": [],
@@ -60,8 +60,11 @@ OPTIMIZATIONS = {  # name → flags; each on the GenAI folder of nemo/all
 ALL_RUNTIMES = {  # on the folders of every runtime
     "nemo/all": {"int8, tokens": ["--quant_method", "int8", "--decoder_joint_precision", "int8"]},
     "transformers/all": {"rtn": []},
-    "random/all": {"int8 calibrated": ["--quant_method", "int8", *CALIBRATED], "k_quant_mixed": ["--quant_method", "k_quant_mixed"]},
-}  # fmt: skip
+    "random/all": {
+        "int8 calibrated": ["--quant_method", "int8", *CALIBRATED],
+        "k_quant_mixed": ["--quant_method", "k_quant_mixed"],
+    },
+}
 
 
 def key_paths(content: object, path: str = "") -> Iterator[str]:
@@ -126,7 +129,7 @@ class Recipes:
     def checkpoint(self, kind: str) -> Path:
         if kind == "tiny":
             return TINY
-        path = self.work / {"transformers": "transformers", "random": "random.nemo"}[kind]
+        path = self.work / kind
         if not path.exists():
             if kind == "transformers":
                 from benchmarks.transformers_checkpoint import convert
@@ -136,7 +139,9 @@ class Recipes:
                 from benchmarks.random_checkpoint import write_checkpoint
                 from tests.helpers import TOPOLOGIES
 
-                write_checkpoint(path, next(iter(TOPOLOGIES.values())))
+                path = path.with_suffix(".nemo")
+                if not path.exists():
+                    write_checkpoint(path, next(topology for name, topology in TOPOLOGIES.items() if kind in name))
         return path
 
     def export(self, name: str) -> Path:
