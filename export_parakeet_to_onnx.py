@@ -33,15 +33,13 @@ from common.checkpoint.source import source_record
 from common.checkpoint.spec import ModelSpec
 from common.export.options import FP16, FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
 from common.export.pipeline import Features, export_checkpoint, find_clips
-from common.folder.locations import write_locations
-from common.folder.manifest import MANIFEST, write_manifest
-from common.folder.minimum_runtime import MINIMUM_RUNTIME, minimum_runtime
-from common.folder.staging import check_output_dir, staged_folder, state_needs
+from common.folder import MANIFEST, check_output_dir, staged_folder, state_needs, write_locations, write_manifest
 from common.layouts import LAYOUTS, Layout, Window
 from common.layouts.folders import ALL, read_vocabulary, subfolders_of, write_layout
 from common.layouts.genai import GENAI
 from common.layouts.identity import kept_by_export
 from common.layouts.layout import check_feature_graphs, check_same_layouts, write_configs
+from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime
 from common.report.card import CARD, write_card
 
 SPEECH = Path(__file__).resolve().parent / "samples"  # 40 s of speech, on which --precision fp16 measures values

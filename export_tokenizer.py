@@ -45,9 +45,16 @@ from common.checkpoint.tokenizer import (
     vocab_text,
 )
 from common.contract import TOKENIZER_FILES
-from common.folder.manifest import MANIFEST, is_float16, read_manifest, write_manifest
-from common.folder.outputs import write_json
-from common.folder.staging import check_output_dir, require_free, staged_folder
+from common.folder import (
+    MANIFEST,
+    check_output_dir,
+    is_float16,
+    read_manifest,
+    require_free,
+    staged_folder,
+    write_json,
+    write_manifest,
+)
 from common.layouts.genai import GENAI, genai_folder
 from common.layouts.identity import check_name_for_graphs, check_tokenizer_for_graphs
 from common.report.card import CARD, write_card

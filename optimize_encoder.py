@@ -27,9 +27,9 @@ from common.cli import TEST_COMMAND, Parser, Stages, checked_options, run, warn
 
 from common.evaluate.manifests import read_speech_manifests
 from common.evaluate.stress_run import StressOptions, add_stress_flags
-from common.folder.onnx_files import share_equal_data
-from common.folder.staging import staged_folder
+from common.folder import staged_folder
 from common.layouts.layout import layouts_in
+from common.onnx_io import share_equal_data
 from common.quantize import METHODS
 from common.quantize.blocks import BLOCK_SIZES
 from common.quantize.cpu import reduce_range_advice

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.cli import MODEL_DIR_HELP, CheckError, Parser, Stages, default_model_dir, run
 from common.contract import GRAPH_FILES, TOKENIZER_FILES
-from common.folder.manifest import verify_files
+from common.folder import verify_files
 from common.layouts.genai import genai_folder
 from common.layouts.identity import check_one_checkpoint
 from common.run.baseline import RawOrt

@@ -54,7 +54,7 @@ from common.evaluate.tables import MAX_PRINTED_CLIPS, print_corpus, transcribe_a
 from common.evaluate.text_rules import ids_of_other_words
 from common.evaluate.transcripts import ComparedClip
 from common.evaluate.verdict import judge_times, print_and_judge
-from common.folder.outputs import check_outputs, json_text, printing_beside, write_output
+from common.folder import check_outputs, json_text, printing_beside, write_output
 from common.layouts.genai import genai_folder
 from common.report.clips_page import clips_page_writer, comparison_page, stress_page
 from common.run.clips import Clip, read_clips

@@ -20,7 +20,7 @@ from benchmarks.bench import machine, parse_args
 from benchmarks.loud_channels import KINDS, write_loud
 from benchmarks.recipes import FLOAT32, build
 from common.contract import ENCODER
-from common.folder.onnx_files import load, save_model
+from common.onnx_io import load, save_model
 from common.quantize import METHODS
 from common.quantize.fidelity import sqnr_db
 from common.quantize.method import WeightOptions

@@ -29,8 +29,7 @@ from benchmarks.bench import machine, parse_args, peak_memory, process, speech
 from benchmarks.recipes import FLOAT32, RECIPES, build
 from common.cli import size_text
 from common.contract import DECODER, ENCODER, GENAI_CONFIG, JOINT, Graph
-from common.folder.outputs import write_json
-from common.folder.staging import staged_folder
+from common.folder import staged_folder, write_json
 from common.layouts.genai import ENCODER_SESSION, TOKEN_SESSION
 from common.run.baseline import RawOrt
 from common.run.config import RuntimeConfig
@@ -168,7 +167,7 @@ def change_joint(folder: Path, mean: np.ndarray, scale: float, blank_id: int, bi
     """Rewrite the float32 joint of `folder` to take (frame - mean) / scale, and to add `bias` to its blank logit."""
     import onnx_ir as ir
 
-    from common.folder.onnx_files import save_model
+    from common.onnx_io import save_model
 
     model = ir.load(folder / JOINT.file)
     ir.external_data.load_to_model(model)

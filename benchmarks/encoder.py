@@ -33,7 +33,7 @@ from benchmarks.peers import FEATURES, SAMPLES, Peer, PeerProcess
 from benchmarks.recipes import FLOAT32, RECIPES, build, encoder_bytes
 from common.cli import size_text
 from common.contract import ENCODER
-from common.folder.outputs import write_json
+from common.folder import write_json
 
 CLIP_SECONDS = (10, 20, 60, 72)
 PLOT_SECONDS = 20

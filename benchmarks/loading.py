@@ -24,8 +24,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from benchmarks.bench import machine, peak_memory, process
 from common.cli import size_text
 from common.contract import ENCODER
-from common.folder.onnx_files import load
-from common.folder.onnx_graph import add_initializer, input_of, shape_of, tensor_of
+from common.onnx_io import add_initializer, input_of, load, shape_of, tensor_of
 from common.quantize.int8 import int4_tensor
 from common.run.session import open_session
 

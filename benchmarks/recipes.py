@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmarks.bench import SAMPLES, parse_args, process
 from common.cli import size_text
 from common.contract import ENCODER
-from common.folder.staging import staged_folder
+from common.folder import staged_folder
 from common.quantize.cpu import exact_bits
 
 CALIBRATION = SAMPLES / "manifest.jsonl"

@@ -20,7 +20,7 @@ from common.evaluate.engines import tokenizer_text
 from common.evaluate.stress import StressResults, StressTest, folder_engines, genai_engine, reference_engine, run_stress
 from common.evaluate.stress_run import FLOAT32
 from common.evaluate.stress_table import StressRow, print_stress, stress_rows
-from common.folder.outputs import write_json
+from common.folder import write_json
 from common.run.baseline import RawOrt
 from common.run.clips import read_clips
 from common.run.genai import GenAI

@@ -27,7 +27,7 @@ import soundfile
 from tqdm import tqdm
 
 from benchmarks.bench import CORES
-from common.folder.staging import check_output_dir, staged_folder
+from common.folder import check_output_dir, staged_folder
 
 # Choices are separated by "|", and {name} is one of the choices of that name.
 WORDS = {

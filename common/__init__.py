@@ -2,9 +2,9 @@
 from earlier rooms (tests/test_rooms.py).
 
     contract     tensors, graphs, views, the legend of axes, roles of weights, tolerances: declared once
-    cli          parser, stages, exit statuses and command lines of all scripts
-    progress     progress bars
-    folder       output folders: atomic replacement, manifest, ONNX files
+    cli          parser, stages, progress bars, exit statuses and command lines of all scripts
+    folder       output folders and files: checks, atomic replacement, manifest
+    onnx_io      ONNX files and graphs
     checkpoint   checkpoints of NeMo and transformers, as untrusted input: download, numbers, tokenizer, model
     run          audio and clips in, tokens out: NumPy's greedy loop, ONNX Runtime, ONNX Runtime GenAI, NeMo
     export       NeMo's modules → ONNX graphs, verified against NeMo; float16

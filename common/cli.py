@@ -15,10 +15,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
             """Raise ValueError for a value, or a combination of values, that cannot be used."""
 
     T = TypeVar("T", bound=Options)
+
+Item = TypeVar("Item")
 
 EXIT_OK = 0
 EXIT_CHECK = 1  # a check ran and failed, or the program itself did
@@ -214,6 +216,25 @@ class Stages:
         now = time.perf_counter()
         print(f"[{self.done}/{self.total}]", *fields, f"{now - self.since:.1f} s", sep="  ", flush=True)
         self.since = now
+
+
+def progress(items: Iterable[Item], *, total: int, task: str, unit: str) -> Iterator[Item]:
+    """The items, with a bar that counts them."""
+    with progress_bar(total=total, task=task, unit=unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def progress_bar(*, total: float | None, task: str, unit: str, shown: bool = True) -> Any:
+    """A bar that the caller moves: a context manager with `update(steps)`; `write(line)` prints above it.
+
+    total: None where it is not known; the bar then only counts.
+    """
+    from tqdm import tqdm  # not at the top: a missing package is reported by report_missing_package
+
+    # smoothing=0: the time left is computed from the average of all steps, since their cost varies.
+    return tqdm(total=total, desc=task, unit=unit, smoothing=0, leave=False, disable=None if shown else True)
 
 
 def size_text(num_bytes: float) -> str:

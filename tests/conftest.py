@@ -16,7 +16,7 @@ import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
 from common.checkpoint import nemo
-from common.folder.manifest import sha256
+from common.folder import sha256
 from common.report import optimized_folder
 from common.run.audio import load_clip
 from common.run.clips import Clip

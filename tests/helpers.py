@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceTrainer
 import export_parakeet_to_onnx
 import export_tokenizer
 from common.checkpoint.tokenizer import ModelProto, Piece
-from common.folder.manifest import sha256
+from common.folder import sha256
 from common.layouts.identity import REPORT_FILES
 from common.layouts.layout import Layout
 from common.layouts.sherpa_onnx import SHERPA_ONNX

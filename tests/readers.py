@@ -10,7 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from common.checkpoint.tokenizer import Piece, parse_model, tokenizer_config, tokenizer_json
-from common.folder.outputs import write_json
+from common.folder import write_json
 
 
 class Readers:

@@ -11,8 +11,8 @@ from onnx import numpy_helper
 
 import optimize_encoder
 from common.contract import ENCODER
-from common.folder.manifest import MANIFEST
-from common.folder.onnx_files import load, save_model
+from common.folder import MANIFEST
+from common.onnx_io import load, save_model
 from common.quantize import K_QUANT_MIXED, int8
 from common.quantize import blocks as quantize
 from common.quantize import smoothing as smooth

@@ -15,10 +15,10 @@ from huggingface_hub import ModelCard
 from onnx import TensorProto, helper
 
 import export_tokenizer
-from common.folder.manifest import sha256
-from common.folder.minimum_runtime import minimum_runtime
+from common.folder import sha256
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import BROWSER_PAGE, ONNX_ASR
+from common.onnx_io import minimum_runtime
 from common.report.card import CARD, PUBLISHED, front_matter, model_card, wer_table
 from tests.helpers import ROOT, SAMPLES, TINY
 

@@ -18,7 +18,7 @@ from common.export.parity import ParityError
 from common.export.pipeline import export_graphs, verify_graphs
 from common.export.trace import export_graph
 from common.export.wrappers import WRAPPERS
-from common.folder.locations import CHECKPOINT, read_location
+from common.folder import CHECKPOINT, read_location
 from common.run.ort import OrtGraph
 from tests.helpers import ROOT, TINY
 

@@ -18,13 +18,10 @@ import soxr
 
 import export_parakeet_to_onnx
 import export_tokenizer
+from common import folder as swap
 from common.checkpoint.archive import open_archive, parse_config
 from common.checkpoint.nemo import load_model, read_config
-from common.folder import atomic as swap
-from common.folder.locations import LOCATIONS
-from common.folder.manifest import fingerprint, verify_files
-from common.folder.outputs import write_json
-from common.folder.staging import staged_folder
+from common.folder import LOCATIONS, fingerprint, staged_folder, verify_files, write_json
 from common.layouts.identity import REPORT_FILES
 from common.report.card import CARD
 from common.run.audio import load_clip
@@ -189,7 +186,7 @@ class TestReplacing:
         def full(_):
             raise OSError("No space left on device")
 
-        monkeypatch.setattr("common.folder.outputs.fsync", full)
+        monkeypatch.setattr("common.folder.fsync", full)
         with pytest.raises(OSError, match="No space"):
             write_json(path, {"a": 2})
         assert json.loads(path.read_text()) == {"a": 1}

@@ -21,9 +21,7 @@ from common.evaluate.text_rules import explaining_rules, text_rules
 from common.evaluate.transcripts import NEMO, ComparedClip, Comparison, FolderEngines, Transcript
 from common.evaluate.verdict import judge_texts, judge_times, print_verdict, print_warnings
 from common.evaluate.wer import high_error_warning, word_error_rate
-from common.folder.manifest import read_manifest
-from common.folder.outputs import write_json
-from common.folder.staging import staged_folder
+from common.folder import read_manifest, staged_folder, write_json
 from common.layouts.adapt import write_view
 from common.layouts.identity import check_one_checkpoint, check_same_checkpoint, kept_by_export
 from common.layouts.onnx_asr import ONNX_ASR

@@ -18,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 import optimize_encoder
 from common.cli import CheckError
 from common.contract import ENCODER
-from common.folder.manifest import MANIFEST
-from common.folder.onnx_files import load, save_model
+from common.folder import MANIFEST
+from common.onnx_io import load, save_model
 from common.quantize import INT8, columns
 from common.quantize.fidelity import compare, sqnr_db
 from common.quantize.int8 import int4_tensor

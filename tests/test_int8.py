@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import optimize_encoder
 from common.contract import DECODER, ENCODER, JOINT
-from common.folder.manifest import MANIFEST
-from common.folder.onnx_files import save_model
+from common.folder import MANIFEST
+from common.onnx_io import save_model
 from common.quantize import INT8, columns, int8
 from common.quantize.fidelity import sqnr_db
 from common.quantize.method import WeightOptions

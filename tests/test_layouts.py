@@ -24,9 +24,7 @@ from common.checkpoint.tokenizer import bpe_text, tokens_text
 from common.cli import EXPORT_COMMAND, CheckError
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.evaluate.speed import Speed
-from common.folder.locations import CHECKPOINT, read_location
-from common.folder.manifest import MANIFEST, read_manifest, verify_files
-from common.folder.staging import staged_folder
+from common.folder import CHECKPOINT, MANIFEST, read_location, read_manifest, staged_folder, verify_files
 from common.layouts import adapt as views
 from common.layouts.genai import GENAI, check_genai_supports, genai_folder
 from common.layouts.layout import LAYOUTS, Layout, layout_of, layouts_in, register

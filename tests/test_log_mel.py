@@ -16,7 +16,7 @@ import export_parakeet_to_onnx
 import optimize_encoder
 from common.checkpoint.spec import ModelSpec
 from common.cli import CheckError
-from common.folder.manifest import FILES, read_manifest
+from common.folder import FILES, read_manifest
 from common.layouts.layout import FEATURES_TOLERANCE, check_feature_graphs
 from common.layouts.log_mel import log_mel_graph
 from common.layouts.onnx_asr import ONNX_ASR

@@ -16,8 +16,8 @@ import optimize_encoder
 import test_e2e
 from common.contract import ENCODER, LAYER_ROLES, EncoderWeight, Role, encoder_weight, encoder_weights
 from common.evaluate.stress_run import StressOptions
-from common.folder.manifest import MANIFEST
-from common.folder.onnx_files import load
+from common.folder import MANIFEST
+from common.onnx_io import load
 from common.quantize import METHODS, RTN
 from common.quantize.blocks import relative_error
 from common.quantize.method import QuantMethod, WeightOptions, register

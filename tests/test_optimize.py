@@ -14,9 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import optimize_encoder
 from common.contract import MICROSOFT, encoder_weight
-from common.folder.locations import LOCATIONS
-from common.folder.manifest import MANIFEST
-from common.folder.onnx_files import load, save_model
+from common.folder import LOCATIONS, MANIFEST
+from common.onnx_io import load, save_model
 from common.quantize import HQQ, K_QUANT_MIXED, METHODS, RTN, matmul_nbits
 from common.quantize import blocks as quantize
 from common.quantize.blocks import BITS, BLOCK_SIZES

@@ -16,7 +16,7 @@ from common.checkpoint.tokenizer import Piece, parse_model, tokenizer_json, voca
 from common.contract import DECODER, ENCODER, JOINT
 from common.export import wrappers
 from common.export.trace import export_graph
-from common.folder.onnx_files import save_model
+from common.onnx_io import save_model
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, compare
 from common.quantize.fusion import fuse
 from common.run.decode import GENAI_RULE, NEMO_RULE, DecodingConfig, Prediction, greedy_tdt_decode

@@ -19,7 +19,7 @@ from common.cli import CheckError
 from common.contract import GRAPHS
 from common.evaluate import word_limit
 from common.evaluate.word_limit import EvaluatedClip, judge, marked, print_word_errors, word_table
-from common.folder.manifest import verify_files
+from common.folder import verify_files
 from common.quantize import blocks as quantize
 from common.quantize import matmul_nbits
 from common.quantize.plan import Format, Stored

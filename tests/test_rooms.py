@@ -10,8 +10,9 @@ from tests.helpers import ROOT
 
 # A room imports from rooms of earlier floors, and a module from others of its own room.
 FLOORS = (
-    ("cli", "contract", "progress"),
+    ("cli", "contract"),
     ("folder",),
+    ("onnx_io",),
     ("run", "checkpoint"),
     ("export", "layouts", "quantize"),
     ("evaluate",),

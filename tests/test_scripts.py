@@ -22,7 +22,7 @@ import test_e2e
 import test_real_speech
 from common.cli import PUBLISH_COMMAND
 from common.evaluate import engines
-from common.folder.locations import write_locations
+from common.folder import write_locations
 from common.quantize import METHODS
 from tests.helpers import ROOT, SAMPLES, TINY, WITHOUT_SPEED, ctc_only, plain_rnnt, rejected, rewrite_config
 

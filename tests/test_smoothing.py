@@ -17,8 +17,8 @@ import optimize_encoder
 from benchmarks.loud_channels import write_loud
 from benchmarks.random_checkpoint import write_checkpoint
 from common.contract import ENCODER
-from common.folder.manifest import MANIFEST
-from common.folder.onnx_files import load, save_model
+from common.folder import MANIFEST
+from common.onnx_io import load, save_model
 from common.quantize.fidelity import sqnr_db
 from common.quantize.fusion import fuse
 from common.quantize.rewrite import quantizable

@@ -23,7 +23,7 @@ from common.evaluate.conditions import (
     conditions_of,
 )
 from common.evaluate.wer import word_counts
-from common.folder.onnx_files import save_model
+from common.onnx_io import save_model
 from common.report import optimized_folder
 from common.report.report import REPORT_JSON
 from tests.helpers import CLIPS, ROWS, rejected

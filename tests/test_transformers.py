@@ -30,7 +30,7 @@ from common.contract import GRAPH_FILES, GRAPHS, TOKENIZER_FILES
 from common.export.options import ExportOptions
 from common.export.parity import ParityError
 from common.export.pipeline import export_graphs, verify_graphs
-from common.folder.manifest import read_manifest
+from common.folder import read_manifest
 from common.layouts.genai import GENAI
 from common.report.card import model_card
 from common.run.genai import GenAI

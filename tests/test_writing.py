@@ -14,7 +14,7 @@ from common.contract import DECODER, ENCODER, JOINT
 from common.export.trace import export_graph
 from common.export.wrappers import WRAPPERS
 from common.export.writing import ids_of_other_scripts, suppress, suppressed_ids
-from common.folder.manifest import read_manifest
+from common.folder import read_manifest
 from common.layouts.genai import GENAI
 from common.report.card import model_card
 from common.run.genai import GenAI

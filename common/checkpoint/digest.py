@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.folder.manifest import sha256
+from common.folder import sha256
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _digests: dict[tuple[int, ...], str] = {}  # by numbers that identify a file and its content

@@ -7,15 +7,14 @@ from common.checkpoint.download import find_checkpoint
 from common.checkpoint.format import format_of
 from common.checkpoint.hub import DEFAULT_REVISION, commit_of, hub_name
 from common.checkpoint.nemo import NEMO
-from common.folder.locations import CHECKPOINT, read_location
-from common.folder.manifest import read_manifest
+from common.folder import CHECKPOINT, read_location, read_manifest
 
 
 def source_record(checkpoint: Path, model_name: str, *, revision: str | None = None) -> dict[str, Any]:
     """The record of a checkpoint that was found by `model_name`.
 
     The record has its Hugging Face `name`, the `revision` asked for and the `commit` used, or the name of its `file`;
-    its `sha256`; and its `format`. The path is not published (common/folder/locations.py).
+    its `sha256`; and its `format`. The path is not published (common/folder.py).
     """
     known = format_of(checkpoint)
     digest = known.digest(checkpoint)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common.checkpoint.digest import SHA256, file_digest
 from common.checkpoint.hub import HubFile, failure_of, http_status, not_the_hub, requested_pause
 from common.cli import size_text
-from common.folder.staging import DISK_ERRORS
+from common.folder import DISK_ERRORS
 
 T = TypeVar("T")
 # Seconds to wait before a request is sent again; any byte that arrives starts the list again.

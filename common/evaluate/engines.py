@@ -25,8 +25,7 @@ from common.evaluate.text_rules import TextRule, text_rules, transformers_text_r
 from common.evaluate.timestamps import Pieces
 from common.evaluate.transcripts import FolderEngines
 from common.export.writing import suppress, suppressed_ids
-from common.folder.locations import CHECKPOINT, EXPORTED, read_location
-from common.folder.manifest import FILES, MANIFEST, is_float16, read_manifest
+from common.folder import CHECKPOINT, EXPORTED, FILES, MANIFEST, is_float16, read_location, read_manifest
 from common.layouts.genai import GENAI
 from common.layouts.identity import check_one_checkpoint, check_same_checkpoint
 from common.run.baseline import RawOrt

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import CheckError
+from common.cli import CheckError, progress_bar
 from common.evaluate.conditions import CLEAN, Condition, Speech, Take, conditions_of
 from common.evaluate.engines import timed
 from common.evaluate.wer import WordCounts, normalize, word_counts
-from common.progress import progress_bar
 from common.run.baseline import RawOrt
 from common.run.config import RuntimeConfig
 from common.run.genai import GenAI

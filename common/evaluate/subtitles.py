@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.cli import Parser
 from common.evaluate.timestamps import TimedWord
-from common.folder.outputs import is_standard_output
+from common.folder import is_standard_output
 from common.run.clips import Clip
 
 # Subtitles as broadcasters set them (Netflix Timed Text Style Guide): two lines of 42 characters, 5/6 s to 7 s.

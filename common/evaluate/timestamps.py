@@ -22,7 +22,7 @@ from pathlib import Path
 
 from common.checkpoint.tokenizer import SPACE
 from common.cli import TOKENIZER_COMMAND
-from common.folder.outputs import read_json
+from common.folder import read_json
 from common.run.confidence import Confidence
 from common.run.decode import Step
 

@@ -19,8 +19,7 @@ from onnx_ir.passes import common as passes
 
 from common.contract import Graph
 from common.export.typed_graph import FLOATS, exact_session, float_values, load_typed, name_of
-from common.folder.onnx_files import save_model
-from common.folder.onnx_graph import add_initializer, release, tensor_of
+from common.onnx_io import add_initializer, release, save_model, tensor_of
 from common.run.ort import OrtGraph
 
 LARGEST_FLOAT16 = 65504.0

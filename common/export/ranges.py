@@ -9,7 +9,7 @@ import onnx_ir as ir
 from common.contract import ENCODER, GRAPHS, Graph
 from common.export.float16 import Ranges
 from common.export.typed_graph import exact_session, load_typed, name_of
-from common.folder.onnx_graph import computed_from, input_of
+from common.onnx_io import computed_from, input_of
 from common.run.baseline import RawOrt
 from common.run.ort import OrtGraph
 

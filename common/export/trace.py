@@ -13,7 +13,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from common.contract import Graph
 from common.export.options import check_opset
 from common.export.wrappers import Wrapper, named_weights
-from common.folder.onnx_files import save_model
+from common.onnx_io import save_model
 
 # torch.onnx.export(dynamo=False) of torch 2.13 ends at 20; the newer exporter goes on, but takes four times as long.
 EXPORTER_MAX_OPSET = 20

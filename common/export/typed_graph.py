@@ -6,7 +6,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from common.folder.onnx_files import load
+from common.onnx_io import load
 from common.run.session import open_session
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)

@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from common.cli import CheckError
 from common.contract import Tensor, View
-from common.folder.atomic import link
-from common.folder.onnx_files import load, save_model
+from common.folder import link
+from common.onnx_io import load, save_model
 from common.run.ort import OrtGraph
 
 # The sizes at which a view is compared with its source: batch, mel frames, encoder frames, target positions.

@@ -13,9 +13,7 @@ from common.checkpoint.hub import hub_name
 from common.checkpoint.nemo import NEMO
 from common.cli import EXPORT_COMMAND, TOKENIZER_COMMAND, Command
 from common.contract import GENAI_CONFIG, JOINT, TOKENIZER_FILES
-from common.folder.locations import CHECKPOINT, read_location
-from common.folder.manifest import FILES, read_manifest
-from common.folder.outputs import read_json
+from common.folder import CHECKPOINT, FILES, read_json, read_location, read_manifest
 from common.layouts.genai import GENAI
 from common.layouts.layout import Layout
 from common.run.config import RuntimeConfig

@@ -24,10 +24,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes import common as passes
 
+from common.cli import progress_bar
 from common.contract import ENCODER
-from common.folder.onnx_files import load
-from common.folder.onnx_graph import input_of, name_of, tensor_of
-from common.progress import progress_bar
+from common.onnx_io import input_of, load, name_of, tensor_of
 from common.quantize.blocks import power_of
 from common.quantize.moments import second_moments
 from common.quantize.rewrite import quantizable

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from common.contract import MICROSOFT
-from common.folder.onnx_files import model_of, read_proto
+from common.onnx_io import model_of, read_proto
 
 
 def fuse(path: Path) -> tuple[ir.Model, Counter[str]]:

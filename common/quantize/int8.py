@@ -23,8 +23,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from common.contract import MICROSOFT, EncoderWeight, Role, encoder_weight
-from common.folder.onnx_files import load
-from common.folder.onnx_graph import add_initializer, input_of, shared_initializer
+from common.onnx_io import add_initializer, input_of, load, shared_initializer
 from common.quantize.calibration import ObservedProduct, ProductInSequence, calibrated_products, fit_in_sequence
 from common.quantize.columns import (
     LOW_BITS,

@@ -9,8 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from common.contract import MICROSOFT, EncoderWeight, Role
-from common.folder.onnx_files import load
-from common.folder.onnx_graph import add_initializer, input_of, shape_of
+from common.onnx_io import add_initializer, input_of, load, shape_of
 from common.quantize.blocks import (
     BITS,
     Fitter,

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import defs
 
-from common.folder.onnx_graph import shared_initializer
+from common.onnx_io import shared_initializer
 
 # Operators whose newer versions only accept more types, or have new attributes whose defaults keep the old meaning
 # (onnx's changelog, opsets 18 to 21).

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from common.folder.onnx_files import data_bytes
-from common.folder.onnx_graph import shape_of, tensor_of
+from common.onnx_io import data_bytes, shape_of, tensor_of
 
 # Bytes that a quantized product adds to the graph file: attributes, and the names and places of its tensors. Up to 500
 # were measured for a MatMulNBits.

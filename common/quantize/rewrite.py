@@ -14,11 +14,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from common.cli import PrintStage, size_text
+from common.cli import PrintStage, progress, size_text
 from common.contract import encoder_weights
-from common.folder.onnx_files import load
-from common.folder.onnx_graph import computed_from, input_of, name_of, tensor_of
-from common.progress import progress
+from common.onnx_io import computed_from, input_of, load, name_of, tensor_of
 from common.quantize.fusion import fuse
 from common.quantize.method import Calibrated, P, QuantMethod, WeightOptions
 from common.quantize.options import OptimizeOptions

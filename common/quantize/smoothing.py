@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from common.folder.onnx_graph import (
+from common.onnx_io import (
     add_initializer,
     computed_from,
     input_of,

@@ -9,8 +9,7 @@ import onnx_ir as ir
 
 from common.cli import CheckError
 from common.contract import MICROSOFT, Graph
-from common.folder.onnx_files import load, save_model
-from common.folder.onnx_graph import input_of, name_of, remove_if_unused, shared_initializer, tensor_of
+from common.onnx_io import input_of, load, name_of, remove_if_unused, save_model, shared_initializer, tensor_of
 from common.quantize.blocks import BLOCK_SIZES, relative_error
 from common.quantize.columns import high_bits, quantize_columns
 from common.quantize.fidelity import token_sqnr

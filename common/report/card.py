@@ -15,10 +15,9 @@ import yaml
 from common.cli import size_text
 from common.evaluate.transcripts import NEMO, TRANSFORMERS
 from common.evaluate.wer import WordErrorRate
-from common.folder.manifest import FILES, MANIFEST, fingerprint, is_float16, read_manifest, sha256
-from common.folder.minimum_runtime import MINIMUM_RUNTIME
-from common.folder.outputs import write_json
+from common.folder import FILES, MANIFEST, fingerprint, is_float16, read_manifest, sha256, write_json
 from common.layouts.layout import Layout
+from common.onnx_io import MINIMUM_RUNTIME
 
 CARD = "README.md"
 

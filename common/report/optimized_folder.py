@@ -9,22 +9,29 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.cli import EXPORT_COMMAND, PrintStage, size_text
+from common.cli import EXPORT_COMMAND, PrintStage, progress, size_text
 from common.evaluate import word_limit
 from common.evaluate.engines import BothModels
 from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed
 from common.evaluate.stress_run import StressOptions, stress_optimized
 from common.evaluate.stress_table import StressRow, judge_stress, stress_rows
 from common.evaluate.word_limit import EvaluatedClip, WordErrors
-from common.folder.locations import CHECKPOINT, read_location, write_locations
-from common.folder.manifest import fingerprint, is_float16, read_manifest, verify_files, write_manifest
-from common.folder.minimum_runtime import MINIMUM_RUNTIME, minimum_runtime
-from common.folder.onnx_files import of_one_name, save_model
-from common.folder.staging import check_output_dir, state_needs
+from common.folder import (
+    CHECKPOINT,
+    check_output_dir,
+    fingerprint,
+    is_float16,
+    read_location,
+    read_manifest,
+    state_needs,
+    verify_files,
+    write_locations,
+    write_manifest,
+)
 from common.layouts.adapt import write_second_name
 from common.layouts.identity import check_one_checkpoint
 from common.layouts.layout import Layout, check_same_layouts
-from common.progress import progress
+from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime, of_one_name, save_model
 from common.quantize.calibration import read_speech
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
 from common.quantize.method import Calibrated, P, QuantMethod

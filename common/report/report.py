@@ -20,10 +20,9 @@ from common.cli import size_text
 from common.contract import Graph, encoder_weight
 from common.evaluate.wer import CONFIDENCE, WordErrorRate
 from common.evaluate.word_limit import EvaluatedClip, WordErrors, changed, marked, word_table
-from common.folder.manifest import FILES, package_versions, sha256
-from common.folder.onnx_files import load
-from common.folder.outputs import write_json
+from common.folder import FILES, package_versions, sha256, write_json
 from common.layouts.identity import REPORT_FILES
+from common.onnx_io import load
 from common.quantize.plan import Sensitivity, Stored
 from common.report.card import CARD
 from common.report.decision import verdict

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.cli import silent_stderr
-from common.folder.outputs import require_file
+from common.folder import require_file
 from common.run.clips import Clip
 
 # GenAI computes the features of a whole clip at once, in 2 GB per hour of audio; the encoder then runs chunk by chunk.

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from common.cli import progress_bar
 from common.contract import DECODER, ENCODER, JOINT
-from common.progress import progress_bar
 from common.run.config import MIN_WINDOWS_OF_BAR, Piece, RuntimeConfig, windows
 from common.run.decode import GENAI_RULE, BlankZero, DecodingConfig, Frames, Hypothesis, Prediction, greedy_tdt_decode
 from common.run.ort import OpenGraph, OrtGraph

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.folder.outputs import require_file
+from common.folder import require_file
 
 MAX_NUMBER = 1e9  # seconds; 31 years
 

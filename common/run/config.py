@@ -11,7 +11,7 @@ import numpy as np
 
 from common.cli import EXPORT_COMMAND, warn
 from common.contract import GENAI_CONFIG
-from common.folder.outputs import read_json
+from common.folder import read_json
 from common.run.audio import SEGMENT_TOLERANCE, check_audio, load_clip
 from common.run.clips import Clip
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import TOKENIZER_COMMAND
-from common.progress import progress_bar
+from common.cli import TOKENIZER_COMMAND, progress_bar
 from common.run.config import MIN_WINDOWS_OF_BAR, RuntimeConfig
 
 

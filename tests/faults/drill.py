@@ -30,8 +30,7 @@ import test_e2e
 import test_real_speech
 from common.checkpoint.nemo import read_config
 from common.cli import quiet_libraries
-from common.folder.manifest import MANIFEST
-from common.folder.outputs import read_json, write_json
+from common.folder import MANIFEST, read_json, write_json
 from common.report import optimized_folder
 from tests.faults import audio, checkpoints
 from tests.helpers import ROOT, TINY, reproducible

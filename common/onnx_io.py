@@ -1,0 +1,222 @@
+"""ONNX files with external data, small operations on their graphs, and the oldest ONNX Runtime that runs them.
+
+`NAME.onnx` is the graph, and `NAME.onnx.data` its large tensors. When a graph is read, its tensors stay on disk and are
+mapped when they are needed, so that a model of gigabytes takes little memory; a graph from disk is checked first.
+
+The oldest ONNX Runtime whose CPU provider runs a graph depends on its opset, operators and types. docs/runtimes.md has
+the versions in which graphs of each method were run.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+from common.contract import MICROSOFT
+from common.folder import FILES, link, read_manifest
+
+# Smaller tensors stay inside the .onnx, where graph optimizers look for constants.
+EXTERNAL_DATA_THRESHOLD = 1024  # bytes
+EXTERNAL_DATA_ALIGNMENT = 65536  # bytes; the allocation granularity of Windows, the coarsest
+EXTERNAL_DATA_ALIGNED_FROM = 2**20  # bytes; onnx_ir's default
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write a model as `path` and `path`.data, large tensors at offsets that every system can map.
+
+    The largest tensors come first. Their sizes are mostly multiples of the alignment, so there is almost no padding
+    between them; without this order a 4-bit encoder of 0.6B had 5 MB of padding.
+    """
+    initializers = model.graph.initializers
+    for name in sorted(initializers, key=lambda name: -tensor_bytes(initializers[name])):
+        initializers[name] = initializers.pop(name)
+    ir.save(
+        model,
+        path,
+        external_data=f"{path.name}.data",
+        size_threshold_bytes=EXTERNAL_DATA_THRESHOLD,
+        alignment=EXTERNAL_DATA_ALIGNMENT,
+    )
+
+
+def tensor_bytes(value: ir.Value) -> int:
+    """Bytes of an initializer's tensor."""
+    return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def data_bytes(sizes: Iterable[int]) -> int:
+    """Bytes of the data file that save_model writes for tensors of these sizes."""
+    offset = 0
+    for size in sorted(sizes, reverse=True):
+        if size > EXTERNAL_DATA_ALIGNED_FROM:
+            offset += -offset % EXTERNAL_DATA_ALIGNMENT  # up to the next boundary
+        offset += size
+    return offset
+
+
+def of_one_name(source: Path, names: Iterable[str], scratch: Path) -> Path:
+    """A folder with the files `names` of `source` in which each file has only one name.
+
+    That is `source` itself or, where another folder shares one of the files by a hard link, the new folder `scratch`
+    with copies: onnx and onnx_ir do not read external data with several hard links, for safety.
+    """
+    names = list(names)
+    if all((source / name).stat().st_nlink == 1 for name in names):
+        return source
+    scratch.mkdir()
+    for name in names:
+        shutil.copyfile(source / name, scratch / name)
+    return scratch
+
+
+def share_equal_data(folders: Iterable[Path]) -> None:
+    """Store data files of several folders only once, under several names, where the manifests say that they are equal.
+
+    Where the file system has no hard links, they stay copies.
+    """
+    first: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.data")):
+            same = first.setdefault(read_manifest(folder)[FILES][path.name]["sha256"], path)
+            if same is not path:
+                path.unlink()
+                link(same, path)
+
+
+def load(path: Path) -> ir.Model:
+    """The model at `path`, with its large tensors left on disk. Raises ValueError as read_proto does."""
+    return model_of(read_proto(path), path.parent)
+
+
+def read_proto(path: Path) -> onnx.ModelProto:
+    """The graph at `path` without its external data.
+
+    Raises ValueError if it is not an ONNX model, or if the data file ends before its tensors do.
+    """
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ValueError(f"{path} is not an ONNX model ({error}); export it again") from None
+    for tensor in filter(uses_external_data, proto.graph.initializer):
+        place = ExternalDataInfo(tensor)
+        data = path.parent / place.location
+        end = (place.offset or 0) + (place.length or 0)
+        size = data.stat().st_size
+        if size < end:
+            raise ValueError(f"expected {end} bytes or more in {data} for {tensor.name}, got {size}; export it again")
+    return proto
+
+
+def model_of(proto: onnx.ModelProto, folder: Path) -> ir.Model:
+    """The model of a graph whose external data lies in `folder`; it may use ONNX Runtime's own operators."""
+    model = ir.from_proto(proto)
+    model.graph.opset_imports.setdefault(MICROSOFT, 1)
+    ir.external_data.set_base_dir(model.graph, folder)
+    return model
+
+
+T = TypeVar("T")
+
+
+def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """A new initializer of `graph` with the tensor's name and content."""
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def shared_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The initializer of that name, which is created from `array` on first use."""
+    existing = graph.initializers.get(name)
+    return add_initializer(graph, ir.tensor(array, name=name)) if existing is None else existing
+
+
+def remove_if_unused(graph: ir.Graph, value: ir.Value) -> None:
+    """Remove an initializer that no node uses any more."""
+    if not value.uses():
+        del graph.initializers[name_of(value)]
+
+
+def input_of(node: ir.Node, index: int) -> ir.Value:
+    """An input that the operator requires. Raises ValueError where it is left out."""
+    value = node.inputs[index]
+    if value is None:
+        raise ValueError(f"expected input {index} of {node.op_type} {node.name}, got none; export the graph again")
+    return value
+
+
+def name_of(value: ir.Value) -> str:
+    """The name of a value of a graph that was read from a file, where each has one."""
+    assert value.name is not None, f"{value} has no name"
+    return value.name
+
+
+def tensor_of(value: ir.Value) -> ir.TensorProtocol:
+    """The tensor of an initializer. Raises ValueError where the value is computed."""
+    if value.const_value is None:
+        raise ValueError(f"expected a constant, got {value.name}, which is computed; export the graph again")
+    return value.const_value
+
+
+def shape_of(value: ir.Value) -> tuple[int, ...]:
+    """The shape of an initializer."""
+    return tuple(tensor_of(value).shape.numpy())
+
+
+def release(tensor: ir.TensorProtocol) -> None:
+    """Unmap the data file that a tensor was read from, if any. Arrays that view it must not be used afterwards."""
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+
+
+def computed_from(value: ir.Value, function: Callable[[np.ndarray], T]) -> T:
+    """`function` of an initializer's content. Its data file is mapped only for that, so the result must not view it."""
+    tensor = tensor_of(value)
+    try:
+        return function(tensor.numpy())  # not kept in a variable: a mapping that is viewed cannot be closed
+    finally:
+        release(tensor)
+
+
+MINIMUM_RUNTIME = "minimum_onnxruntime"  # in manifest.json
+Version = tuple[int, int]
+# By opset of ONNX's own operators (onnxruntime.ai/docs/reference/compatibility.html). The operators of ONNX Runtime
+# that are used here are older, except for the product with weights of a few bits.
+OPSETS: dict[int, Version] = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18)}
+MATMUL_NBITS: dict[int, Version] = {4: (1, 17), 8: (1, 22)}  # by bits
+INT4: Version = (1, 23)  # 1.22 has no Cast of 4-bit integers
+INT4_TYPES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+
+
+def minimum_runtime(graphs: Iterable[Path]) -> str:
+    """The oldest version that runs all of these graphs, such as `1.17`.
+
+    Raises ValueError for an opset or a number of bits that is not in the tables, and as read_proto does.
+    """
+    major, minor = max(version for path in graphs for version in _needed(read_proto(path), path))
+    return f"{major}.{minor}"
+
+
+def _needed(proto: onnx.ModelProto, path: Path) -> Iterator[Version]:
+    for opset in proto.opset_import:
+        if opset.domain in ("", "ai.onnx"):
+            yield _known(OPSETS, opset.version, f"opset of {path}")
+    for node in proto.graph.node:
+        if (node.op_type, node.domain) == ("MatMulNBits", MICROSOFT):
+            bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), 4)
+            yield _known(MATMUL_NBITS, bits, f"bits of {node.name} in {path}")
+    if any(tensor.data_type in INT4_TYPES for tensor in proto.graph.initializer):
+        yield INT4
+
+
+def _known(table: dict[int, Version], key: int, what: str) -> Version:
+    if key not in table:
+        raise ValueError(f"expected {', '.join(map(str, table))} as the {what}, got {key}; add it to {__name__}")
+    return table[key]
