@@ -1,7 +1,9 @@
-# `make demo`, `make test` and `make bench` do all the set-up themselves, in .venv.
+# `make demo`, `make test` and `make bench` do all the set-up themselves, in .venv. What the scripts need and what the
+# tests need are installed apart, so that the demo installs no development packages.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
+DEVELOPMENT := .venv/installed-development
 TINY := samples/parakeet-tdt-tiny.nemo
 DEMO := build/demo
 RANDOM := build/parakeet-0.6b-random.nemo
@@ -9,10 +11,17 @@ BROWSER := build/browser
 
 .PHONY: demo test check faults browser browser-programs bench lint types clean
 
-$(INSTALLED): requirements.txt requirements-dev.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+$(INSTALLED): requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
+
+# requirements-dev.txt includes requirements.txt.
+$(DEVELOPMENT): requirements-dev.txt requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $(INSTALLED) $@
 
 # The five scripts on the bundled checkpoint: export, tokenizer, optimize, end to end, real speech.
 demo: $(INSTALLED)
@@ -27,7 +36,7 @@ demo: $(INSTALLED)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
 	--dist loadfile --no-loadscope-reorder
 
-test: $(INSTALLED)
+test: $(DEVELOPMENT)
 	$(PYTEST) -rs
 
 # Before every commit: lint, types, and the tests that are not marked slow; about a minute.
@@ -35,12 +44,12 @@ check: lint types
 	$(PYTEST) -m "not slow"
 
 # Kills, full disks, hostile and odd input, with a table of the results: about ten minutes. A part of it is in `test`.
-faults: $(INSTALLED)
+faults: $(DEVELOPMENT)
 	$(BIN)/python -m tests.faults.drill
 
 # The page of docs/runtimes.md in a headless Chromium, on what the scripts export: two minutes. It is a part of `test` as
 # well, once the programs are installed.
-browser: $(INSTALLED) browser-programs
+browser: $(DEVELOPMENT) browser-programs
 	$(BIN)/python -m pytest -rs tests/test_browser.py
 
 # Chromium, npm and the packages of npm. Debian's packages are installed where a program is missing and root runs this.
@@ -58,19 +67,19 @@ $(BROWSER)/installed: tests/browser/package.json
 	touch $@
 
 # At full size, on random weights: hours, 16 GB of memory, 30 GB of disk. What is built stays, a second run only times.
-bench: $(INSTALLED) $(RANDOM)
+bench: $(DEVELOPMENT) $(RANDOM)
 	$(BIN)/python -m benchmarks.pipeline --model_name $(RANDOM)
 	$(BIN)/python -m benchmarks.encoder --model_name $(RANDOM)
 	$(BIN)/python -m benchmarks.decoding --model_name $(RANDOM)
 
-$(RANDOM): | $(INSTALLED)
+$(RANDOM): | $(DEVELOPMENT)
 	$(BIN)/python -m benchmarks.random_checkpoint --topology 0.6b --output $@
 
-lint: $(INSTALLED)
+lint: $(DEVELOPMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(INSTALLED)
+types: $(DEVELOPMENT)
 	$(BIN)/mypy
 
 clean:
