@@ -800,8 +800,16 @@ def test_readme_command(command, capsys):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_flag_is_in_the_readme(name, capsys):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"python {name}.py" in readme
+def test_every_flag_is_documented(name, capsys):
+    """In the section of its own script on the page of the command line, whose beginning has the flags of all scripts."""
+    assert f"python {name}.py" in (ROOT / "README.md").read_text(encoding="utf-8")
+    common, *sections = (ROOT / "docs/cli.md").read_text(encoding="utf-8").split("\n## `")
+    (section,) = (text for text in sections if text.startswith(f"{name}.py`"))
     for flag in flags_of(name, capsys):
-        assert f"`{flag}`" in readme, flag
+        assert f"| `{flag}` |" in common + section, flag
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cli.md"])
+def test_every_documented_flag_exists(page, capsys):
+    flags = {flag for name in SCRIPTS for flag in flags_of(name, capsys)}
+    assert set(re.findall(r"\| `(--\w+)`", (ROOT / page).read_text(encoding="utf-8"))) <= flags
