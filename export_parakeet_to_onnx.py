@@ -95,15 +95,16 @@ def _export(args: argparse.Namespace) -> None:
     source = source_record(checkpoint, args.model_name, revision=args.revision)
     kept = {name: kept_by_export(args.output_dir / name, source, layout) for layout, name in subfolders.items()}
     removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
-    print_stage = Stages(options.stages + len(subfolders)).print_stage
+    stages = Stages(options.stages + len(subfolders), verbose=args.verbose)
     with staged_folder(args.output_dir, removed) as staging:
         # The folder of the graphs that every layout shares: GenAI's own folder, where GenAI is among the layouts.
         base = staging / subfolders[GENAI] if GENAI in subfolders else staging.parent / GENAI.runtime
         base.mkdir(exist_ok=True)
         configure = partial(_configure, layouts=subfolders, options=options)
-        spec, results = export_checkpoint(checkpoint, base, options, staging.parent, clips, configure, print_stage)
+        spec, results = export_checkpoint(checkpoint, base, options, staging.parent, clips, configure, stages)
         record = {"source": source, "flags": options.record(), **results}
         for layout, name in subfolders.items():
+            stages.begin(f"{name or layout.runtime}: configuration and manifest")
             folder = staging / name
             write_layout(layout, base, folder, spec, _window(spec, options), options.device, vocabulary)
             # A checkpoint of the Hub needs no path, since it is found again by its name and commit.
@@ -112,7 +113,7 @@ def _export(args: argparse.Namespace) -> None:
             oldest = minimum_runtime(folder / graph.file for graph in layout.graphs)
             write_manifest(folder, manifest, "export", {**record, MINIMUM_RUNTIME: oldest})
             write_card(folder, args.output_dir / name, layout)
-            print_stage(*([name] if name else []), *layout.config_files, MANIFEST, CARD)
+            stages.end(*layout.config_files, MANIFEST, CARD)
     if removed:
         print(f"removed from {args.output_dir}, since they belonged to the former graphs: {', '.join(removed)}")
     print(f"wrote {args.output_dir}; {_next_step(args, subfolders)}")

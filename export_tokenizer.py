@@ -82,7 +82,8 @@ def _export(args: argparse.Namespace) -> None:
     check_output_dir(args.output_dir)
     folder = genai_folder(args.output_dir)
     check_name_for_graphs(folder, args.model_name)
-    stages = Stages(2)
+    stages = Stages(2, verbose=args.verbose)
+    stages.begin("tokenizer")
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
     model = format_of(checkpoint).read_tokenizer(checkpoint)
     proto = parse_model(model)
@@ -91,16 +92,17 @@ def _export(args: argparse.Namespace) -> None:
     content = tokenizer_json(proto)
     sequences = [ids for length in (1, 32) for ids in probe_sequences(proto, length)]
     check_decoding(model, content, sequences)
-    stages.print_stage("tokenizer", *_counts(content), f"{len(sequences)} sequences decode like SentencePiece")
+    stages.end(*_counts(content), f"{len(sequences)} sequences decode like SentencePiece")
 
     require_free(DISK_FACTOR * len(json.dumps(content)), folder)
+    stages.begin("files")
     with staged_folder(folder) as staging:
         write_json(staging / "tokenizer.json", content)
         write_json(staging / "tokenizer_config.json", tokenizer_config(proto))
         (staging / "vocab.txt").write_text(vocab_text(proto), encoding="utf-8", newline="\n")
         write_manifest(staging, read_manifest(folder), "tokenizer", {"source": source})
         write_card(staging, folder, GENAI)
-    stages.print_stage(*TOKENIZER_FILES, MANIFEST, CARD)
+    stages.end(*TOKENIZER_FILES, MANIFEST, CARD)
     following = TEST_COMMAND if is_float16(read_manifest(folder)) else OPTIMIZE_COMMAND
     print(f"wrote {folder}; next: {following.format(folder)}")
 

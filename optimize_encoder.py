@@ -125,19 +125,20 @@ def _optimize(args: argparse.Namespace) -> None:
 
     per_folder = STAGES + options.int8_tokens
     stressed = stress.stress is not None
-    print_stage = Stages(bool(calibration) + len(layouts) * per_folder + bool(evaluation) + stressed).print_stage
+    total = bool(calibration) + len(layouts) * per_folder + bool(evaluation) + stressed
+    stages = Stages(total, verbose=args.verbose)
     with staged_folder(target) as staging:
         calibrated = None
         if options.method and calibration and speech_folder is not None:
             with open_folder(layouts[speech_folder], speech_folder, source, target, staging) as folder:
-                calibrated = calibrate(folder, options.method, options, calibration, print_stage)
+                calibrated = calibrate(folder, options.method, options, calibration, stages)
         for name, layout in layouts.items():
             if name:
                 print(f"{name}:")
             with open_folder(layout, name, source, target, staging) as folder:
-                encoder = optimize_graph(folder.encoder, options, folder.device, calibrated, print_stage)
+                encoder = optimize_graph(folder.encoder, options, folder.device, calibrated, stages)
                 speech = EvaluationSpeech(evaluation if layout.measures_speech else [], stress)
-                report = replace(report, speed=finish_folder(folder, encoder, options, speech, report, print_stage))
+                report = replace(report, speed=finish_folder(folder, encoder, options, speech, report, stages))
         share_equal_data([staging / name for name in layouts])
     for advice in filter(None, (options.fusion_advice(folder.device), options.calibration_advice())):
         print(advice)

@@ -37,14 +37,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _test(args: argparse.Namespace) -> None:
     folder = genai_folder(args.model_dir or default_model_dir())
-    stages = Stages(4)
+    stages = Stages(4, verbose=args.verbose)
+    stages.begin(f"GenAI loads {folder}")
     listed = verify_files(folder, (*GRAPH_FILES, *TOKENIZER_FILES))
     check_one_checkpoint(folder)
     samples = RuntimeConfig.read(folder).read_audio(args.audio)
     genai = GenAI(folder)
     checksums = f"{listed} files have the checksums of its manifest" if listed else "no manifest with checksums"
-    stages.print_stage("GenAI has loaded", str(folder), checksums)
+    stages.end(checksums)
 
+    stages.begin(f"GenAI transcribes {args.audio.name}")
     tokens = genai.transcribe(samples)
     if not tokens:
         raise CheckError(f"expected a transcript from a clip of speech, got no token from {args.audio}")
@@ -54,14 +56,16 @@ def _test(args: argparse.Namespace) -> None:
             f"expected tokens that spell words, got {tokens}, whose text is empty; export the tokenizer again"
         )
     seconds = len(samples) / genai.config.sample_rate
-    stages.print_stage("GenAI transcribes", f"{len(tokens)} tokens from {seconds:.1f} s of audio", repr(text))
+    stages.end(f"{len(tokens)} tokens from {seconds:.1f} s of audio", repr(text))
 
+    stages.begin("tokenizer")
     check_tokenizer(genai, folder, tokens)
-    stages.print_stage("tokenizer", "GenAI, tokenizer.json and vocab.txt give one text, also after encoding it")
+    stages.end("GenAI, tokenizer.json and vocab.txt give one text, also after encoding it")
 
+    stages.begin("plain ONNX Runtime")
     baseline = RawOrt(folder).transcribe(genai.features(samples)).tokens
     check_same_tokens(tokens, baseline)
-    stages.print_stage("plain ONNX Runtime", f"gives the same {len(baseline)} tokens")
+    stages.end(f"gives the same {len(baseline)} tokens")
 
 
 def check_tokenizer(genai: GenAI, folder: Path, tokens: list[int]) -> None:

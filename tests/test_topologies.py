@@ -57,7 +57,7 @@ def test_every_script_runs_on_every_topology(topology, tmp_path, capsys):
     manifest, fitted = tmp_path / "speech.jsonl", tmp_path / "fitted"
     manifest.write_text(json.dumps({"audio_filepath": str(SAMPLES / "jfk.wav")}))
     flags = ["--quant_method", "int8", *REDUCED, "--calibration_manifest", str(manifest), "--output_dir", str(fitted)]
-    assert optimize_encoder.main(["--model_dir", str(exported), *flags]) == 0, capsys.readouterr().err
+    assert optimize_encoder.main(["--verbose", "--model_dir", str(exported), *flags]) == 0, capsys.readouterr().err
     assert f"input channels of {6 * SMALL['n_layers']} weights scaled" in capsys.readouterr().out
     (expected,), (actual,) = (RawOrt(folder).encode([features]) for folder in (exported, fitted))
     assert sqnr_db(expected, actual) > 30 - BIT_DB

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.checkpoint.format import format_of
 from common.checkpoint.spec import ModelSpec
-from common.cli import PrintStage, size_text
+from common.cli import Stages, size_text
 from common.contract import GRAPHS, Graph
 from common.export.options import ExportOptions
 from common.export.writing import suppress, suppressed_ids
@@ -39,7 +39,7 @@ def export_checkpoint(
     scratch: Path,
     clips: Sequence[Path],
     configure: Configure,
-    print_stage: PrintStage,
+    stages: Stages,
 ) -> tuple[ModelSpec, dict[str, Any]]:
     """Write the verified graphs into the folder `target`; return the checkpoint's numbers and the manifest's results.
 
@@ -50,27 +50,28 @@ def export_checkpoint(
     suppressed = suppressed_ids(checkpoint, options.scripts)
     float32 = scratch / "float32" if options.is_float16 else target
     float32.mkdir(exist_ok=True)
+    stages.begin(f"checkpoint {checkpoint.name}")
     model = format_of(checkpoint).load_model(checkpoint, options.device, scratch)
     suppress(model.joint, suppressed)
     spec = ModelSpec.of(model)
     configure(spec, float32, partial(features_of, model))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print_stage(
-        checkpoint.name,
+    stages.end(
         f"{parameters / 1e6:.1f} M parameters",
         f"encoder of {spec.encoder_layers} layers, {spec.encoder_dim} wide",
         f"{spec.num_mels} mel bins, {spec.vocab_size} tokens, durations of {list(spec.durations)} frames",
     )
+    stages.begin("export")
     references = export_graphs(model, float32, options)
     speech = speech_features(model, float32, clips) if options.is_float16 else []
-    print_stage("exported", *(f"{graph.file} {graph_size(float32, graph)}" for graph in GRAPHS))
+    stages.end(*(f"{graph.file} {graph_size(float32, graph)}" for graph in GRAPHS))
     del model
     gc.collect()  # NeMo's modules refer to each other; the model is half of the memory in use
-    parity = verify_graphs(float32, references, print_stage)
+    parity = verify_graphs(float32, references, stages)
     results: dict[str, Any] = {SUPPRESSED: len(suppressed)} if options.scripts else {}
     if not options.is_float16:
         return spec, {"parity": parity, **results}
-    converted = convert_to_float16(float32, target, references, speech, print_stage)
+    converted = convert_to_float16(float32, target, references, speech, stages)
     return spec, {**converted, "float32_parity": parity, **results}
 
 
@@ -95,7 +96,7 @@ def export_graphs(model: Any, folder: Path, options: ExportOptions) -> Reference
     return references
 
 
-def verify_graphs(folder: Path, references: References, print_stage: PrintStage) -> dict[str, Any]:
+def verify_graphs(folder: Path, references: References, stages: Stages) -> dict[str, Any]:
     """Run the float32 graphs in ONNX Runtime and compare them with NeMo. Graph's file → record for the manifest.
 
     Raises ParityError for a graph that differs by more than the tolerance.
@@ -104,12 +105,13 @@ def verify_graphs(folder: Path, references: References, print_stage: PrintStage)
 
     records = {}
     for graph in GRAPHS:
+        stages.begin(f"verify {graph.file}")
         if graph not in references:
-            print_stage(graph.file, "not verified")
+            stages.end("not verified")
             continue
         parity = VERIFICATIONS[graph].check(folder, references[graph])
         records[graph.file] = parity.record()
-        print_stage(graph.file, str(parity))
+        stages.end(str(parity))
     return records
 
 
@@ -130,7 +132,7 @@ def speech_features(model: Any, folder: Path, clips: Sequence[Path]) -> list[np.
 
 
 def convert_to_float16(
-    source: Path, target: Path, references: References, speech: Sequence[np.ndarray], print_stage: PrintStage
+    source: Path, target: Path, references: References, speech: Sequence[np.ndarray], stages: Stages
 ) -> dict[str, Any]:
     """Convert the graphs of the float32 folder `source` into `target` and verify them; return the manifest's record.
 
@@ -141,20 +143,20 @@ def convert_to_float16(
     from common.export.parity import VERIFICATIONS
     from common.export.ranges import measure_ranges
 
+    stages.begin(f"values inside the model on {len(speech)} clips of speech")
     ranges = measure_ranges(source, speech)
     largest = max(max(values.values()) for values in ranges.values())
-    print_stage(
-        f"measured {len(speech)} clips of speech",
-        f"the largest value inside the model is {largest:.0f}",
+    stages.end(
+        f"the largest is {largest:.0f}",
         f"float16 holds up to {LARGEST_FLOAT16:.0f}; operators with values from {LIMIT:.0f} on stay float32",
     )
     parity: dict[str, Any] = {}
     float16: dict[str, Any] = {}
     for graph in GRAPHS:
+        stages.begin(f"{graph.file} in float16")
         conversion = convert(source, target, graph, ranges[graph.name])
         float16[graph.file] = conversion.record()
         fields = [
-            f"{graph.file} in float16",
             f"{conversion.kept_float32} of {conversion.operators} operators stay float32",
             graph_size(target, graph),
         ]
@@ -166,7 +168,7 @@ def convert_to_float16(
             fields.append(f"rounded as on a GPU: {rounded}")
         else:
             fields.append("not verified")
-        print_stage(*fields)
+        stages.end(*fields)
     return {"parity": parity, "float16": float16}
 
 

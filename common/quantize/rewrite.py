@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from common.cli import PrintStage, progress, size_text
+from common.cli import Stages, progress, size_text
 from common.contract import encoder_weights
 from common.onnx_io import computed_from, input_of, load, name_of, tensor_of
 from common.quantize.fusion import fuse
@@ -42,14 +42,16 @@ class OptimizedEncoder:
 
 
 def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated: Calibrated[P] | None,
-                   print_stage: PrintStage) -> OptimizedEncoder:  # fmt: skip
-    """Fuse and quantize the float32 encoder at `path`, exported for `device`, and call `print_stage` after each stage.
+                   stages: Stages) -> OptimizedEncoder:  # fmt: skip
+    """Fuse and quantize the float32 encoder at `path`, exported for `device`, in two of `stages`.
 
     calibrated: from `QuantMethod.calibrate`, of the same checkpoint; None without speech.
     Raises ValueError where the encoder has no float32 matrix, or one whose role is not declared.
     """
+    stages.begin("fusion")
     model, fused = fuse(path) if options.fuses(device) else (load(path), Counter[str]())
-    print_stage("fusion", _fusion_text(fused, options, device), f"{len(model.graph)} nodes")
+    stages.end(_fusion_text(fused, options, device), details=[f"{len(model.graph)} nodes"])
+    stages.begin(f"quantization ({options.description})" if options.method else "quantization")
     plan: Plan = {}
     factors: Mapping[str, np.ndarray] = {}
     stored: dict[str, Stored] = {}
@@ -63,9 +65,8 @@ def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated
         stored = quantize_weights(model, plan, method, options, calibrated.weights if calibrated else {})
     encoder = OptimizedEncoder(model, fused, stored, calibrated.sensitivity if calibrated else None)
     counts = "  ".join(f"{count} weights at {bits} bits" for bits, count in encoder.weights_by_bits.items())
-    scaled = [f"input channels of {len(factors)} weights scaled"] if method else []
-    print_stage(options.description or "quantization", counts or "skipped", *scaled,
-           f"{size_text(float32_bytes)} left float32")  # fmt: skip
+    scaled = [f"input channels of {len(factors)} weights scaled"] if options.method else []
+    stages.end(counts or "skipped", details=[*scaled, f"{size_text(float32_bytes)} left float32"])
     return encoder
 
 

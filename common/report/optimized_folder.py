@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.cli import EXPORT_COMMAND, PrintStage, progress, size_text
+from common.cli import EXPORT_COMMAND, Stages, progress, size_text
 from common.evaluate import word_limit
 from common.evaluate.engines import BothModels
 from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed
@@ -145,12 +145,13 @@ def open_folder(layout: Layout, name: str, source: Path, target: Path, staging: 
 
 
 def calibrate(
-    folder: ModelFolder, method: QuantMethod[P], options: OptimizeOptions, clips: list[Clip], print_stage: PrintStage
+    folder: ModelFolder, method: QuantMethod[P], options: OptimizeOptions, clips: list[Clip], stages: Stages
 ) -> Calibrated[P]:
     """Fit the encoder's weights to speech, once for the folders of all runtimes."""
+    stages.begin(f"calibration on {len(clips)} clips")
     speech = read_speech(folder.source, clips)
     calibrated = method.calibrate(folder.encoder, speech.batches, options)
-    print_stage("calibration", f"{speech.clips} clips", f"{speech.seconds:.0f} s of speech", *calibrated.summary())
+    stages.end(f"{speech.seconds:.0f} s of speech", *calibrated.summary())
     return calibrated
 
 
@@ -186,26 +187,30 @@ def finish_folder(
     options: OptimizeOptions,
     speech: EvaluationSpeech,
     report: ReportOptions,
-    print_stage: PrintStage,
+    stages: Stages,
 ) -> dict[str, Any] | None:
     """Write the encoder and the other files of the folder into its staging folder. Returns the speeds in its report.
 
     Raises CheckError where a graph does not agree with the exported one, or more words are lost than a limit allows.
     """
     layout = folder.layout
+    stages.begin(f"write {layout.encoder.file}")
     save_model(encoder.model, folder.staging / layout.encoder.file)
     before = folder.bytes_in(folder.source)
     after = folder.bytes_in(folder.staging)
-    print_stage("encoder", f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
+    stages.end(f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
+    stages.begin("compare with the exported encoder on noise")
     floor = MIN_SQNR_DB if encoder.stored else MIN_FLOAT_SQNR_DB
     ratio = compare(folder.source, folder.staging, floor, layout.encoder)
-    print_stage("against the exported encoder, on noise", _ratio_text(ratio, quantized=bool(encoder.stored)))
-    tokens = _quantize_tokens(folder, options, print_stage)
+    stages.end(_ratio_text(ratio, quantized=bool(encoder.stored)))
+    tokens = _quantize_tokens(folder, options, stages)
     for file in layout.files_in(folder.source):
         if not (folder.staging / file).exists():
             shutil.copyfile(folder.source / file, folder.staging / file)
-    evaluation = _evaluate(folder, options, speech, print_stage) if speech.clips else Evaluation()
+    evaluation = _evaluate(folder, options, speech, stages) if speech.clips else Evaluation()
 
+    speed = _speed(folder, report.speed, stages)
+    stages.begin("report")
     section = _manifest_section(folder, encoder, options, ratio, tokens, evaluation)
     weights = QuantizedWeights({layout.encoder.name: encoder.stored, **tokens.stored}, encoder.sensitivity)
     words = (
@@ -214,7 +219,6 @@ def finish_folder(
         else None
     )
     content = make_report(folder.readable, folder.staging, layout.graphs, folder.manifest, section, weights, words)
-    speed = _speed(folder, report.speed, print_stage)
     content |= {
         "stress": [asdict(row) for row in evaluation.stress],
         "max_lost_words": speech.stress.max_lost_words,
@@ -230,27 +234,28 @@ def finish_folder(
     write_card(folder.staging, folder.target, layout)
     checkpoint = read_location(folder.source, CHECKPOINT)
     write_locations(folder.staging, folder.target, checkpoint=checkpoint, exported=folder.source)
-    print_stage("report", str(folder.target / REPORT_HTML))
+    stages.end(str(folder.target / REPORT_HTML))
     return speed
 
 
-def _speed(folder: ModelFolder, measured: dict[str, Any] | None, print_stage: PrintStage) -> dict[str, Any] | None:
+def _speed(folder: ModelFolder, measured: dict[str, Any] | None, stages: Stages) -> dict[str, Any] | None:
     """The speeds of the exported and the optimized encoder on this machine; None where they could not be measured.
 
     measured: those of another runtime's folder, whose encoder has the same operators and weights.
     """
+    stages.begin("speed")
     if measured:
-        print_stage("speed", f"that of the encoder for {measured['runtime']}")
+        stages.end(f"that of the encoder for {measured['runtime']}")
         return measured
     file = folder.layout.encoder.file
     speeds = measure_speed([folder.source / file, folder.staging / file])
     if speeds is None:
-        print_stage("speed", "not measured: too little memory is free")
+        stages.end("not measured: too little memory is free")
         return None
     before, after = speeds
     memory = [size_text(each.peak_memory) for each in speeds if each.peak_memory]
     rates = f"encoder RTFx {before.rtfx:.1f} → {after.rtfx:.1f}"
-    print_stage("speed", rates, *([f"peak memory {' → '.join(memory)}"] if memory else []))
+    stages.end(rates, *([f"peak memory {' → '.join(memory)}"] if memory else []))
     sides = {"exported": asdict(before), "optimized": asdict(after)}
     return {**sides, "runtime": folder.layout.runtime, "audio_seconds": AUDIO_SECONDS, **machine()}
 
@@ -263,19 +268,18 @@ def _ratio_text(ratio: float, *, quantized: bool) -> str:
     return f"SQNR {ratio:.1f} dB ({scale})"
 
 
-def _quantize_tokens(folder: ModelFolder, options: OptimizeOptions, print_stage: PrintStage) -> QuantizedTokenGraphs:
+def _quantize_tokens(folder: ModelFolder, options: OptimizeOptions, stages: Stages) -> QuantizedTokenGraphs:
     """Decoder and joint in 8 bits, where the options say so."""
     if not options.int8_tokens:
         return QuantizedTokenGraphs()
     layout, vocabulary = folder.layout, folder.layout.vocabulary_size(folder.source)
+    stages.begin("decoder and joint, int8")
     tokens = quantize_token_graphs(folder.readable, folder.staging, layout.token_graphs, vocabulary, options)
-    print_stage("decoder and joint, int8", *(f"{name} SQNR {ratio:.1f} dB" for name, ratio in tokens.sqnr_db.items()))
+    stages.end(*(f"{name} SQNR {ratio:.1f} dB" for name, ratio in tokens.sqnr_db.items()))
     return tokens
 
 
-def _evaluate(
-    folder: ModelFolder, options: OptimizeOptions, speech: EvaluationSpeech, print_stage: PrintStage
-) -> Evaluation:
+def _evaluate(folder: ModelFolder, options: OptimizeOptions, speech: EvaluationSpeech, stages: Stages) -> Evaluation:
     """Transcribe the clips with both models, and print the word errors; then under stress, where that is asked for.
 
     Raises as word_limit.judge and judge_stress do.
@@ -286,17 +290,19 @@ def _evaluate(
     def bar(items: list[Clip]) -> Iterator[Clip]:
         return progress(items, total=len(items), task="transcribing", unit="clip")
 
+    stages.begin(f"evaluation on {len(clips)} clips")
     models = BothModels(folder.source, folder.staging)
     transcribed = word_limit.transcribe_with_both(models, options.eval_manifest, clips, bar)
     table = word_limit.word_table(transcribed)
-    print_stage(f"{len(clips)} clips", str(table[0]))
+    stages.end(str(table[0]))
     word_limit.print_word_errors(table, transcribed)
     if options.max_wer_increase is not None:
         word_limit.judge(table, options.max_wer_increase)
     if speech.stress.stress is None:
         return Evaluation(transcribed, table)
+    stages.begin(f"{len(clips)} clips under stress")
     results = stress_optimized(models, clips, speech.stress)
-    print_stage("stress", f"{len(results.test.conditions)} conditions", f"{len(clips)} clips")
+    stages.end(f"{len(results.test.conditions)} conditions")
     judge_stress(results, speech.stress.max_lost_words)
     return Evaluation(transcribed, table, stress_rows(results))
 
