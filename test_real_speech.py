@@ -28,6 +28,7 @@ of a batch is divided among its clips by their length.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import TextIO
 
@@ -49,11 +50,11 @@ from common.evaluate.engines import (
 from common.evaluate.side_by_side import SideBySide
 from common.evaluate.stress_run import StressOptions, add_stress_flags, stress_compared
 from common.evaluate.stress_table import judge_stress
-from common.evaluate.subtitles import FORMATS, add_subtitle_flags, subtitle_files
 from common.evaluate.tables import MAX_PRINTED_CLIPS, print_corpus, transcribe_and_print
 from common.evaluate.text_rules import ids_of_other_words
 from common.evaluate.transcripts import ComparedClip
 from common.evaluate.verdict import judge_times, print_and_judge
+from common.evaluate.words import SUBTITLES, subtitle_paths
 from common.folder import check_outputs, json_text, printing_beside, write_output
 from common.layouts.genai import genai_folder
 from common.report.clips_page import clips_page_writer, comparison_page, stress_page
@@ -68,6 +69,8 @@ TIMESTAMPS_HELP = """print each word with its start and end in seconds, by plain
 with NeMo, compare them with NeMo's own"""
 HTML_HELP = """write a page to FILE to look at and listen to: each clip with its audio, and the engines' words one
 below the other, with their times and confidences; with --stress its table and the worst clips (- as for --json)"""
+SUBTITLE_HELP = """write subtitles: for one clip to the file PATH (- as for --json), for several to files in the
+folder PATH"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,11 +85,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=count, default=1, help="clips that plain ONNX Runtime takes at a time (%(default)s)")
     add("--timestamps", action="store_true", help=TIMESTAMPS_HELP)
     add("--html", type=Path, metavar="FILE", help=HTML_HELP)
-    add_subtitle_flags(parser)
+    for suffix in SUBTITLES:
+        add(f"--{suffix}", type=Path, metavar="PATH", help=SUBTITLE_HELP)
     add_stress_flags(parser)
     args = parser.parse_args(argv)
     check_engine_flags(parser, args)
-    with_times = [f"--{name}" for name in ("timestamps", *FORMATS) if getattr(args, name)]
+    with_times = [f"--{name}" for name in ("timestamps", *SUBTITLES) if getattr(args, name)]
     if with_times and (ONNX_ENGINE not in args.engines or args.stress is not None):
         parser.error(f"argument {with_times[0]}: expected onnx among --engines and no --stress, got otherwise")
     return args
@@ -106,8 +110,8 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
     clips = [ComparedClip.of(clip) for clip in listed]
     folders = open_folders(genai_folder(args.model_dir or default_model_dir()), args.engines, args.folders)
-    subtitles = subtitle_files({suffix: getattr(args, suffix) for suffix in FORMATS}, clips)
-    outputs = [path for path in (args.json, args.html, *(file.path for file in subtitles)) if path]
+    subtitles = {suffix: subtitle_paths(path, suffix, clips) for suffix in SUBTITLES if (path := getattr(args, suffix))}
+    outputs = [path for path in (args.json, args.html, *itertools.chain(*subtitles.values())) if path]
     check_outputs(outputs, input_files(folders, clips, args.manifest, args.model_name))
     render_page = clips_page_writer() if args.html else None
     config = folders[0].config
@@ -139,9 +143,9 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     if render_page:
         page = comparison_page(f"{folders[0].path.name} on speech", comparison, config)
         write_output(args.html, render_page(page), stdout)
-    for file in subtitles:
-        text = file.render(comparison.words(clips[file.clip]), config.frame_seconds)
-        write_output(file.path, text, stdout)
+    for suffix, paths in subtitles.items():
+        for clip, path in zip(clips, paths, strict=True):
+            write_output(path, SUBTITLES[suffix](comparison.words(clip), config.frame_seconds), stdout)
     print_and_judge(comparison)
     if reference and with_times:
         judge_times(comparison, ids_of_other_words(reference.sentencepiece_model))

@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.bench import machine
 from common.cli import quiet_libraries
-from common.evaluate.reliability import bins, calibration_error, words_right
-from common.evaluate.timestamps import Pieces, timed_words
+from common.evaluate.words import Pieces, bins, calibration_error, timed_words, words_right
 from common.run.baseline import RawOrt
 from common.run.clips import read_clips
 from common.run.decode import NEMO_RULE

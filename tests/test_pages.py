@@ -13,8 +13,8 @@ import pytest
 import soundfile
 
 import test_real_speech
-from common.evaluate.reliability import bins, calibration_error, words_right
 from common.evaluate.speed import measure_speed
+from common.evaluate.words import bins, calibration_error, words_right
 from common.report.clips_page import (
     ClipsPage,
     ShownClip,

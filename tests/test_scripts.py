@@ -374,8 +374,8 @@ def test_batches_transcribe_the_same_in_the_order_of_the_manifest(tiny_export, t
     [
         (("--batch_size", "0"), "--batch_size: expected 1 or more, got 0"),
         (("--batch_size", "-2"), "--batch_size: expected 1 or more, got -2"),
-        (("--audio", CLIP, CLIP, "--srt", "-"), "expected a folder for the subtitles of 2 clips, got -"),
-        (("--audio", CLIP, CLIP, "--vtt", CLIP), "expected a folder for the subtitles of 2 clips"),
+        (("--audio", CLIP, CLIP, "--srt", "-"), "the subtitles of 2 clips need a folder, and - is none"),
+        (("--audio", CLIP, CLIP, "--vtt", CLIP), "the subtitles of 2 clips need a folder"),
         (("--engines", "genai,sherpa"), "expected some of nemo,genai,onnx, got genai,sherpa"),
         (("--engines", "nemo"), "--engines: expected genai or onnx"),
         (("--engines", "genai", "--timestamps"), "--timestamps: expected onnx among --engines"),

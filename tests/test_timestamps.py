@@ -9,8 +9,17 @@ import pytest
 
 import test_real_speech
 from benchmarks.confidence import METHODS, nemo_confidences
-from common.evaluate.subtitles import LINE_CHARACTERS, MAX_CUE_SECONDS, cues, srt, vtt
-from common.evaluate.timestamps import Pieces, TimedWord, furthest_apart, timed_words
+from common.evaluate.words import (
+    LINE_CHARACTERS,
+    MAX_CUE_SECONDS,
+    Pieces,
+    TimedWord,
+    cues,
+    furthest_apart,
+    srt,
+    timed_words,
+    vtt,
+)
 from common.run.audio import load_clip
 from common.run.baseline import RawOrt
 from common.run.clips import Clip

@@ -7,10 +7,10 @@ import pytest
 from common.cli import CheckError
 from common.contract import PARITY_TOLERANCE
 from common.evaluate.differences import Difference, first_difference, first_token_difference
-from common.evaluate.timestamps import TimedWord
 from common.evaluate.transcripts import ComparedClip, Comparison, EngineDifference, FolderEngines, Transcript
 from common.evaluate.verdict import judge_tokens
 from common.evaluate.wer import normalize, word_changes, word_error_rate, word_errors
+from common.evaluate.words import TimedWord
 from common.run.decode import Hypothesis, Step
 
 BLANK = 9

@@ -22,8 +22,8 @@ from common.checkpoint.source import recorded_checkpoint
 from common.checkpoint.transformers import TRANSFORMERS
 from common.cli import Parser
 from common.evaluate.text_rules import TextRule, text_rules, transformers_text_rules
-from common.evaluate.timestamps import Pieces
 from common.evaluate.transcripts import FolderEngines
+from common.evaluate.words import Pieces
 from common.export.writing import suppress, suppressed_ids
 from common.folder import CHECKPOINT, EXPORTED, FILES, MANIFEST, is_float16, read_location, read_manifest
 from common.layouts.genai import GENAI

@@ -13,8 +13,8 @@ import numpy as np
 from common.evaluate.differences import Difference, excused_by, first_difference, first_token_difference
 from common.evaluate.engines import ComparedFolder, timed
 from common.evaluate.text_rules import TextRule
-from common.evaluate.timestamps import TimedWord, timed_words
 from common.evaluate.transcripts import ComparedClip, Comparison, EngineDifference, Transcript
+from common.evaluate.words import TimedWord, timed_words
 from common.run.decode import GENAI_RULE, NEMO_RULE, Hypothesis
 from common.run.genai import GenAI
 from common.run.reference import Reference, ReferenceTranscript

@@ -234,12 +234,13 @@ def _run_case(results: StressResults, condition: Condition, group: tuple[int, ..
 def _windows(results: StressResults, take: Take, output: Output) -> Windows:
     """Whether a take that should have words has none, and how many whole clips in it have none."""
     with_words = [part for part in take.parts if normalize(results.text_of(part.clip))]
-    seconds, all_seconds = (sum(part.end - part.begin for part in parts) for parts in (with_words, take.parts))
-    expects_words = bool(with_words) and seconds >= MIN_SHARE_WITH_WORDS * all_seconds
+    length, whole_length = (sum(part.end - part.begin for part in parts) for parts in (with_words, take.parts))
+    expects_words = bool(with_words) and length >= MIN_SHARE_WITH_WORDS * whole_length
     if output.frames is None or len(take.parts) == 1:
         return Windows(int(expects_words), int(expects_words and not normalize(output.text)))
     clips = [part for part in with_words if part.whole]
-    times = np.array(output.frames) * results.test.config.frame_seconds
+    config = results.test.config
+    times = np.array(output.frames) * config.hop_length * config.subsampling_factor  # samples
     silent = sum(not ((times >= part.begin) & (times < part.end)).any() for part in clips)
     return Windows(int(expects_words), int(expects_words and not normalize(output.text)), len(clips), silent)
 

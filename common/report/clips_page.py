@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.evaluate.reliability import Bin, bins, calibration_error, comparable_words, words_right
 from common.evaluate.stress import StressResult, StressResults
 from common.evaluate.stress_table import StressRow, stress_rows, worst_results
-from common.evaluate.timestamps import TimedWord
 from common.evaluate.transcripts import ComparedClip, Comparison, EngineFigures
 from common.evaluate.wer import normalize, word_errors, word_runs
+from common.evaluate.words import Bin, TimedWord, bins, calibration_error, comparable_words, words_right
 from common.report.pages import page_environment
 from common.run.config import RuntimeConfig
 

@@ -1,0 +1,263 @@
+"""The words of a clip with their start and end, their subtitles, and how often words of each confidence are right.
+
+A token begins at the frame it was emitted at and ends its duration later. Words and their times follow NeMo
+(RNNTBPEDecoding.compute_rnnt_timestamps in nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0,
+get_words_offsets in nemo/collections/asr/parts/utils/timestamp_utils.py), including its peculiarities:
+
+* A word begins with a piece that holds `▁`, and lasts from the start of its first token to the end of its last one, so
+  that the silence a duration jumps over is part of it; where that duration is 0, a word of one token has no length.
+* A piece that is one punctuation mark belongs to the word before it, even after a `▁` (an opening quote too), and takes
+  no time: it is put where the token before it ends, since marks are often emitted long after, in the silence.
+* Marks are the characters of Unicode's category P within pieces that do not begin with `▁`.
+
+It differs from NeMo in two points: bytes are merged into characters (in NeMo each byte is a word, shown as U+FFFD),
+and special tokens are left out, as from every transcript here.
+"""
+
+import html
+import itertools
+import re
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.checkpoint.tokenizer import SPACE
+from common.cli import TOKENIZER_COMMAND
+from common.evaluate.wer import normalize, word_runs
+from common.folder import is_standard_output, read_json
+from common.run.clips import Clip
+from common.run.confidence import Confidence
+from common.run.decode import Step
+
+# Pieces that NeMo takes for special tokens, and not for sources of punctuation (extract_punctuation_from_vocab).
+NO_MARKS = re.compile(rf"\[.*\]$|<.*>$|##|{SPACE}")
+
+# Subtitles as broadcasters set them (Netflix Timed Text Style Guide): two lines of 42 characters, 5/6 s to 7 s.
+LINE_CHARACTERS = 42
+LINES = 2
+MIN_CUE_SECONDS = 5 / 6
+MAX_CUE_SECONDS = 7.0
+PAUSE_SECONDS = 1.0  # silence after which a new cue begins
+SENTENCE_END = (".", "?", "!")  # NeMo's default segment_seperators
+
+# Upper ends of the bins of confidence; most words are near 1, where the bins are narrow.
+BIN_ENDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class TimedWord:
+    """One word as it is shown, from encoder frame `start` up to `end`."""
+
+    text: str
+    start: int
+    end: int
+    confidence: Confidence | None = field(default=None, compare=False)  # where the engine gives it
+
+
+# ---- words of tokens
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What each token id spells."""
+
+    names: tuple[str, ...]
+    special: frozenset[int]  # shown in no transcript
+    byte_ids: frozenset[int]  # `<0x41>`
+    marks: frozenset[str]  # punctuation
+
+    @classmethod
+    def read(cls, folder: Path) -> "Pieces":
+        """Read tokenizer.json of a model folder. Raises as read_json does, and ValueError for another kind of file."""
+        path = Path(folder) / "tokenizer.json"
+        tokenizer = read_json(path, TOKENIZER_COMMAND.format(folder))
+        try:
+            names = tuple(name.replace(" ", SPACE) for name, _ in tokenizer["model"]["vocab"])
+            special = frozenset(token["id"] for token in tokenizer["added_tokens"] if token["special"])
+            is_byte = re.compile("<0x[0-9A-F]{2}>" if tokenizer["model"]["byte_fallback"] else r"(?!)").fullmatch
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a Unigram tokenizer of this project ({error})") from None
+        characters = {character for name in names if not NO_MARKS.match(name) for character in name}
+        return cls(
+            names,
+            special,
+            byte_ids=frozenset(i for i, name in enumerate(names) if is_byte(name)),
+            marks=frozenset(each for each in characters if unicodedata.category(each).startswith("P")),
+        )
+
+    def spell(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without outer spaces; bytes that form no character become U+FFFD."""
+        raw = (bytes([int(self.names[i][3:5], 16)]) if i in self.byte_ids else self.names[i].encode() for i in tokens)
+        return b"".join(raw).decode("utf-8", errors="replace").replace(SPACE, " ").strip()
+
+
+def timed_words(emitted: Sequence[Step], pieces: Pieces) -> list[TimedWord]:
+    """The words of a clip whose decoding emitted these steps."""
+    words: list[TimedWord] = []
+    tokens: list[int] = []  # of the word that is being built
+    confidences: list[Confidence] = []  # of these tokens
+    start = end = 0
+    for step in emitted:
+        if step.token in pieces.special:
+            continue
+        name = pieces.names[step.token]
+        is_mark = name.lstrip(SPACE) in pieces.marks
+        if tokens and SPACE in name and not is_mark:
+            words.append(TimedWord(pieces.spell(tokens), start, end, _least(confidences)))
+            tokens, confidences = [], []
+        if not tokens:
+            start = step.frame
+        if not (is_mark and (words or tokens)):
+            end = step.frame + step.duration
+        tokens.append(step.token)
+        if step.confidence:
+            confidences.append(step.confidence)
+    if tokens:
+        words.append(TimedWord(pieces.spell(tokens), start, end, _least(confidences)))
+    return words
+
+
+def _least(tokens: Sequence[Confidence]) -> Confidence | None:
+    """The confidence of a word, which is the lowest of its tokens by each measure; None where tokens have none."""
+    if not tokens:
+        return None
+    return Confidence(min(each.max_prob for each in tokens), min(each.entropy for each in tokens))
+
+
+def furthest_apart(expected: Sequence[TimedWord], actual: Sequence[TimedWord]) -> float:
+    """Largest difference of a start or an end, in frames; infinite where the words themselves differ."""
+    if [word.text for word in expected] != [word.text for word in actual]:
+        return float("inf")
+    pairs = zip(expected, actual, strict=True)
+    return max((max(abs(a.start - b.start), abs(a.end - b.end)) for a, b in pairs), default=0)
+
+
+# ---- subtitles: SubRip's format (.srt) and WebVTT (.vtt, W3C)
+
+
+def cues(words: Sequence[TimedWord], frame_seconds: float) -> Iterator[list[TimedWord]]:
+    """The words that are shown together: at most a sentence, two lines and the longest time, and without a pause.
+
+    Each cue begins later than the one before it.
+    """
+    cue: list[TimedWord] = []
+    for word in words:
+        if (cue and word.start > cue[0].start) and (
+            cue[-1].text.endswith(SENTENCE_END)
+            or (word.start - cue[-1].end) * frame_seconds >= PAUSE_SECONDS
+            or (word.end - cue[0].start) * frame_seconds > MAX_CUE_SECONDS
+            or len(_lines([*cue, word])) > LINES
+        ):
+            yield cue
+            cue = []
+        cue.append(word)
+    if cue:
+        yield cue
+
+
+def _lines(cue: Sequence[TimedWord]) -> list[str]:
+    return textwrap.wrap(" ".join(word.text for word in cue), LINE_CHARACTERS, break_on_hyphens=False)
+
+
+def srt(words: Sequence[TimedWord], frame_seconds: float) -> str:
+    """SubRip subtitles."""
+    timed = enumerate(_timed_cues(words, frame_seconds, ","), 1)
+    return "\n".join(f"{number}\n{times}\n{text}\n" for number, (times, text) in timed)
+
+
+def vtt(words: Sequence[TimedWord], frame_seconds: float) -> str:
+    """WebVTT subtitles. `&`, `<` and `>` are written as references, since they would begin markup."""
+    timed = _timed_cues(words, frame_seconds, ".")
+    return "\n".join(["WEBVTT\n", *(f"{times}\n{html.escape(text, quote=False)}\n" for times, text in timed)])
+
+
+def _timed_cues(words: Sequence[TimedWord], frame_seconds: float, point: str) -> Iterator[tuple[str, str]]:
+    """Start and end, and the lines of each cue; a short cue stays for the shortest time, or until the next cue.
+
+    point: the character before the milliseconds.
+    """
+    groups = list(cues(words, frame_seconds))
+    for cue, following in itertools.zip_longest(groups, groups[1:]):
+        start = cue[0].start * frame_seconds
+        end = max(cue[-1].end * frame_seconds, start + MIN_CUE_SECONDS)
+        if following:
+            end = min(end, following[0].start * frame_seconds)
+        yield f"{_clock(start, point)} --> {_clock(end, point)}", "\n".join(_lines(cue))
+
+
+def _clock(seconds: float, point: str) -> str:
+    """HH:MM:SS,mmm, with `point` in place of the comma."""
+    rest, milliseconds = divmod(round(1000 * seconds), 1000)
+    return f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}{point}{milliseconds:03}"
+
+
+# The formats of subtitles by the suffix of their files. Each is given words and the length of a frame in seconds.
+SUBTITLES: dict[str, Callable[[Sequence[TimedWord], float], str]] = {"srt": srt, "vtt": vtt}
+
+
+def subtitle_paths(path: Path, suffix: str, clips: Sequence[Clip]) -> list[Path]:
+    """The subtitle file of each clip.
+
+    For one clip the path is the file. For several clips it is a folder, which is made here; each file in it is named
+    after the clip's file and, for a segment, after where the segment begins. Raises ValueError where several clips are
+    given and the path is not a folder.
+    """
+    if len(clips) == 1:
+        return [path]
+    if is_standard_output(path) or (path.exists() and not path.is_dir()):
+        raise ValueError(f"the subtitles of {len(clips)} clips need a folder, and {path} is none; name a folder")
+    path.mkdir(exist_ok=True)
+    return [path / f"{clip.path.stem}{f'_{clip.offset:g}s' if clip.segment else ''}.{suffix}" for clip in clips]
+
+
+# ---- how often words of each confidence are right
+
+
+def comparable_words(words: Iterable[str]) -> list[str]:
+    """A key for each word, without case, punctuation and spaces; a word of punctuation alone is its own key."""
+    return ["-".join((normalize(word) or word).split()) or "-" for word in words]
+
+
+def words_right(text: str, words: Sequence[str]) -> list[bool]:
+    """Whether each word of a transcript is a word of the text, in an alignment with the fewest errors."""
+    right = [False] * len(words)
+    for own, other, is_equal in word_runs(comparable_words(text.split()), comparable_words(words)):
+        if is_equal and own:
+            right[other.start : other.stop] = [True] * len(other)
+    return right
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The words whose confidence is at least `low` and below `high`; only the last bin includes `high`."""
+
+    low: float
+    high: float
+    words: int
+    right: int
+    mean: float  # confidence of these words
+
+    @property
+    def share_right(self) -> float:
+        return self.right / self.words
+
+
+def bins(words: Iterable[tuple[float, bool]]) -> list[Bin]:
+    """Pairs of a confidence in 0 … 1 and whether the word is right → the bins that have words."""
+    pairs = list(words)
+    made = []
+    for low, high in zip((0.0, *BIN_ENDS), BIN_ENDS, strict=False):
+        own = [(sure, right) for sure, right in pairs if low <= sure and (sure < high or high == BIN_ENDS[-1])]
+        if own:
+            mean = sum(sure for sure, _ in own) / len(own)
+            made.append(Bin(low, high, len(own), sum(right for _, right in own), mean))
+    return made
+
+
+def calibration_error(made: Sequence[Bin]) -> float:
+    """Expected calibration error (Naeini et al., AAAI 2015): how far the confidence and the share of right words are
+    apart, on average over the words."""
+    words = sum(each.words for each in made)
+    return sum(each.words * abs(each.share_right - each.mean) for each in made) / max(words, 1)
