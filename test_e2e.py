@@ -17,9 +17,9 @@ from common.contract import GRAPH_FILES, TOKENIZER_FILES
 from common.folder import verify_files
 from common.layouts.genai import genai_folder
 from common.layouts.identity import check_one_checkpoint
-from common.run.baseline import RawOrt
 from common.run.config import RuntimeConfig
 from common.run.genai import GenAI
+from common.run.ort import OnnxRuntime
 
 SAMPLE = Path(__file__).resolve().parent / "samples" / "clips" / "029_hibari.flac"
 
@@ -63,7 +63,7 @@ def _test(args: argparse.Namespace) -> None:
     stages.end("GenAI, tokenizer.json and vocab.txt give one text, also after encoding it")
 
     stages.begin("plain ONNX Runtime")
-    baseline = RawOrt(folder).transcribe(genai.features(samples)).tokens
+    baseline = OnnxRuntime(folder).transcribe(genai.features(samples)).tokens
     check_same_tokens(tokens, baseline)
     stages.end(f"gives the same {len(baseline)} tokens")
 

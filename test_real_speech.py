@@ -58,7 +58,7 @@ from common.evaluate.words import SUBTITLES, subtitle_paths
 from common.folder import check_outputs, json_text, printing_beside, write_output
 from common.layouts.genai import genai_folder
 from common.report.clips_page import clips_page_writer, comparison_page, stress_page
-from common.run.clips import Clip, read_clips
+from common.run.audio import Clip, read_clips
 
 SAMPLE = Path(__file__).resolve().parent / "samples" / "jfk.wav"
 MANIFEST_HELP = """clip list: JSON lines with audio_filepath and text, and offset and duration in seconds where a

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.bench import ObservedBaseline, machine, peak_memory
 from common.cli import quiet_libraries, size_text
-from common.run.clips import read_clips
+from common.run.audio import read_clips
 from common.run.genai import GenAI
 
 BATCH_SIZES = (1, 4, 8, 16)  # the first is the baseline

@@ -15,9 +15,8 @@ import numpy as np
 
 from common.cli import quiet_libraries
 from common.evaluate.engines import timed
-from common.run.audio import load_clip
-from common.run.baseline import RawOrt
-from common.run.clips import Clip
+from common.run.audio import Clip, load_clip
+from common.run.ort import OnnxRuntime
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 CORES = os.cpu_count()
@@ -51,7 +50,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class ObservedBaseline(RawOrt):
+class ObservedBaseline(OnnxRuntime):
     """Plain ONNX Runtime; `observe` is called after each run of the encoder, with its outputs [S, D] of each clip and
     the seconds that the run took."""
 

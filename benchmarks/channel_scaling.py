@@ -26,7 +26,7 @@ from common.quantize.fidelity import sqnr_db
 from common.quantize.method import WeightOptions
 from common.quantize.rewrite import plan_encoder, quantize_weights
 from common.quantize.smoothing import factors_without_speech, fold
-from common.run.clips import read_clips
+from common.run.audio import read_clips
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
 

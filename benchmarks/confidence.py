@@ -18,10 +18,10 @@ from tqdm import tqdm
 from benchmarks.bench import machine
 from common.cli import quiet_libraries
 from common.evaluate.words import Pieces, bins, calibration_error, timed_words, words_right
-from common.run.baseline import RawOrt
-from common.run.clips import read_clips
+from common.run.audio import read_clips
 from common.run.decode import NEMO_RULE
-from common.run.nemo import Nemo
+from common.run.ort import OnnxRuntime
+from common.run.reference import Nemo
 
 # Fields of Confidence, with NeMo's configuration of the same measure; settings not named here have NeMo's default.
 METHODS = {"max_prob": {"name": "max_prob", "alpha": 1.0}, "entropy": {"name": "entropy"}}
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet_libraries()
     model = load_model(args.model_name)
-    nemo, raw, pieces = Nemo(model), RawOrt(args.model_dir), Pieces.read(args.model_dir)
+    nemo, raw, pieces = Nemo(model), OnnxRuntime(args.model_dir), Pieces.read(args.model_dir)
     decoders = {field: nemo_confidences(model, method) for field, method in METHODS.items()}
     tokens, words = ({field: [] for field in METHODS} for _ in range(2))  # differences, an array for each clip
     judged = {field: [] for field in METHODS}  # confidence of a word and whether it is right

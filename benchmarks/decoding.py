@@ -31,10 +31,10 @@ from common.cli import size_text
 from common.contract import DECODER, ENCODER, GENAI_CONFIG, JOINT, Graph
 from common.folder import staged_folder, write_json
 from common.layouts.genai import ENCODER_SESSION, TOKEN_SESSION
-from common.run.baseline import RawOrt
 from common.run.config import RuntimeConfig
 from common.run.decode import GENAI_RULE, DecodingConfig, greedy_tdt_decode
 from common.run.genai import GenAI
+from common.run.ort import OnnxRuntime
 
 # Chunk, left and right context in seconds; the first is the baseline.
 CHUNKS = ((6, 10, 2), (30, 10, 2), (60, 10, 2), (60, 2, 2), (120, 10, 2))
@@ -118,7 +118,7 @@ def make_talkative(source: Path, target: Path) -> None:
     genai = GenAI(source)
     features = genai.features(speech(RATE_CLIP_SECONDS, genai.config.sample_rate))
     del genai
-    raw = RawOrt(source)
+    raw = OnnxRuntime(source)
     (encoded,) = raw.encode([features])  # [S, D]
     mean, scale = encoded.mean(axis=0), (encoded - encoded.mean(axis=0)).std()
     bias, rate = find_blank_bias(raw, (encoded - mean) / scale)
@@ -129,7 +129,7 @@ def make_talkative(source: Path, target: Path) -> None:
         change_joint(staging, mean, scale, raw.config.blank_id, bias)
 
 
-def find_blank_bias(raw: RawOrt, encoded: np.ndarray) -> tuple[float, float]:
+def find_blank_bias(raw: OnnxRuntime, encoded: np.ndarray) -> tuple[float, float]:
     """Find by bisection what to add to the blank logit for a rate within `RATE`; also the rate, in tokens a second."""
     config = raw.config
 

@@ -105,7 +105,7 @@ def load_clips(checkpoint: Path, lengths: Iterable[int]) -> dict[str, dict[int, 
     → clip."""
     from common.checkpoint.nemo import load_model
     from common.checkpoint.spec import ModelSpec
-    from common.run.nemo import Nemo
+    from common.run.reference import Nemo
 
     model = load_model(checkpoint)
     rate = ModelSpec.of(model).sample_rate

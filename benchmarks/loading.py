@@ -26,7 +26,7 @@ from common.cli import size_text
 from common.contract import ENCODER
 from common.onnx_io import add_initializer, input_of, load, shape_of, tensor_of
 from common.quantize.int8 import int4_tensor
-from common.run.session import open_session
+from common.run.ort import open_session
 
 ROUNDS = 5
 DATA = ENCODER.data_file

@@ -29,7 +29,7 @@ from common.evaluate.wer import WordErrorRate, word_error_rate
 from common.folder import write_json
 from common.quantize import METHODS
 from common.quantize.fidelity import sqnr_db
-from common.run.clips import read_clips
+from common.run.audio import read_clips
 from common.run.genai import GenAI
 
 BLOCKS = (32, 64, 128)

@@ -21,10 +21,10 @@ from common.evaluate.stress import StressResults, StressTest, folder_engines, ge
 from common.evaluate.stress_run import FLOAT32
 from common.evaluate.stress_table import StressRow, print_stress, stress_rows
 from common.folder import write_json
-from common.run.baseline import RawOrt
-from common.run.clips import read_clips
+from common.run.audio import read_clips
 from common.run.genai import GenAI
-from common.run.nemo import Nemo
+from common.run.ort import OnnxRuntime
+from common.run.reference import Nemo
 
 
 def markdown(results: StressResults) -> str:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     folders = {FLOAT32: args.model_dir} | {folder.name: folder for folder in args.optimized}
     engines = [reference_engine(Nemo(load_model(args.model_name)))] if args.model_name else []
     for name, folder in folders.items():
-        engines += folder_engines(name, RawOrt(folder), tokenizer_text(folder))
+        engines += folder_engines(name, OnnxRuntime(folder), tokenizer_text(folder))
         if args.genai:
             engines.append(genai_engine(f"{name}, GenAI", GenAI(folder)))
     clips = read_clips(args.manifest, with_text=True)

@@ -18,10 +18,9 @@ import optimize_encoder
 from common.checkpoint import nemo
 from common.folder import sha256
 from common.report import optimized_folder
-from common.run.audio import load_clip
-from common.run.clips import Clip
-from common.run.nemo import Nemo
-from common.run.reference import ReferenceTranscript
+from common.run.audio import Clip, load_clip
+from common.run.decode import Transcript
+from common.run.reference import Nemo
 from tests.helpers import CLIPS, TINY, export_for_every_runtime
 
 KEPT_MODELS = 3
@@ -99,7 +98,7 @@ def tiny_model():
 
 
 @pytest.fixture(scope="session")
-def nemo_transcripts(tiny_model) -> list[ReferenceTranscript]:
+def nemo_transcripts(tiny_model) -> list[Transcript]:
     """NeMo's own transcripts of the bundled clips."""
     reference = Nemo(tiny_model)
     return [reference.transcribe(reference.features(load_clip(Clip(clip), 16000, 0))) for clip in CLIPS]

@@ -23,8 +23,7 @@ from common.layouts.identity import REPORT_FILES
 from common.layouts.layout import Layout
 from common.layouts.sherpa_onnx import SHERPA_ONNX
 from common.quantize.cpu import exact_bits
-from common.run.audio import load_clip
-from common.run.clips import Clip
+from common.run.audio import Clip, load_clip
 
 # ---- files of the project
 

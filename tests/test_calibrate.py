@@ -24,7 +24,7 @@ from common.quantize.method import WeightOptions
 from common.quantize.moments import error_feedback, second_moments
 from common.quantize.plan import Format, Plan, SizeModel, spend
 from common.quantize.rewrite import plan_encoder, quantizable, quantize_weights
-from common.run.clips import read_clips
+from common.run.audio import read_clips
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
 from tests.helpers import BITS, MATRICES, REDUCED, SAMPLES, dequantize

@@ -24,10 +24,9 @@ from common.checkpoint.nemo import load_model, read_config
 from common.folder import LOCATIONS, fingerprint, staged_folder, verify_files, write_json
 from common.layouts.identity import REPORT_FILES
 from common.report.card import CARD
-from common.run.audio import load_clip
-from common.run.baseline import RawOrt
-from common.run.clips import Clip
+from common.run.audio import Clip, load_clip
 from common.run.genai import GenAI
+from common.run.ort import OnnxRuntime
 from tests.faults import audio, checkpoints
 from tests.helpers import ROOT, TINY, WITHOUT_SPEED, reproducible, tiny_members, write_tar
 
@@ -384,7 +383,7 @@ class TestAudio:
         onnx.save(proto, folder / "joint.onnx")
         signal.alarm(60)  # by default this signal ends the process, which is better than to hang
         try:
-            genai, raw = GenAI(folder), RawOrt(folder)
+            genai, raw = GenAI(folder), OnnxRuntime(folder)
             samples = genai.config.read_audio(audio.SPEECH)
             features = genai.features(samples)
             found = genai.transcribe(samples)

@@ -26,9 +26,8 @@ from common.layouts.adapt import write_view
 from common.layouts.identity import check_one_checkpoint, check_same_checkpoint, kept_by_export
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
-from common.run.audio import load_clip
-from common.run.clips import Clip
-from common.run.nemo import Nemo
+from common.run.audio import Clip, load_clip
+from common.run.reference import Nemo
 from tests.helpers import SAMPLES, TINY, rejected
 
 CLIPS = [SAMPLES / "clips" / f"{name}.flac" for name in ("029_hibari", "128_rms", "105_slt")]

@@ -29,7 +29,7 @@ from common.quantize.opset import INT4_IR_VERSION, INT4_OPSET, lift_opset
 from common.quantize.plan import Format
 from common.quantize.rewrite import quantizable, quantize_weights
 from common.report.card import CARD
-from common.run.clips import read_clips
+from common.run.audio import read_clips
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
 from tests.helpers import CLIPS, MATRICES, SAMPLES, SHERPA_PROGRAM

@@ -20,9 +20,8 @@ from common.quantize.fidelity import sqnr_db
 from common.quantize.method import WeightOptions
 from common.quantize.plan import Format, Stored
 from common.quantize.rewrite import quantizable, quantize_weights
-from common.run.baseline import RawOrt
 from common.run.genai import GenAI
-from common.run.ort import OrtGraph
+from common.run.ort import OnnxRuntime, OrtGraph
 from tests.helpers import BIT_DB, BITS, REDUCED, SAMPLES
 
 RNG = np.random.default_rng(0)
@@ -246,7 +245,7 @@ def test_error_does_not_grow_with_length_or_batch(tiny_export, int8_folder):
 
 
 def test_transcripts_and_genai(tiny_export, int8_folder):
-    reference, raw, genai = RawOrt(tiny_export), RawOrt(int8_folder), GenAI(int8_folder)
+    reference, raw, genai = OnnxRuntime(tiny_export), OnnxRuntime(int8_folder), GenAI(int8_folder)
     for path in clips():
         samples = genai.config.read_audio(path)
         features = genai.features(samples)

@@ -20,10 +20,8 @@ from common.folder import FILES, read_manifest
 from common.layouts.layout import FEATURES_TOLERANCE, check_feature_graphs
 from common.layouts.log_mel import log_mel_graph
 from common.layouts.onnx_asr import ONNX_ASR
-from common.run.audio import load_clip
-from common.run.clips import Clip
-from common.run.nemo import Nemo
-from common.run.reference import features_of
+from common.run.audio import Clip, load_clip
+from common.run.reference import Nemo, features_of
 from tests.helpers import CLIPS, REDUCED, SAMPLES, TINY
 
 

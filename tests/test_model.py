@@ -15,7 +15,7 @@ from common.checkpoint.spec import ModelSpec, _feature_differences
 from common.layouts.features import NO_SYMBOL_LIMIT
 from common.layouts.genai import Window, audio_processor_config, check_genai_supports, genai_config
 from common.run.genai import GenAI
-from common.run.nemo import Nemo
+from common.run.reference import Nemo
 from tests.helpers import TINY, ctc_only, plain_rnnt, rewrite_config, rewrite_weights
 
 pytestmark = pytest.mark.slow

@@ -26,11 +26,10 @@ from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
 from common.report import optimized_folder
-from common.run.audio import load_clip
-from common.run.baseline import RawOrt
-from common.run.clips import Clip
+from common.run.audio import Clip, load_clip
 from common.run.genai import GenAI
-from common.run.nemo import Nemo
+from common.run.ort import OnnxRuntime
+from common.run.reference import Nemo
 from tests.helpers import SAMPLES, SHERPA_PROGRAM, export_for_every_runtime, run_python
 from tests.number_checkpoint import CONFIG, v3_tokenizer, write_number_checkpoint
 
@@ -107,7 +106,7 @@ def test_genai_writes_the_same_numbers(exported, samples, nemo_text):
 
 
 def test_raw_onnx_writes_the_same_numbers(exported, samples, nemo_model, nemo_text):
-    tokens = RawOrt(exported / GENAI.runtime).transcribe(Nemo(nemo_model).features(samples)).tokens
+    tokens = OnnxRuntime(exported / GENAI.runtime).transcribe(Nemo(nemo_model).features(samples)).tokens
     assert SentencePieceProcessor(model_proto=v3_tokenizer()).decode(tokens) == nemo_text
 
 

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from common.run import baseline
-from common.run.audio import load_clip
-from common.run.baseline import RawOrt
-from common.run.clips import Clip
+from common.run import ort
+from common.run.audio import Clip, load_clip
 from common.run.config import windows
 from common.run.decode import NEMO_RULE
 from common.run.genai import GenAI
-from common.run.nemo import Nemo
+from common.run.ort import OnnxRuntime
+from common.run.reference import Nemo
 from tests.helpers import CLIPS, ROWS
 
 
@@ -27,7 +26,7 @@ def genai(tiny_export):
 
 @pytest.fixture(scope="module")
 def raw(tiny_export):
-    return RawOrt(tiny_export)
+    return OnnxRuntime(tiny_export)
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +44,15 @@ def speech(seconds: float) -> np.ndarray:
 def test_every_engine_transcribes_the_same(clip, genai, raw, nemo):
     samples = genai.config.read_audio(clip)
     features = nemo.features(samples)
-    tokens, frames, text = nemo.transcribe(features)
+    reference = nemo.transcribe(features)
+    tokens, frames = reference.tokens, reference.frames
     assert tokens
     found = raw.transcribe(features, NEMO_RULE)
     assert found.tokens == tokens
     assert [step.frame for step in found.emitted] == frames
     np.testing.assert_allclose(genai.features(samples), features, atol=2e-3)
     assert genai.transcribe(samples) == tokens
-    assert genai.text(tokens) == text
+    assert genai.text(tokens) == reference.text
     traced = nemo.trace(features)
     assert (traced.tokens, traced.frames) == (tokens, frames)
 
@@ -81,7 +81,7 @@ def test_windows_as_genai_cuts_them(chunk, left, right, tiny_export, tmp_path):
     samples = {"chunk_samples": chunk, "left_context_samples": left, "right_context_samples": right}
     config["model"] |= {name: round(seconds * 16000) for name, seconds in samples.items()}
     (folder / "genai_config.json").write_text(json.dumps(config))
-    genai, raw = GenAI(folder), RawOrt(folder)
+    genai, raw = GenAI(folder), OnnxRuntime(folder)
     for seconds in (11.237, chunk, chunk + 0.004, 2 * chunk, 2 * chunk + 0.08):
         clip = speech(seconds)
         assert genai.transcribe(clip) == raw.transcribe(genai.features(clip)).tokens
@@ -111,7 +111,7 @@ def test_a_long_clip_is_decoded_window_by_window_in_bounded_memory(genai, tiny_e
     class Frames(np.ndarray):
         """An array that weak references can count."""
 
-    class Counting(RawOrt):
+    class Counting(OnnxRuntime):
         def encode(self, features):
             (frames,) = super().encode(features)
             counted = frames.view(Frames)
@@ -130,14 +130,14 @@ def test_a_long_clip_is_decoded_window_by_window_in_bounded_memory(genai, tiny_e
         def update(self):
             updates.append(1)
 
-    monkeypatch.setattr(baseline, "progress_bar", lambda **kind: updates.append(kind["total"]) or Bar())
+    monkeypatch.setattr(ort, "progress_bar", lambda **kind: updates.append(kind["total"]) or Bar())
     raw = Counting(folder)
     features = genai.features(speech(12))
     tokens = raw.transcribe(features).tokens
     assert updates == [12] + [1] * 12
     assert len(most) == 12
     assert max(most) <= 3  # the last window, the one before, and the one that is being made
-    plain = RawOrt(folder)
+    plain = OnnxRuntime(folder)
     assert tokens == plain.transcribe_all([features, features], batch_size=2)[0].tokens
     assert len(tokens) > 5
 

@@ -168,7 +168,7 @@ def test_bad_audio(script, capsys, tmp_path, tiny_export):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("", "expected a line for each clip"),
+        ("", "lists no clip"),
         ("not json\n", "manifest.jsonl:1"),
         ('{"audio_filepath": "a.flac"}\n{"text": "b"}\n', "manifest.jsonl:2"),
         ("[1]\n", "manifest.jsonl:1"),
@@ -298,12 +298,12 @@ def test_the_first_transcript_waits_for_genai_alone(tiny_export, capsys, monkeyp
     """The transcript is on the screen before the plain ONNX Runtime sessions are made."""
     shown = []
 
-    class Late(engines.RawOrt):
+    class Late(engines.OnnxRuntime):
         def __init__(self, folder):
             shown.append(capsys.readouterr().out)
             super().__init__(folder)
 
-    monkeypatch.setattr(engines, "RawOrt", Late)
+    monkeypatch.setattr(engines, "OnnxRuntime", Late)
     assert test_real_speech.main(["--model_dir", str(tiny_export), "--audio", CLIP, "--skip_nemo"]) == 0
     assert len(shown) == 1
     assert shown[0].endswith("We have 13 black fans.\n")
@@ -321,7 +321,7 @@ def test_the_first_transcript_waits_for_genai_alone(tiny_export, capsys, monkeyp
 )  # fmt: skip
 def test_the_engines_and_folders_chosen_are_those_that_run(flags, names, tiny_optimized, tmp_path, monkeypatch, capsys):
     loaded = []
-    for name in ("GenAI", "RawOrt"):
+    for name in ("GenAI", "OnnxRuntime"):
         kind = getattr(engines, name)
         monkeypatch.setattr(
             engines, name, lambda path, kind=kind: loaded.append((kind.__name__, path.name)) or kind(path)
@@ -329,7 +329,7 @@ def test_the_engines_and_folders_chosen_are_those_that_run(flags, names, tiny_op
     argv = ["--model_dir", str(tiny_optimized), "--audio", CLIP, *flags, "--json", str(tmp_path / "found.json")]
     assert test_real_speech.main(argv) == 0
     assert list(json.loads((tmp_path / "found.json").read_text())["engines"]) == names
-    called = {"GenAI": "GenAI", "ONNX Runtime": "RawOrt"}
+    called = {"GenAI": "GenAI", "ONNX Runtime": "OnnxRuntime"}
     expected = sorted((called[kind], folder) for kind, _, folder in (name.rpartition(" ") for name in names))
     if flags == ("--engines", "onnx"):
         expected.insert(0, ("GenAI", "optimized"))  # computes the features

@@ -13,20 +13,17 @@ from common.evaluate.words import (
     LINE_CHARACTERS,
     MAX_CUE_SECONDS,
     Pieces,
-    TimedWord,
     cues,
     furthest_apart,
     srt,
     timed_words,
     vtt,
 )
-from common.run.audio import load_clip
-from common.run.baseline import RawOrt
-from common.run.clips import Clip
-from common.run.confidence import confidence_of, log_softmax
-from common.run.decode import NEMO_RULE, Step
+from common.run.audio import Clip, load_clip
+from common.run.decode import NEMO_RULE, Step, TimedWord, confidence_of, log_softmax
 from common.run.genai import GenAI
-from common.run.nemo import Nemo
+from common.run.ort import OnnxRuntime
+from common.run.reference import Nemo
 from tests.helpers import CLIPS, ROWS, TINY
 
 FRAME = 0.08
@@ -34,7 +31,7 @@ FRAME = 0.08
 
 @pytest.fixture(scope="module")
 def raw(tiny_export):
-    return RawOrt(tiny_export)
+    return OnnxRuntime(tiny_export)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +54,7 @@ def test_words_and_times_are_nemos_own(raw, pieces, tiny_model):
     count = 0
     for clip, mine, theirs in zip(features, found, hypotheses, strict=True):
         expected = [(word["word"], word["start_offset"], word["end_offset"]) for word in theirs.timestamp["word"]]
-        assert nemo.words(clip) == expected
+        assert [(word.text, word.start, word.end) for word in nemo.words(clip)] == expected
         assert [(word.text, word.start, word.end) for word in mine] == expected
         seconds = [(word["start"], word["end"]) for word in theirs.timestamp["word"]]
         np.testing.assert_allclose(
@@ -221,7 +218,7 @@ def test_script_writes_words_and_subtitles(tiny_export, tmp_path, capsys):
 @pytest.mark.parametrize("field", METHODS)
 def test_confidences_are_nemos_own(field, tiny_model, tiny_export):
     """The confidence of each token and each word is NeMo's, on every clip that has the same tokens."""
-    nemo, raw, pieces = Nemo(tiny_model), RawOrt(tiny_export), Pieces.read(tiny_export)
+    nemo, raw, pieces = Nemo(tiny_model), OnnxRuntime(tiny_export), Pieces.read(tiny_export)
     decode = nemo_confidences(tiny_model, METHODS[field])
     compared = 0
     for path in CLIPS:

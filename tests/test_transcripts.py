@@ -10,8 +10,7 @@ from common.evaluate.differences import Difference, first_difference, first_toke
 from common.evaluate.transcripts import ComparedClip, Comparison, EngineDifference, FolderEngines, Transcript
 from common.evaluate.verdict import judge_tokens
 from common.evaluate.wer import normalize, word_changes, word_error_rate, word_errors
-from common.evaluate.words import TimedWord
-from common.run.decode import Hypothesis, Step
+from common.run.decode import Hypothesis, Step, TimedWord
 
 BLANK = 9
 

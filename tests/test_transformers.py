@@ -35,7 +35,7 @@ from common.folder import read_manifest
 from common.layouts.genai import GENAI
 from common.report.card import model_card
 from common.run.genai import GenAI
-from common.run.transformers import Transformers
+from common.run.reference import Transformers
 from tests.helpers import CLIPS, ROOT, SMALL, TINY, rejected, shard, trained
 
 pytestmark = pytest.mark.slow  # the fixture imports transformers and converts the checkpoint

@@ -28,15 +28,12 @@ from common.export.writing import suppress, suppressed_ids
 from common.folder import CHECKPOINT, EXPORTED, FILES, MANIFEST, is_float16, read_location, read_manifest
 from common.layouts.genai import GENAI
 from common.layouts.identity import check_one_checkpoint, check_same_checkpoint
-from common.run.baseline import RawOrt
-from common.run.clips import Clip
+from common.run.audio import Clip
 from common.run.config import RuntimeConfig
 from common.run.decode import GENAI_RULE, BlankZero, Hypothesis
 from common.run.genai import GenAI
-from common.run.nemo import Nemo
-from common.run.ort import MAPPED, OpenGraph, OrtGraph
-from common.run.reference import Reference
-from common.run.transformers import Transformers
+from common.run.ort import MAPPED, OnnxRuntime, OpenGraph, OrtGraph
+from common.run.reference import Nemo, Reference, Transformers
 
 # What --engines and --folders choose from.
 NEMO_ENGINE, GENAI_ENGINE, ONNX_ENGINE = ENGINES = ("nemo", "genai", "onnx")
@@ -66,8 +63,8 @@ class ComparedFolder:
         return genai
 
     @cached_property
-    def raw(self) -> RawOrt:
-        raw = RawOrt(self.path)
+    def raw(self) -> OnnxRuntime:
+        raw = OnnxRuntime(self.path)
         mels = raw.encoder.session.get_inputs()[0].shape[1]
         raw.transcribe(np.random.default_rng(0).standard_normal((mels, WARM_UP_FRAMES), dtype=np.float32))
         return raw
@@ -220,7 +217,7 @@ class BothModels:
     """An optimized folder and the exported one beside it, each in plain ONNX Runtime with its own tokenizer.
 
     GenAI computes the features, from the optimized folder. The float32 weights stay in their data file, since both
-    models are in memory at once; the optimized one is small. Raises as GenAI and RawOrt do.
+    models are in memory at once; the optimized one is small. Raises as GenAI and OnnxRuntime do.
     """
 
     def __init__(self, exported: Path, optimized: Path) -> None:
@@ -231,7 +228,7 @@ class BothModels:
         self.optimized_text = self.genai.text
 
 
-class KeptOutputs(RawOrt):
+class KeptOutputs(OnnxRuntime):
     """Plain ONNX Runtime that keeps the encoder's outputs of the last clip, [S, D] of each window."""
 
     def __init__(self, folder: Path, open_graph: OpenGraph = OrtGraph) -> None:

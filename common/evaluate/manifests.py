@@ -6,7 +6,7 @@ from common.cli import warn
 from common.evaluate.wer import normalize
 from common.layouts.layout import LAYOUTS
 from common.quantize.options import OptimizeOptions
-from common.run.clips import Clip, read_clips, shared_clips
+from common.run.audio import Clip, read_clips, shared_clips
 from common.run.config import RuntimeConfig
 
 

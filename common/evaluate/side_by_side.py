@@ -14,10 +14,11 @@ from common.evaluate.differences import Difference, excused_by, first_difference
 from common.evaluate.engines import ComparedFolder, timed
 from common.evaluate.text_rules import TextRule
 from common.evaluate.transcripts import ComparedClip, Comparison, EngineDifference, Transcript
-from common.evaluate.words import TimedWord, timed_words
+from common.evaluate.words import timed_words
+from common.run import decode
 from common.run.decode import GENAI_RULE, NEMO_RULE, Hypothesis
 from common.run.genai import GenAI
-from common.run.reference import Reference, ReferenceTranscript
+from common.run.reference import Reference
 
 # So much audio at a time is sorted by length into batches: more needs less padding, and more memory, 8 MB a minute.
 POOL_SECONDS = 1200
@@ -31,7 +32,7 @@ class Recording:
     samples: np.ndarray  # mono, at the model's rate
     features: np.ndarray | None = None  # [M, T]
     features_seconds: float = 0.0  # that it took to compute them
-    reference: ReferenceTranscript | None = None  # the reference's result, where its tokens and frames must be matched
+    reference: decode.Transcript | None = None  # the reference's result, where its tokens and frames must be matched
     traced: dict[str, Hypothesis] = field(default_factory=dict)  # by the name of an engine on plain ONNX Runtime
 
     def compute_features(self, source: Callable[[], GenAI | Reference]) -> np.ndarray:
@@ -164,13 +165,12 @@ class SideBySide:
 def _run_reference(reference: Reference, recording: Recording, *, with_times: bool) -> None:
     features = recording.compute_features(lambda: reference)
     made, seconds = timed(reference.transcribe, features)
-    timed_by_it = reference.words(features) if with_times else None
-    words = None if timed_by_it is None else [TimedWord(*word) for word in timed_by_it]
+    words = reference.words(features) if with_times else None
     seconds += recording.features_seconds
     recording.clip.transcripts[reference.name] = Transcript(made.tokens, made.text, seconds, words)
     if recording.clip.one_window:  # a clip that is cut into windows may well be decoded differently
         recording.reference = made
 
 
-def _difference_from(reference: ReferenceTranscript, actual: Hypothesis) -> Difference | None:
-    return first_difference(reference.tokens, reference.frames, actual)
+def _difference_from(reference: decode.Transcript, actual: Hypothesis) -> Difference | None:
+    return first_difference(reference.tokens, reference.frames or [], actual)

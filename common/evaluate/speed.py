@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from common.run.session import open_session
+from common.run.ort import open_session
 
 AUDIO_SECONDS = 10
 FRAMES_PER_SECOND = 100  # mel frames; the hop of every published Parakeet is 10 ms

@@ -16,9 +16,9 @@ from common.cli import CheckError, progress_bar
 from common.evaluate.conditions import CLEAN, Condition, Speech, Take, conditions_of
 from common.evaluate.engines import timed
 from common.evaluate.wer import WordCounts, normalize, word_counts
-from common.run.baseline import RawOrt
 from common.run.config import RuntimeConfig
 from common.run.genai import GenAI
+from common.run.ort import OnnxRuntime
 from common.run.reference import Reference
 
 MIN_SHARE_WITH_WORDS = 0.5  # of a take's speech: with words in so much of it, its transcript is expected to have a word
@@ -248,7 +248,7 @@ def _windows(results: StressResults, take: Take, output: Output) -> Windows:
 # ---- what a test is made of
 
 
-def folder_engines(name: str, raw: RawOrt, spell: Callable[[list[int]], str]) -> list[StressedEngine]:
+def folder_engines(name: str, raw: OnnxRuntime, spell: Callable[[list[int]], str]) -> list[StressedEngine]:
     """A model folder in plain ONNX Runtime, by GenAI's rule: in windows, and long takes in one window as well.
 
     spell: a function that gives the text of tokens.

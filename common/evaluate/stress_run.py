@@ -19,7 +19,7 @@ from common.evaluate.stress import (
     run_stress,
 )
 from common.evaluate.stress_table import print_stress, print_worst, worst_results, write_worst
-from common.run.clips import Clip
+from common.run.audio import Clip
 from common.run.config import RuntimeConfig
 from common.run.reference import Reference
 

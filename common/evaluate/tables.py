@@ -8,7 +8,7 @@ from common.evaluate.side_by_side import Pool, SideBySide
 from common.evaluate.text_rules import TextRule
 from common.evaluate.transcripts import NEMO, REFERENCES, ComparedClip, Comparison, EngineFigures
 from common.evaluate.wer import CONFIDENCE, WordErrorRate, no_rate, word_errors
-from common.evaluate.words import TimedWord
+from common.run.decode import TimedWord
 
 MAX_PRINTED_CLIPS = 20  # transcripts of more clips than a person reads are only in the --json file
 NONE = "–"  # stands for a figure where there is nothing to compare with

@@ -8,8 +8,8 @@ from typing import Any, Self
 from common.evaluate.differences import Difference
 from common.evaluate.text_rules import TextRule, comparable, explaining_rules
 from common.evaluate.wer import WordErrorRate, normalize, word_error_rate
-from common.evaluate.words import TimedWord
-from common.run.clips import Clip
+from common.run.audio import Clip
+from common.run.decode import TimedWord
 
 NEMO = "NeMo"
 TRANSFORMERS = "transformers"

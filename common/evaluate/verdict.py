@@ -10,7 +10,8 @@ from common.cli import CheckError
 from common.evaluate.text_rules import explaining_rules
 from common.evaluate.transcripts import NEMO, ComparedClip, Comparison, EngineDifference
 from common.evaluate.wer import high_error_warning
-from common.evaluate.words import TimedWord, furthest_apart
+from common.evaluate.words import furthest_apart
+from common.run.decode import TimedWord
 
 # The largest difference of a word's start or end from the reference's, in encoder frames.
 TIMES_TOLERANCE = 1

@@ -21,7 +21,7 @@ from common.evaluate.wer import (
     word_errors,
 )
 from common.quantize.fidelity import sqnr_db
-from common.run.clips import Clip
+from common.run.audio import Clip
 
 MAX_PRINTED_CLIPS = 20  # a person reads no more; the report has them all
 

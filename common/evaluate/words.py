@@ -20,16 +20,15 @@ import re
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.checkpoint.tokenizer import SPACE
 from common.cli import TOKENIZER_COMMAND
 from common.evaluate.wer import normalize, word_runs
 from common.folder import is_standard_output, read_json
-from common.run.clips import Clip
-from common.run.confidence import Confidence
-from common.run.decode import Step
+from common.run.audio import Clip
+from common.run.decode import Confidence, Step, TimedWord
 
 # Pieces that NeMo takes for special tokens, and not for sources of punctuation (extract_punctuation_from_vocab).
 NO_MARKS = re.compile(rf"\[.*\]$|<.*>$|##|{SPACE}")
@@ -44,19 +43,6 @@ SENTENCE_END = (".", "?", "!")  # NeMo's default segment_seperators
 
 # Upper ends of the bins of confidence; most words are near 1, where the bins are narrow.
 BIN_ENDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
-
-
-@dataclass(frozen=True)
-class TimedWord:
-    """One word as it is shown, from encoder frame `start` up to `end`."""
-
-    text: str
-    start: int
-    end: int
-    confidence: Confidence | None = field(default=None, compare=False)  # where the engine gives it
-
-
-# ---- words of tokens
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from common.contract import ENCODER, GRAPHS, Graph
 from common.export.float16 import Ranges
 from common.export.typed_graph import exact_session, load_typed, name_of
 from common.onnx_io import computed_from, input_of
-from common.run.baseline import RawOrt
-from common.run.ort import OrtGraph
+from common.run.ort import OnnxRuntime, OrtGraph
 
 
 class RangeRecorder(OrtGraph):
@@ -51,7 +50,7 @@ class RangeRecorder(OrtGraph):
 def measure_ranges(folder: Path, clips: Sequence[np.ndarray]) -> dict[str, Ranges]:
     """Transcribe `clips`, features [M, T] each, with the float32 folder: graph's name → ranges of its operators."""
     recorders = {graph.name: RangeRecorder(folder, graph) for graph in GRAPHS}
-    engine = RawOrt(folder, lambda _, graph: recorders[graph.name])
+    engine = OnnxRuntime(folder, lambda _, graph: recorders[graph.name])
     for features in clips:
         engine.transcribe(features)
     shortest = min(clips, key=lambda features: features.shape[1])

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from common.onnx_io import load
-from common.run.session import open_session
+from common.run.ort import open_session
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 

@@ -23,7 +23,7 @@ from common.checkpoint.tokenizer import tokens_text
 from common.cli import CheckError
 from common.contract import Graph, View
 from common.folder import MANIFEST, read_manifest, write_json
-from common.run.session import open_session
+from common.run.ort import open_session
 
 # The largest difference allowed from the library's features; float32 and another order of sums make it 3e-4.
 FEATURES_TOLERANCE = 1e-3

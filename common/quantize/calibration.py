@@ -31,9 +31,9 @@ from common.quantize.blocks import power_of
 from common.quantize.moments import second_moments
 from common.quantize.rewrite import quantizable
 from common.quantize.smoothing import row_factors, row_powers
-from common.run.clips import Clip
+from common.run.audio import Clip
 from common.run.genai import GenAI
-from common.run.session import open_session
+from common.run.ort import open_session
 
 # Length of all pieces of speech that run together in one batch. Damage is measured on one batch only: on the tiny
 # checkpoint this ranks the weights as all of the speech does (rank correlation 0.99), and at 0.6B it takes minutes to

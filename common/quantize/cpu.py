@@ -9,7 +9,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from common.quantize.options import OptimizeOptions
-from common.run.session import open_session
+from common.run.ort import open_session
 
 LARGEST_UINT8, LARGEST_INT8 = 255, 127
 SIZE = 64  # rows of the product: more than any vector register holds, so that no slower code for a remainder runs

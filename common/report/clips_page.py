@@ -18,9 +18,10 @@ from common.evaluate.stress import StressResult, StressResults
 from common.evaluate.stress_table import StressRow, stress_rows, worst_results
 from common.evaluate.transcripts import ComparedClip, Comparison, EngineFigures
 from common.evaluate.wer import normalize, word_errors, word_runs
-from common.evaluate.words import Bin, TimedWord, bins, calibration_error, comparable_words, words_right
+from common.evaluate.words import Bin, bins, calibration_error, comparable_words, words_right
 from common.report.pages import page_environment
 from common.run.config import RuntimeConfig
+from common.run.decode import TimedWord
 
 TEMPLATE, SCRIPT = "clips.html.j2", "clips.js"
 WAVE_COLUMNS = 400  # of a waveform: about as many as a phone's screen has points

@@ -49,7 +49,7 @@ from common.report.report import (
     run_record,
     write_report,
 )
-from common.run.clips import Clip
+from common.run.audio import Clip
 
 # Peak memory as a multiple of the exported encoder, measured at 0.6B: one float32 session, while both are compared.
 MEMORY_FACTOR = 1.3

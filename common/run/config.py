@@ -1,6 +1,6 @@
 """genai_config.json as the engines read it: the numbers of decoding, and the windows in which GenAI encodes a clip.
 
-The baseline takes its numbers from the same file as GenAI, so that a wrong number shows as a difference from NeMo.
+Plain ONNX Runtime takes its numbers from the same file as GenAI, so that a wrong one shows as a difference from NeMo.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,8 +12,7 @@ import numpy as np
 from common.cli import EXPORT_COMMAND, warn
 from common.contract import GENAI_CONFIG
 from common.folder import read_json
-from common.run.audio import SEGMENT_TOLERANCE, check_audio, load_clip
-from common.run.clips import Clip
+from common.run.audio import SEGMENT_TOLERANCE, Clip, check_audio, load_clip
 
 # NeMo's features need two frames for a standard deviation.
 MIN_FRAMES = 2
@@ -126,7 +125,7 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Window:
     """One encoder run: mel frames `begin` … `end` - 1 go in, encoder frames `start` … `stop` - 1 are decoded."""
 
     begin: int
@@ -135,7 +134,7 @@ class Piece:
     stop: int | None  # None: to the last
 
 
-def windows(config: RuntimeConfig, mel_frames: int) -> Iterator[Piece]:
+def windows(config: RuntimeConfig, mel_frames: int) -> Iterator[Window]:
     """The windows of a clip of `mel_frames`, cut as GenAI cuts it (EncodeNextChunk in src/models/parakeet.cpp)."""
     hop = config.hop_length
     sub = config.subsampling_factor
@@ -147,5 +146,5 @@ def windows(config: RuntimeConfig, mel_frames: int) -> Iterator[Piece]:
         end = min(min(chunk_end + config.right, total) // hop, mel_frames)
         start = (chunk_begin // hop - begin) // sub
         stop = None if chunk_end == total else (chunk_end // hop - begin) // sub
-        yield Piece(begin, end, start, stop)
+        yield Window(begin, end, start, stop)
         chunk_begin = chunk_end

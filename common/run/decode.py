@@ -7,8 +7,12 @@ for all utterances that have not ended, then one call of the prediction network 
 
 The published loops of NeMo and GenAI differ in one case: a blank whose best duration is 0, which would stay on its
 frame for ever. See `BlankZero`.
+
+How sure a decoding is of its tokens is measured as in NeMo (asr/parts/utils/asr_confidence_utils.py 3.0.0), from the
+log probabilities of a step: over the tokens with the blank, or over the durations.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from common.run.confidence import Confidence, confidence_of, log_softmax
+ALPHA = 0.33  # of the entropies; NeMo's default
 
 
 class BlankZero(Enum):
@@ -78,6 +82,14 @@ class Frames(Protocol):
 
 
 @dataclass(frozen=True)
+class Confidence:
+    """Confidence in one token, from 0 to 1, or in a word: that of its least sure token (NeMo's aggregation `min`)."""
+
+    max_prob: float  # the token's probability, scaled so that a choice by chance has 0; `max_prob`, alpha 1
+    entropy: float  # 1 for a single possible token; NeMo's default, `entropy` of type `tsallis`, norm `exp`, alpha 0.33
+
+
+@dataclass(frozen=True)
 class Step:
     """One decision of the loop."""
 
@@ -111,6 +123,29 @@ class Hypothesis:
     def frames(self) -> list[int]:
         """The encoder frame at which each token was emitted."""
         return [step.frame for step in self.emitted]
+
+
+@dataclass(frozen=True)
+class TimedWord:
+    """One word as it is shown, from encoder frame `start` up to `end`."""
+
+    text: str
+    start: int
+    end: int
+    confidence: Confidence | None = field(default=None, compare=False)  # where the engine gives it
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What one engine has made of one recording."""
+
+    tokens: list[int]
+    text: str
+    seconds: float = 0.0  # that the engine took, features included
+    features_seconds: float = 0.0  # of these, those that the features took
+    frames: list[int] | None = None  # the encoder frame at which each token was emitted; None: not given, as by GenAI
+    words: list[TimedWord] | None = None  # where times were asked for, of the engines that give them
+    hypothesis: Hypothesis | None = None  # the decisions, of plain ONNX Runtime
 
 
 def greedy_tdt_decode(
@@ -190,3 +225,19 @@ def _best(logits: np.ndarray) -> list[tuple[int, float]]:
     others = logits.copy()
     others[rows, best] = -np.inf
     return list(zip(best.tolist(), (first - others.max(axis=1)).tolist(), strict=True))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """logits [V] → log probabilities [V] of the same type. NeMo uses float32, which takes half the time of float64."""
+    shifted = logits - logits.max()
+    normal: np.ndarray = shifted - logits.dtype.type(math.log(np.exp(shifted).sum()))
+    return normal
+
+
+def confidence_of(log_probs: np.ndarray) -> Confidence:
+    """The confidence of one decision, which takes the largest of its log probabilities [V]."""
+    size = len(log_probs)
+    probability = math.exp(float(log_probs.max()))
+    least = math.exp((1 - size ** (1 - ALPHA)) / (1 - ALPHA))  # where all are equally likely
+    entropy = (1 - float(np.exp(log_probs.dtype.type(ALPHA) * log_probs).sum())) / (1 - ALPHA)
+    return Confidence((probability * size - 1) / (size - 1), (math.exp(entropy) - least) / (1 - least))

@@ -6,19 +6,19 @@ decoding are computed with these parts; whole transcripts come from the library 
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 
-from common.run.decode import DecodingConfig, Hypothesis, Prediction, greedy_tdt_decode
-
-
-class ReferenceTranscript(NamedTuple):
-    """The result of the library's own decoding of a clip."""
-
-    tokens: list[int]
-    frames: list[int]  # the encoder frame at which each token was emitted
-    text: str
+from common.run.decode import (
+    DecodingConfig,
+    Hypothesis,
+    Prediction,
+    TimedWord,
+    Transcript,
+    greedy_tdt_decode,
+)
 
 
 class Reference(ABC):
@@ -35,12 +35,12 @@ class Reference(ABC):
         """The checkpoint's SentencePiece model, as the library has loaded it."""
 
     @abstractmethod
-    def transcribe(self, features: np.ndarray) -> ReferenceTranscript:
+    def transcribe(self, features: np.ndarray) -> Transcript:
         """features [M, T] → tokens, frames and text, all of them the library's."""
 
     @abstractmethod
-    def words(self, features: np.ndarray) -> list[tuple[str, int, int]] | None:
-        """features [M, T] → each word with the library's own start and end, in encoder frames; None if it has none."""
+    def words(self, features: np.ndarray) -> list[TimedWord] | None:
+        """features [M, T] → the words with the library's own times; None for a library that gives words no times."""
 
     def features(self, samples: np.ndarray) -> np.ndarray:
         """The features that the library computes from mono samples [N], valid frames only: [M, T]."""
@@ -87,6 +87,101 @@ class Reference(ABC):
         return self.model.encoder(
             audio_signal=torch.from_numpy(features)[None], length=torch.tensor([features.shape[1]])
         )
+
+
+class Nemo(Reference):
+    """A model of NeMo's (EncDecRNNTBPEModel), set to batched greedy decoding. Its text is that of `transcribe()`."""
+
+    name = "NeMo"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        # Beam search may choose other words, and plain greedy decoding other durations.
+        if model.cfg.decoding.strategy != "greedy_batch":
+            decoding = model.cfg.decoding.copy()
+            decoding.strategy = "greedy_batch"
+            model.change_decoding_strategy(decoding, verbose=False)
+
+    @property
+    def sentencepiece_model(self) -> bytes:
+        """The checkpoint's SentencePiece model, as NeMo has loaded it."""
+        return bytes(self.model.tokenizer.tokenizer.serialized_model_proto())
+
+    def transcribe(self, features: np.ndarray) -> Transcript:
+        """features [M, T] → tokens, frames and text, all of them NeMo's."""
+        result = self._decode(self.model.decoding, features)
+        return Transcript(
+            tokens=[int(token) for token in result.y_sequence],
+            text=result.text,
+            frames=[int(frame) for frame in result.timestamp],
+        )
+
+    def words(self, features: np.ndarray) -> list[TimedWord]:
+        """features [M, T] → the words with NeMo's own times."""
+        words = self._decode(self._with_timestamps, features).timestamp["word"]
+        return [TimedWord(word["word"], int(word["start_offset"]), int(word["end_offset"])) for word in words]
+
+    @cached_property
+    def _with_timestamps(self) -> Any:
+        """A decoding that gives times, set up as by NeMo's `transcribe(timestamps=True)`; separate, as it is slower."""
+        from nemo.collections.asr.parts.submodules.rnnt_decoding import RNNTBPEDecoding
+        from omegaconf import OmegaConf
+
+        model = self.model
+        decoding = model.cfg.decoding.copy()
+        OmegaConf.update(decoding, "compute_timestamps", value=True, force_add=True)
+        return RNNTBPEDecoding(decoding, model.decoder, model.joint, model.tokenizer)
+
+    def _decode(self, decoding: Any, features: np.ndarray) -> Any:
+        """features [M, T] → NeMo's own Hypothesis."""
+        import torch
+
+        with torch.inference_mode():
+            return decoding.rnnt_decoder_predictions_tensor(*self._encode(features), return_hypotheses=True)[0]
+
+
+class Transformers(Reference):
+    """A ParakeetForTDT of transformers, as common/checkpoint/transformers_model.py has built it."""
+
+    name = "transformers"
+
+    @property
+    def sentencepiece_model(self) -> bytes:
+        model: bytes = self.model.sentencepiece_model
+        return model
+
+    def transcribe(self, features: np.ndarray) -> Transcript:
+        """features [M, T] → tokens, frames and text, all of them transformers'.
+
+        The sequence that `generate` returns includes the blanks and begins with a blank; the frame of a step is the sum
+        of the durations before it.
+        """
+        import torch
+
+        network, blank = self.model.network, self.model.network.config.blank_token_id
+        inputs = torch.from_numpy(np.ascontiguousarray(features.T))[None]
+        with torch.inference_mode():
+            made = network.generate(inputs, attention_mask=torch.ones(inputs.shape[:2], dtype=torch.bool))
+        durations = made.durations[0]
+        frames = (durations.cumsum(0) - durations).tolist()
+        steps = [pair for pair in zip(made.sequences[0].tolist(), frames, strict=True) if pair[0] != blank]
+        tokens = [token for token, _ in steps]
+        return Transcript(tokens, self._text(tokens), frames=[frame for _, frame in steps])
+
+    def words(self, features: np.ndarray) -> None:
+        """None: transformers gives times of tokens only, and those are compared together with the tokens."""
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """The tokenizer of the checkpoint itself: tokenizer.json, or the SentencePiece model."""
+        from sentencepiece import SentencePieceProcessor
+        from tokenizers import Tokenizer
+
+        path = self.model.tokenizer_file
+        return Tokenizer.from_file(str(path)) if path.suffix == ".json" else SentencePieceProcessor(str(path))
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens))
 
 
 def features_of(model: Any, samples: np.ndarray) -> np.ndarray:
