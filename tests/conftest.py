@@ -3,6 +3,9 @@
 A test that changes a folder copies it first. The workers of pytest-xdist share the folders too.
 """
 
+import contextlib
+import hashlib
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -136,10 +139,32 @@ def tiny_runtimes(made_once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_optimized(made_once, tiny_export) -> Path:
+def optimized(made_once, tiny_export) -> Callable[..., Path]:
+    """`optimized("--quant_method", "int8")`: the folder that optimize_encoder.py makes of the exported one with these
+    flags; `source` names another folder to optimize. Each is made once a session. `helpers.printed_by` gives what the
+    script printed."""
+
+    def folder_of(*flags: object, source: Path = tiny_export) -> Path:
+        argv = ["--model_dir", str(source), *map(str, flags)]
+
+        def optimize(place: Path) -> None:
+            place.mkdir()
+            with (
+                contextlib.redirect_stdout(io.StringIO()) as output,
+                contextlib.redirect_stderr(io.StringIO()) as errors,
+            ):
+                status = optimize_encoder.main([*argv, "--output_dir", str(place / "optimized")])
+            assert status == 0, errors.getvalue()
+            (place / "output").write_text(output.getvalue())
+            (place / "errors").write_text(errors.getvalue())
+
+        name = hashlib.sha256("\0".join(argv).encode()).hexdigest()[:16]
+        return made_once(f"optimized-{name}", optimize) / "optimized"
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_optimized(optimized) -> Path:
     """The exported folder, optimized as optimize_encoder.py does without flags."""
-
-    def optimize(folder: Path) -> None:
-        assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(folder)]) == 0
-
-    return made_once("optimized", optimize)
+    return optimized()

@@ -58,6 +58,11 @@ optimized_folder.measure_speed = lambda graphs: None
 """
 
 
+def printed_by(optimized: Path, stream: str = "output") -> str:
+    """What optimize_encoder.py printed when the fixture `optimized` made this folder; `stream` may be "errors"."""
+    return (optimized.parent / stream).read_text()
+
+
 def export_for_every_runtime(checkpoint: Path, folder: Path) -> Path:
     """Export a checkpoint and its tokenizer into `folder`, with a subfolder for each runtime; return `folder`."""
     argv = ["--model_name", str(checkpoint), "--output_dir", str(folder)]

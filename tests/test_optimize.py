@@ -26,7 +26,7 @@ from common.quantize.method import WeightOptions
 from common.quantize.plan import Format
 from common.quantize.rewrite import plan_encoder, quantizable, quantize_weights
 from common.report.report import REPORT_HTML, REPORT_JSON
-from tests.helpers import MATRICES, dequantize
+from tests.helpers import MATRICES, dequantize, printed_by
 
 RNG = np.random.default_rng(7)
 FITTERS = {name: method.fit for name, method in METHODS.items() if isinstance(method, BlockMethod)}
@@ -212,16 +212,15 @@ def test_sqnr():
     assert np.isnan(sqnr_db(expected, expected * np.nan))
 
 
-def optimized(tiny_export: Path, target: Path, *flags: str) -> tuple[onnx.ModelProto, dict]:
-    """optimize_encoder.py on the tiny export: its graph and the manifest section."""
-    assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(target), *flags]) == 0
-    proto = onnx.load(target / "encoder.onnx", load_external_data=False)
-    return proto, json.loads((target / MANIFEST).read_text())["optimize"]
+def graph_and_record(folder: Path) -> tuple[onnx.ModelProto, dict]:
+    """The encoder of an optimized folder, and the manifest section."""
+    proto = onnx.load(folder / "encoder.onnx", load_external_data=False)
+    return proto, json.loads((folder / MANIFEST).read_text())["optimize"]
 
 
-def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
-    target = tmp_path / "out"
-    proto, record = optimized(tiny_export, target)
+def test_optimized_folder_is_complete(tiny_export, optimized):
+    target = optimized()
+    proto, record = graph_and_record(target)
     exported = onnx.load(tiny_export / "encoder.onnx", load_external_data=False)
     before, after = (Counter(node.op_type for node in graph.graph.node) for graph in (exported, proto))
 
@@ -245,9 +244,9 @@ def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
         entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     assert places == {"encoder.onnx.data"}
-    assert str(tmp_path).encode() not in (target / "encoder.onnx").read_bytes()
+    assert str(target.parent).encode() not in (target / "encoder.onnx").read_bytes()
 
-    printed = capsys.readouterr().out.splitlines()
+    printed = printed_by(target).splitlines()
     advice = "6 to 10 % faster without fusion; add --skip_fusion"
     stages = ("20 SkipLayerNormalization", "61 weights at 4 bits", "5.5 times", "SQNR", "speed", REPORT_HTML)
     expected_parts = ("about", *stages, advice, "wrote")
@@ -256,51 +255,51 @@ def test_optimized_folder_is_complete(tiny_export, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_every_method_agrees_with_the_export(tiny_export, tmp_path):
-    sqnr = {
-        method: optimized(tiny_export, tmp_path / "out", "--quant_method", method)[1]["sqnr_db_on_noise"]
-        for method in FITTERS
-    }
+def test_every_method_agrees_with_the_export(optimized):
+    sqnr = {method: graph_and_record(optimized("--quant_method", method))[1]["sqnr_db_on_noise"] for method in FITTERS}
     # On noise 16.5 dB for rtn and 16.2 dB for hqq, on the sample clips 20.9 and 20.8: neither is better here.
     assert min(sqnr["rtn"], sqnr["hqq"]) > 15
     assert max(sqnr["rtn"], sqnr["hqq"]) + 5 < sqnr["k_quant_mixed"]
 
 
-def test_mixed_widths_are_printed_and_both_occur(tiny_export, tmp_path, capsys):
-    proto, record = optimized(tiny_export, tmp_path / "out", "--quant_method", "k_quant_mixed", "--block_size", "128")
+def test_mixed_widths_are_printed_and_both_occur(optimized):
+    folder = optimized("--quant_method", "k_quant_mixed", "--block_size", "128")
+    proto, record = graph_and_record(folder)
     widths = Counter(
         str(helper.get_node_attr_value(node, "bits")) for node in proto.graph.node if node.op_type == "MatMulNBits"
     )
     assert widths == record["weights_by_bits"] == {"4": 39, "8": 22}
-    assert "39 weights at 4 bits  22 weights at 8 bits" in capsys.readouterr().out
+    assert "39 weights at 4 bits  22 weights at 8 bits" in printed_by(folder)
 
 
-def test_stages_can_be_skipped(tiny_export, tmp_path, capsys):
-    proto, record = optimized(tiny_export, tmp_path / "fused", "--skip_quantization")
+def test_stages_can_be_skipped(optimized):
+    proto, record = graph_and_record(optimized("--skip_quantization"))
     assert record["sqnr_db_on_noise"] > 100
     assert record["fused"] == {"SkipLayerNormalization": 20}  # 4 residual Adds in each of 5 layers
     assert Counter(node.op_type for node in proto.graph.node)["LayerNormalization"] == 5
-    _, record = optimized(tiny_export, tmp_path / "copy", "--skip_quantization", "--skip_fusion")
-    assert record["sqnr_db_on_noise"] is None  # no noise at all
-    assert "identical" in capsys.readouterr().out
+    copy = optimized("--skip_quantization", "--skip_fusion")
+    assert graph_and_record(copy)[1]["sqnr_db_on_noise"] is None  # no noise at all
+    assert "identical" in printed_by(copy)
 
 
-@pytest.fixture(scope="module")
-def cuda_export(tiny_export, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("cuda") / "exported"
-    shutil.copytree(tiny_export, folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["export"]["flags"]["device"] = "cuda"
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    return folder
+@pytest.fixture(scope="session")
+def cuda_export(tiny_export, made_once) -> Path:
+    def copy(folder: Path) -> None:
+        shutil.copytree(tiny_export, folder)
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["export"]["flags"]["device"] = "cuda"
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return made_once("cuda", copy)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_method_is_fused_by_default_but_int8_on_a_cpu(method, device, tiny_export, cuda_export, tmp_path, capsys):
+def test_every_method_is_fused_by_default_but_int8_on_a_cpu(method, device, tiny_export, cuda_export, optimized):
     source = {"cpu": tiny_export, "cuda": cuda_export}[device]
-    proto, record = optimized(source, tmp_path / "out", "--quant_method", method)
-    printed = capsys.readouterr().out
+    folder = optimized("--quant_method", method, source=source)
+    proto, record = graph_and_record(folder)
+    printed = printed_by(folder)
     fused = {} if (method, device) == ("int8", "cpu") else {"SkipLayerNormalization": 20}
     assert record["fused"] == fused
     assert Counter(node.op_type for node in proto.graph.node)["SkipLayerNormalization"] == sum(fused.values())
@@ -308,10 +307,10 @@ def test_every_method_is_fused_by_default_but_int8_on_a_cpu(method, device, tiny
     assert ("none: on a CPU, int8 is faster without" in printed) == (not fused)
 
 
-def test_nobody_is_advised_to_skip_what_was_skipped(tiny_export, tmp_path, capsys):
-    _, record = optimized(tiny_export, tmp_path / "out", "--skip_fusion")
-    assert record["fused"] == {}
-    assert "--skip_fusion" not in capsys.readouterr().out
+def test_nobody_is_advised_to_skip_what_was_skipped(optimized):
+    folder = optimized("--skip_fusion")
+    assert graph_and_record(folder)[1]["fused"] == {}
+    assert "--skip_fusion" not in printed_by(folder)
 
 
 def test_help_says_which_method_is_not_fused(capsys):
