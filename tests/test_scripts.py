@@ -801,7 +801,7 @@ def test_readme_command(command, capsys):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_documented(name, capsys):
-    """In the section of its own script on the page of the command line, whose beginning has the flags of all scripts."""
+    """In the section of its own script in docs/cli.md, whose beginning has the flags of all scripts."""
     assert f"python {name}.py" in (ROOT / "README.md").read_text(encoding="utf-8")
     common, *sections = (ROOT / "docs/cli.md").read_text(encoding="utf-8").split("\n## `")
     (section,) = (text for text in sections if text.startswith(f"{name}.py`"))
