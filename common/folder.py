@@ -1,17 +1,17 @@
-"""Output folders and files: checked before the work, written beside their place, and put there by one rename.
+"""Output folders and files: checked before the work, written beside their place, and put there by a rename.
 
-A script writes into an empty folder beside its output, which replaces the output at the end, so that the old or the new
-one is complete at any moment. While a run writes the folder NAME, these are beside it:
+A script writes into an empty folder beside its output, which takes the output's place at the end. While a run writes
+the folder NAME, these are beside it:
     .NAME.lock      held by the run (the kernel releases it when the run ends, however it ends)
     .NAME.partial   its scratch space, in which the new folder is built
-    .NAME.old       the old folder, about to be removed: for a moment, where the system cannot exchange two folders
+    .NAME.old       the old folder, between the two renames that put the new one in its place
 
 So whatever the holder of the lock finds there was left by a run that was killed. `lock` removes it; where the old
 folder had been moved away and the new one was not yet in its place, `lock` moves the old one back.
 
 `manifest.json` says where a model folder came from, the flags and versions it was made with, and what was measured. It
 has a section for each script that writes into the folder (`export`, `tokenizer`, `optimize`), and `files`, the size and
-SHA-256 of every file. It is written last, into the staged folder, and its types are checked when it is read.
+SHA-256 of every file. It is written last, into the new folder.
 
 Where the checkpoint and the exported folder of a model folder lie on this machine is written to
 `.cache/huggingface/parakeet_onnx.json` in the model folder, as relative paths, since the manifest is published but
@@ -22,25 +22,95 @@ standard output.
 """
 
 import contextlib
-import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import stat
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
 from common.cli import size_text
 
-AT_FDCWD = -100  # <fcntl.h>
-RENAME_EXCHANGE = 2  # <linux/fs.h>
-# The errors of renameat2 where the kernel, or the file system (NFS, some overlays), cannot exchange two folders.
-NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.ENOTSUP)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk or a quota is full
+SHORT_WRITE = "requested and"  # NumPy's message for a full disk gives only how much it wrote
+STANDARD_OUTPUT = Path("-")
+MANIFEST = "manifest.json"
+FILES = "files"  # section of the manifest: name → bytes and sha256
+# Packages whose version decides what an exported folder contains.
+RECORDED_PACKAGES = (
+    "nemo_toolkit", "transformers", "torch", "onnx", "onnxruntime", "onnxruntime-genai", "sentencepiece", "tokenizers",
+)  # fmt: skip
+LOCATIONS = Path(".cache", "huggingface", "parakeet_onnx.json")
+CHECKPOINT = "checkpoint"
+EXPORTED = "exported"
+
+
+# Folders
+
+
+def check_output_dir(target: Path) -> None:
+    """Check that the folder `target` can be written, before the work.
+
+    Raises NotADirectoryError if it or one of its parents is a file, PermissionError if it is read-only, ValueError if
+    it cannot be replaced or its manifest is not one of this project.
+    """
+    for path in (target, *target.parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} is a file, where a folder is to be written; give another --output_dir")
+    real = target.resolve()
+    if real.is_dir() and not os.access(real, os.W_OK):
+        raise PermissionError(f"{target} is read-only; give another --output_dir")
+    if os.path.ismount(real) or Path.cwd().is_relative_to(real):
+        kind = "the working directory or above it" if Path.cwd().is_relative_to(real) else "a mount point"
+        raise ValueError(f"{target} is {kind} and cannot be replaced as a whole; give a folder below it")
+    read_manifest(target)
+
+
+def require_free(disk: float, target: Path) -> int:
+    """Bytes free on the disk where `target` will be. Raises OSError where that is less than `disk` bytes."""
+    existing = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < disk:
+        raise OSError(f"expected {size_text(disk)} of free disk for {target}, got {size_text(free)}; make room")
+    return free
+
+
+def state_needs(what: str, memory: float, disk: float, target: Path) -> None:
+    """Print before long work how many bytes of memory it needs, and of disk where `target` will be.
+
+    what: the name of the input. Raises OSError as require_free does.
+    """
+    free = require_free(disk, target)
+    print(f"{what}: about {size_text(memory)} of memory, {size_text(disk)} of disk ({size_text(free)} free)")
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, removed: Collection[str] = ()) -> Iterator[Path]:
+    """Yield an empty folder beside `target`, whose files are in `target` once the block has ended without an exception.
+
+    After an exception `target` is as it was. The new folder is complete, and on the disk, before it is put in the place
+    of the old one. It keeps the files of `target` that the block did not write, except those at the relative paths
+    `removed`. The parent of the new folder is scratch space, which is removed with it; what a killed run left of both
+    is removed by the next run. Raises as check_output_dir and lock do, and OSError where the disk is full.
+    """
+    check_output_dir(target)
+    target = target.resolve()  # a link to the folder stays a link
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with lock(target) as scratch:
+        staging = scratch / "new"
+        try:
+            staging.mkdir()
+            yield staging
+            replace_folder(target, staging, {target / path for path in removed})
+        except OSError as error:
+            if error.errno in DISK_ERRORS or SHORT_WRITE in str(error):
+                raise OSError(f"cannot write to {target} ({error}); nothing was changed; make room") from error
+            raise
 
 
 @contextlib.contextmanager
@@ -51,96 +121,52 @@ def lock(target: Path) -> Iterator[Path]:
     """
     path = _beside(target, "lock")
     scratch = _beside(target, "partial")
-    aside = _beside(target, "old")
-    file = _acquire(path, target)
-    try:
-        _recover(target, scratch, aside)
-        scratch.mkdir()
+    busy = f"another run is writing to {target}; wait until it has ended"
+    with path.open("w") as file:
         try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(busy) from None
+        if os.fstat(file.fileno()).st_nlink == 0:  # its last holder has removed it between our open and our lock
+            raise BlockingIOError(busy)
+        try:
+            _recover(target)
+            scratch.mkdir()
             yield scratch
         finally:
-            with contextlib.suppress(OSError):  # the next run removes what cannot be removed now
-                _remove(scratch)
-    finally:
-        if os.name == "posix":  # unlinked while the lock is held: a run that opened the file notices it in _acquire
+            _recover(target)
             path.unlink(missing_ok=True)
-            os.close(file)
-        else:  # Windows does not delete an open file, nor one that the next run has opened meanwhile
-            os.close(file)
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
 
 
 def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}")
 
 
-def _acquire(path: Path, target: Path) -> int:
-    """A descriptor of the lock file `path`, locked. Raises BlockingIOError while another run has it."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _lock_file(file)
-        except (BlockingIOError, PermissionError):
-            os.close(file)
-            raise BlockingIOError(f"another run is writing to {target}; wait until it has ended") from None
-        except OSError:
-            os.close(file)
-            raise
-        try:
-            if os.path.samestat(os.fstat(file), path.stat()):
-                return file
-        except FileNotFoundError:
-            pass
-        os.close(file)  # its last holder has unlinked it between our open and our lock
-
-
-def _lock_file(file: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _recover(target: Path, scratch: Path, aside: Path) -> None:
-    """Restore the state from before or after a run that was killed."""
-    if aside.is_dir():
-        if target.exists():
-            _remove(aside)
-        else:
-            aside.rename(target)
-    if scratch.is_dir():
-        _remove(scratch)
+def _recover(target: Path) -> None:
+    """Leave the old folder or the new one in its place, and nothing beside it except the lock."""
+    aside = _beside(target, "old")
+    if aside.is_dir() and not target.exists():
+        aside.rename(target)
+    for folder in (aside, _beside(target, "partial")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def replace_folder(target: Path, new: Path, removed: Collection[Path] = ()) -> None:
     """Put the folder `new` in the place of `target`, with every other entry of `target` except those in `removed`.
 
     Those entries are hard links where the file system has them, so that nothing is copied and nothing is lost with the
-    old folder. All of `new` is on the disk before the rename, and the rename is on the disk before this returns.
+    old folder. All of `new` is on the disk before the renames, and the renames are on the disk before this returns.
+    Between the two, `target` is missing, and the old folder has the name from which `lock` moves it back.
     """
     written = list(new.rglob("*"))
     if target.exists():
         _keep_entries(target, new, removed)
-    else:
-        new.chmod(0o777 & ~_umask())
     for path in (*written, new):
         fsync(path)
-    if not target.exists():
-        new.rename(target)
-    elif not _exchange(new, target):
-        aside = _beside(target, "old")
-        target.rename(aside)
-        new.rename(target)
-        fsync(target.parent)
-        with contextlib.suppress(OSError):
-            _remove(aside)
+    if target.exists():
+        target.rename(_beside(target, "old"))
+    new.rename(target)
     fsync(target.parent)
-    fsync(new.parent)
 
 
 def _keep_entries(old: Path, new: Path, removed: Collection[Path]) -> None:
@@ -159,71 +185,29 @@ def _keep_entries(old: Path, new: Path, removed: Collection[Path]) -> None:
         else:
             link(entry, kept)
     shutil.copystat(old, new)
-    if os.name == "posix" and os.geteuid() == 0:
-        os.chown(new, old.stat().st_uid, old.stat().st_gid)
 
 
 def link(source: str | Path, target: str | Path) -> str | Path:
     """Give the file `source` the second name `target`, which is returned; copy it where there are no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
-    except (OSError, NotImplementedError):
+    except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
         if not Path(target).is_symlink():
             fsync(Path(target))
     return target
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step. Returns False where the system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    if renameat2 is None:
-        return False
-    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in NO_EXCHANGE:
-        return False
-    raise OSError(number, os.strerror(number), str(other))
-
-
 def fsync(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
-    if os.name != "posix" and path.is_dir():
-        return  # Windows cannot open folders, and writes changes of names at once
-    file = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
     finally:
         os.close(file)
 
 
-def _remove(path: Path) -> None:
-    shutil.rmtree(path, onerror=_open_folder_and_retry)
-
-
-def _open_folder_and_retry(function: Callable[[str], object], path: str, _: object) -> None:
-    """Make the folder of `path` writable, so that its entries can be removed.
-
-    The mode of a file is never changed: the file may have a second name in the folder that stays.
-    """
-    Path(path).parent.chmod(0o700)
-    function(path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-STANDARD_OUTPUT = Path("-")
-KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-
-
-def kind_of_file(mode: int) -> str:
-    """The kind of a file that is not a regular file, in words, from its st_mode."""
-    return KINDS.get(stat.S_IFMT(mode), "a device")
+# Files that a user names
 
 
 def require_file(path: Path, expected: str) -> None:
@@ -231,12 +215,10 @@ def require_file(path: Path, expected: str) -> None:
 
     expected: what the file should be, for the message, such as "a manifest".
     """
-    try:
-        mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a name that holds a null byte
-        raise FileNotFoundError(f"expected {expected}, got nothing at {path}") from None
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"expected {expected}, got {kind_of_file(mode)}, {path}; name a regular file")
+    if not path.exists():
+        raise FileNotFoundError(f"expected {expected}, got nothing at {path}")
+    if not path.is_file():
+        raise ValueError(f"expected {expected}, but {path} is not a regular file")
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
@@ -247,7 +229,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
     read = [os.path.realpath(path) for path in inputs]
     for number, path in enumerate(outputs):
         if any(is_standard_output(path) and is_standard_output(other) for other in outputs[:number]):
-            raise ValueError(f"expected one result on the standard output, got {outputs[0]} and {path}")
+            raise ValueError(f"only one result can go to the standard output, and both {outputs[0]} and {path} name it")
         if is_standard_output(path):
             continue
         check_output_file(path)
@@ -260,15 +242,13 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
 
 
 def check_output_file(path: Path) -> None:
-    """Raise IsADirectoryError, FileNotFoundError, PermissionError or ValueError if `path` cannot be written to.
+    """Raise IsADirectoryError, FileNotFoundError or PermissionError if `path` cannot be written to.
 
-    A character device or a named pipe can be written to.
+    A device or a named pipe can be written to.
     """
     folder = Path(os.path.realpath(path)).parent
     if path.is_dir():
         raise IsADirectoryError(f"expected a file to write, got the folder {path}")
-    if path.is_block_device() or path.is_socket():
-        raise ValueError(f"expected a file to write, got {kind_of_file(path.stat().st_mode)}, {path}")
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a folder for {path}, found no {folder}; make it first")
     if not os.access(folder if path.is_file() or not path.exists() else path, os.W_OK):
@@ -302,16 +282,6 @@ def _same_file(path: Path, other: str | Path) -> bool:
         return False
 
 
-def json_text(content: dict[str, Any]) -> str:
-    """Readable JSON that ends in a newline."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write readable UTF-8 JSON atomically."""
-    write_text(path, json_text(content))
-
-
 def write_output(path: Path, content: str, stdout: TextIO) -> None:
     """Write UTF-8 to `stdout`, to a device or a named pipe, or atomically to a regular file.
 
@@ -339,13 +309,23 @@ def write_text(path: Path, content: str) -> None:
     fsync(path.parent)
 
 
+def json_text(content: dict[str, Any]) -> str:
+    """Readable JSON that ends in a newline."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write readable UTF-8 JSON atomically."""
+    write_text(path, json_text(content))
+
+
 def read_json(path: Path, made_by: str) -> dict[str, Any]:
     """Read a JSON file of a model folder.
 
     Raises FileNotFoundError naming the command `made_by` that writes it, ValueError if it is not a JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"expected {path}, got no such file; first run: {made_by}")
+        raise FileNotFoundError(f"there is no {path}; first run: {made_by}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -355,40 +335,7 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}); make it again with: {made_by}") from None
 
 
-MANIFEST = "manifest.json"
-FILES = "files"  # section of the manifest: name → bytes and sha256
-# Packages whose version decides what an exported folder contains.
-RECORDED_PACKAGES = (
-    "nemo_toolkit", "transformers", "torch", "onnx", "onnxruntime", "onnxruntime-genai", "sentencepiece", "tokenizers",
-)  # fmt: skip
-# The types of the values that are read from a manifest. A key may be absent; "*" stands for every entry of a mapping,
-# and such an entry has all of its keys.
-NUMBER = int | float | None
-_SOURCE = {"name": str, "revision": str, "commit": str | None, "file": str, "sha256": str}
-_PARITY = {"*": {"max_abs": NUMBER, "max_rel": NUMBER, "cases": int}}
-_SECTION: dict[str, Any] = {
-    "source": _SOURCE,
-    "flags": {"precision": str, "device": str, "decoder_joint_precision": str},
-    "versions": {"*": str},
-    "minimum_onnxruntime": str,
-    "wer": {"*": {"errors": int, "words": int, "low": NUMBER, "high": NUMBER}},
-}
-MANIFEST_TYPES: dict[str, Any] = {
-    "export": {
-        **_SECTION,
-        "parity": _PARITY,
-        "float16": {"*": {"limit": NUMBER, "kept_float32": list | dict, "kept_exact": list | dict}},
-    },
-    "tokenizer": _SECTION,
-    "optimize": {
-        **_SECTION,
-        "encoder_bytes": {"exported": int, "optimized": int},
-        "weights_by_bits": {"*": int},
-        "sqnr_db_on_noise": NUMBER,
-        "token_sqnr_db_on_noise": {"*": NUMBER},
-    },
-    FILES: {"*": {"bytes": int, "sha256": str}},
-}
+# The manifest and the locations of a model folder
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -400,25 +347,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     content = read_json(path, "python export_parakeet_to_onnx.py, after you have deleted it")
-    if wrong := next(_wrong_types({"*": dict, **MANIFEST_TYPES}, content, ""), None):
-        raise ValueError(f"{path} is not a manifest of this project: {wrong}; delete it, or make the folder again")
+    sections_are_objects = all(isinstance(section, dict) for section in content.values())
+    files = content.get(FILES, {}).values() if sections_are_objects else ()
+    if not sections_are_objects or not all(
+        isinstance(file, dict) and {"bytes", "sha256"} <= set(file) for file in files
+    ):
+        raise ValueError(f"{path} is not a manifest of this project; delete it, or make the folder again")
     return content
-
-
-def _wrong_types(types: dict[str, Any], content: object, name: str) -> Iterator[str]:
-    """A message for each value of `content`, called `name`, that has another type than `types` gives it."""
-    if not isinstance(content, dict):
-        yield f"expected an object as {name}, got {content!r}"
-        return
-    for key, value in content.items():
-        expected = types.get(key, types.get("*", object))
-        place = f"{name}.{key}".lstrip(".")
-        if isinstance(expected, dict):
-            yield from _wrong_types(expected, value, place)
-            if key not in types and isinstance(value, dict):
-                yield from (f"{place} has no {missing}" for missing in expected if missing not in value)
-        elif not isinstance(value, expected):
-            yield f"expected another kind of value as {place}, got {value!r}"
 
 
 def is_float16(manifest: dict[str, Any]) -> bool:
@@ -436,6 +371,15 @@ def write_manifest(staging: Path, manifest: dict[str, Any], section: str, conten
     }
     files = dict(sorted({**manifest.get(FILES, {}), **written}.items()))
     write_json(staging / MANIFEST, {**manifest, section: {**content, "versions": package_versions()}, FILES: files})
+
+
+def package_versions() -> dict[str, str]:
+    """Version of each recorded package that is installed."""
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -479,96 +423,13 @@ def _problem(path: Path, listed: dict[str, Any]) -> str | None:
     return f"{path.name} is another file than the one {MANIFEST} lists: it was changed, or comes from another folder"
 
 
-def package_versions() -> dict[str, str]:
-    """Version of each recorded package that is installed."""
-    versions = {}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk or a quota is full
-SHORT_WRITE = "requested and"  # NumPy's message for a full disk gives only how much it wrote
-
-
-def check_output_dir(target: Path) -> None:
-    """Check that the folder `target` can be written, before the work.
-
-    Raises NotADirectoryError if it or one of its parents is a file, PermissionError if it is read-only, ValueError if
-    it cannot be replaced or its manifest is not one of this project.
-    """
-    for path in (target, *target.parents):
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"expected a folder to write to, got the file {path}; give another --output_dir")
-    real = target.resolve()
-    if real.is_dir() and not os.access(real, os.W_OK):
-        raise PermissionError(
-            f"expected a folder to write to, got {target}, which is read-only; give another --output_dir"
-        )
-    if os.path.ismount(real) or Path.cwd().is_relative_to(real):
-        kind = "the working directory or above it" if Path.cwd().is_relative_to(real) else "a mount point"
-        raise ValueError(
-            f"expected a folder that can be replaced as a whole, got {target}, {kind}; give a folder below it"
-        )
-    read_manifest(target)
-
-
-def require_free(disk: float, target: Path) -> int:
-    """Bytes free on the disk where `target` will be. Raises OSError where that is less than `disk` bytes."""
-    existing = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < disk:
-        raise OSError(f"expected {size_text(disk)} of free disk for {target}, got {size_text(free)}; make room")
-    return free
-
-
-def state_needs(what: str, memory: float, disk: float, target: Path) -> None:
-    """Print before long work how many bytes of memory it needs, and of disk where `target` will be.
-
-    what: the name of the input. Raises OSError as require_free does.
-    """
-    free = require_free(disk, target)
-    print(f"{what}: about {size_text(memory)} of memory, {size_text(disk)} of disk ({size_text(free)} free)")
-
-
-@contextlib.contextmanager
-def staged_folder(target: Path, removed: Collection[str] = ()) -> Iterator[Path]:
-    """Yield an empty folder beside `target`, whose files are in `target` once the block has ended without an exception.
-
-    After an exception `target` is as it was. The new folder is complete, and on the disk, before one rename puts it in
-    the place of the old one. It keeps the files of `target` that the block did not write, except those at the relative
-    paths `removed`. The parent of the new folder is scratch space, which is removed with it; what a killed run left of
-    both is removed by the next run. Raises as check_output_dir and atomic.lock do, and OSError where the disk is full.
-    """
-    check_output_dir(target)
-    target = target.resolve()  # a link to the folder stays a link
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with lock(target) as scratch:
-        staging = scratch / "new"
-        try:
-            staging.mkdir()
-            yield staging
-            replace_folder(target, staging, {target / path for path in removed})
-        except OSError as error:
-            if error.errno in DISK_ERRORS or SHORT_WRITE in str(error):
-                raise OSError(f"cannot write to {target} ({error}); nothing was changed; make room") from error
-            raise
-
-
-LOCATIONS = Path(".cache", "huggingface", "parakeet_onnx.json")
-CHECKPOINT = "checkpoint"
-EXPORTED = "exported"
-
-
 def write_locations(staging: Path, target: Path, **paths: Path | None) -> None:
     """Record in `staging`, which becomes `target`, where the files and folders `paths` lie, except those that are None.
 
     The paths are relative to `target`, so that everything may be moved together.
     """
-    known = {name: _relative(path, target) for name, path in paths.items() if path is not None}
+    folder = target.resolve()
+    known = {name: os.path.relpath(path.resolve(), folder) for name, path in paths.items() if path is not None}
     (staging / LOCATIONS).parent.mkdir(parents=True, exist_ok=True)
     write_json(staging / LOCATIONS, known)
 
@@ -581,10 +442,3 @@ def read_location(folder: Path, name: str) -> Path | None:
     path = folder / LOCATIONS
     known = read_json(path, "python export_parakeet_to_onnx.py") if path.is_file() else {}
     return folder / known[name] if name in known else None
-
-
-def _relative(path: Path, folder: Path) -> str:
-    try:
-        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
-    except ValueError:  # another drive on Windows: no relative path
-        return path.resolve().as_posix()

@@ -183,7 +183,7 @@ def odd_places(folder):
     (folder / "folder").mkdir()
     os.mkfifo(folder / "pipe")
     (folder / "loop").symlink_to("loop")
-    return {"a folder": folder / "folder", "a named pipe": folder / "pipe", "a device": "/dev/null",
+    return {"folder is not a": folder / "folder", "pipe is not a": folder / "pipe", "/dev/null is not a": "/dev/null",
             "loop": folder / "loop", "got nothing": folder / "none"}  # fmt: skip
 
 

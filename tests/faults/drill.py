@@ -221,7 +221,8 @@ def kills(report: Report, work: Path, cases: list[Rewrite], count: int, draw: ra
         moment = draw.uniform(0, rewrite.seconds)
         outcome = run(rewrite.script, *rewrite.argv, kill_after=moment, folder=target.parent)
         killed += outcome.status == -signal.SIGKILL  # else the run was faster than the moment
-        found = snapshot(target)
+        aside = target.with_name(f".{target.name}.old")  # between the two renames
+        found = snapshot(target if target.exists() else aside)
         state = {True: "new", False: "a mix"}[found == rewrite.new] if found != rewrite.old else "old"
         left = sorted(path.name for path in target.parent.glob(".*"))
         again = run(rewrite.script, *rewrite.argv, folder=target.parent)
