@@ -30,12 +30,7 @@ from common.evaluate.stress_run import StressOptions, add_stress_flags
 from common.folder import staged_folder
 from common.layouts.layout import layouts_in
 from common.onnx_io import share_equal_data
-from common.quantize import METHODS
-from common.quantize.blocks import BLOCK_SIZES
-from common.quantize.cpu import reduce_range_advice
-from common.quantize.options import TOKEN_PRECISIONS, OptimizeOptions
-from common.quantize.rewrite import optimize_graph
-from common.report.optimized_folder import (
+from common.optimize import (
     EvaluationSpeech,
     ReportOptions,
     calibrate,
@@ -44,6 +39,11 @@ from common.report.optimized_folder import (
     open_folder,
     state_needs_of_folders,
 )
+from common.quantize import METHODS
+from common.quantize.blocks import BLOCK_SIZES
+from common.quantize.cpu import reduce_range_advice
+from common.quantize.options import TOKEN_PRECISIONS, OptimizeOptions
+from common.quantize.rewrite import optimize_graph
 from common.report.report import page_writer
 
 STAGES = 6  # of each folder: fusion, quantization, size, comparison, speed, report

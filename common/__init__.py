@@ -11,7 +11,8 @@ from earlier rooms (tests/test_rooms.py).
     layouts      model folders of each runtime
     quantize     4-bit and 8-bit weights of the encoder, calibration, fidelity
     evaluate     word error rates, differences with their reasons, timestamps, subtitles, stress
-    report       the report of an optimization, the model card
+    report       the report of an optimization, the model card, the page of clips
+    optimize     the pipeline of optimize_encoder.py
 
 Importing the package checks that this Python is new enough, and makes Python report a missing package in one line: the
 scripts import it before any other package.

@@ -18,9 +18,9 @@ from filelock import FileLock
 import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
+from common import optimize
 from common.checkpoint import nemo
 from common.folder import sha256
-from common.report import optimized_folder
 from common.run.audio import Clip, load_clip
 from common.run.decode import Transcript
 from common.run.reference import Nemo
@@ -46,7 +46,7 @@ def speed_is_not_measured():
     """Where an optimization runs in this process, speed is not measured, since that takes two processes and seconds of
     runs each time. tests/test_pages.py measures it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimized_folder, "measure_speed", lambda graphs: None)
+        patch.setattr(optimize, "measure_speed", lambda graphs: None)
         yield
 
 

@@ -115,7 +115,7 @@ def help_flags(script: str) -> list[str]:
 
 def do_not_measure_speed() -> None:
     """Speed takes two processes and seconds of runs; its keys in the report stay out of the record."""
-    for name in ("common.report.optimized_folder", "common.optimize"):
+    for name in ("common.optimize",):
         with contextlib.suppress(ImportError):
             importlib.import_module(name).measure_speed = lambda *_: None
 

@@ -53,8 +53,8 @@ def rejected(capsys, script, *argv) -> str:
 
 # The beginning of a program that optimizes in a process of its own, to which the fixtures of conftest.py do not apply.
 WITHOUT_SPEED = """
-from common.report import optimized_folder
-optimized_folder.measure_speed = lambda graphs: None
+from common import optimize
+optimize.measure_speed = lambda graphs: None
 """
 
 

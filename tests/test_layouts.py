@@ -18,6 +18,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
+from common import optimize
 from common.checkpoint import NEMO
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import bpe_text, tokens_text
@@ -30,7 +31,6 @@ from common.layouts.genai import GENAI, check_genai_supports, genai_folder
 from common.layouts.layout import LAYOUTS, Layout, layout_of, layouts_in, register
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX, SHERPA_ONNX_GRAPHS
-from common.report import optimized_folder
 from common.report.card import CARD
 from common.report.report import REPORT_JSON
 from common.run.genai import GenAI
@@ -127,7 +127,7 @@ def test_the_speed_of_one_encoder_is_in_the_reports_of_all_runtimes(exported, tm
         measured.append(graphs)
         return [Speed(1.0, None), Speed(2.0 * len(measured), None)]
 
-    monkeypatch.setattr(optimized_folder, "measure_speed", measure)
+    monkeypatch.setattr(optimize, "measure_speed", measure)
     argv = ["--model_dir", str(exported), "--output_dir", str(tmp_path / "out"), "--quant_method", "int8", *REDUCED]
     assert optimize_encoder.main(argv) == 0
     assert len(measured) == 1

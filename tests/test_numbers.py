@@ -16,6 +16,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 import optimize_encoder
 import test_e2e
 import test_real_speech
+from common import optimize
 from common.checkpoint.nemo import load_model, read_config
 from common.checkpoint.tokenizer import ModelProto
 from common.cli import EXIT_CHECK, CheckError
@@ -25,7 +26,6 @@ from common.evaluate.word_limit import EvaluatedClip, judge, word_table
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
-from common.report import optimized_folder
 from common.run.audio import Clip, load_clip
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime
@@ -239,6 +239,6 @@ def test_the_gate_counts_digits_that_optimizing_loses(exported, clip, nemo_text,
     assert optimize_encoder.main(argv) == 0, capsys.readouterr().err
     assert "WER 0.00 %" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr(optimized_folder, "BothModels", models_with_hidden_digits)
+    monkeypatch.setattr(optimize, "BothModels", models_with_hidden_digits)
     assert optimize_encoder.main(argv) == EXIT_CHECK
     assert "the word error rate rises by +100.00 points" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import onnx
 import pytest
 
 import optimize_encoder
+from common import optimize
 from common.cli import CheckError
 from common.contract import GRAPHS
 from common.evaluate import word_limit
@@ -23,7 +24,6 @@ from common.folder import verify_files
 from common.quantize import blocks as quantize
 from common.quantize import matmul_nbits
 from common.quantize.plan import Format, Stored
-from common.report import optimized_folder
 from common.report.card import CARD
 from common.report.report import REPORT_HTML, REPORT_JSON, QuantizedWeights, make_evaluation, make_report, page_writer
 from common.run.audio import read_clips
@@ -267,7 +267,7 @@ def test_a_ruined_encoder_fails_on_words(ruin, tiny_export, tmp_path, monkeypatc
     if ruin is shuffled_scales:  # the check on noise finds it already; the check on words must do so by itself
         assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 1
         assert "SQNR" in capsys.readouterr().err
-        monkeypatch.setattr(optimized_folder, "MIN_SQNR_DB", -100)
+        monkeypatch.setattr(optimize, "MIN_SQNR_DB", -100)
     assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 1
     output, error = capsys.readouterr()
     assert re.search(r"on noise  SQNR -?\d+\.\d dB", output)

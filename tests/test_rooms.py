@@ -17,6 +17,7 @@ FLOORS = (
     ("export", "layouts", "quantize"),
     ("evaluate",),
     ("report",),
+    ("optimize",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(

@@ -13,10 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 import optimize_encoder
 import test_real_speech
+from common import optimize
 from common.evaluate.conditions import CLEAN, CONDITIONS, KINDS, Condition, Speech, conditions_of
 from common.evaluate.wer import word_counts
 from common.onnx_io import save_model
-from common.report import optimized_folder
 from common.report.report import REPORT_JSON
 from tests.helpers import CLIPS, ROWS, rejected
 
@@ -368,7 +368,7 @@ def test_the_gate_of_an_optimization(tiny_export, short_manifest, tmp_path, monk
         save_model(model, path)
         ruin_silence(path.parent)
 
-    monkeypatch.setattr(optimized_folder, "save_model", save_ruined)
+    monkeypatch.setattr(optimize, "save_model", save_ruined)
     assert optimize_encoder.main([*argv, "--output_dir", str(tmp_path / "unseen")]) == 0
     capsys.readouterr()
     assert optimize_encoder.main([*argv, *stress, "--output_dir", str(tmp_path / "seen")]) == 1

@@ -28,10 +28,10 @@ import export_tokenizer
 import optimize_encoder
 import test_e2e
 import test_real_speech
+from common import optimize
 from common.checkpoint.nemo import read_config
 from common.cli import quiet_libraries
 from common.folder import MANIFEST, read_json, write_json
-from common.report import optimized_folder
 from tests.faults import audio, checkpoints
 from tests.helpers import ROOT, TINY, reproducible
 
@@ -477,7 +477,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     _import_heavy_modules()
     if args.short:  # two processes and seconds of runs for each optimization
-        optimized_folder.measure_speed = lambda graphs: None
+        optimize.measure_speed = lambda graphs: None
     report, every = Report(), SHORT_EVERY if args.short else 1
     print("| fault | case | | result |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="drill") as name:
