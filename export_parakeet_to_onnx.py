@@ -24,12 +24,17 @@ from common.cli import OPTIMIZE_COMMAND, Parser, Stages, checked_options, run, s
 
 # isort: split
 
-from common.checkpoint import FORMAT_HELP, FORMAT_NAMES, MODEL_NAME_HELP
-from common.checkpoint.download import find_checkpoint
-from common.checkpoint.format import format_of
+from common.checkpoint import require_device
+from common.checkpoint.find import (
+    FORMAT_HELP,
+    FORMAT_NAMES,
+    MODEL_NAME_HELP,
+    checkpoint_bytes,
+    find_checkpoint,
+    format_of,
+    source_record,
+)
 from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
-from common.checkpoint.nemo import require_device
-from common.checkpoint.source import source_record
 from common.checkpoint.spec import ModelSpec
 from common.export.options import FP16, FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
 from common.export.pipeline import Features, export_checkpoint, find_clips
@@ -88,8 +93,8 @@ def _export(args: argparse.Namespace) -> None:
     clips = find_clips(SPEECH) if options.is_float16 else []
     require_device(options.device)
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
-    known = format_of(checkpoint)
-    title, loaded = f"{checkpoint.name} ({size_text(known.size(checkpoint))})", known.loaded_bytes(checkpoint)
+    title = f"{checkpoint.name} ({size_text(checkpoint_bytes(checkpoint))})"
+    loaded = format_of(checkpoint).loaded_bytes(checkpoint)
     state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded), args.output_dir)
     vocabulary = read_vocabulary(checkpoint, subfolders)
     source = source_record(checkpoint, args.model_name, revision=args.revision)

@@ -30,11 +30,8 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer
 
-from common.checkpoint import FORMAT_HELP, FORMAT_NAMES, MODEL_NAME_HELP
-from common.checkpoint.download import find_checkpoint
-from common.checkpoint.format import format_of
+from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, MODEL_NAME_HELP, find_checkpoint, format_of, source_record
 from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
-from common.checkpoint.source import source_record
 from common.checkpoint.tokenizer import (
     SPACE,
     Piece,

@@ -40,6 +40,10 @@ class Hub:
         paths = (named.get(path, path) for method, path, _ in self.asked if method == "GET")
         return {path.rpartition("/")[2] for path in paths if path in named.values() or "/resolve/" in path}
 
+    def resolved(self) -> list[str]:
+        """The paths of the requests about files of repositories."""
+        return [path for _, path, _ in self.asked if "/resolve/" in path]
+
     def ranges(self) -> list[str | None]:
         """The Range of each request to the content network."""
         return [headers.get("Range") for method, path, headers in self.asked if path.startswith("/content/")]

@@ -7,10 +7,9 @@ import shutil
 
 import pytest
 
-import export_tokenizer
-from common.checkpoint import format as formats
-from common.checkpoint.format import CheckpointFormat, format_of, register
-from common.checkpoint.nemo import NEMO, load_model, read_config, require_tdt
+from common.checkpoint import find
+from common.checkpoint.find import checkpoint_bytes, find_checkpoint, format_of, source_record
+from common.checkpoint.nemo import load_model, read_config, require_tdt
 from common.checkpoint.spec import ModelSpec, _feature_differences
 from common.layouts.features import NO_SYMBOL_LIMIT
 from common.layouts.genai import Window, audio_processor_config, check_genai_supports, genai_config
@@ -249,50 +248,37 @@ def test_other_families_are_rejected(change, tmp_path):
 
 
 class TestFormats:
-    def test_a_format_is_one_object_that_the_scripts_find(self, tmp_path, monkeypatch):
-        """A folder with a checkpoint inside becomes a format of its own as soon as that is registered."""
-        folder = tmp_path / "checkpoint"
-        folder.mkdir()
-        shutil.copy(TINY, folder / "model.toy")
-        (folder / "notes.txt").write_text("a second file")
-        argv = ["--model_name", str(folder), "--output_dir"]
-        assert export_tokenizer.main([*argv, str(tmp_path / "unknown")]) == 2
-        assert not (tmp_path / "unknown").exists()
+    def test_a_folder_without_a_checkpoint_is_named(self, tmp_path):
+        shutil.copy(TINY, tmp_path / "one.nemo")
+        assert find_checkpoint(str(tmp_path)) == tmp_path / "one.nemo"
+        shutil.copy(TINY, tmp_path / "two.nemo")
+        with pytest.raises(IsADirectoryError, match="which has neither; name the file"):
+            find_checkpoint(str(tmp_path))
+        with pytest.raises(FileNotFoundError, match="got nothing at"):
+            find_checkpoint(str(tmp_path / "three.nemo"))
+        with pytest.raises(IsADirectoryError, match="which has neither"):
+            format_of(tmp_path)
 
-        monkeypatch.setattr(formats, "FORMATS", [*formats.FORMATS])
-        inside = "model.toy"
-        toy = register(
-            CheckpointFormat(
-                name="folder",
-                matches=lambda path: (path / inside).is_file(),
-                files=lambda path: sorted(path.iterdir()),
-                loaded_bytes=lambda path: NEMO.loaded_bytes(path / inside),
-                check=lambda path: NEMO.check(path / inside),
-                read_tokenizer=lambda path: NEMO.read_tokenizer(path / inside),
-                load_model=lambda path, device="cpu", scratch=None: NEMO.load_model(path / inside, device, scratch),
-            )
-        )
-        assert format_of(folder) is toy
-        assert format_of(folder / inside) is NEMO
-        assert export_tokenizer.main([*argv, str(tmp_path / "toy")]) == 0
-        assert export_tokenizer.main(["--model_name", str(TINY), "--output_dir", str(tmp_path / "nemo")]) == 0
-        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
-            assert (tmp_path / "toy" / name).read_bytes() == (tmp_path / "nemo" / name).read_bytes()
-
-        # Both files are in the size and in the digest, which is that of what `sha256sum model.toy notes.txt` prints.
-        source = json.loads((tmp_path / "toy" / "manifest.json").read_text())["tokenizer"]["source"]
-        digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-        printed = "".join(f"{digests[name]}  {name}\n" for name in ("model.toy", "notes.txt"))
-        assert source == {
-            "file": "checkpoint",
+    def test_all_files_are_in_the_size_and_in_the_digest(self, tiny_transformers):
+        """The digest is that of what `sha256sum config.json … model.safetensors` prints."""
+        names = ("config.json", "processor_config.json", "tokenizer.json", "model.safetensors")
+        digests = {name: hashlib.sha256((tiny_transformers / name).read_bytes()).hexdigest() for name in names}
+        printed = "".join(f"{digests[name]}  {name}\n" for name in names)
+        assert source_record(tiny_transformers, str(tiny_transformers)) == {
+            "file": tiny_transformers.name,
             "sha256": hashlib.sha256(printed.encode()).hexdigest(),
-            "format": "folder",
+            "format": "transformers",
         }
-        assert toy.size(folder) == TINY.stat().st_size + len("a second file")
+        assert checkpoint_bytes(tiny_transformers) == sum((tiny_transformers / name).stat().st_size for name in names)
+        assert checkpoint_bytes(TINY) == TINY.stat().st_size
+        assert source_record(TINY, str(TINY)) == {
+            "file": TINY.name,
+            "sha256": hashlib.sha256(TINY.read_bytes()).hexdigest(),
+            "format": "nemo",
+        }
 
-        (folder / inside).write_bytes(TINY.read_bytes()[:1000])
-        assert export_tokenizer.main([*argv, str(tmp_path / "damaged")]) == 2
-
-    def test_a_name_is_taken_once(self):
-        with pytest.raises(ValueError, match=r"expected a new name for a checkpoint format, got nemo again"):
-            register(NEMO)
+    def test_the_formats_have_the_same_functions(self):
+        assert find.FORMAT_NAMES == ("nemo", "transformers")
+        needed = {name for name in vars(find.CheckpointFormat) if not name.startswith("_")}
+        assert {"locate", "download", "files", "loaded_bytes", "check", "read_tokenizer", "load_model"} <= needed
+        assert all(needed <= vars(known).keys() for known in find.FORMATS)

@@ -8,7 +8,6 @@ import pytest
 import export_parakeet_to_onnx
 import test_real_speech
 from common.checkpoint import nemo
-from common.checkpoint.nemo import NEMO
 from common.checkpoint.tokenizer import Piece, parse_model
 from common.contract import DECODER, ENCODER, JOINT
 from common.export.trace import export_graph
@@ -39,7 +38,7 @@ def letters_beside(text: str, name: str) -> bool:
 @pytest.mark.parametrize("script", ["latin", "cyrillic", "greek"])
 def test_tokens_with_letters_of_other_scripts(script):
     """On the vocabulary of parakeet-tdt-0.6b-v3, checked by the Unicode names of the characters."""
-    proto = parse_model(NEMO.read_tokenizer(TINY))
+    proto = parse_model(nemo.read_tokenizer(TINY))
     found = set(ids_of_other_scripts(proto, [script]))
     ordinary = {index for index, piece in enumerate(proto.pieces) if piece.type == Piece.NORMAL}
     expected = {index for index in ordinary if letters_beside(proto.pieces[index].piece, script.upper())}
@@ -65,7 +64,7 @@ def test_several_scripts_marks_bytes_and_vowel_signs():
 def test_only_their_logits_change(own_model, tmp_path):
     import torch
 
-    model = NEMO.load_model(TINY)
+    model = nemo.load_model(TINY)
     ids = suppressed_ids(TINY, "latin")
     with torch.no_grad():
         model.joint.joint_net[-1].bias[ids] += 60  # so loud that they would be emitted

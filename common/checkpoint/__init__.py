@@ -1,11 +1,11 @@
-"""Checkpoints, treated as untrusted input. Importing this package registers every format, `.nemo` first."""
+"""Checkpoints, treated as untrusted input: `find` finds one, `nemo` and `transformers` check and read its format."""
 
-from common.checkpoint.format import FORMATS, format_of
-from common.checkpoint.nemo import NEMO
-from common.checkpoint.transformers import TRANSFORMERS
+NOT_LOADED = "not loaded; get it from its publisher"  # ends the message of every check for safety
 
-FORMAT_NAMES = tuple(known.name for known in FORMATS)
-MODEL_NAME_HELP = "Hugging Face name, .nemo file, or folder of a transformers checkpoint (%(default)s)"
-FORMAT_HELP = "the format to use where a repository or a folder has both (nemo, if it is there)"
 
-__all__ = ["FORMAT_HELP", "FORMAT_NAMES", "MODEL_NAME_HELP", "NEMO", "TRANSFORMERS", "format_of"]
+def require_device(device: str) -> None:
+    """Raise ValueError for a device that torch cannot use."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU that this torch can use, and there is none; use --device cpu")

@@ -1,23 +1,37 @@
-"""A checkpoint on Hugging Face: its name, its addresses, its place in the local cache, and the errors of the hub.
+"""Checkpoints on Hugging Face: their names, and their files in the local cache of huggingface_hub.
 
-Every error of the hub, of the network or of a proxy becomes one line that says what to do.
+huggingface_hub (2.4.0) does the work: downloads, retries, progress bar, cache, token, revisions and HF_HUB_OFFLINE. It
+continues a transfer that breaks off, but not in a new run, which starts the file over. What it raises becomes an error
+of one line that says what to do. It does not compare what it has downloaded with the published SHA-256; that is done
+here.
 """
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+from common.cli import size_text
+from common.folder import DISK_ERRORS, require_free, sha256
 
 DEFAULT_MODEL = "nvidia/parakeet-tdt-0.6b-v3"
 DEFAULT_REVISION = "main"
 REVISION_HELP = f"branch, tag or commit on Hugging Face ({DEFAULT_REVISION}); the commit used is in manifest.json"
 HUB_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(.*)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 LOG_IN = "log in with: hf auth login, or set HF_TOKEN to a token that may read it"
+ANOTHER_DISK = "or set HF_HUB_CACHE to a folder on another disk"
+NOT_THE_HUB = (
+    "is not Hugging Face: it may be a proxy, or the login page of this network; open that address in a browser, and "
+    "check HF_ENDPOINT"
+)
+
+
+class NotInRepositoryError(ValueError):
+    """A repository on Hugging Face lacks a file; the message is `no FILE of owner/model`."""
 
 
 def hub_name(model_name: str) -> str | None:
@@ -43,10 +57,6 @@ def hub_name(model_name: str) -> str | None:
     return None if is_path else name
 
 
-class NotInRepositoryError(ValueError):
-    """A repository on Hugging Face lacks a file."""
-
-
 def commit_of(checkpoint: Path) -> str | None:
     """The commit of a checkpoint in the cache, which is snapshots/COMMIT/ or a file there; None for others."""
     for folder in (checkpoint, checkpoint.parent):
@@ -55,149 +65,134 @@ def commit_of(checkpoint: Path) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a repository."""
-
-    name: str  # owner/model
-    revision: str  # branch, tag or commit
-    file: str
-
-    @property
-    def url(self) -> str:
-        """Where the file is downloaded from."""
-        from huggingface_hub import hf_hub_url
-
-        return hf_hub_url(self.name, self.file, revision=self.revision)
-
-    def __str__(self) -> str:
-        return f"{self.file} of {self.name}" + ("" if self.revision == DEFAULT_REVISION else f" at {self.revision}")
-
-    def cached(self) -> Path | None:
-        """The file in the local cache, or None."""
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(self.name, self.file, revision=self.revision)
-        return Path(path) if isinstance(path, str) else None
-
-    def blob(self, etag: str) -> Path:
-        """Where the cache keeps the content that the hub names by `etag`."""
-        from huggingface_hub import constants
-        from huggingface_hub.file_download import repo_folder_name
-
-        repository = repo_folder_name(repo_id=self.name, repo_type="model")
-        return Path(constants.HF_HUB_CACHE) / repository / "blobs" / etag
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, which is read only once in a process, since a checkpoint has gigabytes."""
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_mtime_ns)
 
 
-def check_endpoint() -> None:
-    """Raise ValueError for an HF_ENDPOINT that is not an address; huggingface_hub reads it when it is imported."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(endpoint)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:  # port raises for "x:abc"
-            return
-    raise ValueError(
-        f"expected HF_ENDPOINT to be an address such as https://huggingface.co, got {endpoint!r}; correct or unset it"
-    )
+@lru_cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file of this size that was changed at this time."""
+    return sha256(path)
 
 
-def http_status(error: BaseException) -> int | None:
-    """The HTTP status that caused an error of the client, or None."""
-    response: Any = getattr(error, "response", None)
-    return None if response is None else int(response.status_code)
+def is_cached(name: str, file: str, commit: str) -> bool:
+    """Whether the local cache has the file of a repository at a commit."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, file, revision=commit), str)
 
 
-def failure_of(error: BaseException) -> str:
-    """What failed, in a few words."""
-    response: Any = getattr(error, "response", None)
-    if response is not None:
-        return f"Hugging Face answers {response.status_code} {response.reason_phrase}".rstrip()
-    return f"the connection failed ({str(error) or type(error).__name__})"
+def download(name: str, file: str, revision: str, *, cached_only: bool = False) -> Path:
+    """A file of the repository `name` in the local cache, downloaded if need be.
+
+    Where Hugging Face cannot be reached, the file is taken from the cache as it is. cached_only: do not ask Hugging
+    Face at all. Raises NotInRepositoryError where the repository lacks the file, ValueError for a revision that does
+    not exist or a file in the cache that is damaged, PermissionError for a repository that may not be read,
+    ConnectionError for a network that fails, OSError for a disk that fails or is full.
+    """
+    from huggingface_hub import constants, hf_hub_download
+
+    title = f"{file} of {name}" + ("" if revision == DEFAULT_REVISION else f" at {revision}")
+    if not COMMIT.fullmatch(revision):
+        print(f"looking for {title}, in the local cache and on Hugging Face", flush=True)
+    with errors_explained(name, revision, title):
+        planned = hf_hub_download(name, file, revision=revision, local_files_only=cached_only, dry_run=True)
+        if planned.will_download:
+            size = planned.file_size or 0  # bytes
+            print(f"downloading {file}, {size_text(size)}, of commit {planned.commit_hash}", flush=True)
+            _require_room(size, Path(constants.HF_HUB_CACHE))
+        elif not COMMIT.fullmatch(revision):
+            print(f"{file} is in the local cache, of commit {planned.commit_hash}", flush=True)
+        path = Path(hf_hub_download(name, file, revision=revision, local_files_only=cached_only))
+    _check_content(name, path)
+    return path
 
 
-def requested_pause(error: BaseException) -> float | None:
-    """Seconds after which a server that limits its rate allows the next request, or None."""
-    from huggingface_hub.utils._http import parse_ratelimit_headers
-
-    response: Any = getattr(error, "response", None)
-    if response is None:
-        return None
-    with contextlib.suppress(KeyError, ValueError):
-        return float(response.headers["Retry-After"])
-    limit = parse_ratelimit_headers(response.headers)
-    return limit.reset_in_seconds + 1 if limit and limit.remaining == 0 else None
+def _require_room(size: int, cache: Path) -> None:
+    """Raise OSError where the disk of the cache has less than `size` bytes free; huggingface_hub would only warn."""
+    try:
+        require_free(size, cache)
+    except OSError as error:
+        raise OSError(f"{error}, {ANOTHER_DISK}") from None
 
 
-def not_the_hub() -> ConnectionError:
-    """The error for an answer that cannot come from Hugging Face."""
-    from huggingface_hub import constants
+def _check_content(name: str, path: Path) -> None:
+    """Raise ValueError where a file in the cache is not what Hugging Face has published.
 
-    return ConnectionError(
-        f"expected Hugging Face at {constants.ENDPOINT}, but what answers is not Hugging Face: it may be a proxy, or "
-        "the login page of this network; open that address in a browser, and check HF_ENDPOINT"
-    )
+    A file in the cache is a link to its content, which is named by the published SHA-256 (small files by git's SHA-1).
+    """
+    published = path.readlink().name if path.is_symlink() else ""
+    if SHA256.fullmatch(published) and file_digest(path) != published:
+        raise ValueError(
+            f"expected SHA-256 {published} of {path}, got {file_digest(path)}: the file in the cache is damaged; "
+            f"remove it with: hf cache rm hf://models/{name}/{path.name}"
+        )
 
 
 @contextlib.contextmanager
-def errors_explained(file: HubFile) -> Iterator[None]:
-    """Turn what the client raises inside the block into an error of one line that says what to do."""
+def errors_explained(name: str, revision: str, title: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises inside the block into an error of one line that says what to do.
+
+    title: the file of the repository `name`, for messages.
+    """
     import httpx2
     from huggingface_hub import errors
 
     try:
         yield
-    except errors.LocalEntryNotFoundError as error:  # raised by the client for a request that failed
-        raise _explanation(error.__cause__ or error, file) from error
-    except (httpx2.HTTPError, httpx2.InvalidURL, errors.OfflineModeIsEnabled) as error:
-        raise _explanation(error, file) from error
+    except errors.LocalEntryNotFoundError as error:  # raised for a request that failed
+        raise _explanation(error.__cause__ or error, name, revision, title) from error
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        raise _explanation(error, name, revision, title) from error
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise OSError(
+                f"the disk of the local cache is full ({error.strerror}); make room, {ANOTHER_DISK}, and run the "
+                "command again"
+            ) from error
+        if "Consistency check failed" in str(error):  # another size than the published one
+            raise ConnectionError(f"what was sent as {title} {NOT_THE_HUB}, and run the command again") from error
+        raise
 
 
-def _explanation(error: BaseException, file: HubFile) -> Exception:
-    """The error to raise in place of an error of the client."""
+def _explanation(error: BaseException, name: str, revision: str, title: str) -> Exception:
+    """The error to raise in place of an error of huggingface_hub."""
     from huggingface_hub import constants, errors
 
-    if isinstance(error, errors.OfflineModeIsEnabled):
+    endpoint = constants.ENDPOINT
+    response: Any = getattr(error, "response", None)
+    status = None if response is None else response.status_code
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return ConnectionError(
-            f"expected {file} in the local cache, got none; Hugging Face cannot be reached while HF_HUB_OFFLINE is "
+            f"expected {title} in the local cache, got none; Hugging Face cannot be reached while HF_HUB_OFFLINE is "
             "set: unset it, or pass the path of a checkpoint as --model_name"
         )
+    if isinstance(error, errors.FileMetadataError):
+        return ConnectionError(f"expected Hugging Face at {endpoint}, but what answers {NOT_THE_HUB}")
     if isinstance(error, errors.GatedRepoError):
-        return PermissionError(
-            f"{file.name} is gated: accept its terms at {constants.ENDPOINT}/{file.name}, then {LOG_IN}"
-        )
+        return PermissionError(f"{name} is gated: accept its terms at {endpoint}/{name}, then {LOG_IN}")
     if isinstance(error, errors.RevisionNotFoundError):
-        return ValueError(f"Hugging Face has no revision {file.revision} of {file.name}; check --revision")
+        return ValueError(f"Hugging Face has no revision {revision} of {name}; check --revision")
     if isinstance(error, errors.EntryNotFoundError):
-        return NotInRepositoryError(f"Hugging Face has no {file}; check --model_name")
-    status = http_status(error)
+        return NotInRepositoryError(f"no {title}")
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         return PermissionError(
-            f"Hugging Face shows no model {file.name}; check --model_name, and if it is private, or a token that is "
-            f"set has expired, {LOG_IN}"
+            f"Hugging Face shows no model {name}; check --model_name, and if it is private, or a token that is set has "
+            f"expired, {LOG_IN}"
         )
-    if status is not None:
-        return _status_explanation(error, status, file)
-    return ConnectionError(
-        f"expected {file} from {constants.ENDPOINT}, but Hugging Face cannot be reached: {failure_of(error)}; check "
-        "the network, HF_ENDPOINT and any proxy, and run the command again (a download is continued), or pass the path "
-        "of a checkpoint as --model_name"
-    )
-
-
-def _status_explanation(error: BaseException, status: int, file: HubFile) -> Exception:
-    """The error to raise for an HTTP status that the client has no type for."""
-    from huggingface_hub import constants
-
-    if status == 403:
-        return PermissionError(f"{failure_of(error)} for {file}; {LOG_IN}")
-    if status == 404:
-        return ValueError(f"{constants.ENDPOINT} has no {file}; check --model_name and HF_ENDPOINT")
-    if status == 429:
-        pause = requested_pause(error)
-        when = f"in {pause:.0f} s" if pause else "later"
-        return ConnectionError(f"{failure_of(error)}; try again {when}, or raise the limit: log in with: hf auth login")
-    if status >= 500:
+    if status is None:
         return ConnectionError(
-            f"{failure_of(error)} for {file}; try again later (https://status.huggingface.co has its state)"
+            f"expected {title} from {endpoint}, but Hugging Face cannot be reached "
+            f"({str(error) or type(error).__name__}); check the network, HF_ENDPOINT and any proxy, and run the "
+            "command again, or pass the path of a checkpoint as --model_name"
         )
-    return ConnectionError(f"{failure_of(error)} for {file}; see {constants.ENDPOINT}/{file.name}")
+    answer = f"Hugging Face answers {status} {response.reason_phrase} for {title}"
+    if status == 403:
+        return PermissionError(f"{answer}; {LOG_IN}")
+    if status == 429:
+        return ConnectionError(f"{answer}; try again later, or raise the limit: log in with: hf auth login")
+    if status >= 500:
+        return ConnectionError(f"{answer}; try again later (https://status.huggingface.co has its state)")
+    return ConnectionError(f"{answer}; check --model_name and HF_ENDPOINT ({endpoint})")

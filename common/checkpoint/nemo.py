@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from common.checkpoint import NOT_LOADED, hub, require_device
 from common.checkpoint.archive import (
     CONFIG_MEMBER,
-    NOT_LOADED,
     WEIGHTS_MEMBER,
     check_weights,
     open_archive,
@@ -25,16 +25,33 @@ from common.checkpoint.archive import (
     read_member,
     unpacked_bytes,
 )
-from common.checkpoint.format import CheckpointFormat, register
 from common.cli import size_text
 
-# Bytes. The configs of checkpoints with 8192 pieces are under 1 MB, SentencePiece models of 256,000 pieces under 8 MB.
-MAX_CONFIG_BYTES = 10_000_000
-MAX_TOKENIZER_BYTES = 100_000_000
+NAME = "nemo"  # as --checkpoint_format takes it
 # Tensors of a preprocessor that a checkpoint stores, although they follow from its config.
 FEATURE_BUFFERS = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb")
-# Tensors may share storage (tied weights). In no model do they claim more than twice the stored bytes.
-MAX_SHARING = 2
+
+
+def locate(path: Path) -> Path | None:
+    """The `.nemo` file that a path names: any file, or the only `.nemo` file of a folder."""
+    found = sorted(path.glob("*.nemo")) if path.is_dir() else [path] if path.is_file() else []
+    return found[0] if len(found) == 1 else None
+
+
+def download(name: str, revision: str, *, cached_only: bool) -> Path:
+    """The `.nemo` file of a repository on Hugging Face, in the local cache. Raises as hub.download does."""
+    # NVIDIA publishes `owner/model` as `model.nemo` (nemo/core/classes/common.py).
+    return hub.download(name, f"{name.split('/')[1]}.nemo", revision, cached_only=cached_only)
+
+
+def files(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint: the one archive."""
+    return [checkpoint]
+
+
+def loaded_bytes(checkpoint: Path) -> int:
+    """Bytes of the weights in memory, which are nearly all of the file."""
+    return checkpoint.stat().st_size
 
 
 def check(checkpoint: Path) -> None:
@@ -47,7 +64,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     """The content of the checkpoint's YAML. Raises ValueError where it is not a config or is unsafe (archive.py)."""
     with open_archive(checkpoint) as archive:
         names = frozenset(archive.members)
-        text = read_member(archive, CONFIG_MEMBER, MAX_CONFIG_BYTES)
+        text = read_member(archive, CONFIG_MEMBER)
     try:
         return copy.deepcopy(_parsed(text, names))
     except ValueError as error:
@@ -71,7 +88,7 @@ def read_tokenizer(checkpoint: Path) -> bytes:
         kind = tokenizer.get("type", "no tokenizer")
         raise ValueError(f"expected a SentencePiece tokenizer in {checkpoint}, got {kind!r}; this model has no export")
     with open_archive(checkpoint) as archive:
-        return read_member(archive, model_path.removeprefix("nemo:"), MAX_TOKENIZER_BYTES)
+        return read_member(archive, model_path.removeprefix("nemo:"))
 
 
 def require_tdt(checkpoint: Path) -> None:
@@ -87,14 +104,6 @@ def require_tdt(checkpoint: Path) -> None:
     else:
         return
     raise ValueError(f"not a TDT model: {checkpoint.name}: {reason}; pass a Parakeet-TDT checkpoint")
-
-
-def require_device(device: str) -> None:
-    """Raise ValueError for a device that torch cannot use."""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("expected a CUDA device for --device cuda, got none that this torch can use; use --device cpu")
 
 
 def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = None) -> Any:
@@ -147,28 +156,6 @@ def _without_labels(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _only_archive(folder: Path) -> Path | None:
-    """The `.nemo` file in a folder; None where it holds none, or several."""
-    found = sorted(folder.glob("*.nemo"))
-    return found[0] if len(found) == 1 else None
-
-
-NEMO = register(
-    CheckpointFormat(
-        name="nemo",
-        matches=Path.is_file,
-        within=_only_archive,
-        # NVIDIA publishes `owner/model` as `model.nemo` (nemo/core/classes/common.py).
-        hub_files=lambda name: ((f"{name.split('/')[1]}.nemo",),),
-        files=lambda checkpoint: (checkpoint,),
-        loaded_bytes=lambda checkpoint: checkpoint.stat().st_size,
-        check=check,
-        read_tokenizer=read_tokenizer,
-        load_model=load_model,
-    )
-)
-
-
 def _assigning_connector(checkpoint: Path) -> Any:
     """NeMo's SaveRestoreConnector, but it uses the checkpoint's tensors instead of copying them: half the memory."""
     import torch
@@ -177,13 +164,10 @@ def _assigning_connector(checkpoint: Path) -> Any:
     class AssigningConnector(SaveRestoreConnector):  # type: ignore[misc]
         @staticmethod
         def _load_state_dict_from_disk(model_weights: str, map_location: Any = "cpu") -> dict[str, Any]:
-            # weights_only does not run code in a pickle. A mapped file cannot be deleted on Windows.
+            # weights_only does not run code in a pickle.
             state_dict: dict[str, Any] = torch.load(
-                model_weights, map_location=map_location, weights_only=True, mmap=os.name == "posix"
+                model_weights, map_location=map_location, weights_only=True, mmap=True
             )
-            size = sum(tensor.nbytes for tensor in state_dict.values())
-            if size > MAX_SHARING * Path(model_weights).stat().st_size:  # views that repeat a few stored numbers
-                raise ValueError(f"its tensors claim {size} bytes, which its weights do not hold")
             return state_dict
 
         def load_instance_with_state_dict(self, instance: Any, state_dict: dict[str, Any], strict: bool) -> None:  # noqa: FBT001  NeMo's signature

@@ -2,7 +2,7 @@
 
 Its files are untrusted input. Before a tensor is read, it is checked that
     the folder    holds the files themselves, or links that stay inside it (or inside the cache of huggingface_hub)
-    the configs   are JSON of a plausible size, name `ParakeetForTDT`, and name no code of their own (`auto_map`)
+    the configs   are JSON, name `ParakeetForTDT`, and name no code of their own (`auto_map`)
     the weights   are one file, or shards beside an index, that the safetensors library accepts (no offset overlaps, no
                   byte is left over), with exactly the tensors that the index gives to each shard, and in all of them
                   exactly the tensors and shapes of the network that the config describes, in a float type of at most
@@ -20,24 +20,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.archive import NOT_LOADED
-from common.checkpoint.format import CheckpointFormat, register
-from common.checkpoint.hub import commit_of
-from common.checkpoint.nemo import MAX_TOKENIZER_BYTES, require_device
+from common.checkpoint import NOT_LOADED, hub, require_device
 from common.checkpoint.tokenizer_json import sentencepiece_model
 
+NAME = "transformers"  # as --checkpoint_format takes it
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # names the shards of a model that is saved in several files
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-FEATURES = ("preprocessor_config.json", "processor_config.json")  # transformers 5 writes the second, which holds it all
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-GROUPS = ((CONFIG,), FEATURES, TOKENIZERS, (WEIGHTS, INDEX))  # of each group, the first file that exists
+# Of each group the first file that exists. transformers 5 writes processor_config.json, which holds both configs.
+FEATURE_FILES = ("preprocessor_config.json", "processor_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+WEIGHT_FILES = (WEIGHTS, INDEX)
 ARCHITECTURE = "ParakeetForTDT"
 
-MAX_CONFIG_BYTES = 1_000_000  # published ones have 2 kB
-MAX_NUMBER = 100_000  # with larger counts and sizes a network takes hours to build; the largest in use are 48 kHz
-LARGEST = {"num_hidden_layers": 1000, "num_decoder_layers": 100}
 FLOATS = ("F32", "F16", "BF16")
 FLOAT32_BYTES = 4
 COUNTER = "num_batches_tracked"  # of a batch normalisation; not used by inference, and not every writer keeps it
@@ -64,13 +60,54 @@ FEATURE_KEYS = (
 )  # fmt: skip
 
 
+def locate(path: Path) -> Path | None:
+    """The checkpoint that a path names: a folder with config.json."""
+    return path if (path / CONFIG).is_file() else None
+
+
+def download(name: str, revision: str, *, cached_only: bool) -> Path:
+    """The folder of a repository's checkpoint in the local cache: its files and no others, all of one commit.
+
+    Raises NotInRepositoryError where the repository has no config.json, ValueError where it lacks another file or its
+    config is not that of a ParakeetForTDT, and as hub.download does.
+    """
+    config = hub.download(name, CONFIG, revision, cached_only=cached_only)
+    _read_config(config)  # before gigabytes are downloaded
+    commit = config.parent.name
+    for group in (FEATURE_FILES, TOKENIZER_FILES):
+        _download_first(name, group, commit, cached_only=cached_only)
+    for shard in shards(_download_first(name, WEIGHT_FILES, commit, cached_only=cached_only)):
+        _download_first(name, (shard,), commit, cached_only=cached_only)
+    return config.parent
+
+
+def _download_first(name: str, group: Sequence[str], commit: str, *, cached_only: bool) -> Path:
+    """The first of these files that the repository has at a commit; without a request where one is in the cache."""
+    cached = [file for file in group if hub.is_cached(name, file, commit)]
+    for file in cached or group:
+        try:
+            return hub.download(name, file, commit, cached_only=cached_only)
+        except hub.NotInRepositoryError:
+            continue
+    raise ValueError(
+        f"expected {' or '.join(group)} beside {CONFIG} of {name} on Hugging Face, found none: it is not a whole "
+        f"checkpoint of the format {NAME}"
+    )
+
+
 def files(checkpoint: Path) -> list[Path]:
-    """The files of a checkpoint: of each group the first that exists, then the shards, if the last file is their index.
+    """The files of a checkpoint: config, feature extractor, tokenizer, weights.
 
     Raises ValueError where a file is missing, or is a link to somewhere else, and as `shards` does.
     """
-    found = [_first_file(checkpoint, group) for group in GROUPS]
-    return found + [_first_file(checkpoint, (name,)) for name in shards(found[-1])]
+    others = (_first_file(checkpoint, group) for group in ((CONFIG,), FEATURE_FILES, TOKENIZER_FILES))
+    return [*others, *_weight_files(checkpoint)]
+
+
+def _weight_files(checkpoint: Path) -> list[Path]:
+    """model.safetensors, or the index and its shards. Raises as `files` does."""
+    first = _first_file(checkpoint, WEIGHT_FILES)
+    return [first, *(_first_file(checkpoint, (name,)) for name in shards(first))]
 
 
 def _first_file(checkpoint: Path, names: Sequence[str]) -> Path:
@@ -112,7 +149,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _is_inside(path: Path, folder: Path) -> bool:
     """Whether a file lies in the folder after links are followed; in huggingface_hub's cache, whether it is a blob."""
-    if commit_of(folder) and path.is_symlink():
+    if hub.commit_of(folder) and path.is_symlink():
         # Follow one link only: the blob may be a link into a store that several caches share.
         target = Path(os.path.normpath(path.parent.absolute() / path.readlink()))
         return target.parent == folder.absolute().parents[1] / "blobs"
@@ -121,29 +158,20 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 def check(checkpoint: Path) -> None:
     """Raise ValueError unless the folder holds a whole and safe checkpoint of ParakeetForTDT."""
-    config, features, _, *weights = files(checkpoint)
-    check_config(config)
-    _read_features(features)
-    _read_header(weights)
+    files(checkpoint)
+    _read_config(_first_file(checkpoint, (CONFIG,)))
+    _read_features(_first_file(checkpoint, FEATURE_FILES))
+    _read_header(_weight_files(checkpoint))
 
 
 def loaded_bytes(checkpoint: Path) -> int:
     """Bytes of the weights in float32, the type in which they are used, whatever type they are stored in."""
-    _, _, _, *weights = files(checkpoint)
-    return sum(FLOAT32_BYTES * math.prod(shape) for _, shape in _read_header(weights).values())
+    header = _read_header(_weight_files(checkpoint))
+    return sum(FLOAT32_BYTES * math.prod(shape) for _, shape in header.values())
 
 
-def check_config(path: Path) -> None:
-    """Raise ValueError for a file called config.json that does not describe a ParakeetForTDT."""
-    if path.name == CONFIG:
-        _read_config(path)
-
-
-def _read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """The content of a JSON file. Raises ValueError where it is too large, damaged or not a mapping."""
-    size = path.stat().st_size
-    if size > limit:
-        raise ValueError(f"expected at most {limit} bytes of {path}, got {size}; {NOT_LOADED}")
+def _read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file. Raises ValueError where it is damaged or not a mapping."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -166,7 +194,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"expected the weights of {path.parent} as they were trained, got quantized ones; {NOT_LOADED}"
         )
-    _check_values(config, path)
+    _check_no_code(config, path)
     encoder = config.get("encoder_config")
     if not isinstance(encoder, dict):
         raise ValueError(f"expected a mapping as encoder_config in {path}, got {encoder!r}; download it again")
@@ -184,8 +212,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_features(path: Path) -> dict[str, Any]:
     """The numbers of the feature extractor. Raises ValueError where it is not a ParakeetFeatureExtractor."""
     content = _read_json(path)
-    _check_values(content, path)
-    features = content if path.name == FEATURES[0] else content.get("feature_extractor")
+    _check_no_code(content, path)
+    features = content if path.name == FEATURE_FILES[0] else content.get("feature_extractor")
     kind = features.get("feature_extractor_type") if isinstance(features, dict) else None
     if not isinstance(features, dict) or kind not in (None, "ParakeetFeatureExtractor"):
         raise ValueError(f"expected a ParakeetFeatureExtractor in {path}, got {kind or features!r}; {NOT_LOADED}")
@@ -194,21 +222,15 @@ def _read_features(path: Path) -> dict[str, Any]:
     return {key: features[key] for key in FEATURE_KEYS if key in features}
 
 
-def _check_values(content: object, path: Path, key: str = "") -> None:
-    """Raise ValueError naming a value that is too large, or that names code."""
-    if isinstance(content, dict):
-        if "auto_map" in content:
-            raise ValueError(
-                f"expected a model of transformers' own in {path}, got code of its own (auto_map); {NOT_LOADED}"
-            )
-        for name, value in content.items():
-            _check_values(value, path, str(name))
-    elif isinstance(content, list):
-        for value in content:
-            _check_values(value, path, key)
-    elif isinstance(content, int | float) and not abs(content) <= LARGEST.get(key, MAX_NUMBER):
-        limit = LARGEST.get(key, MAX_NUMBER)
-        raise ValueError(f"expected at most {limit} as {key} in {path}, got {content}; {NOT_LOADED}")
+def _check_no_code(content: object, path: Path) -> None:
+    """Raise ValueError where a config names code."""
+    if isinstance(content, dict) and "auto_map" in content:
+        raise ValueError(
+            f"expected a model of transformers' own in {path}, got code of its own (auto_map); {NOT_LOADED}"
+        )
+    if isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            _check_no_code(value, path)
 
 
 Header = Mapping[str, tuple[str, tuple[int, ...]]]  # name → type as safetensors spells it, shape
@@ -274,20 +296,18 @@ def read_tokenizer(checkpoint: Path) -> bytes:
 
     Raises ValueError where the tokenizer is of another kind, or has another number of pieces than the network.
     """
-    config, _, tokenizer, *_ = files(checkpoint)
-    if tokenizer.name == TOKENIZERS[0]:
-        blank = _read_config(config).get("blank_token_id")
-        if not isinstance(blank, int):
-            raise ValueError(f"expected a whole number as blank_token_id in {config}, got {blank!r}; download it again")
-        content = _read_json(tokenizer, MAX_TOKENIZER_BYTES)
-        try:
-            return sentencepiece_model(content, blank)
-        except ValueError as error:
-            raise ValueError(f"{tokenizer} cannot be used: {error}") from None
-    size = tokenizer.stat().st_size
-    if size > MAX_TOKENIZER_BYTES:
-        raise ValueError(f"expected at most {MAX_TOKENIZER_BYTES} bytes of {tokenizer}, got {size}; {NOT_LOADED}")
-    return tokenizer.read_bytes()
+    tokenizer = _first_file(checkpoint, TOKENIZER_FILES)
+    if tokenizer.suffix != ".json":
+        return tokenizer.read_bytes()
+    config = _first_file(checkpoint, (CONFIG,))
+    blank = _read_config(config).get("blank_token_id")
+    if not isinstance(blank, int):
+        raise ValueError(f"expected a whole number as blank_token_id in {config}, got {blank!r}; download it again")
+    content = _read_json(tokenizer)
+    try:
+        return sentencepiece_model(content, blank)
+    except ValueError as error:
+        raise ValueError(f"{tokenizer} cannot be used: {error}") from None
 
 
 def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = None) -> Any:
@@ -298,20 +318,21 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
     """
     require_device(device)
     check(checkpoint)
-    config_path, features_path, tokenizer, *weights = files(checkpoint)
-    config = _read_config(config_path)
     import torch
 
     from common.checkpoint.transformers_model import ParakeetModel, build
 
+    config = _read_config(checkpoint / CONFIG)
+    features = _read_features(_first_file(checkpoint, FEATURE_FILES))
+    weights = _weight_files(checkpoint)
     try:
         network, extractor = build(
             {key: config[key] for key in MODEL_KEYS if key in config},
             {key: config["encoder_config"][key] for key in ENCODER_KEYS if key in config["encoder_config"]},
-            _read_features(features_path),
+            features,
         )
     except Exception as error:  # transformers raises whatever its checks and torch's constructors raise
-        raise ValueError(f"{config_path} cannot be built: {error}") from error
+        raise ValueError(f"{checkpoint / CONFIG} cannot be built: {error}") from error
     expected = network.state_dict()
     _check_tensors(_read_header(weights), expected, weights[0])
     state = _read_tensors(weights, device)
@@ -322,6 +343,7 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
         )
     counters = {name: torch.zeros((), dtype=torch.int64, device=device) for name in expected if name.endswith(COUNTER)}
     network.load_state_dict(counters | state, assign=True)
+    tokenizer = _first_file(checkpoint, TOKENIZER_FILES)
     return ParakeetModel(network, extractor, tokenizer).to(device).eval().requires_grad_(requires_grad=False)
 
 
@@ -337,20 +359,3 @@ def _read_tensors(weights: Sequence[Path], device: str) -> dict[str, Any]:
                     tensor = file.get_tensor(name)
                     state[name] = tensor.float() if tensor.is_floating_point() else tensor
     return state
-
-
-TRANSFORMERS = register(
-    CheckpointFormat(
-        name="transformers",
-        matches=lambda path: (path / CONFIG).is_file(),
-        within=lambda folder: folder if (folder / CONFIG).is_file() else None,
-        hub_files=lambda name: GROUPS,
-        files=files,
-        loaded_bytes=loaded_bytes,
-        check_file=check_config,
-        referred_files=shards,
-        check=check,
-        read_tokenizer=read_tokenizer,
-        load_model=load_model,
-    )
-)

@@ -58,7 +58,7 @@ def build(
 
 
 class ParakeetModel(nn.Module):
-    """A model as CheckpointFormat.load_model returns it. `network` is transformers' own, with `generate`."""
+    """A model as `load_model` of a checkpoint format returns it. `network` is transformers' own, with `generate`."""
 
     def __init__(self, network: ParakeetForTDT, extractor: ParakeetFeatureExtractor, tokenizer_file: Path) -> None:
         super().__init__()
@@ -72,13 +72,6 @@ class ParakeetModel(nn.Module):
         self.cfg = SimpleNamespace(decoding=SimpleNamespace(durations=config.durations))
         # transformers' generate does not force a step; its config carries NeMo's limit for other users.
         self.decoding = SimpleNamespace(decoding=SimpleNamespace(max_symbols=config.max_symbols_per_step))
-
-    @property
-    def sentencepiece_model(self) -> bytes:
-        """The SentencePiece model of the checkpoint."""
-        from common.checkpoint.transformers import read_tokenizer
-
-        return read_tokenizer(self.tokenizer_file.parent)
 
     @property
     def device(self) -> torch.device:

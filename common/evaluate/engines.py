@@ -14,12 +14,8 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
-from common.checkpoint import FORMAT_HELP, FORMAT_NAMES
-from common.checkpoint.download import find_checkpoint
-from common.checkpoint.format import CheckpointFormat, format_of
-from common.checkpoint.nemo import NEMO
-from common.checkpoint.source import recorded_checkpoint
-from common.checkpoint.transformers import TRANSFORMERS
+from common.checkpoint import transformers
+from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, find_checkpoint, format_of, recorded_checkpoint
 from common.cli import Parser
 from common.evaluate.text_rules import TextRule, text_rules, transformers_text_rules
 from common.evaluate.transcripts import FolderEngines
@@ -179,13 +175,6 @@ def check_engine_flags(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("argument --checkpoint_format: expected --model_name with it")
 
 
-# The library of each format, and the rules by which its text differs. NeMo loads a format that is not listed.
-LIBRARIES: dict[CheckpointFormat, tuple[type[Reference], Callable[[bytes], Sequence[TextRule]]]] = {
-    NEMO: (Nemo, text_rules),
-    TRANSFORMERS: (Transformers, transformers_text_rules),
-}
-
-
 def load_reference(
     folder: ComparedFolder, model_name: str | None = None, checkpoint_format: str | None = None
 ) -> tuple[Reference, Sequence[TextRule]]:
@@ -199,17 +188,18 @@ def load_reference(
     else:
         checkpoint = recorded_checkpoint(folder.path)
     known = format_of(checkpoint)
-    library, rules = LIBRARIES.get(known, LIBRARIES[NEMO])
+    is_transformers = known is transformers
     model = known.load_model(checkpoint)
     scripts = read_manifest(folder.path).get("export", {}).get("flags", {}).get("scripts")
     suppress(model.joint, suppressed_ids(checkpoint, scripts))  # as in the folder
-    reference = library(model)
+    reference: Reference = Transformers(model) if is_transformers else Nemo(model)
     if reference.model.decoder.blank_idx != folder.config.blank_id:
         raise ValueError(
             f"expected the checkpoint that {folder.path} was exported from, got {checkpoint}, which has another "
             "vocabulary; give another --model_name"
         )
     reference.transcribe(reference.features(folder.noise()))
+    rules = transformers_text_rules if is_transformers else text_rules
     return reference, rules(reference.sentencepiece_model)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.checkpoint.format import format_of
+from common.checkpoint.find import format_of
 from common.checkpoint.spec import ModelSpec
 from common.cli import Stages, size_text
 from common.contract import GRAPHS, Graph

@@ -10,7 +10,7 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from common.checkpoint.format import format_of
+from common.checkpoint.find import format_of
 from common.checkpoint.tokenizer import Piece, parse_model, special_ids
 
 BIAS = -1e4  # logits are at most hundreds; float16 can hold this number

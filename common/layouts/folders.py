@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from common.checkpoint.format import format_of
+from common.checkpoint.find import format_of
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import parse_model
 from common.layouts.genai import GENAI

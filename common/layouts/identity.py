@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.checkpoint import nemo
 from common.checkpoint.hub import hub_name
-from common.checkpoint.nemo import NEMO
 from common.cli import EXPORT_COMMAND, TOKENIZER_COMMAND, Command
 from common.contract import GENAI_CONFIG, JOINT, TOKENIZER_FILES
 from common.folder import CHECKPOINT, FILES, read_json, read_location, read_manifest
@@ -165,6 +165,6 @@ def _tokenizer_command(folder: Path) -> str:
     name = graphs.get("name") or (str(path.resolve()) if path else "CHECKPOINT_OF_THE_GRAPHS")
     command = Command(f"{TOKENIZER_COMMAND} --model_name {{}}").format(folder, name)
     for flag, key in (("--revision", "revision"), ("--checkpoint_format", "format")):
-        if "name" in graphs and graphs.get(key) not in (None, NEMO.name):
+        if "name" in graphs and graphs.get(key) not in (None, nemo.NAME):
             command += Command(" {} {}").format(flag, graphs[key])
     return command

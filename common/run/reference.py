@@ -1,7 +1,7 @@
 """What the exported graphs are compared with: the library that the checkpoint belongs to, NeMo or transformers.
 
-A model that CheckpointFormat.load_model returns has the same parts as a model of NeMo. Features and the step-by-step
-decoding are computed with these parts; whole transcripts come from the library itself.
+The model that `load_model` of a checkpoint format returns has the parts of a model of NeMo. Features and the
+step-by-step decoding are computed with these parts; whole transcripts come from the library itself.
 """
 
 from abc import ABC, abstractmethod
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from common.checkpoint.transformers import read_tokenizer
 from common.run.decode import (
     DecodingConfig,
     Hypothesis,
@@ -147,8 +148,7 @@ class Transformers(Reference):
 
     @property
     def sentencepiece_model(self) -> bytes:
-        model: bytes = self.model.sentencepiece_model
-        return model
+        return read_tokenizer(self.model.tokenizer_file.parent)
 
     def transcribe(self, features: np.ndarray) -> Transcript:
         """features [M, T] → tokens, frames and text, all of them transformers'.

@@ -1,0 +1,177 @@
+"""Which checkpoint a name or a path stands for, in which format it is, and how a manifest records it."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.checkpoint import nemo, transformers
+from common.checkpoint.hub import DEFAULT_REVISION, NotInRepositoryError, commit_of, file_digest, hub_name
+from common.folder import CHECKPOINT, read_location, read_manifest
+
+MODEL_NAME_HELP = "Hugging Face name, .nemo file, or folder of a transformers checkpoint (%(default)s)"
+FORMAT_HELP = "the format to use where a repository or a folder has both (nemo, if it is there)"
+
+
+class CheckpointFormat(Protocol):
+    """What a module of a format has. To all of these functions the files are untrusted input."""
+
+    NAME: str  # as --checkpoint_format takes it
+
+    def locate(self, path: Path) -> Path | None:
+        """The checkpoint of this format that a path names: itself, or what a folder holds. Opens no file."""
+
+    def download(self, name: str, revision: str, *, cached_only: bool) -> Path:
+        """The checkpoint of `owner/model` on Hugging Face, all files of one commit, in the local cache.
+
+        Raises NotInRepositoryError where the repository has no checkpoint of this format, and as hub.download does.
+        """
+
+    def files(self, checkpoint: Path) -> Sequence[Path]:
+        """The files of a checkpoint, in a fixed order."""
+
+    def loaded_bytes(self, checkpoint: Path) -> int:
+        """Bytes of the weights in float32, in which they are used; to estimate memory."""
+
+    def check(self, checkpoint: Path) -> None:
+        """Raise ValueError unless the checkpoint is complete and safe to unpack."""
+
+    def read_tokenizer(self, checkpoint: Path) -> bytes:
+        """Its SentencePiece model, without building the network. Raises ValueError where it has none."""
+
+    def load_model(self, checkpoint: Path, device: str = "cpu", scratch: Path | None = None) -> Any:
+        """A model in evaluation mode, with NeMo's `preprocessor`, `encoder`, `decoder`, `joint` and `decoding`.
+
+        scratch: a folder for temporary files. Raises ValueError for a checkpoint that cannot be built or is unsafe.
+        """
+
+
+FORMATS: tuple[CheckpointFormat, ...] = (nemo, transformers)  # the preferred one first
+FORMAT_NAMES = tuple(known.NAME for known in FORMATS)
+
+
+def find_checkpoint(model_name: str, revision: str | None = None, checkpoint_format: str | None = None) -> Path:
+    """The checkpoint for a path or a Hugging Face name (`owner/model`), downloaded if need be, and checked.
+
+    revision: a branch, tag or commit on Hugging Face. checkpoint_format: the name of the only format to take; without
+    it, where a folder or a repository has both, the preferred one. Raises ValueError or OSError that says what to do:
+    for a path that does not exist, a file that is not a complete checkpoint or not the published one, a model that is
+    not on Hugging Face or may not be read, a network or a disk that fails.
+    """
+    name = hub_name(model_name)
+    if name is not None:
+        checkpoint = _on_hub(name, revision or DEFAULT_REVISION, checkpoint_format)
+    elif revision is not None:
+        raise ValueError(f"--revision is for a name on Hugging Face, got the path {model_name}; leave it out")
+    else:
+        checkpoint = _at(Path(model_name), checkpoint_format)
+    format_of(checkpoint).check(checkpoint)
+    return checkpoint
+
+
+def format_of(checkpoint: Path) -> CheckpointFormat:
+    """The format of a checkpoint. Raises OSError where there is none at that path."""
+    for known in FORMATS:
+        if known.locate(checkpoint) == checkpoint:
+            return known
+    raise _nothing_at(checkpoint)
+
+
+def _formats(name: str | None) -> list[CheckpointFormat]:
+    """The format of that name; for None all of them."""
+    return [known for known in FORMATS if name in (None, known.NAME)]
+
+
+def _at(path: Path, checkpoint_format: str | None) -> Path:
+    """The checkpoint at a path that a user gave."""
+    for known in _formats(checkpoint_format):
+        if checkpoint := known.locate(path):
+            return checkpoint
+    if checkpoint_format:
+        raise FileNotFoundError(
+            f"expected a checkpoint of --checkpoint_format {checkpoint_format}, found none at {path}"
+        )
+    raise _nothing_at(path)
+
+
+def _nothing_at(path: Path) -> OSError:
+    if path.is_dir():
+        return IsADirectoryError(
+            f"expected a .nemo file, a folder with config.json and model.safetensors, or a Hugging Face name, got the "
+            f"folder {path}, which has neither; name the file"
+        )
+    return FileNotFoundError(
+        f"expected a .nemo file, a folder of a checkpoint or a Hugging Face name, got nothing at {path}"
+    )
+
+
+def _on_hub(name: str, revision: str, checkpoint_format: str | None) -> Path:
+    """The checkpoint of a repository in the preferred format that it has.
+
+    Where Hugging Face cannot be reached, in the preferred one that is complete in the local cache.
+    """
+    missing: list[str] = []
+    unreachable: ConnectionError | None = None
+    for known in _formats(checkpoint_format):
+        try:
+            return known.download(name, revision, cached_only=unreachable is not None)
+        except NotInRepositoryError as error:
+            missing.append(str(error))
+        except ConnectionError as error:
+            unreachable = unreachable or error
+    raise unreachable or ValueError(f"Hugging Face has {' and '.join(missing)}; check --model_name")
+
+
+def checkpoint_bytes(checkpoint: Path) -> int:
+    """Bytes of the files of a checkpoint."""
+    return sum(path.stat().st_size for path in format_of(checkpoint).files(checkpoint))
+
+
+def checkpoint_digest(checkpoint: Path) -> str:
+    """SHA-256 of the only file of a checkpoint, or of the list that `sha256sum` prints of its files."""
+    files = format_of(checkpoint).files(checkpoint)
+    if len(files) == 1:
+        return file_digest(files[0])
+    lines = "".join(f"{file_digest(path)}  {path.name}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def source_record(checkpoint: Path, model_name: str, *, revision: str | None = None) -> dict[str, Any]:
+    """The record, in a manifest, of a checkpoint that was found by `model_name`.
+
+    The record has its Hugging Face `name`, the `revision` asked for and the `commit` used, or the name of its `file`;
+    its `sha256`; and its `format`. The path is not published (write_locations in common/folder.py).
+    """
+    digest = {"sha256": checkpoint_digest(checkpoint), "format": format_of(checkpoint).NAME}
+    name = hub_name(model_name)
+    if name is None:
+        return {"file": checkpoint.name, **digest}
+    return {"name": name, "revision": revision or DEFAULT_REVISION, "commit": commit_of(checkpoint), **digest}
+
+
+def recorded_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a model folder's manifest names.
+
+    Raises FileNotFoundError where the manifest or the checkpoint is missing, ValueError where it has changed since.
+    """
+    source = read_manifest(folder).get("export", {}).get("source")
+    if source is None:
+        raise FileNotFoundError(
+            f"expected a manifest that names its checkpoint in {folder}, got none; pass --model_name or --skip_nemo"
+        )
+    if "name" in source:
+        # Folders made by earlier versions, which had one format only, record no format.
+        checkpoint = find_checkpoint(source["name"], source.get("commit"), source.get("format", nemo.NAME))
+    else:
+        checkpoint = read_location(folder, CHECKPOINT) or folder / source.get("file", "its checkpoint")
+    if not checkpoint.exists():
+        raise FileNotFoundError(
+            f"expected the checkpoint that {folder} records, got nothing at {checkpoint}; pass --model_name or "
+            "--skip_nemo"
+        )
+    if checkpoint_digest(checkpoint) != source["sha256"]:
+        raise ValueError(
+            f"expected the checkpoint that {folder} was exported from, got another file at {checkpoint}; pass "
+            "--model_name"
+        )
+    return checkpoint
