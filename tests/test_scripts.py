@@ -421,12 +421,13 @@ PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 
 
 def documented_commands(page: str) -> list[str]:
-    """The commands of a page: each line of its bash blocks, and each `python script.py …` in a line of text."""
+    """The commands of a page: lines of its bash blocks, `python script.py …` in lines of text, and lines after a `$`."""
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     inline = re.findall(r"`(python \w+\.py[^`]*)`", text)
-    return [line for line in (*lines, *inline) if line and not line.startswith("#")]
+    prompted = re.findall(r"^\$ (.*)$", text, re.M)
+    return [line for line in (*lines, *inline, *prompted) if line and not line.startswith("#")]
 
 
 def python(*argv, **options) -> subprocess.CompletedProcess:
