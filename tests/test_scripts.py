@@ -421,7 +421,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 
 
 def documented_commands(page: str) -> list[str]:
-    """The commands of a page: lines of its bash blocks, `python script.py …` in lines of text, and lines after a `$`."""
+    """The commands of a page: lines of bash blocks, `python script.py …` in lines of text, and lines after a `$`."""
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
     lines = [line.strip() for block in blocks for line in block.splitlines()]
