@@ -55,12 +55,12 @@ browser: $(DEVELOPMENT) browser-programs
 # Chromium, npm and the packages of npm. Debian's packages are installed where a program is missing and root runs this.
 browser-programs: $(BROWSER)/installed
 	@for program in chromium node npm; do \
-		command -v $$program >/dev/null || { echo "expected $$program on the path, got none; install it"; exit 2; }; done
+		command -v $$program >/dev/null || { echo "$$program is not on the path; install it"; exit 2; }; done
 
 $(BROWSER)/installed: tests/browser/package.json
 	{ command -v chromium && command -v npm; } >/dev/null || test "$$(id -u)" != 0 || \
 		{ apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium npm; }
-	@command -v npm >/dev/null || { echo "expected npm on the path, got none; install Node.js 20 or newer"; exit 2; }
+	@command -v npm >/dev/null || { echo "npm is not on the path; install Node.js 20 or newer"; exit 2; }
 	mkdir -p $(BROWSER)
 	cp tests/browser/package.json $(BROWSER)/package.json
 	cd $(BROWSER) && npm install --no-package-lock --ignore-scripts --no-audit --no-fund
