@@ -4,11 +4,12 @@ For a checkpoint of transformers, transformers takes the place of NeMo.
 
 In: a model folder; clips (any format, rate and channels that libsndfile reads), or a clip list with texts, in the
 format of NeMo's manifests.
-Out: for each clip, or over all clips, a table: engine, speed, word error rate against the text and against NeMo,
-transcript. All engines are given the same samples: mono, resampled once to the model's rate. NeMo computes its own
-features and plain ONNX Runtime is given those (without NeMo: GenAI's); GenAI computes its own. With an optimized folder
-the exported folder that it was made from is compared, too. NeMo's row shows NeMo's own text, GenAI's rows show GenAI's,
-and the rows of plain ONNX Runtime show the text that Hugging Face's `tokenizers` gives for its tokens.
+Out: a transcript of each clip, of all engines where they differ, and a table over all clips: engine, speed, word error
+rate against the text and against NeMo. All engines are given the same samples: mono, resampled once to the model's
+rate. NeMo computes its own features and plain ONNX Runtime is given those (without NeMo: GenAI's); GenAI computes its
+own. With an optimized folder the exported folder that it was made from is compared, too. NeMo's row shows NeMo's own
+text, GenAI's rows show GenAI's, and the rows of plain ONNX Runtime show the text that Hugging Face's `tokenizers` gives
+for its tokens.
 
 With --stress the script instead shows what is lost where speech is hard: quiet, clipped, with silence, in noise, by
 telephone, fast and slow, cut and joined. NeMo and the folders in plain ONNX Runtime are tested (in GenAI with --engines
@@ -18,8 +19,8 @@ Exit status 1 when float32 ONNX differs from NeMo in a token for no listed reaso
 encoder frame, or when an engine shows NeMo's own tokens as another text than NeMo does and no rule in
 common/evaluate/text_rules.py explains it; with --stress, when more words are lost than --max_lost_words allows.
 
-Engines are loaded when their turn comes. Their speed is measured after a first run and includes the features; the time
-of a batch is divided among its clips by their length.
+Engines are loaded when their turn comes. Their speed is measured after a first run, with and without the features; the
+time of a batch is divided among its clips by their length.
 
     python test_real_speech.py --audio my.wav --skip_nemo
     python test_real_speech.py --audio my.wav --skip_nemo --timestamps --srt my.srt
@@ -37,23 +38,23 @@ from common.cli import MODEL_DIR_HELP, PUBLISH_COMMAND, Parser, checked_options,
 
 # isort: split
 
+from common.evaluate.compare import ComparedClip, Comparison
 from common.evaluate.engines import (
-    GENAI_ENGINE,
     NEMO_ENGINE,
     ONNX_ENGINE,
+    EngineOptions,
     add_engine_flags,
     check_engine_flags,
     input_files,
     load_reference,
     open_folders,
 )
-from common.evaluate.side_by_side import SideBySide
 from common.evaluate.stress_run import StressOptions, add_stress_flags, stress_compared
 from common.evaluate.stress_table import judge_stress
-from common.evaluate.tables import MAX_PRINTED_CLIPS, print_corpus, transcribe_and_print
+from common.evaluate.tables import print_corpus, transcribe_and_print
 from common.evaluate.text_rules import ids_of_other_words
-from common.evaluate.transcripts import ComparedClip
 from common.evaluate.verdict import judge_times, print_and_judge
+from common.evaluate.wer import MAX_PRINTED_CLIPS
 from common.evaluate.words import SUBTITLES, subtitle_paths
 from common.folder import check_outputs, json_text, printing_beside, write_output
 from common.layouts.genai import genai_folder
@@ -91,8 +92,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_engine_flags(parser, args)
     with_times = [f"--{name}" for name in ("timestamps", *SUBTITLES) if getattr(args, name)]
-    if with_times and (ONNX_ENGINE not in args.engines or args.stress is not None):
-        parser.error(f"argument {with_times[0]}: expected onnx among --engines and no --stress, got otherwise")
+    if with_times and args.stress is not None:
+        parser.error(f"{with_times[0]} cannot be combined with --stress")
+    if with_times and ONNX_ENGINE not in args.engines:
+        parser.error(f"{with_times[0]} needs onnx among --engines")
     return args
 
 
@@ -109,46 +112,51 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     stress = checked_options(StressOptions, args)
     listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
     clips = [ComparedClip.of(clip) for clip in listed]
-    folders = open_folders(genai_folder(args.model_dir or default_model_dir()), args.engines, args.folders)
     subtitles = {suffix: subtitle_paths(path, suffix, clips) for suffix in SUBTITLES if (path := getattr(args, suffix))}
+    page_with_times = args.html and ONNX_ENGINE in args.engines and args.stress is None
+    options = EngineOptions(
+        engines=args.engines,
+        folders=args.folders,
+        batch_size=args.batch_size,
+        with_times=bool(args.timestamps or subtitles or page_with_times),
+    )
+    folders = open_folders(genai_folder(args.model_dir or default_model_dir()), options)
     outputs = [path for path in (args.json, args.html, *itertools.chain(*subtitles.values())) if path]
     check_outputs(outputs, input_files(folders, clips, args.manifest, args.model_name))
     render_page = clips_page_writer() if args.html else None
-    config = folders[0].config
+    name, config = folders[0].path.name, folders[0].config
     config.check_clips(clips)
-    if GENAI_ENGINE in args.engines:
-        _ = folders[0].genai  # loaded now, so that a fault of the folder shows before NeMo takes its time
-    with_reference = NEMO_ENGINE in args.engines
-    loaded = load_reference(folders[0], args.model_name, args.checkpoint_format) if with_reference else None
-    reference, rules = loaded or (None, ())
+    if folders[0].genai_engine:
+        folders[0].genai_engine.load()  # now, so that a fault of the folder shows before NeMo takes its time
+    reference = (
+        load_reference(folders[0], args.model_name, args.checkpoint_format, with_times=options.with_times)
+        if NEMO_ENGINE in args.engines
+        else None
+    )
     if args.stress is not None:
         results = stress_compared(folders, reference, clips, stress)
         if args.json:
             write_output(args.json, json_text(results.as_json()), stdout)
         if render_page:
-            write_output(args.html, render_page(stress_page(f"{folders[0].path.name} under stress", results)), stdout)
+            write_output(args.html, render_page(stress_page(f"{name} under stress", results)), stdout)
         judge_stress(results, stress.max_lost_words)
         return
 
-    with_times = bool(args.timestamps or subtitles or (args.html and ONNX_ENGINE in args.engines))
-    engines = SideBySide(folders, reference, args.batch_size, with_times)
-    comparison = engines.comparison_of(clips, rules)
-    transcribe_and_print(engines, comparison, print_times=args.timestamps)
-    if len(clips) > 1 or args.manifest:
-        print_corpus(comparison)
+    comparison = Comparison(clips=clips, folders=folders, reference=reference)
+    transcribe_and_print(comparison, print_times=args.timestamps)
+    print_corpus(comparison)
     if args.json:
         write_output(args.json, json_text(comparison.as_json()), stdout)
     elif len(clips) > MAX_PRINTED_CLIPS:
         print("the transcripts of so many clips are not printed; --json FILE writes them")
     if render_page:
-        page = comparison_page(f"{folders[0].path.name} on speech", comparison, config)
-        write_output(args.html, render_page(page), stdout)
+        write_output(args.html, render_page(comparison_page(f"{name} on speech", comparison, config)), stdout)
     for suffix, paths in subtitles.items():
         for clip, path in zip(clips, paths, strict=True):
             write_output(path, SUBTITLES[suffix](comparison.words(clip), config.frame_seconds), stdout)
     print_and_judge(comparison)
-    if reference and with_times:
-        judge_times(comparison, ids_of_other_words(reference.sentencepiece_model))
+    if reference and options.with_times:
+        judge_times(comparison, ids_of_other_words(reference.reference.sentencepiece_model))
     if reference:
         print(f"if the words are good enough to publish, next: {PUBLISH_COMMAND.format(folders[0].path)}")
 

@@ -16,14 +16,13 @@ from benchmarks.bench import machine
 from common.checkpoint.nemo import load_model
 from common.cli import quiet_libraries
 from common.evaluate.conditions import KINDS, Speech
-from common.evaluate.engines import tokenizer_text
+from common.evaluate.engines import OpenFolder
 from common.evaluate.stress import StressResults, StressTest, folder_engines, genai_engine, reference_engine, run_stress
 from common.evaluate.stress_run import FLOAT32
 from common.evaluate.stress_table import StressRow, print_stress, stress_rows
 from common.folder import write_json
 from common.run.audio import read_clips
 from common.run.genai import GenAI
-from common.run.ort import OnnxRuntime
 from common.run.reference import Nemo
 
 
@@ -60,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     folders = {FLOAT32: args.model_dir} | {folder.name: folder for folder in args.optimized}
     engines = [reference_engine(Nemo(load_model(args.model_name)))] if args.model_name else []
     for name, folder in folders.items():
-        engines += folder_engines(name, OnnxRuntime(folder), tokenizer_text(folder))
+        opened = OpenFolder(folder)
+        engines += folder_engines(name, opened.onnx, opened.spell)
         if args.genai:
             engines.append(genai_engine(f"{name}, GenAI", GenAI(folder)))
     clips = read_clips(args.manifest, with_text=True)

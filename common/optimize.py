@@ -11,11 +11,10 @@ from typing import Any
 
 from common.cli import EXPORT_COMMAND, Stages, progress, size_text
 from common.evaluate import word_limit
-from common.evaluate.engines import BothModels
 from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed
 from common.evaluate.stress_run import StressOptions, stress_optimized
 from common.evaluate.stress_table import StressRow, judge_stress, stress_rows
-from common.evaluate.word_limit import EvaluatedClip, WordErrors
+from common.evaluate.word_limit import BothModels, EvaluatedClip, WordErrors
 from common.folder import (
     CHECKPOINT,
     check_output_dir,

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from sentencepiece import SentencePieceTrainer
 import export_parakeet_to_onnx
 import export_tokenizer
 from common.checkpoint.tokenizer import ModelProto, Piece
+from common.evaluate.engines import GenAIEngine, OnnxEngine
 from common.folder import sha256
 from common.layouts.identity import REPORT_FILES
 from common.layouts.layout import Layout
@@ -33,6 +35,18 @@ TINY = SAMPLES / "parakeet-tdt-tiny.nemo"
 MANIFEST = SAMPLES / "manifest.jsonl"
 ROWS = [json.loads(line) for line in MANIFEST.read_text(encoding="utf-8").splitlines()]
 CLIPS = [SAMPLES / row["audio_filepath"] for row in ROWS]
+
+
+# ---- comparisons
+
+
+def folder_of_engines(genai: str, onnx: str, *, is_float32: bool = True) -> Any:
+    """A folder of a comparison that has taken place, with the names of its engines; its windows have 60 s."""
+    engines = [GenAIEngine(genai, None), OnnxEngine(onnx, None)]
+    config = SimpleNamespace(chunk=960_000, sample_rate=16_000, frame_seconds=0.08)
+    return SimpleNamespace(
+        genai_engine=engines[0], onnx_engine=engines[1], engines=engines, is_float32=is_float32, config=config
+    )
 
 
 # ---- scripts

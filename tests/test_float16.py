@@ -13,7 +13,7 @@ import export_tokenizer
 import optimize_encoder
 import test_e2e
 from common.contract import DECODER, ENCODER, GRAPHS, JOINT, Tensor
-from common.evaluate.engines import ComparedFolder
+from common.evaluate.engines import OpenFolder
 from common.export import float16, layers
 from common.export.float16 import EmulatedGraph, _exact_operators, convert
 from common.export.ranges import RangeRecorder, measure_ranges
@@ -208,7 +208,7 @@ def test_the_next_step_is_to_test_or_to_use_it(folder, tmp_path, capsys):
 
 
 def test_a_float16_folder_need_not_equal_float32(folder):
-    assert not ComparedFolder(folder).engines.is_float32
+    assert not OpenFolder(folder).is_float32
 
 
 def test_the_conversion_needs_speech(tmp_path, capsys, monkeypatch):

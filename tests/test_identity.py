@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ import optimize_encoder
 import test_e2e
 import test_real_speech
 from common.contract import TOKENIZER_FILES
+from common.evaluate.compare import ComparedClip, Comparison
+from common.evaluate.engines import LibraryEngine
 from common.evaluate.tables import clip_notes
 from common.evaluate.text_rules import explaining_rules, text_rules
-from common.evaluate.transcripts import NEMO, ComparedClip, Comparison, FolderEngines, Transcript
 from common.evaluate.verdict import judge_texts, judge_times, print_verdict, print_warnings
 from common.evaluate.wer import high_error_warning, word_error_rate
 from common.folder import read_manifest, staged_folder, write_json
@@ -27,8 +29,9 @@ from common.layouts.identity import check_one_checkpoint, check_same_checkpoint,
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
 from common.run.audio import Clip, load_clip
+from common.run.decode import Transcript
 from common.run.reference import Nemo
-from tests.helpers import SAMPLES, TINY, rejected
+from tests.helpers import SAMPLES, TINY, folder_of_engines, rejected
 
 CLIPS = [SAMPLES / "clips" / f"{name}.flac" for name in ("029_hibari", "128_rms", "105_slt")]
 # Pieces that the bundled checkpoint emits on CLIPS, and the pieces that replace them, whose text differs by rule.
@@ -133,7 +136,7 @@ def test_a_tokenizer_that_hides_digits_is_noticed(both_parts, swapped, capsys):
     captured = capsys.readouterr()
     assert "equals NeMo token for token on 3 of 3 clips" in captured.out
     assert re.search(r"the same tokens as 'We have +¿lack fans\.'; no rule explains it", captured.out)
-    assert captured.err.startswith("check failed: expected one text for the same tokens, got another in ")
+    assert captured.err.startswith("check failed: the same tokens have different texts in ")
 
 
 def test_a_graph_that_cannot_decide_does_not_excuse_itself(tiny_export, tmp_path, capsys):
@@ -181,13 +184,13 @@ def transcript(text, tokens=(1,)):
 
 
 def clip_of(nemo, genai, raw, **fields):
-    return ComparedClip(SAMPLES / "a.wav", seconds=1.0, transcripts={NEMO: nemo, "G": genai, "R": raw}, **fields)
+    return ComparedClip(SAMPLES / "a.wav", seconds=1.0, transcripts={"NeMo": nemo, "G": genai, "R": raw}, **fields)
 
 
 def comparison_of(clip, *, is_float32=True):
-    return Comparison(
-        clips=[clip], engines=[FolderEngines("G", "R", is_float32)], window_seconds=60.0, frame_seconds=0.08
-    )
+    reference = LibraryEngine(SimpleNamespace(name="NeMo")) if "NeMo" in clip.transcripts else None
+    folder = folder_of_engines("G", "R", is_float32=is_float32)
+    return Comparison(clips=[clip], folders=[folder], reference=reference)
 
 
 def test_nothing_compared_is_printed(capsys):
@@ -203,7 +206,9 @@ def test_nothing_compared_is_printed(capsys):
     assert "no text was compared with that of NeMo" in output
     assert "R: no times of words were compared with those of NeMo; clips left out: 1 of several windows" in output
     assert "0 of 0" not in output
-    assert clip_notes(clip, (), 60) == ["NeMo transcribed this clip whole, GenAI and ONNX Runtime in windows of 60 s"]
+    assert clip_notes(comparison, clip) == [
+        "NeMo transcribed this clip whole, GenAI and ONNX Runtime in windows of 60 s"
+    ]
     print_verdict(comparison_of(clip, is_float32=False))
     assert "no float32 engine was compared" in capsys.readouterr().out
 
@@ -214,7 +219,7 @@ def test_empty_transcripts_are_flagged(capsys):
     print_warnings(comparison)
     judge_texts(comparison)
     output = capsys.readouterr().out
-    assert [f"every transcript of {name} is empty" in output for name in (NEMO, "G", "R")] == [True] * 3
+    assert [f"every transcript of {name} is empty" in output for name in ("NeMo", "G", "R")] == [True] * 3
     assert "no text was compared" in output
 
 
@@ -222,10 +227,10 @@ def test_genai_and_tokenizers_show_the_same_tokens_alike(capsys):
     from common.cli import CheckError
 
     clip = clip_of(transcript("a"), transcript("a"), transcript("a"))
-    del clip.transcripts[NEMO]
+    del clip.transcripts["NeMo"]
     judge_texts(comparison_of(clip))
     clip.transcripts["G"] = transcript("b")
-    with pytest.raises(CheckError, match="expected one text for the same tokens"):
+    with pytest.raises(CheckError, match="the same tokens have different texts"):
         judge_texts(comparison_of(clip))
     assert "no rule explains it" in capsys.readouterr().out
 

@@ -20,9 +20,8 @@ from common import optimize
 from common.checkpoint.nemo import load_model, read_config
 from common.checkpoint.tokenizer import ModelProto
 from common.cli import EXIT_CHECK, CheckError
-from common.evaluate.engines import BothModels
 from common.evaluate.wer import normalize, word_errors
-from common.evaluate.word_limit import EvaluatedClip, judge, word_table
+from common.evaluate.word_limit import BothModels, EvaluatedClip, judge, word_table
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX

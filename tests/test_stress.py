@@ -341,7 +341,7 @@ def test_joined_clips_count_silent_windows_and_what_seams_cost(optimized, short_
     [
         (("--max_lost_words", "1"), "expect --stress"),
         (("--stress", "hail"), "invalid choice: 'hail'"),
-        (("--stress", "--srt", "a.srt"), "no --stress"),
+        (("--stress", "--srt", "a.srt"), "--srt cannot be combined with --stress"),
         (("--stress", "--max_lost_words", "-1"), "0 or more"),
         (("--stress", "--max_lost_words", "1"), "alone"),
     ],

@@ -248,7 +248,7 @@ def test_log_probabilities_sum_to_one():
 
 def test_script_notices_times_that_are_not_nemos(tiny_export, capsys, monkeypatch):
     monkeypatch.setattr(
-        "common.evaluate.side_by_side.timed_words",
+        "common.evaluate.engines.timed_words",
         lambda emitted, pieces: [
             TimedWord(word.text, word.start + 2, word.end) for word in timed_words(emitted, pieces)
         ],

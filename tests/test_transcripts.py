@@ -6,11 +6,11 @@ import pytest
 
 from common.cli import CheckError
 from common.contract import PARITY_TOLERANCE
-from common.evaluate.differences import Difference, first_difference, first_token_difference
-from common.evaluate.transcripts import ComparedClip, Comparison, EngineDifference, FolderEngines, Transcript
+from common.evaluate.compare import ComparedClip, Comparison, Difference, first_difference, first_token_difference
 from common.evaluate.verdict import judge_tokens
 from common.evaluate.wer import normalize, word_changes, word_error_rate, word_errors
-from common.run.decode import Hypothesis, Step, TimedWord
+from common.run.decode import Hypothesis, Step, TimedWord, Transcript
+from tests.helpers import folder_of_engines
 
 BLANK = 9
 
@@ -113,15 +113,9 @@ def test_token_differences():
 
 def comparison_with(difference):
     words = [TimedWord("a", 3, 5)]
-    transcripts = {"G": Transcript([1], "a", 0.5), "R": Transcript([2], "b", 0.25, words)}
-    clip = ComparedClip(Path("a.wav"), text="a", seconds=1.0, transcripts=transcripts)
-    return Comparison(
-        clips=[clip],
-        engines=[FolderEngines("G", "R", is_float32=True)],
-        differences=[EngineDifference(clip, "R", difference)],
-        window_seconds=60.0,
-        frame_seconds=0.08,
-    )
+    transcripts = {"G": Transcript([1], "a", 0.5, 0.25), "R": Transcript([2], "b", 0.25, words=words)}
+    clip = ComparedClip(Path("a.wav"), text="a", seconds=1.0, transcripts=transcripts, differences={"R": difference})
+    return Comparison(clips=[clip], folders=[folder_of_engines("G", "R")], reference=None)
 
 
 def test_the_keys_of_the_json_results():
@@ -129,13 +123,15 @@ def test_the_keys_of_the_json_results():
     found = comparison_with(Difference(0, 3, 1, 2, "a reason")).as_json()
     words = [{"text": "a", "start": 0.24, "end": 0.4}]
     rate = {"errors": 0, "words": 1, "low": 0.0, "high": 0.0}
-    assert found["engines"]["G"] == {"rtfx": 2.0, "wer": rate, "normalised_wer": rate}
+    assert found["engines"]["G"] == {
+        "rtfx": 2.0, "rtfx_without_features": 4.0, "wer": rate, "normalised_wer": rate,
+    }  # fmt: skip
     assert found["clips"] == [
         {
             "audio_filepath": "a.wav", "offset": 0.0, "seconds": 1.0, "text": "a",
             "engines": {
-                "G": {"tokens": [1], "text": "a", "seconds": 0.5, "words": None},
-                "R": {"tokens": [2], "text": "b", "seconds": 0.25, "words": words},
+                "G": {"tokens": [1], "text": "a", "seconds": 0.5, "features_seconds": 0.25, "words": None},
+                "R": {"tokens": [2], "text": "b", "seconds": 0.25, "features_seconds": 0.0, "words": words},
             },
         }
     ]  # fmt: skip
@@ -161,8 +157,8 @@ def test_the_keys_of_the_json_results():
 def test_a_difference_in_words(difference, text, capsys):
     comparison = comparison_with(difference)
     if difference.excuse:
-        judge_tokens(comparison.differences)
+        judge_tokens(comparison)
     else:
         with pytest.raises(CheckError, match="in 1 cases"):
-            judge_tokens(comparison.differences)
+            judge_tokens(comparison)
     assert f"a.wav: R, {text}" in capsys.readouterr().out

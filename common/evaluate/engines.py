@@ -6,7 +6,9 @@ ONNX Runtime computes no features: it is given NeMo's or, without NeMo, those of
 
 import argparse
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -18,17 +20,16 @@ from common.checkpoint import transformers
 from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, find_checkpoint, format_of, recorded_checkpoint
 from common.cli import Parser
 from common.evaluate.text_rules import TextRule, text_rules, transformers_text_rules
-from common.evaluate.transcripts import FolderEngines
-from common.evaluate.words import Pieces
+from common.evaluate.words import Pieces, timed_words
 from common.export.writing import suppress, suppressed_ids
 from common.folder import CHECKPOINT, EXPORTED, FILES, MANIFEST, is_float16, read_location, read_manifest
 from common.layouts.genai import GENAI
 from common.layouts.identity import check_one_checkpoint, check_same_checkpoint
 from common.run.audio import Clip
 from common.run.config import RuntimeConfig
-from common.run.decode import GENAI_RULE, BlankZero, Hypothesis
+from common.run.decode import GENAI_RULE, NEMO_RULE, BlankZero, Transcript
 from common.run.genai import GenAI
-from common.run.ort import MAPPED, OnnxRuntime, OpenGraph, OrtGraph
+from common.run.ort import OnnxRuntime
 from common.run.reference import Nemo, Reference, Transformers
 
 # What --engines and --folders choose from.
@@ -40,17 +41,189 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class ComparedFolder:
-    """A model folder with the engines that run it."""
+class Recording:
+    """Samples to transcribe, and their features for the engines that compute none, made when they are first asked for.
 
-    def __init__(self, path: Path, engines: Collection[str] = ENGINES) -> None:
+    samples: mono, at the model's rate, [N]. features_by: the engine that computes the features.
+    """
+
+    def __init__(self, samples: np.ndarray, features_by: "LibraryEngine | GenAIEngine") -> None:
+        self.samples = samples
+        self.features_by = features_by
+
+    @cached_property
+    def _timed_features(self) -> tuple[np.ndarray, float]:
+        self.features_by.load()
+        return timed(self.features_by.features, self.samples)
+
+    @property
+    def features(self) -> np.ndarray:
+        """[M, T]."""
+        return self._timed_features[0]
+
+    @property
+    def features_seconds(self) -> float:
+        """How long the features took."""
+        return self._timed_features[1]
+
+
+class Engine(ABC):
+    """A model in the library or the runtime that transcribes with it.
+
+    It is loaded when it is first used, and then runs once on noise, since a first run allocates memory.
+    """
+
+    def __init__(self, name: str) -> None:
+        """name: of its rows and its results; no other engine of a comparison has it."""
+        self.name = name
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load the model, where it is not loaded yet. Raises ValueError or FileNotFoundError where that fails."""
+
+    @abstractmethod
+    def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
+        """A transcript of each recording. Raises ValueError where the model gives no numbers."""
+
+
+class LibraryEngine(Engine):
+    """The reference: NeMo or transformers, which encode every recording in one window."""
+
+    def __init__(self, reference: Reference, rules: Sequence[TextRule] = (), *, with_times: bool = False) -> None:
+        """rules: those by which its text may differ from an exported folder's. with_times: whether to give words."""
+        super().__init__(reference.name)
+        self.reference = reference
+        self.rules = rules
+        self.with_times = with_times
+
+    def load(self) -> None:
+        """The reference is loaded already."""
+
+    def features(self, samples: np.ndarray) -> np.ndarray:
+        """The library's own features of samples [N], [M, T]."""
+        return self.reference.features(samples)
+
+    def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
+        return [self._transcribe_one(recording) for recording in recordings]
+
+    def _transcribe_one(self, recording: Recording) -> Transcript:
+        features = recording.features
+        made, seconds = timed(self.reference.transcribe, features)
+        return replace(
+            made,
+            seconds=recording.features_seconds + seconds,
+            features_seconds=recording.features_seconds,
+            words=self.reference.words(features) if self.with_times else None,
+        )
+
+
+class GenAIEngine(Engine):
+    """A model folder in GenAI, which computes its own features and text, and gives no times."""
+
+    def __init__(self, name: str, folder: "OpenFolder") -> None:
+        super().__init__(name)
+        self.folder = folder
+
+    def load(self) -> None:
+        _ = self.folder.genai
+
+    def features(self, samples: np.ndarray) -> np.ndarray:
+        """GenAI's own features of samples [N], [M, T]."""
+        return self.folder.genai.features(samples)
+
+    def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
+        genai = self.folder.genai
+        transcripts = []
+        for recording in recordings:
+            inputs, features_seconds = timed(genai.inputs, recording.samples)
+            tokens, seconds = timed(genai.generate, inputs, len(recording.samples))
+            transcripts.append(Transcript(tokens, genai.text(tokens), features_seconds + seconds, features_seconds))
+        return transcripts
+
+
+class OnnxEngine(Engine):
+    """A model folder in plain ONNX Runtime, which is given the features of another engine.
+
+    The text of its tokens is what `spell` makes of them; by default Hugging Face's reader of tokenizer.json.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: "OpenFolder",
+        *,
+        rule: BlankZero = GENAI_RULE,
+        batch_size: int = 1,
+        whole: bool = False,
+        with_times: bool = False,
+        spell: Callable[[list[int]], str] | None = None,
+    ) -> None:
+        """whole: encode every recording in one window, however long it is. with_times: whether to give words."""
+        super().__init__(name)
+        self.folder = folder
+        self.rule = rule
+        self.batch_size = batch_size
+        self.whole = whole
+        self.with_times = with_times
+        self.spell = spell
+
+    def load(self) -> None:
+        _ = self.folder.onnx
+
+    def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
+        """A transcript of each recording; the time of all of them is divided among them by their length."""
+        features = [recording.features for recording in recordings]
+        onnx = self.folder.onnx
+        hypotheses, seconds = timed(onnx.transcribe_all, features, self.rule, self.batch_size, whole=self.whole)
+        per_sample = seconds / sum(len(recording.samples) for recording in recordings)
+        spell = self.spell or self.folder.spell
+        return [
+            Transcript(
+                hypothesis.tokens,
+                spell(hypothesis.tokens),
+                recording.features_seconds + per_sample * len(recording.samples),
+                recording.features_seconds,
+                hypothesis.frames,
+                timed_words(hypothesis.emitted, self.folder.pieces) if self.with_times else None,
+                hypothesis,
+            )
+            for recording, hypothesis in zip(recordings, hypotheses, strict=True)
+        ]
+
+
+class OpenFolder:
+    """A model folder whose runtimes are loaded when they are first used.
+
+    onnx_runtime: how plain ONNX Runtime loads the folder; by default as OnnxRuntime does.
+    """
+
+    def __init__(self, path: Path, onnx_runtime: Callable[[Path], OnnxRuntime] | None = None) -> None:
         self.path = path
         self.config = RuntimeConfig.read(path)
-        self.engines = FolderEngines(
-            f"GenAI {path.name}" if GENAI_ENGINE in engines else None,
-            f"ONNX Runtime {path.name}" if ONNX_ENGINE in engines else None,
-            _is_float32(path),
-        )
+        self._onnx_runtime = onnx_runtime
+        self.genai_engine: GenAIEngine | None = None  # the engines of a comparison; None where they are not to run
+        self.onnx_engine: OnnxEngine | None = None
+
+    @property
+    def engines(self) -> list[Engine]:
+        """The engines of a comparison that run this folder, in their order."""
+        return [engine for engine in (self.genai_engine, self.onnx_engine) if engine is not None]
+
+    @cached_property
+    def is_float32(self) -> bool:
+        """Whether the weights are those of the export, unquantized and float32, so that it must equal the reference."""
+        manifest = read_manifest(self.path)
+        if is_float16(manifest):
+            return False
+        if "optimize" not in manifest:
+            return True
+        flags = manifest["optimize"].get("flags", {})
+        return bool(flags.get("skip_quantization")) and flags.get("decoder_joint_precision", "fp32") == "fp32"
+
+    @property
+    def features_engine(self) -> GenAIEngine:
+        """The engine that computes features where there is no reference, whether or not it is to run."""
+        return self.genai_engine or GenAIEngine("GenAI", self)
 
     @cached_property
     def genai(self) -> GenAI:
@@ -59,20 +232,22 @@ class ComparedFolder:
         return genai
 
     @cached_property
-    def raw(self) -> OnnxRuntime:
-        raw = OnnxRuntime(self.path)
-        mels = raw.encoder.session.get_inputs()[0].shape[1]
-        raw.transcribe(np.random.default_rng(0).standard_normal((mels, WARM_UP_FRAMES), dtype=np.float32))
-        return raw
+    def onnx(self) -> OnnxRuntime:
+        """Plain ONNX Runtime."""
+        onnx = (self._onnx_runtime or OnnxRuntime)(self.path)
+        mels = onnx.encoder.session.get_inputs()[0].shape[1]
+        onnx.transcribe(np.random.default_rng(0).standard_normal((mels, WARM_UP_FRAMES), dtype=np.float32))
+        return onnx
 
     @cached_property
     def pieces(self) -> Pieces:
         return Pieces.read(self.path)
 
     @cached_property
-    def raw_text(self) -> Callable[[list[int]], str]:
-        """A function that gives the text of plain ONNX Runtime's tokens; GenAI has a tokenizer of its own."""
-        return tokenizer_text(self.path)
+    def spell(self) -> Callable[[list[int]], str]:
+        """A function that gives the text of tokens, by Hugging Face's reader of the folder's tokenizer.json."""
+        tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        return lambda tokens: str(tokenizer.decode(tokens)).strip()
 
     def noise(self) -> np.ndarray:
         """A second of noise, [samples], to warm an engine up with."""
@@ -86,43 +261,55 @@ class ComparedFolder:
             yield checkpoint
 
 
-def tokenizer_text(folder: Path) -> Callable[[list[int]], str]:
-    """A function that gives the text of tokens, by Hugging Face's reader of the folder's tokenizer.json."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return lambda tokens: str(tokenizer.decode(tokens)).strip()
-
-
-def input_files(folders: Sequence[ComparedFolder], clips: Sequence[Clip], *named: Path | str | None) -> Iterator[Path]:
+def input_files(folders: Sequence[OpenFolder], clips: Sequence[Clip], *named: Path | str | None) -> Iterator[Path]:
     """The files that a comparison reads, which no result may overwrite; `named`: those on its command line, if any."""
     yield from (Path(path) for path in named if path)
     yield from (file for folder in folders for file in folder.files())
     yield from (clip.path for clip in clips)
 
 
-def _is_float32(folder: Path) -> bool:
-    """Whether the weights are those of the export, unquantized and float32."""
-    manifest = read_manifest(folder)
-    if is_float16(manifest):
-        return False
-    if "optimize" not in manifest:
-        return True
-    flags = manifest["optimize"].get("flags", {})
-    return bool(flags.get("skip_quantization")) and flags.get("decoder_joint_precision", "fp32") == "fp32"
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which engines run, and how."""
+
+    engines: frozenset[str]  # of ENGINES
+    folders: str = BOTH_FOLDERS  # one of FOLDERS; a folder that is asked for alone must be there
+    batch_size: int = 1  # clips that plain ONNX Runtime takes at a time
+    with_times: bool = False  # whether words are given with their times as well
 
 
-def open_folders(path: Path, engines: Collection[str] = ENGINES, folders: str = BOTH_FOLDERS) -> list[ComparedFolder]:
+def open_folders(path: Path, options: EngineOptions) -> list[OpenFolder]:
     """The folder at `path`, and the exported folder that it was optimized from, where that is still there.
 
-    engines: those of ENGINES to run.
-    folders: one of FOLDERS; a folder that is asked for alone must be there.
     Raises ValueError or FileNotFoundError, naming the command that repairs the folder, where one lacks a file or holds
     parts of different checkpoints.
     """
-    paths = _chosen_folders(path, folders)
+    paths = _chosen_folders(path, options.folders)
     for each in paths:
         check_one_checkpoint(each)
         check_same_checkpoint(path, each)
-    return [ComparedFolder(each, engines) for each in paths]
+    folders = [OpenFolder(each) for each in paths]
+    for folder, label in zip(folders, labels(paths), strict=True):
+        if GENAI_ENGINE in options.engines:
+            folder.genai_engine = GenAIEngine(f"GenAI {label}", folder)
+        if ONNX_ENGINE in options.engines:
+            folder.onnx_engine = OnnxEngine(
+                f"ONNX Runtime {label}",
+                folder,
+                rule=NEMO_RULE if NEMO_ENGINE in options.engines else GENAI_RULE,
+                batch_size=options.batch_size,
+                with_times=options.with_times,
+            )
+    return folders
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """A label for each folder that no other has: its name, with as many folders above it as tell them apart."""
+    parts = [folder.absolute().parts for folder in folders]
+    length = 1
+    while len({each[-length:] for each in parts}) < len(set(parts)):
+        length += 1
+    return ["/".join(each[-length:]) for each in parts]
 
 
 def _chosen_folders(path: Path, folders: str) -> list[Path]:
@@ -169,16 +356,22 @@ def check_engine_flags(parser: Parser, args: argparse.Namespace) -> None:
     if args.engines is None:  # GenAI only on request, since it doubles the time of a stress test
         args.engines = frozenset(ENGINES) - ({GENAI_ENGINE} if args.stress is not None else set())
     args.engines -= {NEMO_ENGINE} if args.skip_nemo else set()
-    if not args.engines or (args.model_name and NEMO_ENGINE not in args.engines):
-        parser.error(f"argument --engines: expected {'nemo' if args.model_name else 'genai or onnx'}, got no such name")
+    if args.model_name and NEMO_ENGINE not in args.engines:
+        parser.error("--model_name needs nemo among --engines")
+    if not args.engines:
+        parser.error("--engines needs genai or onnx where --skip_nemo is given")
     if args.checkpoint_format and not args.model_name:
-        parser.error("argument --checkpoint_format: expected --model_name with it")
+        parser.error("--checkpoint_format needs --model_name")
 
 
 def load_reference(
-    folder: ComparedFolder, model_name: str | None = None, checkpoint_format: str | None = None
-) -> tuple[Reference, Sequence[TextRule]]:
-    """Load the reference; returns it with the rules by which its text may differ from the folder's.
+    folder: OpenFolder,
+    model_name: str | None = None,
+    checkpoint_format: str | None = None,
+    *,
+    with_times: bool = False,
+) -> LibraryEngine:
+    """Load the reference.
 
     model_name: the checkpoint, or None for the one that `folder` was exported from.
     Raises ValueError where the vocabulary is not the folder's, and as find_checkpoint and recorded_checkpoint do.
@@ -200,39 +393,7 @@ def load_reference(
         )
     reference.transcribe(reference.features(folder.noise()))
     rules = transformers_text_rules if is_transformers else text_rules
-    return reference, rules(reference.sentencepiece_model)
-
-
-class BothModels:
-    """An optimized folder and the exported one beside it, each in plain ONNX Runtime with its own tokenizer.
-
-    GenAI computes the features, from the optimized folder. The float32 weights stay in their data file, since both
-    models are in memory at once; the optimized one is small. Raises as GenAI and OnnxRuntime do.
-    """
-
-    def __init__(self, exported: Path, optimized: Path) -> None:
-        self.genai = GenAI(optimized)
-        self.float32 = KeptOutputs(exported, MAPPED)
-        self.optimized = KeptOutputs(optimized)
-        self.float32_text = tokenizer_text(exported)
-        self.optimized_text = self.genai.text
-
-
-class KeptOutputs(OnnxRuntime):
-    """Plain ONNX Runtime that keeps the encoder's outputs of the last clip, [S, D] of each window."""
-
-    def __init__(self, folder: Path, open_graph: OpenGraph = OrtGraph) -> None:
-        super().__init__(folder, open_graph)
-        self.outputs: list[np.ndarray] = []
-
-    def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
-        encoded = super().encode(features)
-        self.outputs += encoded
-        return encoded
-
-    def transcribe(self, features: np.ndarray, rule: BlankZero = GENAI_RULE, *, whole: bool = False) -> Hypothesis:
-        self.outputs = []
-        return super().transcribe(features, rule, whole=whole)
+    return LibraryEngine(reference, rules(reference.sentencepiece_model), with_times=with_times)
 
 
 def timed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.cli import Parser
 from common.evaluate.conditions import KINDS, Speech
-from common.evaluate.engines import BothModels, ComparedFolder
+from common.evaluate.engines import LibraryEngine, OpenFolder
 from common.evaluate.stress import (
     StressedEngine,
     StressResults,
@@ -19,9 +19,9 @@ from common.evaluate.stress import (
     run_stress,
 )
 from common.evaluate.stress_table import print_stress, print_worst, worst_results, write_worst
+from common.evaluate.word_limit import BothModels
 from common.run.audio import Clip
 from common.run.config import RuntimeConfig
-from common.run.reference import Reference
 
 FLOAT32, OPTIMIZED = "float32", "optimized"  # the names of their rows
 
@@ -65,22 +65,22 @@ def add_stress_flags(parser: Parser) -> None:
 
 
 def stress_compared(
-    folders: Sequence[ComparedFolder], reference: Reference | None, clips: Sequence[Clip], options: StressOptions
+    folders: Sequence[OpenFolder], reference: LibraryEngine | None, clips: Sequence[Clip], options: StressOptions
 ) -> StressResults:
     """Run a stress test on the engines of a comparison. Raises ValueError where there is a limit but no float32 folder
     to compare with, and as run_stress does."""
     optimized, *exported = folders
-    names = [OPTIMIZED if exported or not optimized.engines.is_float32 else FLOAT32, FLOAT32]
+    names = [OPTIMIZED if exported or not optimized.is_float32 else FLOAT32, FLOAT32]
     if options.max_lost_words is not None and not exported:
         raise ValueError(
             f"--max_lost_words expects an optimized folder and the exported one beside it, got {optimized.path} alone"
         )
-    engines = [] if reference is None else [reference_engine(reference)]
+    engines = [] if reference is None else [reference_engine(reference.reference)]
     for folder, name in reversed(list(zip(folders, names, strict=False))):
-        if folder.engines.raw:
-            engines += folder_engines(name, folder.raw, folder.raw_text)
-        if folder.engines.genai:
-            engines.append(genai_engine(f"{name}, GenAI" if folder.engines.raw else name, folder.genai))
+        if folder.onnx_engine:
+            engines += folder_engines(name, folder.onnx, folder.spell)
+        if folder.genai_engine:
+            engines.append(genai_engine(f"{name}, GenAI" if folder.onnx_engine else name, folder.genai))
     baseline = FLOAT32 if exported else names[0] if reference is None else reference.name
     features = reference.features if reference else optimized.genai.features
     test = partial(StressTest, judged=names[0], engines=engines, baseline=baseline, features=features)
@@ -90,11 +90,11 @@ def stress_compared(
 def stress_optimized(models: BothModels, clips: Sequence[Clip], options: StressOptions) -> StressResults:
     """Run a stress test on an optimized folder that is being made and on its source. Raises as run_stress does."""
     engines: list[StressedEngine] = [
-        *folder_engines(FLOAT32, models.float32, models.float32_text),
-        *folder_engines(OPTIMIZED, models.optimized, models.optimized_text),
+        *folder_engines(FLOAT32, models.float32.folder.onnx, models.float32.folder.spell),
+        *folder_engines(OPTIMIZED, models.optimized.folder.onnx, models.genai.folder.genai.text),
     ]
     test = partial(StressTest, judged=OPTIMIZED, engines=engines, baseline=FLOAT32, features=models.genai.features)
-    return _run_and_print(test, models.genai.config, clips, options)
+    return _run_and_print(test, models.genai.folder.config, clips, options)
 
 
 def _run_and_print(

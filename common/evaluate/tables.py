@@ -1,154 +1,122 @@
-"""Tables of a comparison for a terminal: one for each clip, and one over all clips."""
+"""What a comparison prints: the transcripts of each clip, and a table over all clips."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from common.cli import progress_bar
-from common.evaluate.side_by_side import Pool, SideBySide
-from common.evaluate.text_rules import TextRule
-from common.evaluate.transcripts import NEMO, REFERENCES, ComparedClip, Comparison, EngineFigures
-from common.evaluate.wer import CONFIDENCE, WordErrorRate, no_rate, word_errors
+from common.evaluate.compare import ComparedClip, Comparison, EngineFigures
+from common.evaluate.text_rules import explaining_rules
+from common.evaluate.wer import CONFIDENCE, MAX_PRINTED_CLIPS, WordErrorRate, no_rate, word_errors
 from common.run.decode import TimedWord
 
-MAX_PRINTED_CLIPS = 20  # transcripts of more clips than a person reads are only in the --json file
 NONE = "–"  # stands for a figure where there is nothing to compare with
-CLIP_HEADER = ("engine", "RTFx", "WER", "against {}", "transcript")
-CORPUS_HEADER = ("engine", "RTFx", "WER", "normalised WER", "against {}", "clips with other tokens")
-RTFX_MEANING = "RTFx: seconds of audio transcribed in one second, features included; larger is faster"
+CLIP_HEADER = ("engine", "WER", "against {}", "transcript")
+CORPUS_HEADER = (
+    *("engine", "RTFx", "without features", "WER", "normalised WER", "against {}"),
+    "clips with other tokens",
+)
 
 
-def format_row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """The cells in columns of these widths; a last cell beyond the columns is not padded."""
-    padded = [f"{cell:{width}}" for cell, width in zip(cells, widths, strict=False)]
-    return "  ".join([*padded, *cells[len(widths) :]]).rstrip()
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Rows of one length, in columns as wide as their widest cell."""
+def print_table(rows: Sequence[Sequence[str]], indent: str = "") -> None:
+    """Rows of one length, in columns as wide as their widest cell; the last column is not padded."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print(format_row(row, widths))
+        print(f"{indent}{'  '.join(f'{cell:{width}}' for cell, width in zip(row, widths, strict=True)).rstrip()}")
 
 
-class ClipTables:
-    """Prints a table for each clip. The lines of a clip that is transcribed alone are printed as soon as each engine is
-    done with it, those of the clips of a batch when every engine is done."""
+def transcribe_and_print(comparison: Comparison, *, print_times: bool) -> None:
+    """Let every engine transcribe every clip of `comparison`.
 
-    def __init__(
-        self,
-        engines: Sequence[str],
-        rules: Sequence[TextRule],
-        window_seconds: float,
-        frame_seconds: float,
-        words_of: str | None,
-    ) -> None:
-        """words_of: the engine whose words are listed with their times, if any."""
-        reference = next((name for name in REFERENCES if name in engines), NEMO)
-        self.header = _named(CLIP_HEADER, reference)
-        self.widths = (max(map(len, engines)), 6, 5, len(self.header[3]))
-        self.rules = rules
-        self.window_seconds = window_seconds
-        self.frame_seconds = frame_seconds
-        self.words_of = words_of
-        self.clip: ComparedClip | None = None  # whose table is being printed
-        print(f"{RTFX_MEANING}; WER: word error rate in %, against the clip's text and that of {reference}")
-
-    def begin(self, pool: Pool) -> None:
-        """To be called before the engines run."""
-        self.clip = pool[0].clip if len(pool) == 1 else None
-        if self.clip:
-            self._print_header(self.clip)
-
-    def engine_done(self, engine: str) -> None:
-        """To be called when an engine has transcribed the clips."""
-        if self.clip:
-            self._print_row(self.clip, engine)
-
-    def finish(self, pool: Pool) -> None:
-        """To be called when every engine has transcribed the clips."""
-        for clip in (recording.clip for recording in pool):
-            if clip is not self.clip:
-                self._print_header(clip)
-                for engine in clip.transcripts:
-                    self._print_row(clip, engine)
-            for note in clip_notes(clip, self.rules, self.window_seconds):
-                print(f"  {note}")
-            if self.words_of:
-                print_words(clip.transcripts[self.words_of].words or (), self.frame_seconds)
-
-    def _print_header(self, clip: ComparedClip) -> None:
-        print(f"{clip.name}  {clip.seconds:.1f} s" + ("" if clip.text is None else f"  {clip.text!r}"))
-        print(f"  {format_row(self.header, self.widths)}", flush=True)
-
-    def _print_row(self, clip: ComparedClip, engine: str) -> None:
-        transcript = clip.transcripts[engine]
-        row = (
-            engine,
-            f"{clip.seconds / transcript.seconds:.1f}",
-            clip_percent(clip.text, transcript.text),
-            percent_against_reference(clip, engine, self.rules),
-            transcript.text,
-        )
-        print(f"  {format_row(row, self.widths)}", flush=True)
-
-
-def transcribe_and_print(engines: SideBySide, comparison: Comparison, *, print_times: bool) -> None:
-    """Let every engine transcribe every clip of `comparison`, and collect the differences in it.
-
-    Prints a table for each clip where there are few, with the times of its words where `print_times` asks for them;
-    shows a progress bar where there are many.
+    Where there are few clips, prints for each a line with its transcript as soon as the first engine has made it, the
+    transcripts of all engines where they differ, and the times of its words where `print_times` asks for them. Shows a
+    progress bar where there are many.
     """
-    clips = comparison.clips
-    if len(clips) > MAX_PRINTED_CLIPS:
-        with progress_bar(total=len(clips), task="transcribing", unit="clip") as bar:
-            for pool in engines.read(clips):
-                engines.transcribe(pool, lambda engine: None)
-                comparison.differences.extend(engines.differences(pool))
-                bar.update(len(pool))
+    if len(comparison.clips) > MAX_PRINTED_CLIPS:
+        with progress_bar(total=len(comparison.clips), task="transcribing", unit="clip") as bar:
+            for pool, engine in comparison.transcribe():
+                if engine is comparison.engines[-1]:
+                    bar.update(len(pool))
         return
-    names = [name for each in comparison.engines for name in each.names]
-    tables = ClipTables(
-        names if engines.reference is None else [engines.reference.name, *names],
-        comparison.rules,
-        comparison.window_seconds,
-        comparison.frame_seconds,
-        words_of=comparison.engines[0].raw if print_times else None,
-    )
-    for pool in engines.read(clips):
-        tables.begin(pool)
-        engines.transcribe(pool, tables.engine_done)
-        tables.finish(pool)
-        comparison.differences.extend(engines.differences(pool))
+    first, last = comparison.engines[0], comparison.engines[-1]
+    for pool, engine in comparison.transcribe():
+        if engine is first and len(pool) == 1:
+            _print_transcript(pool[0], engine.name)
+        if engine is not last:
+            continue
+        for clip in pool:
+            if len(pool) > 1:
+                _print_transcript(clip, first.name)
+            if len({transcript.text for transcript in clip.transcripts.values()}) > 1:
+                _print_engines(comparison, clip)
+            if print_times:
+                print_words(comparison.words(clip), comparison.frame_seconds)
 
 
-def clip_percent(reference: str | None, transcript: str) -> str:
+def _print_transcript(clip: ComparedClip, engine: str) -> None:
+    """One line, and the text of the clip where the transcript has other words."""
+    text = clip.transcripts[engine].text
+    print(f"{clip.name}  {clip.seconds:.1f} s  {text}", flush=True)
+    if clip.text is not None and word_errors(clip.text, text)[0]:
+        print(f"  text of the clip: {clip.text}", flush=True)
+
+
+def _print_engines(comparison: Comparison, clip: ComparedClip) -> None:
+    """A table of all engines' transcripts of a clip on which they differ, and why they may."""
+    rows = [
+        (
+            engine,
+            NONE if clip.text is None else clip_percent(clip.text, made.text),
+            percent_against_reference(comparison, clip, engine),
+            made.text,
+        )
+        for engine, made in clip.transcripts.items()
+    ]
+    print_table(_with_figures(_titles(CLIP_HEADER, comparison), rows), indent="  ")
+    for note in clip_notes(comparison, clip):
+        print(f"  {note}")
+
+
+def _titles(header: Sequence[str], comparison: Comparison) -> tuple[str, ...]:
+    return tuple(title.format(comparison.reference.name if comparison.reference else "") for title in header)
+
+
+def _with_figures(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """A table of the columns in which there is something to compare with."""
+    columns = [column for column in zip(titles, *rows, strict=True) if any(cell != NONE for cell in column[1:])]
+    return list(zip(*columns, strict=True))
+
+
+def clip_percent(reference: str, transcript: str) -> str:
     """Word error rate of one clip in per cent, as written."""
-    if reference is None:
-        return NONE
     errors, words = word_errors(reference, transcript)
     return f"{100 * errors / words:.1f}" if words else no_rate(errors)
 
 
-def percent_against_reference(clip: ComparedClip, engine: str, rules: Sequence[TextRule]) -> str:
+def percent_against_reference(comparison: Comparison, clip: ComparedClip, engine: str) -> str:
     """The word error rate of one clip against the reference's own text; a difference by rule is no error."""
-    if clip.reference in (None, engine):
+    if comparison.reference is None or engine == comparison.reference.name:
         return NONE
-    reference, transcript = clip.texts(engine, rules)
-    return clip_percent(reference, transcript)
+    return clip_percent(*comparison.comparable_texts(clip, engine))
 
 
-def clip_notes(clip: ComparedClip, rules: Sequence[TextRule], window_seconds: float) -> list[str]:
+def clip_notes(comparison: Comparison, clip: ComparedClip) -> list[str]:
     """What a reader of a clip's table must know: why its rows may differ from the reference's."""
-    if clip.reference is None:
+    if comparison.reference is None:
         return []
+    name = comparison.reference.name
     notes = []
     if not clip.one_window:
-        notes.append(
-            f"{clip.reference} transcribed this clip whole, GenAI and ONNX Runtime in windows of {window_seconds:g} s"
-        )
-    named = Counter(name for engine in clip.transcripts for name in clip.rules_that_explain(engine, rules))
+        windows = f"windows of {comparison.window_seconds:g} s"
+        notes.append(f"{name} transcribed this clip whole, GenAI and ONNX Runtime in {windows}")
+    expected = comparison.expected(clip)
+    named = Counter(
+        rule
+        for made in clip.transcripts.values()
+        if made is not expected and made.tokens == expected.tokens
+        for rule in explaining_rules(expected.text, made.text, comparison.rules) or ()
+    )
     if named:
-        notes.append(f"differs from the text of {clip.reference} by rule: {'; '.join(named)}")
+        notes.append(f"differs from the text of {name} by rule: {'; '.join(named)}")
     return notes
 
 
@@ -160,25 +128,24 @@ def print_words(words: Iterable[TimedWord], frame_seconds: float) -> None:
 
 
 def print_corpus(comparison: Comparison) -> None:
-    """Print what the columns mean, and then one table over all clips, with a line for each engine."""
-    audio_seconds = sum(clip.seconds for clip in comparison.clips)
-    print(f"{len(comparison.clips)} clips, {audio_seconds:.0f} s of audio")
-    print(RTFX_MEANING)
-    print(f"WER: word error rate against the clips' texts, with its {CONFIDENCE} % bootstrap interval over clips")
-    print("normalised WER: without case and punctuation (whisper_normalizer)")
-    if name := comparison.reference:
-        print(f"against {name}: WER against the text of {name}, on clips of one window, without what differs by rule")
-        print(f"clips with other tokens: those of one window whose tokens differ from those of {name}")
-    print_table(
-        [
-            _named(CORPUS_HEADER, comparison.reference or NEMO),
-            *(_corpus_row(*item) for item in comparison.figures.items()),
-        ]
-    )
-
-
-def _named(header: Sequence[str], reference: str) -> tuple[str, ...]:
-    return tuple(title.format(reference) for title in header)
+    """Print one table over all clips, with a line for each engine, and what its columns mean."""
+    clips = comparison.clips
+    audio_seconds = sum(clip.seconds for clip in clips)
+    print(f"{len(clips)} clip{'' if len(clips) == 1 else 's'}, {audio_seconds:.0f} s of audio")
+    titles = _titles(CORPUS_HEADER, comparison)
+    table = _with_figures(titles, [_corpus_row(*item) for item in comparison.figures.items()])
+    print_table(table)
+    source = comparison.reference.name if comparison.reference else "GenAI"
+    print("RTFx: seconds of audio transcribed in one second; larger is faster")
+    print(f"without features: the same without the time of the features; plain ONNX Runtime is given those of {source}")
+    if "WER" in table[0]:
+        print(f"WER: word error rate against the clips' texts, with its {CONFIDENCE} % bootstrap interval over clips")
+        print("normalised WER: without case and punctuation (whisper_normalizer)")
+    if comparison.reference:
+        print(f"against {source}: WER against its text, on clips of one window, without what differs by rule")
+        print(f"clips with other tokens: clips of one window whose tokens differ from those of {source}")
+    for line in _slower_than_float32(comparison):
+        print(line)
 
 
 def _corpus_row(engine: str, figures: EngineFigures) -> tuple[str, ...]:
@@ -186,6 +153,7 @@ def _corpus_row(engine: str, figures: EngineFigures) -> tuple[str, ...]:
     return (
         engine,
         f"{figures.rtfx:.1f}",
+        f"{figures.rtfx_without_features:.1f}",
         _rate_text(figures.wer),
         _rate_text(figures.normalised_wer),
         _rate_text(figures.wer_against_nemo),
@@ -195,3 +163,16 @@ def _corpus_row(engine: str, figures: EngineFigures) -> tuple[str, ...]:
 
 def _rate_text(rate: WordErrorRate | None) -> str:
     return NONE if rate is None else str(rate)
+
+
+def _slower_than_float32(comparison: Comparison) -> Iterable[str]:
+    """Why an optimized folder may be slower than the float32 one, for each runtime in which it is."""
+    if len(comparison.folders) < 2 or comparison.folders[0].is_float32:
+        return
+    optimized, exported = comparison.folders
+    for own, other in zip(optimized.engines, exported.engines, strict=True):
+        if comparison.figures[own.name].rtfx_without_features < comparison.figures[other.name].rtfx_without_features:
+            yield (
+                f"{own.name} is slower than {other.name}: weights in 4 bits save space and not time, and int8 saves "
+                "time in large models only"
+            )

@@ -1,6 +1,6 @@
 """Word error rates with their intervals, and transcripts aligned word by word."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ PARENTHESES = str.maketrans("()", "  ")
 # Per cent of a float32 model's words, normalised. Published checkpoints stay far below this on languages they know.
 SUSPICIOUS_WER = 60
 CONTEXT = 4  # words shown before and after a change
+MAX_PRINTED_CLIPS = 20  # a person reads no more
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,20 @@ def marked_changes(before: str, after: str) -> list[tuple[str, str]]:
         (shown, shown) if one == other and (shown := _shortened(one, first=i == 0, last=i == last)) else (one, other)
         for i, (one, other) in enumerate(runs)
     ]
+
+
+def changes_text(before: str, after: str) -> str:
+    """Two transcripts in one line, `a [old → new] b`; equal words far from any change are cut to an ellipsis."""
+    return " ".join(
+        one if one == other else f"[{one or '–'} → {other or '–'}]" for one, other in marked_changes(before, after)
+    )
+
+
+def empty_warning(engine: str, texts: Iterable[str]) -> str | None:
+    """A warning where all transcripts of an engine are empty; None otherwise."""
+    if any(text.strip() for text in texts):
+        return None
+    return f"warning: every transcript of {engine} is empty, so its word errors mean nothing"
 
 
 def _shortened(words: str, *, first: bool, last: bool) -> str:

@@ -4,16 +4,20 @@ The optimized folder and the float32 folder transcribe the same clips. Both run 
 rule, on the features of GenAI's processor, for which the optimized folder is also loaded in GenAI. NeMo is not needed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from common.cli import CheckError
-from common.evaluate.engines import BothModels
+from common.evaluate.engines import GenAIEngine, OnnxEngine, OpenFolder, Recording
 from common.evaluate.wer import (
+    MAX_PRINTED_CLIPS,
     WordErrorRate,
+    changes_text,
+    empty_warning,
     high_error_warning,
     marked_changes,
     normalize,
@@ -22,8 +26,49 @@ from common.evaluate.wer import (
 )
 from common.quantize.fidelity import sqnr_db
 from common.run.audio import Clip
+from common.run.ort import MAPPED, OnnxRuntime, OpenGraph, OrtGraph
 
-MAX_PRINTED_CLIPS = 20  # a person reads no more; the report has them all
+
+class KeptOutputs(OnnxRuntime):
+    """Plain ONNX Runtime that keeps the encoder's outputs, [S, D] of each window, until they are taken."""
+
+    def __init__(self, folder: Path, open_graph: OpenGraph = OrtGraph) -> None:
+        super().__init__(folder, open_graph)
+        self.outputs: list[np.ndarray] = []
+
+    def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
+        encoded = super().encode(features)
+        self.outputs += encoded
+        return encoded
+
+
+class BothModels:
+    """An optimized folder and the exported one beside it, each in plain ONNX Runtime with its own tokenizer.
+
+    GenAI computes the features, from the optimized folder. The float32 weights stay in their data file, since both
+    models are in memory at once; the optimized one is small. Raises as GenAI and OnnxRuntime do.
+    """
+
+    def __init__(self, exported: Path, optimized: Path) -> None:
+        staged = OpenFolder(optimized, KeptOutputs)
+        self.genai = GenAIEngine("GenAI", staged)
+        self.float32 = OnnxEngine("float32", OpenFolder(exported, partial(KeptOutputs, open_graph=MAPPED)))
+        self.optimized = OnnxEngine("optimized", staged, spell=staged.genai.text)
+        for engine in (self.float32, self.optimized):
+            _take_outputs(engine)  # of the first run, on noise
+
+    def sqnr_db(self) -> float:
+        """The signal to quantization noise ratio of the encoder's outputs since this was last asked for."""
+        return sqnr_db(_take_outputs(self.float32), _take_outputs(self.optimized))
+
+
+def _take_outputs(engine: OnnxEngine) -> np.ndarray:
+    """The encoder's outputs [S, D] since they were last taken."""
+    runtime = engine.folder.onnx
+    assert isinstance(runtime, KeptOutputs), "as BothModels opens its folders"
+    outputs = np.concatenate(runtime.outputs)
+    runtime.outputs = []
+    return outputs
 
 
 @dataclass(frozen=True)
@@ -76,25 +121,24 @@ def transcribe_with_both(
 
     Raises CheckError where the optimized model fails, and as read_clip does.
     """
-    config = models.genai.config
+    config = models.genai.folder.config
     evaluated = []
     for clip in progress(clips):
-        samples = config.read_clip(clip)
-        features = models.genai.features(samples)
-        expected = models.float32.transcribe(features)
+        recording = Recording(config.read_clip(clip), models.genai)
+        (float32,) = models.float32.transcribe([recording])
         try:
-            actual = models.optimized.transcribe(features)
+            (optimized,) = models.optimized.transcribe([recording])
         except ValueError as error:
             raise CheckError(f"the optimized model fails on {clip.path}: {error}") from error
         evaluated.append(
             EvaluatedClip(
                 _name(clip.path, manifest) + clip.segment,
                 clip.lang,
-                len(samples) / config.sample_rate,
+                len(recording.samples) / config.sample_rate,
                 clip.text or "",
-                models.float32_text(expected.tokens),
-                models.optimized_text(actual.tokens),
-                sqnr_db(np.concatenate(models.float32.outputs), np.concatenate(models.optimized.outputs)),
+                float32.text,
+                optimized.text,
+                models.sqnr_db(),
             )
         )
     return evaluated
@@ -142,19 +186,17 @@ def print_word_errors(table: list[WordErrors], clips: list[EvaluatedClip]) -> No
     """A line for each language, and one for each clip that changed: [old → new], with its errors before and after."""
     for row in table[1:]:
         print(f"  {row.lang}: {row.clips} clips  {row}")
-    warning = high_error_warning(table[0].float32)
-    if warning:
+    warnings = (
+        high_error_warning(table[0].float32),
+        empty_warning("the float32 model", (clip.float32 for clip in clips)),
+        empty_warning("the optimized model", (clip.optimized for clip in clips)),
+    )
+    for warning in filter(None, warnings):
         print(warning)
-    for side, texts in (
-        ("float32", [clip.float32 for clip in clips]),
-        ("optimized", [clip.optimized for clip in clips]),
-    ):
-        if not any(text.strip() for text in texts):
-            print(f"warning: every transcript of the {side} model is empty, so its word errors mean nothing")
     differing = changed(clips)
     for clip in differing[:MAX_PRINTED_CLIPS]:
-        text = " ".join(one if one == other else f"[{one or '–'} → {other or '–'}]" for one, other in marked(clip))
-        print(f"  {clip.name}: {clip.errors[0]} → {clip.errors[1]} errors  {text}")
+        before, after = clip.errors
+        print(f"  {clip.name}: {before} → {after} errors  {changes_text(clip.float32, clip.optimized)}")
     if len(differing) > MAX_PRINTED_CLIPS:
         print(f"  and {len(differing) - MAX_PRINTED_CLIPS} more clips, which are in the report")
 

@@ -13,13 +13,14 @@ from typing import Any
 import yaml
 
 from common.cli import size_text
-from common.evaluate.transcripts import NEMO, TRANSFORMERS
 from common.evaluate.wer import WordErrorRate
 from common.folder import FILES, MANIFEST, fingerprint, is_float16, read_manifest, sha256, write_json
 from common.layouts.layout import Layout
 from common.onnx_io import MINIMUM_RUNTIME
+from common.run.reference import Nemo, Transformers
 
 CARD = "README.md"
+NEMO, TRANSFORMERS = Nemo.name, Transformers.name
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from common.evaluate.compare import ComparedClip, Comparison, EngineFigures
 from common.evaluate.stress import StressResult, StressResults
 from common.evaluate.stress_table import StressRow, stress_rows, worst_results
-from common.evaluate.transcripts import ComparedClip, Comparison, EngineFigures
 from common.evaluate.wer import normalize, word_errors, word_runs
 from common.evaluate.words import Bin, bins, calibration_error, comparable_words, words_right
 from common.report.pages import page_environment
@@ -115,7 +115,7 @@ def comparison_page(title: str, comparison: Comparison, config: RuntimeConfig) -
     return ClipsPage(
         title,
         f"{_count(len(comparison.clips), 'clip')}, {seconds:.0f} s of audio",
-        clips=[_compared(clip, comparison.frame_seconds, config) for clip in comparison.clips],
+        clips=[_compared(clip, comparison, config) for clip in comparison.clips],
         figures=comparison.figures,
         reliability=list(_reliabilities(comparison)),
     )
@@ -166,13 +166,13 @@ def _marked(baseline: Sequence[str], words: Sequence[ShownWord]) -> list[ShownWo
     return marked
 
 
-def _compared(clip: ComparedClip, frame_seconds: float, config: RuntimeConfig) -> ShownClip:
-    """A clip of a comparison; the baseline is its text, else the reference's transcript, else the first engine's."""
-    engines = iter(clip.transcripts)
-    reference = clip.reference or next(engines)
-    baseline = clip.transcripts[reference].text if clip.text is None else clip.text
+def _compared(clip: ComparedClip, comparison: Comparison, config: RuntimeConfig) -> ShownClip:
+    """A clip of a comparison; the baseline is its text, else the transcript of the first engine, the reference's where
+    there is one."""
+    first = clip.transcripts[comparison.engines[0].name]
+    baseline = first.text if clip.text is None else clip.text
     rows = [
-        (engine, _plain(made.text) if made.words is None else _timed(made.words, frame_seconds))
+        (engine, _plain(made.text) if made.words is None else _timed(made.words, comparison.frame_seconds))
         for engine, made in clip.transcripts.items()
     ]
     samples = config.read_clip(clip)
@@ -227,7 +227,7 @@ def _timed(words: Iterable[TimedWord], frame_seconds: float) -> list[ShownWord]:
 
 def _reliabilities(comparison: Comparison) -> Iterator[Reliability]:
     """The reliability of each engine that gives confidences, by each measure, on the clips with a text."""
-    for engine in comparison.clips[0].transcripts:
+    for engine in comparison.figures:
         judged = [
             (word.confidence, right)
             for clip in comparison.clips

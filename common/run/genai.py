@@ -48,11 +48,15 @@ class GenAI:
 
     def transcribe(self, samples: np.ndarray) -> list[int]:
         """Token ids of one clip of mono samples [N] at the model's rate."""
+        return self.generate(self.inputs(samples), len(samples))
+
+    def generate(self, inputs: Any, length: int) -> list[int]:
+        """Token ids of one clip of `length` samples, of which `inputs` are the processor's tensors."""
         import onnxruntime_genai as og
 
         generator = og.Generator(self.model, og.GeneratorParams(self.model))
-        generator.set_inputs(self.inputs(samples))
-        is_long = len(samples) >= MIN_WINDOWS_OF_BAR * self.config.chunk
+        generator.set_inputs(inputs)
+        is_long = length >= MIN_WINDOWS_OF_BAR * self.config.chunk
         with progress_bar(total=None, task="GenAI", unit="token", shown=is_long) as bar:
             while not generator.is_done():
                 generator.generate_next_token()

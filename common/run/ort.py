@@ -131,7 +131,12 @@ class OnnxRuntime:
         return self._transcribe_batch([features], rule, whole=whole)[0]
 
     def transcribe_all(
-        self, features: Sequence[np.ndarray], rule: BlankZero = GENAI_RULE, batch_size: int = 1
+        self,
+        features: Sequence[np.ndarray],
+        rule: BlankZero = GENAI_RULE,
+        batch_size: int = 1,
+        *,
+        whole: bool = False,
     ) -> list[Hypothesis]:
         """`transcribe` for each clip, in batches of similar length, which need the least padding; in the order given.
 
@@ -143,7 +148,8 @@ class OnnxRuntime:
         results: dict[int, Hypothesis] = {}
         for first in range(0, len(features), batch_size):
             batch = by_length[first : first + batch_size]
-            results |= zip(batch, self._transcribe_batch([features[clip] for clip in batch], rule), strict=True)
+            found = self._transcribe_batch([features[clip] for clip in batch], rule, whole=whole)
+            results |= zip(batch, found, strict=True)
         return [results[clip] for clip in range(len(features))]
 
     def _transcribe_batch(

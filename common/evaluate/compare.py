@@ -1,0 +1,364 @@
+"""Several engines transcribe the same clips; the tokens of those that run in float32 are compared with a reference's.
+
+The reference is NeMo, or transformers for a checkpoint of that format. Every engine is given the same samples. The
+reference computes its own features, and plain ONNX Runtime is given those or, without a reference, GenAI's. GenAI
+always computes its own.
+
+Greedy decoding follows the largest logit, so two engines that differ by rounding alone may differ in a token where two
+logits are nearly equal. Such a difference is excused, and so is one where the rules of NeMo and GenAI differ.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, Self
+
+from common.contract import PARITY_TOLERANCE
+from common.evaluate.engines import Engine, LibraryEngine, OpenFolder, Recording
+from common.evaluate.text_rules import TextRule, comparable
+from common.evaluate.wer import WordErrorRate, normalize, word_error_rate
+from common.run.audio import Clip
+from common.run.decode import Hypothesis, TimedWord, Transcript
+
+# So much audio at a time is sorted by length into batches: more needs less padding, and more memory, 8 MB a minute.
+POOL_SECONDS = 1200
+
+
+# ---- where two decodings differ
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first difference of two decodings."""
+
+    index: int  # of the token among those emitted
+    frame: int  # encoder frame
+    expected: int | None  # token; None: the reference has ended
+    actual: int | None  # token; None: the decoding has ended
+    excuse: str | None  # None: nothing excuses it
+
+    def __str__(self) -> str:
+        """In words; tokens are counted from 1."""
+        reason = self.excuse or "nothing excuses it"
+        place = f"token {self.index + 1} of the transcript, encoder frame {self.frame}"
+        if self.expected == self.actual:
+            return f"{place}: token {self.expected} is emitted at another frame; {reason}"
+        expected, actual = ("no token" if token is None else token for token in (self.expected, self.actual))
+        return f"{place}: expected {expected}, got {actual}; {reason}"
+
+
+def first_difference(tokens: Sequence[int], frames: Sequence[int], actual: Hypothesis) -> Difference | None:
+    """Compare a reference's tokens and the encoder frames they were emitted at with a decoding; None where equal.
+
+    The decisions between the last common token and the first different one may excuse the difference: if the two best
+    choices of one of them are closer than the parity tolerance, or if NeMo and GenAI differ by design in one of them.
+    """
+    reference = list(zip(tokens, frames, strict=True))
+    emitted = [(step.token, step.frame) for step in actual.emitted]
+    if reference == emitted:
+        return None
+    index = _first_unequal(reference, emitted)
+    expected_token, expected_frame = reference[index] if index < len(reference) else (None, None)
+    actual_token, actual_frame = emitted[index] if index < len(emitted) else (None, None)
+    frame = actual_frame if expected_frame is None else expected_frame
+    assert frame is not None, "at the first difference one of the two has a token"
+    return Difference(index, frame, expected_token, actual_token, _excuse(actual, index))
+
+
+def _excuse(hypothesis: Hypothesis, index: int) -> str | None:
+    """The excuse for a different decision between token `index` - 1 and token `index`; None if there is none."""
+    positions = [i for i, step in enumerate(hypothesis.steps) if step.token != hypothesis.blank_id]
+    begin = positions[index - 1] if index else 0  # that token's duration is one of the decisions
+    end = positions[index] + 1 if index < len(positions) else len(hypothesis.steps)
+    decisions = hypothesis.steps[begin:end]
+    nearest = min((step.margin for step in decisions), default=float("inf"))
+    if nearest < PARITY_TOLERANCE:
+        return f"top-two margin {nearest:.1e} under the tolerance {PARITY_TOLERANCE:.0e}"
+    if any(step.blank_zero for step in decisions):
+        return "blank with duration 0, where the greedy rules of NeMo and GenAI differ"
+    return None
+
+
+def excused_by(reference: Hypothesis, difference: Difference, actual: Hypothesis) -> Difference:
+    """`difference` with the excuse that the reference's own decisions give for it.
+
+    The decoding under test must not excuse itself: where a broken graph gives equal logits, every decision is a near
+    tie.
+    """
+    own = first_difference(actual.tokens, actual.frames, reference)
+    return replace(difference, excuse=own.excuse if own and difference.excuse else None)
+
+
+def first_token_difference(reference: Hypothesis, tokens: Sequence[int]) -> Difference | None:
+    """Compare only the tokens of two decodings that must be equal, so nothing is excused. None where they are equal."""
+    if reference.tokens == list(tokens):
+        return None
+    index = _first_unequal(reference.tokens, tokens)
+    step = reference.emitted[index] if index < len(reference.emitted) else None
+    return Difference(
+        index,
+        step.frame if step else reference.steps[-1].frame,
+        step.token if step else None,
+        tokens[index] if index < len(tokens) else None,
+        None,
+    )
+
+
+def _first_unequal(expected: Sequence[object], actual: Sequence[object]) -> int:
+    """Index of the first entry that differs; the length of the shorter sequence where the other one goes on."""
+    pairs = enumerate(zip(expected, actual, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(expected), len(actual)))
+
+
+# ---- the comparison
+
+
+@dataclass
+class ComparedClip(Clip):
+    """One clip with what the engines have made of it, by the names of the engines."""
+
+    seconds: float = 0.0  # of audio
+    one_window: bool = True  # whether the encoder is given the whole clip at once, as the reference's is
+    transcripts: dict[str, Transcript] = field(default_factory=dict)
+    differences: dict[str, Difference] = field(default_factory=dict)  # of float32 engines from their reference
+
+    @classmethod
+    def of(cls, clip: Clip) -> Self:
+        """`clip`, without transcripts as yet."""
+        return cls(**vars(clip))
+
+    @property
+    def name(self) -> str:
+        """The file, and the segment of it."""
+        return f"{self.path}{self.segment}"
+
+
+@dataclass(frozen=True)
+class EngineFigures:
+    """One engine's figures over all clips, by their keys in --json; None where there is nothing to compare with."""
+
+    rtfx: float  # seconds of audio that are transcribed in one second, features included
+    rtfx_without_features: float
+    wer: WordErrorRate | None = None  # against the clips' texts, as written
+    normalised_wer: WordErrorRate | None = None  # without case and punctuation
+    clips_compared: int | None = None  # of one window, with the reference; the names below say nemo for any reference
+    clips_of_several_windows: int | None = None
+    clips_differing_from_nemo: int | None = None  # of those compared, with other tokens than the reference's
+    wer_against_nemo: WordErrorRate | None = None  # on the clips of one window
+    wer_against_nemo_of_several_windows: WordErrorRate | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The clips and the engines of a comparison: the reference first, then GenAI and plain ONNX Runtime on each
+    folder."""
+
+    clips: Sequence[ComparedClip]
+    folders: Sequence[OpenFolder]
+    reference: LibraryEngine | None
+
+    @property
+    def engines(self) -> list[Engine]:
+        """The engines in the order in which they run."""
+        own: list[Engine] = [engine for folder in self.folders for engine in folder.engines]
+        return own if self.reference is None else [self.reference, *own]
+
+    @property
+    def rules(self) -> Sequence[TextRule]:
+        """The rules by which the reference's text may differ from a folder's."""
+        return self.reference.rules if self.reference else ()
+
+    @property
+    def window_seconds(self) -> float:
+        """Length of audio that the engines of a folder decode at a time; the reference decodes a clip whole."""
+        config = self.folders[0].config
+        return config.chunk / config.sample_rate
+
+    @property
+    def frame_seconds(self) -> float:
+        """Length of an encoder frame."""
+        return self.folders[0].config.frame_seconds
+
+    @property
+    def float32_folders(self) -> list[OpenFolder]:
+        """The folders whose engines must have the reference's tokens."""
+        return [folder for folder in self.folders if folder.is_float32]
+
+    @property
+    def clips_of_one_window(self) -> list[ComparedClip]:
+        return [clip for clip in self.clips if clip.one_window]
+
+    @property
+    def clips_of_several_windows(self) -> list[ComparedClip]:
+        return [clip for clip in self.clips if not clip.one_window]
+
+    def transcribe(self) -> Iterator[tuple[list[ComparedClip], Engine]]:
+        """Let each engine in turn transcribe the clips, one at a time or in pools to make batches from.
+
+        Yields a pool whenever an engine has transcribed it; where that was the last engine, its differences are known
+        as well. Raises as RuntimeConfig.read_clip and Engine.transcribe do.
+        """
+        engines = self.engines
+        for clips, recordings in self._pools():
+            for engine in engines:
+                for clip, transcript in zip(clips, engine.transcribe(recordings), strict=True):
+                    clip.transcripts[engine.name] = transcript
+                if engine is engines[-1]:
+                    for clip, recording in zip(clips, recordings, strict=True):
+                        self._find_differences(clip, recording)
+                yield clips, engine
+
+    def _pools(self) -> Iterator[tuple[list[ComparedClip], list[Recording]]]:
+        """The clips with their samples, one at a time or in pools to make batches from."""
+        features_by = self.reference or self.folders[0].features_engine
+        onnx, config = self.folders[0].onnx_engine, self.folders[0].config
+        in_batches = onnx is not None and onnx.batch_size > 1
+        clips: list[ComparedClip] = []
+        recordings: list[Recording] = []
+        for clip in self.clips:
+            samples = config.read_clip(clip)
+            clip.seconds = len(samples) / config.sample_rate
+            clip.one_window = config.fits_one_window(clip.seconds)
+            clips.append(clip)
+            recordings.append(Recording(samples, features_by))
+            if not in_batches or sum(each.seconds for each in clips) >= POOL_SECONDS or clip is self.clips[-1]:
+                yield clips, recordings
+                clips, recordings = [], []
+
+    def _find_differences(self, clip: ComparedClip, recording: Recording) -> None:
+        """Compare float32 engines with the reference; without a reference, GenAI with plain ONNX Runtime.
+
+        The decisions of plain ONNX Runtime are not needed afterwards and are dropped.
+        """
+        for folder in self.float32_folders:
+            for engine, difference, hypothesis in self._compare(clip, recording, folder):
+                if difference and difference.excuse and self.reference:  # only its own decisions can excuse it
+                    traced = self.reference.reference.trace(recording.features)
+                    difference = excused_by(traced, difference, hypothesis)
+                if difference:
+                    clip.differences[engine.name] = difference
+        for name, transcript in clip.transcripts.items():
+            clip.transcripts[name] = replace(transcript, hypothesis=None)
+
+    def _compare(
+        self, clip: ComparedClip, recording: Recording, folder: OpenFolder
+    ) -> Iterator[tuple[Engine, Difference | None, Hypothesis]]:
+        """Yield each engine of a folder that may differ, with its difference and its decisions.
+
+        GenAI computes its own features, so it is compared with plain ONNX Runtime on those features by GenAI's rule,
+        and that result with the reference. Without a reference, a clip in a batch is also compared with itself alone.
+        The reference decodes a clip whole and may well decode it differently than in windows, so it is no reference for
+        a clip of several windows.
+        """
+        onnx, genai = folder.onnx_engine, folder.genai_engine
+        traced = clip.transcripts[onnx.name].hypothesis if onnx else None
+        reference = clip.transcripts[self.reference.name] if self.reference and clip.one_window else None
+        if onnx and traced and reference:
+            yield onnx, _difference_from(reference, traced), traced
+        if not genai or not (traced or reference):
+            return
+        tokens = clip.transcripts[genai.name].tokens
+        if tokens == (reference.tokens if reference else None if self.reference or not traced else traced.tokens):
+            return
+        alone = traced if onnx and not self.reference and onnx.batch_size == 1 else None  # on GenAI's features
+        own = alone or folder.onnx.transcribe(folder.genai.features(recording.samples))
+        difference = first_token_difference(own, tokens)
+        if reference and difference is None:
+            difference = _difference_from(reference, own)
+        yield genai, difference, own
+        if onnx and traced and not self.reference:
+            yield onnx, first_difference(own.tokens, own.frames, traced), traced
+
+    @cached_property
+    def figures(self) -> dict[str, EngineFigures]:
+        """The figures of each engine, in the order in which the engines ran."""
+        return {engine.name: self._figures_of(engine) for engine in self.engines}
+
+    def _figures_of(self, engine: Engine) -> EngineFigures:
+        made = [(clip, clip.transcripts[engine.name]) for clip in self.clips]
+        audio_seconds = sum(clip.seconds for clip in self.clips)
+        seconds = sum(transcript.seconds for _, transcript in made)
+        features_seconds = sum(transcript.features_seconds for _, transcript in made)
+        pairs = [(clip.text, transcript.text) for clip, transcript in made if clip.text is not None]
+        figures = EngineFigures(
+            rtfx=audio_seconds / seconds,
+            rtfx_without_features=audio_seconds / (seconds - features_seconds),
+            wer=_error_rate(pairs),
+            normalised_wer=_error_rate([(normalize(text), normalize(transcript)) for text, transcript in pairs]),
+        )
+        if self.reference in (None, engine):
+            return figures
+        whole, cut = self.clips_of_one_window, self.clips_of_several_windows
+        return replace(
+            figures,
+            clips_compared=len(whole),
+            clips_of_several_windows=len(cut),
+            clips_differing_from_nemo=sum(
+                clip.transcripts[engine.name].tokens != self.expected(clip).tokens for clip in whole
+            ),
+            wer_against_nemo=_error_rate([self.comparable_texts(clip, engine.name) for clip in whole]),
+            wer_against_nemo_of_several_windows=_error_rate([self.comparable_texts(clip, engine.name) for clip in cut]),
+        )
+
+    def expected(self, clip: ComparedClip) -> Transcript:
+        """The reference's transcript of a clip."""
+        assert self.reference, "only where there is a reference"
+        return clip.transcripts[self.reference.name]
+
+    def comparable_texts(self, clip: ComparedClip, engine: str) -> tuple[str, str]:
+        """The reference's text of a clip and an engine's, both without what differs by rule."""
+        return comparable(self.expected(clip).text, clip.transcripts[engine].text, self.rules)
+
+    def words(self, clip: ComparedClip) -> list[TimedWord]:
+        """The words of a clip with their times, by plain ONNX Runtime on the first folder."""
+        onnx = self.folders[0].onnx_engine
+        return (clip.transcripts[onnx.name].words or []) if onnx else []
+
+    def as_json(self) -> dict[str, Any]:
+        """Every transcript, figure and difference, for --json."""
+        return {
+            "engines": {
+                engine: {key: value for key, value in asdict(figures).items() if value is not None}
+                for engine, figures in self.figures.items()
+            },
+            "clips": [
+                {
+                    "audio_filepath": str(clip.path),
+                    "offset": clip.offset,
+                    "seconds": clip.seconds,
+                    "text": clip.text,
+                    "engines": {name: self._transcript_json(made) for name, made in clip.transcripts.items()},
+                }
+                for clip in self.clips
+            ],
+            "differences": [
+                {"audio_filepath": str(clip.path), "offset": clip.offset, "engine": engine, **asdict(difference)}
+                for clip in self.clips
+                for engine, difference in clip.differences.items()
+            ],
+        }
+
+    def _transcript_json(self, transcript: Transcript) -> dict[str, Any]:
+        return {
+            "tokens": transcript.tokens,
+            "text": transcript.text,
+            "seconds": transcript.seconds,
+            "features_seconds": transcript.features_seconds,
+            "words": None if transcript.words is None else [self._word_json(word) for word in transcript.words],
+        }
+
+    def _word_json(self, word: TimedWord) -> dict[str, Any]:
+        start, end = (round(frame * self.frame_seconds, 3) for frame in (word.start, word.end))
+        confidence = {} if word.confidence is None else asdict(word.confidence)
+        return {"text": word.text, "start": start, "end": end, **{name: round(x, 4) for name, x in confidence.items()}}
+
+
+def _difference_from(reference: Transcript, actual: Hypothesis) -> Difference | None:
+    return first_difference(reference.tokens, reference.frames or [], actual)
+
+
+def _error_rate(pairs: Sequence[tuple[str, str]]) -> WordErrorRate | None:
+    """The error rate over pairs of a reference and a transcript; None without pairs."""
+    if not pairs:
+        return None
+    return word_error_rate([reference for reference, _ in pairs], [transcript for _, transcript in pairs])
