@@ -14,8 +14,9 @@ subfolder for each runtime.
 """
 
 import argparse
+import gc
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -36,16 +37,16 @@ from common.checkpoint.find import (
 )
 from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
 from common.checkpoint.spec import ModelSpec
-from common.export.options import FP16, FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
-from common.export.pipeline import Features, export_checkpoint, find_clips
+from common.export import pipeline
+from common.export.pipeline import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
+from common.export.scripts import SUPPRESSED, suppress, suppressed_ids
 from common.folder import MANIFEST, check_output_dir, staged_folder, state_needs, write_locations, write_manifest
-from common.layouts import LAYOUTS, Layout, Window
-from common.layouts.folders import ALL, read_vocabulary, subfolders_of, write_layout
+from common.layouts import ALL, LAYOUTS, check_same_layouts, exported_vocabularies, layouts_for
 from common.layouts.genai import GENAI
-from common.layouts.identity import kept_by_export
-from common.layouts.layout import check_feature_graphs, check_same_layouts, write_configs
+from common.layouts.layout import Layout, Window
 from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime
 from common.report.card import CARD, write_card
+from common.run.reference import features_of
 
 SPEECH = Path(__file__).resolve().parent / "samples"  # 40 s of speech, on which --precision fp16 measures values
 
@@ -87,68 +88,89 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     options = checked_options(ExportOptions, args)
-    check_output_dir(args.output_dir)
-    subfolders = subfolders_of(options.runtime)
-    check_same_layouts(args.output_dir, {name: layout for layout, name in subfolders.items()})
-    clips = find_clips(SPEECH) if options.is_float16 else []
+    output_dir: Path = args.output_dir
+    layouts = layouts_for(options.runtime)
+    check_output_dir(output_dir)
+    check_same_layouts(output_dir, layouts)
+    clips = pipeline.find_clips(SPEECH) if options.is_float16 else []
     require_device(options.device)
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
+    known = format_of(checkpoint)
     title = f"{checkpoint.name} ({size_text(checkpoint_bytes(checkpoint))})"
-    loaded = format_of(checkpoint).loaded_bytes(checkpoint)
-    state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded), args.output_dir)
-    vocabulary = read_vocabulary(checkpoint, subfolders)
+    loaded = known.loaded_bytes(checkpoint)
+    state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded), output_dir)
+    vocabularies = exported_vocabularies(checkpoint, layouts.values())
     source = source_record(checkpoint, args.model_name, revision=args.revision)
-    kept = {name: kept_by_export(args.output_dir / name, source, layout) for layout, name in subfolders.items()}
+    kept = {name: layout.kept_by_export(output_dir / name, source) for name, layout in layouts.items()}
     removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
-    stages = Stages(options.stages + len(subfolders), verbose=args.verbose)
-    with staged_folder(args.output_dir, removed) as staging:
-        # The folder of the graphs that every layout shares: GenAI's own folder, where GenAI is among the layouts.
-        base = staging / subfolders[GENAI] if GENAI in subfolders else staging.parent / GENAI.runtime
-        base.mkdir(exist_ok=True)
-        configure = partial(_configure, layouts=subfolders, options=options)
-        spec, results = export_checkpoint(checkpoint, base, options, staging.parent, clips, configure, stages)
-        record = {"source": source, "flags": options.record(), **results}
-        for layout, name in subfolders.items():
+    suppressed = suppressed_ids(checkpoint, options.scripts)
+    stages = Stages(options.stages + len(layouts), verbose=args.verbose)
+    with staged_folder(output_dir, removed) as staging:
+        scratch = staging.parent
+        # The exported graphs go into the folder of the layout that has them as they are, where it is asked for.
+        own = [staging / name for name, layout in layouts.items() if layout.has_exported_graphs]
+        graphs = own[0] if own else scratch / "graphs"
+        float32 = scratch / "float32" if options.is_float16 else graphs
+        for folder in (graphs, float32):
+            folder.mkdir(exist_ok=True)
+
+        stages.begin(f"checkpoint {checkpoint.name}")
+        model = known.load_model(checkpoint, options.device, scratch)
+        suppress(model.joint, suppressed)
+        spec = ModelSpec.of(model)
+        window = Window.of_seconds(
+            spec, options.chunk_seconds, options.left_context_seconds, options.right_context_seconds
+        )
+        for layout in layouts.values():
+            layout.check(spec, partial(features_of, model))
+        stages.end(*pipeline.model_summary(model, spec))
+
+        stages.begin("export")
+        references = pipeline.export_graphs(model, float32, options)
+        if options.is_float16:  # values are measured on speech, which is read and transcribed by GenAI's configuration
+            GENAI.write_configs(float32, spec, window, options.device)
+        speech = [pipeline.speech_features(model, float32, clip) for clip in clips]
+        stages.end(*pipeline.graph_sizes(float32))
+        del model
+        gc.collect()  # NeMo's modules refer to each other; the model is half of the memory in use
+
+        results = pipeline.verify_and_convert(float32, graphs, references, speech, stages)
+        if options.scripts:
+            results[SUPPRESSED] = len(suppressed)
+        for name, layout in layouts.items():
             stages.begin(f"{name or layout.runtime}: configuration and manifest")
             folder = staging / name
-            write_layout(layout, base, folder, spec, _window(spec, options), options.device, vocabulary)
+            layout.write(folder, graphs, spec, window, options.device, vocabularies.get(layout.runtime, {}))
             # A checkpoint of the Hub needs no path, since it is found again by its name and commit.
-            write_locations(folder, args.output_dir / name, checkpoint=checkpoint if "file" in source else None)
-            manifest, _ = kept[name]
+            write_locations(folder, output_dir / name, checkpoint=checkpoint if "file" in source else None)
             oldest = minimum_runtime(folder / graph.file for graph in layout.graphs)
-            write_manifest(folder, manifest, "export", {**record, MINIMUM_RUNTIME: oldest})
-            write_card(folder, args.output_dir / name, layout)
+            section = {"source": source, "flags": options.record(), **results, MINIMUM_RUNTIME: oldest}
+            manifest, _ = kept[name]
+            write_manifest(folder, manifest, "export", section)
+            write_card(folder, output_dir / name, layout)
             stages.end(*layout.config_files, MANIFEST, CARD)
     if removed:
-        print(f"removed from {args.output_dir}, since they belonged to the former graphs: {', '.join(removed)}")
-    print(f"wrote {args.output_dir}; {_next_step(args, subfolders)}")
+        print(f"removed from {output_dir}, since they belonged to the former graphs: {', '.join(removed)}")
+    named = {
+        "--model_name": args.model_name,
+        "--revision": args.revision,
+        "--checkpoint_format": args.checkpoint_format,
+    }
+    print(f"wrote {output_dir}; {next_step(output_dir, layouts, named, is_float16=options.is_float16)}")
 
 
-def _configure(
-    spec: ModelSpec, folder: Path, features: Features, layouts: Iterable[Layout], options: ExportOptions
-) -> None:
-    """Check that every runtime can run the checkpoint, and write into `folder` what the measurements read."""
-    for layout in layouts:
-        layout.check(spec)
-        check_feature_graphs(layout, spec, features)
-    write_configs(GENAI, folder, spec, _window(spec, options), options.device)
-
-
-def _window(spec: ModelSpec, options: ExportOptions) -> Window:
-    """The window of these options. Raises ValueError where a length is not a whole number of encoder frames."""
-    return Window.of_seconds(spec, options.chunk_seconds, options.left_context_seconds, options.right_context_seconds)
-
-
-def _next_step(args: argparse.Namespace, subfolders: Mapping[Layout, str]) -> str:
-    for layout, name in subfolders.items():
-        if not layout.vocabulary_texts:
-            command = ["python", "export_tokenizer.py", "--model_name", args.model_name]
-            for flag in ("revision", "checkpoint_format"):
-                command += [f"--{flag}", getattr(args, flag)] if getattr(args, flag) else []
-            return "next: " + shlex.join([*command, "--output_dir", str(args.output_dir / name)])
-    if args.precision == FP16:  # which is not optimized further
-        return f"how to use it: {args.output_dir / Path(*subfolders.values()) / CARD}"
-    return f"next: {OPTIMIZE_COMMAND.format(args.output_dir)}"
+def next_step(
+    output_dir: Path, layouts: Mapping[str, Layout], named: Mapping[str, str | None], *, is_float16: bool
+) -> str:
+    """What to do with the exported folder. named: the flags, and their values, that name the checkpoint."""
+    for name, layout in layouts.items():
+        if not layout.exports_vocabulary:
+            flags = [part for flag, value in named.items() if value for part in (flag, value)]
+            command = ["python", "export_tokenizer.py", *flags, "--output_dir", str(output_dir / name)]
+            return f"next: {shlex.join(command)}"
+    if is_float16:  # which is not optimized further
+        return f"how to use it: {output_dir / Path(*layouts) / CARD}"
+    return f"next: {OPTIMIZE_COMMAND.format(output_dir)}"
 
 
 if __name__ == "__main__":

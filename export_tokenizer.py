@@ -52,8 +52,9 @@ from common.folder import (
     write_json,
     write_manifest,
 )
-from common.layouts.genai import GENAI, genai_folder
-from common.layouts.identity import check_name_for_graphs, check_tokenizer_for_graphs
+from common.layouts import genai_folder
+from common.layouts.genai import GENAI, check_tokenizer_for_graphs
+from common.layouts.layout import check_name_for_graphs
 from common.report.card import CARD, write_card
 
 # Disk for all files, as a multiple of tokenizer.json without indentation.

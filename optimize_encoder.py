@@ -28,7 +28,7 @@ from common.cli import TEST_COMMAND, Parser, Stages, checked_options, run, warn
 from common.evaluate.manifests import read_speech_manifests
 from common.evaluate.stress_run import StressOptions, add_stress_flags
 from common.folder import staged_folder
-from common.layouts.layout import layouts_in
+from common.layouts import layouts_in
 from common.onnx_io import share_equal_data
 from common.optimize import (
     EvaluationSpeech,

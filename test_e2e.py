@@ -15,8 +15,8 @@ from pathlib import Path
 from common.cli import MODEL_DIR_HELP, CheckError, Parser, Stages, default_model_dir, run
 from common.contract import GRAPH_FILES, TOKENIZER_FILES
 from common.folder import verify_files
-from common.layouts.genai import genai_folder
-from common.layouts.identity import check_one_checkpoint
+from common.layouts import genai_folder
+from common.layouts.genai import GENAI
 from common.run.config import RuntimeConfig
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime
@@ -40,7 +40,7 @@ def _test(args: argparse.Namespace) -> None:
     stages = Stages(4, verbose=args.verbose)
     stages.begin(f"GenAI loads {folder}")
     listed = verify_files(folder, (*GRAPH_FILES, *TOKENIZER_FILES))
-    check_one_checkpoint(folder)
+    GENAI.check_one_checkpoint(folder)
     samples = RuntimeConfig.read(folder).read_audio(args.audio)
     genai = GenAI(folder)
     checksums = f"{listed} files have the checksums of its manifest" if listed else "no manifest with checksums"

@@ -57,7 +57,7 @@ from common.evaluate.verdict import judge_times, print_and_judge
 from common.evaluate.wer import MAX_PRINTED_CLIPS
 from common.evaluate.words import SUBTITLES, subtitle_paths
 from common.folder import check_outputs, json_text, printing_beside, write_output
-from common.layouts.genai import genai_folder
+from common.layouts import genai_folder
 from common.report.clips_page import clips_page_writer, comparison_page, stress_page
 from common.run.audio import Clip, read_clips
 

@@ -152,10 +152,10 @@ def input_of(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
-def name_of(value: ir.Value) -> str:
-    """The name of a value of a graph that was read from a file, where each has one."""
-    assert value.name is not None, f"{value} has no name"
-    return value.name
+def name_of(item: ir.Node | ir.Value) -> str:
+    """The name of a node or value of a graph that was read from a file, where each has one."""
+    assert item.name is not None, f"{item} has no name"
+    return item.name
 
 
 def tensor_of(value: ir.Value) -> ir.TensorProtocol:

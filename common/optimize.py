@@ -27,9 +27,9 @@ from common.folder import (
     write_locations,
     write_manifest,
 )
-from common.layouts.adapt import write_second_name
-from common.layouts.identity import check_one_checkpoint
-from common.layouts.layout import Layout, check_same_layouts
+from common.layouts import check_same_layouts
+from common.layouts.layout import Layout
+from common.layouts.views import write_second_name
 from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime, of_one_name, save_model
 from common.quantize.calibration import read_speech
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
@@ -83,7 +83,7 @@ def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> 
                 f"expected float32 weights to quantize, got {folder}, exported with --precision fp16; export it without"
             )
         verify_files(folder, (*layout.graph_files, *layout.vocabulary))
-        check_one_checkpoint(folder, layout)
+        layout.check_one_checkpoint(folder)
 
 
 def state_needs_of_folders(source: Path, target: Path, layouts: Mapping[str, Layout], options: OptimizeOptions) -> None:
@@ -226,9 +226,9 @@ def finish_folder(
     }
     content["verdict"] = asdict(verdict(content))
     write_report(folder.staging, content, evaluation.clips, report.write_page)
-    if layout.named_after_method and options.method:
-        for graph in layout.graphs:
-            write_second_name(folder.staging, graph.file, f"{graph.name}.{options.method.name}.onnx")
+    if options.method:
+        for file, name in layout.second_names(options.method.name).items():
+            write_second_name(folder.staging, file, name)
     write_manifest(folder.staging, folder.manifest, "optimize", section)
     write_card(folder.staging, folder.target, layout)
     checkpoint = read_location(folder.source, CHECKPOINT)

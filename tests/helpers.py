@@ -21,8 +21,7 @@ import export_tokenizer
 from common.checkpoint.tokenizer import ModelProto, Piece
 from common.evaluate.engines import GenAIEngine, OnnxEngine
 from common.folder import sha256
-from common.layouts.identity import REPORT_FILES
-from common.layouts.layout import Layout
+from common.layouts.layout import REPORT_FILES, Layout
 from common.layouts.sherpa_onnx import SHERPA_ONNX
 from common.quantize.cpu import exact_bits
 from common.run.audio import Clip, load_clip

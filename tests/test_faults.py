@@ -22,7 +22,7 @@ from common import folder as swap
 from common.checkpoint.archive import open_archive, parse_config
 from common.checkpoint.nemo import load_model, read_config
 from common.folder import LOCATIONS, fingerprint, staged_folder, verify_files, write_json
-from common.layouts.identity import REPORT_FILES
+from common.layouts.layout import REPORT_FILES
 from common.report.card import CARD
 from common.run.audio import Clip, load_clip
 from common.run.genai import GenAI

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,9 +16,8 @@ import test_e2e
 from common.contract import DECODER, ENCODER, GRAPHS, JOINT, Tensor
 from common.evaluate.engines import OpenFolder
 from common.export import float16, layers
-from common.export.float16 import EmulatedGraph, _exact_operators, convert
-from common.export.ranges import RangeRecorder, measure_ranges
-from common.layouts.folders import subfolders_of
+from common.export.float16 import EmulatedGraph, RangeRecorder, _exact_operators, convert, measure_ranges
+from common.layouts import layouts_for
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
@@ -202,8 +202,7 @@ def test_the_next_step_is_to_test_or_to_use_it(folder, tmp_path, capsys):
     checkpoint = folder.parents[1] / "loud.nemo"
     assert export_tokenizer.main(["--model_name", str(checkpoint), "--output_dir", str(copied)]) == 0
     assert f"next: python test_e2e.py --model_dir {copied}" in capsys.readouterr().out
-    args = export_parakeet_to_onnx.parse_args(["--precision", "fp16", "--runtime", "onnx-asr", "--output_dir", "out"])
-    step = export_parakeet_to_onnx._next_step(args, subfolders_of(args.runtime))
+    step = export_parakeet_to_onnx.next_step(Path("out"), layouts_for("onnx-asr"), {}, is_float16=True)
     assert step == "how to use it: out/onnx-asr/README.md"
 
 

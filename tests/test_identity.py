@@ -24,10 +24,11 @@ from common.evaluate.text_rules import explaining_rules, text_rules
 from common.evaluate.verdict import judge_texts, judge_times, print_verdict, print_warnings
 from common.evaluate.wer import high_error_warning, word_error_rate
 from common.folder import read_manifest, staged_folder, write_json
-from common.layouts.adapt import write_view
-from common.layouts.identity import check_one_checkpoint, check_same_checkpoint, kept_by_export
+from common.layouts.genai import GENAI
+from common.layouts.layout import check_same_checkpoint
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
+from common.layouts.views import write_view
 from common.run.audio import Clip, load_clip
 from common.run.decode import Transcript
 from common.run.reference import Nemo
@@ -253,7 +254,7 @@ class TestPartsOfDifferentCheckpoints:
 
     def test_exporting_the_same_anew_keeps_the_tokenizer(self, tiny_export):
         source = read_manifest(tiny_export)["export"]["source"]
-        manifest, removed = kept_by_export(tiny_export, source)
+        manifest, removed = GENAI.kept_by_export(tiny_export, source)
         assert removed == ()
         assert manifest["tokenizer"] == read_manifest(tiny_export)["tokenizer"]
         assert set(TOKENIZER_FILES) <= set(manifest["files"])
@@ -295,7 +296,7 @@ class TestPartsOfDifferentCheckpoints:
         folder = tmp_path / "models"
         shutil.copytree(tiny_export, folder)
         (folder / "manifest.json").unlink()
-        check_one_checkpoint(folder)
+        GENAI.check_one_checkpoint(folder)
         if file == "vocab.txt":
             (folder / file).write_text("a\nb\n")
         else:
@@ -306,7 +307,7 @@ class TestPartsOfDifferentCheckpoints:
                 content["model"]["blank_id"] -= 1
             write_json(folder / file, content)
         with pytest.raises(ValueError, match="they are of different checkpoints; run: python export_"):
-            check_one_checkpoint(folder)
+            GENAI.check_one_checkpoint(folder)
 
     def test_a_manifest_that_says_nothing_of_the_tokenizer_leaves_sizes(self, tiny_export, tmp_path):
         folder = tmp_path / "models"
@@ -314,8 +315,8 @@ class TestPartsOfDifferentCheckpoints:
         manifest = read_manifest(folder)
         del manifest["tokenizer"]
         write_json(folder / "manifest.json", manifest)
-        check_one_checkpoint(folder)
-        assert kept_by_export(folder, manifest["export"]["source"])[1] == tuple(sorted(TOKENIZER_FILES))
+        GENAI.check_one_checkpoint(folder)
+        assert GENAI.kept_by_export(folder, manifest["export"]["source"])[1] == tuple(sorted(TOKENIZER_FILES))
 
     def test_an_optimized_folder_and_new_graphs(self, tiny_export, exported_over):
         check_same_checkpoint(tiny_export, tiny_export)
@@ -330,7 +331,7 @@ class TestPartsOfDifferentCheckpoints:
         lines = (tiny_export / "vocab.txt").read_text(encoding="utf-8").splitlines()
         vocabulary = tmp_path / layout.vocabulary[0]
         vocabulary.write_text("\n".join([*lines, ""]), encoding="utf-8")
-        check_one_checkpoint(tmp_path, layout)
+        layout.check_one_checkpoint(tmp_path)
         vocabulary.write_text("\n".join([*lines[:100], ""]), encoding="utf-8")
-        with pytest.raises(ValueError, match="got 100 tokens in"):
-            check_one_checkpoint(tmp_path, layout)
+        with pytest.raises(ValueError, match="do not fit the 100 tokens in"):
+            layout.check_one_checkpoint(tmp_path)

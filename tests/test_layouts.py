@@ -5,7 +5,7 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +22,19 @@ from common import optimize
 from common.checkpoint import nemo
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import bpe_text, tokens_text
-from common.cli import EXPORT_COMMAND, CheckError
+from common.cli import CheckError
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.evaluate.speed import Speed
 from common.folder import CHECKPOINT, MANIFEST, read_location, read_manifest, staged_folder, verify_files
-from common.layouts import adapt as views
-from common.layouts.genai import GENAI, check_genai_supports, genai_folder
-from common.layouts.layout import LAYOUTS, Layout, layout_of, layouts_in, register
+from common.layouts import LAYOUTS, genai_folder, layout_of, layouts_in, views
+from common.layouts.genai import GENAI, check_genai_supports
+from common.layouts.layout import Layout
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX, SHERPA_ONNX_GRAPHS
 from common.report.card import CARD
 from common.report.report import REPORT_JSON
 from common.run.genai import GenAI
+from common.run.reference import features_of
 from tests.helpers import (
     CLIPS,
     REDUCED,
@@ -241,11 +242,12 @@ def test_sherpa_onnx_does_not_accept_wrong_metadata(key, value, message, exporte
         ),
     ],
 )
-def test_a_checkpoint_that_a_runtime_cannot_compute_is_rejected_by_name(runtime, change, named, spec):
-    LAYOUTS[runtime].check(spec)
+def test_a_checkpoint_that_a_runtime_cannot_compute_is_rejected_by_name(runtime, change, named, spec, tiny_model):
+    features = partial(features_of, tiny_model)
+    LAYOUTS[runtime].check(spec, features)
     other = dataclasses.replace(spec, **change)
     with pytest.raises(ValueError, match=re.escape(named)):
-        LAYOUTS[runtime].check(other)
+        LAYOUTS[runtime].check(other, features)
     if "unsupported_features" not in change:
         check_genai_supports(other)
 
@@ -364,31 +366,35 @@ TOY_GRAPHS = (
 )
 
 
-def check_toy_supports(spec: ModelSpec) -> None:
-    if spec.num_mels == 64:
-        raise ValueError("the toy runtime does not compute 64 mel bins")
+class ToyLayout(Layout):
+    runtime = "toy"
+    packages = ("toy-runtime",)
+    graphs = TOY_GRAPHS
+    config_files = ("toy.json",)
+    vocabulary = ("pieces.txt",)
+    usage = "import toy\nprint(toy.transcribe('{folder}', '{audio}'))\n"
+
+    def check(self, spec, features):
+        pass
+
+    def configs(self, spec, window, device):
+        return {"toy.json": json.dumps({"blank": spec.blank_id, "chunk": window.chunk}).encode()}
+
+
+class RejectingLayout(ToyLayout):
+    def check(self, spec, features):
+        raise ValueError(f"the toy runtime does not compute {spec.num_mels} mel bins")
 
 
 @pytest.fixture
-def toy() -> Iterator[Layout]:
-    """A new layout, which is in the registry for one test."""
-    yield register(
-        Layout(
-            runtime="toy",
-            packages=("toy-runtime",),
-            graphs=TOY_GRAPHS,
-            config_files=("toy.json",),
-            vocabulary=("pieces.txt",),
-            vocabulary_command=EXPORT_COMMAND,
-            check=check_toy_supports,
-            configs=lambda spec, window, device: {"toy.json": {"blank": spec.blank_id, "chunk": window.chunk}},
-            usage="import toy\nprint(toy.transcribe('{folder}', '{audio}'))\n",
-        )
-    )
-    LAYOUTS.pop("toy", None)
+def toy(monkeypatch) -> Layout:
+    """A new layout, which is among the layouts for one test."""
+    layout = ToyLayout()
+    monkeypatch.setitem(LAYOUTS, "toy", layout)
+    return layout
 
 
-def test_a_layout_of_its_own_kind_needs_nothing_but_its_registration(toy, tiny_export, tmp_path, capsys):
+def test_a_layout_of_its_own_kind_needs_nothing_but_its_entry(toy, tiny_export, tmp_path, capsys):
     with pytest.raises(SystemExit):
         export_parakeet_to_onnx.main(["--help"])
     assert "{genai,onnx-asr,sherpa-onnx,toy,all}" in "".join(capsys.readouterr().out.split())
@@ -425,17 +431,14 @@ def test_a_layout_of_its_own_kind_needs_nothing_but_its_registration(toy, tiny_e
     assert "invalid choice: 'toy'" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_a_new_layout_does_not_accept_leaves_no_folder(toy, tmp_path, capsys, monkeypatch):
-    rejecting = dataclasses.replace(toy, check=lambda spec: check_toy_supports(dataclasses.replace(spec, num_mels=64)))
-    monkeypatch.setitem(LAYOUTS, "toy", rejecting)
+def test_a_checkpoint_that_a_new_layout_does_not_accept_leaves_no_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(LAYOUTS, "toy", RejectingLayout())
     argv = ["--model_name", str(TINY), "--output_dir", str(tmp_path / "out"), "--runtime", "toy"]
     assert export_parakeet_to_onnx.main(argv) == 2
-    assert "error: the toy runtime does not compute 64 mel bins" in capsys.readouterr().err
+    assert "error: the toy runtime does not compute 128 mel bins" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change", [{"runtime": "genai"}, {"graphs": (*TOY_GRAPHS[:2], JOINT)}], ids=["name", "marker"])
-def test_a_layout_has_a_name_and_a_last_graph_of_its_own(change, toy):
-    with pytest.raises(ValueError, match="has the name or the last graph file of genai"):
-        register(dataclasses.replace(toy, **{"runtime": "other", **change}))
-    assert list(LAYOUTS) == ["genai", "onnx-asr", "sherpa-onnx", "toy"]
+def test_every_layout_has_a_name_and_a_last_graph_of_its_own():
+    assert [layout.runtime for layout in LAYOUTS.values()] == list(LAYOUTS)
+    assert len({layout.marker for layout in LAYOUTS.values()}) == len(LAYOUTS)

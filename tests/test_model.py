@@ -11,8 +11,8 @@ from common.checkpoint import find
 from common.checkpoint.find import checkpoint_bytes, find_checkpoint, format_of, source_record
 from common.checkpoint.nemo import load_model, read_config, require_tdt
 from common.checkpoint.spec import ModelSpec, _feature_differences
-from common.layouts.features import NO_SYMBOL_LIMIT
-from common.layouts.genai import Window, audio_processor_config, check_genai_supports, genai_config
+from common.layouts.genai import audio_processor_config, check_genai_supports, genai_config
+from common.layouts.layout import NO_SYMBOL_LIMIT, Window
 from common.run.genai import GenAI
 from common.run.reference import Nemo
 from tests.helpers import TINY, ctc_only, plain_rnnt, rewrite_config, rewrite_weights
@@ -87,7 +87,7 @@ def test_window_in_whole_encoder_frames(spec):
         ("right_context_seconds", (6, 10, 0.01)),
         ("chunk_seconds", (0, 10, 2)), ("left_context_seconds", (6, -0.08, 2)),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"expected --{flag} as a whole number of encoder frames of 0.08 s"):
+        with pytest.raises(ValueError, match=f"--{flag} must be a whole number of encoder frames of 0.08 s"):
             Window.of_seconds(spec, *seconds)
 
 

@@ -15,7 +15,6 @@ from common.checkpoint.archive import parse_config
 from common.checkpoint.tokenizer import Piece, parse_model, tokenizer_json, vocab_text
 from common.contract import DECODER, ENCODER, JOINT
 from common.export import wrappers
-from common.export.trace import export_graph
 from common.onnx_io import save_model
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, compare
 from common.quantize.fusion import fuse
@@ -134,7 +133,7 @@ def test_onnx_runtime_the_torch_wrappers_and_nemo_decode_the_same(
     folder = tmp_path_factory.mktemp("random")
     modules = {DECODER: wrappers.StatefulDecoder(decoder), JOINT: wrappers.TdtJoint(joint)}
     for graph, module in modules.items():
-        export_graph(module, graph, folder, 17)
+        wrappers.export_graph(module, graph, folder, 17)
 
     def torch_runner(module):
         def run(*arrays):
@@ -245,7 +244,7 @@ def test_fusion_keeps_the_output_of_the_encoder(
         self_attention_model="rel_pos", dropout=0.0,
     ).eval().requires_grad_(False)  # fmt: skip
     folder = tmp_path_factory.mktemp("random")
-    export_graph(wrappers.Encoder(encoder), ENCODER, folder, 17)
+    wrappers.export_graph(wrappers.Encoder(encoder), ENCODER, folder, 17)
     fused, counts = fuse(folder / ENCODER.file)
     assert counts["SkipLayerNormalization"] > 0
     (folder / "fused").mkdir()

@@ -99,7 +99,7 @@ def test_features_that_genai_cannot_compute(capsys, tmp_path):
 def test_windows_that_are_not_whole_frames(capsys, tmp_path):
     argv = ("--model_name", TINY, "--output_dir", tmp_path / "out", "--left_context_seconds", "1.23")
     error = rejected(capsys, export_parakeet_to_onnx, *argv)
-    assert "expected --left_context_seconds as a whole number of encoder frames of 0.08 s" in error
+    assert "--left_context_seconds must be a whole number of encoder frames of 0.08 s" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -28,9 +28,8 @@ from common.checkpoint.tokenizer import parse_model, tokenizer_config, tokenizer
 from common.checkpoint.tokenizer_json import sentencepiece_model
 from common.cli import Stages
 from common.contract import GRAPH_FILES, GRAPHS, TOKENIZER_FILES
-from common.export.options import ExportOptions
 from common.export.parity import ParityError
-from common.export.pipeline import export_graphs, verify_graphs
+from common.export.pipeline import ExportOptions, export_graphs, verify_graphs
 from common.folder import read_manifest
 from common.layouts.genai import GENAI
 from common.report.card import model_card
@@ -43,8 +42,8 @@ pytestmark = pytest.mark.slow  # the fixture imports transformers and converts t
 # tests/conftest.py verifies the same graphs on a long clip.
 WITHOUT_NEMO = """
 import sys
-import common.export.options
-common.export.options.LONG_CASE_MAX_PARAMETERS = 0
+import common.export.parity
+common.export.parity.LONG_CASE_MAX_PARAMETERS = 0
 import {script}
 status = {script}.main(sys.argv[1:])
 loaded = [name for name in sys.modules if name.split(".")[0] == "nemo"]
@@ -132,13 +131,13 @@ def test_a_graph_that_differs_from_transformers_is_an_error(tiny_transformers, t
 
     model = transformers.load_model(tiny_transformers)
     references = export_graphs(model, tmp_path, ExportOptions(runtime="genai", skip_verify=True))
-    from common.export.parity import VERIFICATIONS
+    from common.export.parity import CASES
     from common.export.wrappers import WRAPPERS
 
     with torch.no_grad():
         model.network.joint.head.bias[5] += 0.01
     references = {
-        graph: VERIFICATIONS[graph].cases(module, WRAPPERS[graph](module).example_inputs)
+        graph: CASES[graph](module, WRAPPERS[graph](module).example_inputs)
         for graph, module in ((GRAPHS[2], model.joint),)
     }
     with pytest.raises(ParityError, match=r"joint.onnx differs from transformers by 1.0e-02 absolute"):

@@ -10,9 +10,8 @@ import test_real_speech
 from common.checkpoint import nemo
 from common.checkpoint.tokenizer import Piece, parse_model
 from common.contract import DECODER, ENCODER, JOINT
-from common.export.trace import export_graph
-from common.export.wrappers import WRAPPERS
-from common.export.writing import ids_of_other_scripts, suppress, suppressed_ids
+from common.export.scripts import ids_of_other_scripts, suppress, suppressed_ids
+from common.export.wrappers import WRAPPERS, export_graph
 from common.folder import read_manifest
 from common.layouts.genai import GENAI
 from common.report.card import model_card

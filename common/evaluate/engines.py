@@ -21,10 +21,10 @@ from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, find_checkpoint, f
 from common.cli import Parser
 from common.evaluate.text_rules import TextRule, text_rules, transformers_text_rules
 from common.evaluate.words import Pieces, timed_words
-from common.export.writing import suppress, suppressed_ids
+from common.export.scripts import suppress, suppressed_ids
 from common.folder import CHECKPOINT, EXPORTED, FILES, MANIFEST, is_float16, read_location, read_manifest
 from common.layouts.genai import GENAI
-from common.layouts.identity import check_one_checkpoint, check_same_checkpoint
+from common.layouts.layout import check_same_checkpoint
 from common.run.audio import Clip
 from common.run.config import RuntimeConfig
 from common.run.decode import GENAI_RULE, NEMO_RULE, BlankZero, Transcript
@@ -286,7 +286,7 @@ def open_folders(path: Path, options: EngineOptions) -> list[OpenFolder]:
     """
     paths = _chosen_folders(path, options.folders)
     for each in paths:
-        check_one_checkpoint(each)
+        GENAI.check_one_checkpoint(each)
         check_same_checkpoint(path, each)
     folders = [OpenFolder(each) for each in paths]
     for folder, label in zip(folders, labels(paths), strict=True):

@@ -1,26 +1,26 @@
 """Graphs with float16 weights and arithmetic, float32 inputs and outputs, and float32 where float16 could overflow.
 
 What overflows on a GPU need not overflow on a CPU, where ONNX Runtime multiplies in float32 and leaves out roundings
-in between. So the largest values are measured on speech, in the float32 graph (common/export/ranges.py), and operators
-that come near the limit stay float32. What a GPU computes is emulated on the CPU: `EmulatedGraph` rounds the result of
-each operator to float16.
+in between. So `measure_ranges` measures the largest values on speech, in the float32 graph, and `convert` leaves
+operators that come near the limit in float32. What a GPU computes is emulated on the CPU: `EmulatedGraph` rounds the
+result of each operator to float16.
 
 onnxruntime.transformers.float16 is not used: between two operators that it leaves in float32 it converts the value to
 float16 and back, it clips weights, and it needs all of them in memory. Here weights are read and written one by one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from common.contract import Graph
-from common.export.typed_graph import FLOATS, exact_session, float_values, load_typed, name_of
-from common.onnx_io import add_initializer, release, save_model, tensor_of
-from common.run.ort import OrtGraph
+from common.contract import ENCODER, GRAPHS, Graph
+from common.onnx_io import add_initializer, computed_from, input_of, load, name_of, release, save_model, tensor_of
+from common.run.ort import OnnxRuntime, OrtGraph, open_session
 
 LARGEST_FLOAT16 = 65504.0
 # An operator stays float32 if one of its inputs, outputs or inner sums was as large as this or larger. It is a quarter
@@ -31,7 +31,157 @@ LIMIT = 2.0**14
 SUMS = ("InstanceNormalization", "GroupNormalization", "ReduceMean", "ReduceSum", "ReduceL2")
 PERIODIC = ("Sin", "Cos")  # large angles in, small numbers out
 
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
 Ranges = Mapping[str, float]  # operator's name → its largest magnitude
+
+
+def load_typed(path: Path) -> ir.Model:
+    """The model at `path`, with constants as initializers and the type of every value inferred.
+
+    Raises ValueError if a type cannot be inferred.
+    """
+    model = passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(load(path)).model
+    model = passes.ShapeInferencePass()(model).model
+    unknown = next((node for node in model.graph if any(value.dtype is None for value in node.outputs)), None)
+    if unknown is not None:
+        raise ValueError(f"{path}: expected known types of all values, got none for {unknown.op_type} {unknown.name}")
+    return model
+
+
+def float_values(node: ir.Node) -> list[ir.Value]:
+    """The inputs and outputs of `node` that are float32 or float16."""
+    return [value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype in FLOATS]
+
+
+def exact_session(model: ir.Model, folder: Path, *, fold: bool = False) -> Any:
+    """An ONNX Runtime session of `model`, whose weights are in `folder`, that changes nothing in the graph.
+
+    No cast is dropped and no weight is repacked. With `fold`, for small float32 graphs, what depends on weights alone
+    is computed once.
+    """
+    import onnxruntime as ort
+
+    levels = ort.GraphOptimizationLevel
+    options = ort.SessionOptions()
+    options.graph_optimization_level = levels.ORT_ENABLE_BASIC if fold else levels.ORT_DISABLE_ALL
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # the order of the file
+    options.enable_cpu_mem_arena = fold
+    entries = {
+        "session.disable_prepacking": "1",
+        "session.model_external_initializers_file_folder_path": str(folder),
+    }
+    return open_session(ir.to_proto(model).SerializeToString(), entries=entries, options=options)
+
+
+class RangeRecorder(OrtGraph):
+    """A float32 graph that records, over all its calls, the largest magnitude at each of its operators.
+
+    For a product this is the sum of the magnitudes of its terms, which no order of summation exceeds, even in float16.
+    """
+
+    def __init__(self, folder: Path, graph: Graph) -> None:
+        model = load_typed(folder / graph.file)
+        self.graph = graph
+        # Name of a value, or of a product → largest magnitude; at first of the weights.
+        self.known = {
+            name: computed_from(value, lambda weight: float(np.max(np.abs(weight), initial=0.0)))
+            for name, value in model.graph.initializers.items()
+            if value.dtype == ir.DataType.FLOAT
+        }
+        self.operators = {
+            name_of(node): [name_of(item) for item in (node, *node.inputs, *node.outputs) if item is not None]
+            for node in model.graph
+        }
+        self.probes = _Probes(model).names  # name of an output → name in `known`
+        # The magnitudes of the encoder's weights take gigabytes: they are computed when needed, those of others once.
+        self.session = exact_session(model, folder, fold=graph is not ENCODER)
+
+    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        names = [*self.graph.output_names, *self.probes]
+        results: list[np.ndarray] = self.session.run(names, dict(zip(self.graph.input_names, inputs, strict=True)))
+        count = len(self.graph.outputs)
+        for name, value in zip(self.probes.values(), results[count:], strict=True):
+            self.known[name] = float(np.maximum(self.known.get(name, 0.0), value))  # a NaN stays
+        return results[:count]
+
+    def ranges(self) -> Ranges:
+        """The largest magnitude of each operator: among its inputs, its outputs and its inner sums."""
+        return {
+            operator: float(np.max([self.known[name] for name in names if name in self.known], initial=0.0))
+            for operator, names in self.operators.items()
+        }
+
+
+def measure_ranges(folder: Path, clips: Sequence[np.ndarray]) -> dict[str, Ranges]:
+    """Transcribe `clips`, features [M, T] each, with the float32 folder: graph's name → ranges of its operators."""
+    recorders = {graph.name: RangeRecorder(folder, graph) for graph in GRAPHS}
+    engine = OnnxRuntime(folder, lambda _, graph: recorders[graph.name])
+    for features in clips:
+        engine.transcribe(features)
+    shortest = min(clips, key=lambda features: features.shape[1])
+    frames = shortest.shape[1]
+    engine.encoder(np.stack([shortest, shortest]), np.array([frames, frames // 2]))  # with masked frames
+    return {name: recorder.ranges() for name, recorder in recorders.items()}
+
+
+class _Probes:
+    """Adds one scalar output to the graph for each float value and each product: the largest magnitude in it.
+
+    Each is computed directly after the operator it belongs to. At the end of the graph, all values would have to be
+    held in memory until then.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.graph = model.graph
+        self.names: dict[str, str] = {}  # name of a probe → name of the value or node it measures
+        self._magnitudes: dict[ir.Value, ir.Value] = {}
+        self._added: list[ir.Node] = []
+        nodes = list(model.graph)
+        for value in model.graph.inputs:
+            if value.dtype == ir.DataType.FLOAT:
+                self._probe(self._magnitude(value), name_of(value))
+        model.graph.insert_before(nodes[0], self._added)
+        for node in nodes:
+            self._added.clear()
+            self._probe_sums(node)
+            for value in node.outputs:
+                if value.dtype == ir.DataType.FLOAT:
+                    self._probe(self._magnitude(value), name_of(value))
+            model.graph.insert_after(node, self._added)
+
+    def _probe_sums(self, node: ir.Node) -> None:
+        """Probe the sums inside `node` if it is a product."""
+        if node.op_type in ("MatMul", "Conv") and input_of(node, 0).dtype == ir.DataType.FLOAT:
+            terms = [self._magnitude(input_of(node, 0)), self._magnitude(input_of(node, 1))]
+            self._probe(self._add(node.op_type, terms, *node.attributes.values()), name_of(node))
+        elif node.op_type == "LSTM":
+            by_input = self._lstm_product(input_of(node, 0), input_of(node, 1))
+            by_state = self._lstm_product(input_of(node, 5), input_of(node, 2))  # of the first step
+            self._probe(self._add("Add", [by_input, by_state]), name_of(node))
+
+    def _lstm_product(self, rows: ir.Value, weight: ir.Value) -> ir.Value:
+        """rows [S, B, I], an LSTM's weight [1, 4H, I] → the sums of magnitudes [S, B, 4H]"""
+        columns = self._add("Transpose", [self._magnitude(weight)], ir.AttrInt64s("perm", [0, 2, 1]))
+        return self._add("MatMul", [self._magnitude(rows), columns])
+
+    def _magnitude(self, value: ir.Value) -> ir.Value:
+        if value not in self._magnitudes:
+            self._magnitudes[value] = self._add("Abs", [value])
+        return self._magnitudes[value]
+
+    def _probe(self, magnitudes: ir.Value, name: str) -> None:
+        largest = self._add("ReduceMax", [magnitudes], ir.AttrInt64("keepdims", 0))
+        largest.name = f"largest {len(self.names)}"
+        largest.shape = ir.Shape([])
+        self.graph.outputs.append(largest)
+        self.names[largest.name] = name
+
+    def _add(self, operator: str, inputs: Sequence[ir.Value], *attributes: ir.Attr) -> ir.Value:
+        node = ir.Node("", operator, inputs, attributes)
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        self._added.append(node)
+        return node.outputs[0]
 
 
 @dataclass
@@ -59,34 +209,6 @@ class Conversion:
 
 def _four_digits(values: Mapping[str, float]) -> dict[str, float]:
     return {name: float(f"{value:.4g}") for name, value in values.items()}
-
-
-class EmulatedGraph(OrtGraph):
-    """A float16 graph as a GPU computes it: sums in float32, the result of each operator rounded to float16."""
-
-    def __init__(self, folder: Path, graph: Graph) -> None:
-        model = load_typed(folder / graph.file)
-        casts = _Casts(model, convert_weights=False)
-        for node in list(model.graph):
-            if node.op_type != "Cast" and any(value.dtype == ir.DataType.FLOAT16 for value in float_values(node)):
-                _compute_in_float32(node, casts)
-        model.graph.sort()
-        self.graph = graph
-        self.session = exact_session(model, folder)
-
-
-def _compute_in_float32(node: ir.Node, casts: "_Casts") -> None:
-    """Convert the float16 inputs of `node` to float32, and round its results to float16 for those that use them."""
-    for index, value in enumerate(node.inputs):
-        if value is not None and value.dtype == ir.DataType.FLOAT16:
-            node.replace_input_with(index, casts.cast(value, ir.DataType.FLOAT))
-    for value in node.outputs:
-        if value.dtype == ir.DataType.FLOAT16:
-            users = list(value.uses())
-            value.dtype = ir.DataType.FLOAT
-            rounded = casts.cast(value, ir.DataType.FLOAT16)
-            for user, index in users:
-                user.replace_input_with(index, rounded)
 
 
 def convert(source: Path, target: Path, graph: Graph, ranges: Ranges) -> Conversion:
@@ -145,6 +267,70 @@ def _restore_outputs(model: ir.Model, casts: "_Casts") -> None:
             model.graph.outputs[index] = output
 
 
+def _forget_types(model: ir.Model) -> None:
+    """Remove the types of the values inside the graph, as in the exported graph: a runtime infers them."""
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.type = None
+                value.shape = None
+
+
+def _exact_operators(model: ir.Model) -> set[ir.Node]:
+    """Operators that stay float32 whatever their values are: SUMS, and those that count in floats.
+
+    Float16 has no odd integer beyond 2048, and the positions of a clip of three minutes exceed that. So a Cast of
+    integers stays float32, and so does what is computed from its result and constants alone, up to the sine or cosine.
+    """
+    exact = {node for node in model.graph if node.op_type in SUMS}
+    for node in filter(float_values, model.graph):
+        values = [value for value in node.inputs if value is not None and value.dtype in FLOATS]
+        sources = [value.producer() for value in values if not value.is_initializer()]
+        if sources:
+            counts = all(
+                source is not None and source in exact and source.op_type not in PERIODIC for source in sources
+            )
+        elif node.op_type == "Cast":
+            counts = _is_integer(node.inputs[0])
+        else:
+            counts = not values  # an operator without float inputs, whose output type is an attribute
+        if counts:
+            exact.add(node)
+    return exact
+
+
+def _is_integer(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype is not None and value.dtype.is_integer()
+
+
+class EmulatedGraph(OrtGraph):
+    """A float16 graph as a GPU computes it: sums in float32, the result of each operator rounded to float16."""
+
+    def __init__(self, folder: Path, graph: Graph) -> None:
+        model = load_typed(folder / graph.file)
+        casts = _Casts(model, convert_weights=False)
+        for node in list(model.graph):
+            if node.op_type != "Cast" and any(value.dtype == ir.DataType.FLOAT16 for value in float_values(node)):
+                _compute_in_float32(node, casts)
+        model.graph.sort()
+        self.graph = graph
+        self.session = exact_session(model, folder)
+
+
+def _compute_in_float32(node: ir.Node, casts: "_Casts") -> None:
+    """Convert the float16 inputs of `node` to float32, and round its results to float16 for those that use them."""
+    for index, value in enumerate(node.inputs):
+        if value is not None and value.dtype == ir.DataType.FLOAT16:
+            node.replace_input_with(index, casts.cast(value, ir.DataType.FLOAT))
+    for value in node.outputs:
+        if value.dtype == ir.DataType.FLOAT16:
+            users = list(value.uses())
+            value.dtype = ir.DataType.FLOAT
+            rounded = casts.cast(value, ir.DataType.FLOAT16)
+            for user, index in users:
+                user.replace_input_with(index, rounded)
+
+
 class _Casts:
     """Values of a graph in another float type, by one Cast node each; nodes are appended, so the graph needs sorting.
 
@@ -185,39 +371,3 @@ class _Casts:
 
         lazy = ir.LazyTensor(converted, dtype, shape, name=name)
         return add_initializer(self.graph, lazy)
-
-
-def _forget_types(model: ir.Model) -> None:
-    """Remove the types of the values inside the graph, as in the exported graph: a runtime infers them."""
-    for node in model.graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.type = None
-                value.shape = None
-
-
-def _exact_operators(model: ir.Model) -> set[ir.Node]:
-    """Operators that stay float32 whatever their values are: SUMS, and those that count in floats.
-
-    Float16 has no odd integer beyond 2048, and the positions of a clip of three minutes exceed that. So a Cast of
-    integers stays float32, and so does what is computed from its result and constants alone, up to the sine or cosine.
-    """
-    exact = {node for node in model.graph if node.op_type in SUMS}
-    for node in filter(float_values, model.graph):
-        values = [value for value in node.inputs if value is not None and value.dtype in FLOATS]
-        sources = [value.producer() for value in values if not value.is_initializer()]
-        if sources:
-            counts = all(
-                source is not None and source in exact and source.op_type not in PERIODIC for source in sources
-            )
-        elif node.op_type == "Cast":
-            counts = _is_integer(node.inputs[0])
-        else:
-            counts = not values  # an operator without float inputs, whose output type is an attribute
-        if counts:
-            exact.add(node)
-    return exact
-
-
-def _is_integer(value: ir.Value | None) -> bool:
-    return value is not None and value.dtype is not None and value.dtype.is_integer()

@@ -110,7 +110,7 @@ class _RelativeShift(torch.autograd.Function):
         def constant(*values: int) -> Any:
             return g.op("Constant", value_t=torch.tensor(values))
 
-        # Every layer adds the same nodes for the shape; common/export/trace.py merges the copies.
+        # Every layer adds the same nodes for the shape; export_graph merges the copies.
         rows, columns = (g.op("Reshape", scalar, constant(1)) for scalar in (count, frames))
         skipped = g.op("Sub", rows, constant(1))
         width = g.op("Add", columns, skipped)

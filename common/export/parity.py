@@ -1,29 +1,34 @@
 """Verification of the exported graphs against the checkpoint's library, NeMo or transformers: valid frames only.
 
 The reference is the library's own module, not the wrapper that was exported, so an error in the wrapper shows as well.
+torch is imported inside the functions, so that importing this module takes no time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from common.cli import CheckError
 from common.contract import DECODER, ENCODER, FLOAT16_TOLERANCE, JOINT, PARITY_TOLERANCE, Graph
-from common.export.options import LONG_CASE_MAX_PARAMETERS
 from common.run.ort import MAPPED, OpenGraph
+
+if TYPE_CHECKING:
+    import torch
 
 # (B, T) of the encoder's cases: one encoder frame, batches of odd and different lengths, twenty seconds.
 ENCODER_CASES = ((1, 8), (1, 200), (2, 333), (3, 517), (1, 2000))
 # Past the 5000 encoder frames (400 s) where NeMo's position table ends; quadratic in memory, so for small models only.
 LONG_CASE_FRAMES = 5100
+LONG_CASE_MAX_PARAMETERS = 20e6
 DECODER_STEPS = 12
 JOINT_CASES = ((1, 1, 1), (2, 3, 2), (1, 7, 5))  # B, S, U
 
-ExampleInputs = Callable[..., tuple[torch.Tensor, ...]]
+LENGTHS = ENCODER.output_names[1]
+
+ExampleInputs = Callable[..., tuple["torch.Tensor", ...]]
 
 
 class ParityError(CheckError):
@@ -78,12 +83,14 @@ class Case:
     """Inputs of a graph and the outputs of the library's module for them, so that the module can be freed."""
 
     inputs: tuple[np.ndarray, ...]
-    expected: tuple[np.ndarray, ...]
+    expected: Mapping[str, np.ndarray]  # by the name of the output; the decoder passes its lengths through
     library: str
 
 
 def encoder_cases(encoder: Any, example_inputs: ExampleInputs) -> list[Case]:
     """NeMo's outputs and lengths for `ENCODER_CASES`; for small models also for a clip of more than 400 s."""
+    import torch
+
     shapes = list(ENCODER_CASES)
     if sum(parameter.numel() for parameter in encoder.parameters()) <= LONG_CASE_MAX_PARAMETERS:
         shapes.append((1, LONG_CASE_FRAMES * encoder.subsampling_factor))
@@ -91,7 +98,8 @@ def encoder_cases(encoder: Any, example_inputs: ExampleInputs) -> list[Case]:
     for batch, frames in shapes:
         features, lengths = example_inputs(batch, frames)
         with torch.inference_mode():
-            expected = encoder(audio_signal=_like(features, encoder), length=_like(lengths, encoder))
+            outputs = encoder(audio_signal=_like(features, encoder), length=_like(lengths, encoder))
+        expected = dict(zip(ENCODER.output_names, outputs, strict=True))
         cases.append(_case(encoder, (features, lengths), expected))
     return cases
 
@@ -101,6 +109,8 @@ def decoder_cases(decoder: Any, example_inputs: ExampleInputs) -> list[Case]:
 
     The states among the inputs are used in the first case only: after that, a graph continues from its own states.
     """
+    import torch
+
     batch = 2
     tokens, _, *zeros = example_inputs(batch, DECODER_STEPS)
     state = tuple(_like(part, decoder) for part in zeros)
@@ -112,90 +122,71 @@ def decoder_cases(decoder: Any, example_inputs: ExampleInputs) -> list[Case]:
         with torch.inference_mode():
             output, state = decoder.predict(fed, state=before, add_sos=False)
         inputs = (targets, torch.ones(batch, dtype=torch.int64), *before)
-        cases.append(_case(decoder, inputs, (output.transpose(1, 2), *state)))
+        h, c = state
+        cases.append(_case(decoder, inputs, {"decoder_output": output.transpose(1, 2), "h_out": h, "c_out": c}))
     return cases
 
 
 def joint_cases(joint: Any, example_inputs: ExampleInputs) -> list[Case]:
     """NeMo's raw logits for several S and U."""
+    import torch
+
     cases = []
     for batch, frames, targets in JOINT_CASES:
         encoded, predicted = example_inputs(batch, frames, targets)
         with torch.inference_mode():
             hidden = joint.project_encoder(_like(encoded, joint))[:, :, None]
             hidden = hidden + joint.project_prednet(_like(predicted, joint))[:, None]
-            cases.append(_case(joint, (encoded, predicted), (joint.joint_net(hidden),)))
+            cases.append(_case(joint, (encoded, predicted), {"joint_output": joint.joint_net(hidden)}))
     return cases
 
 
-def check_encoder(
-    folder: Path, cases: Sequence[Case], open_graph: OpenGraph = MAPPED, *, float16: bool = False
-) -> Parity:
-    """Compare the valid frames and the lengths. Raises ParityError."""
-    graph = open_graph(folder, ENCODER)
-    parity = Parity(library=cases[0].library, float16=float16)
-    for case in cases:
-        actual, lengths = graph(*case.inputs)
-        expected, expected_lengths = case.expected
-        if lengths.tolist() != expected_lengths.tolist():
-            raise ParityError(
-                f"expected encoded_lengths {expected_lengths.tolist()} as in {case.library}, got {lengths.tolist()}"
-            )
-        for row, valid in enumerate(lengths):
-            parity.add(ENCODER.file, actual[row, :, :valid], expected[row, :, :valid])
-    return parity
-
-
-def check_decoder(
-    folder: Path, cases: Sequence[Case], open_graph: OpenGraph = MAPPED, *, float16: bool = False
-) -> Parity:
-    """Compare outputs and states along the chain. Raises ParityError."""
-    graph = open_graph(folder, DECODER)
-    parity = Parity(library=cases[0].library, float16=float16)
-    state = list(cases[0].inputs[2:])
-    for case in cases:
-        output, _, *state = graph(*case.inputs[:2], *state)
-        for actual, expected in zip((output, *state), case.expected, strict=True):
-            parity.add(DECODER.file, actual, expected)
-    return parity
-
-
-def check_joint(
-    folder: Path, cases: Sequence[Case], open_graph: OpenGraph = MAPPED, *, float16: bool = False
-) -> Parity:
-    """Compare raw logits. Raises ParityError."""
-    graph = open_graph(folder, JOINT)
-    parity = Parity(library=cases[0].library, float16=float16)
-    for case in cases:
-        (actual,) = graph(*case.inputs)
-        (expected,) = case.expected
-        parity.add(JOINT.file, actual, expected)
-    return parity
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How one graph is verified."""
-
-    cases: Callable[[Any, ExampleInputs], list[Case]]  # NeMo's module, example inputs → the reference
-    check: Callable[..., Parity]  # folder, cases, how to open the graph, float16=…; raises ParityError
-
-
-VERIFICATIONS: dict[Graph, Verification] = {
-    ENCODER: Verification(encoder_cases, check_encoder),
-    DECODER: Verification(decoder_cases, check_decoder),
-    JOINT: Verification(joint_cases, check_joint),
+# Each module is an attribute of the library's model that has the name of the graph.
+CASES: dict[Graph, Callable[[Any, ExampleInputs], list[Case]]] = {
+    ENCODER: encoder_cases,
+    DECODER: decoder_cases,
+    JOINT: joint_cases,
 }
 
 
-def _case(module: Any, inputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> Case:
+def check_graph(
+    folder: Path, graph: Graph, cases: Sequence[Case], open_graph: OpenGraph = MAPPED, *, float16: bool = False
+) -> Parity:
+    """Run `graph` of a folder on the inputs of `cases` and compare its outputs with the library's. Raises ParityError.
+
+    Where the cases have lengths, the graph's must equal them, and the valid frames alone are compared. A graph with
+    states continues from its own, so that a wrong state also shows in what follows.
+    """
+    run = open_graph(folder, graph)
+    parity = Parity(library=cases[0].library, float16=float16)
+    states: list[np.ndarray] = []
+    for case in cases:
+        inputs = (*case.inputs[: len(case.inputs) - len(states)], *states)
+        outputs = dict(zip(graph.output_names, run(*inputs), strict=True))
+        states = [outputs[tensor.name] for tensor in graph.outputs if "L" in tensor.axes]
+        lengths = case.expected.get(LENGTHS)
+        if lengths is not None and outputs[LENGTHS].tolist() != lengths.tolist():
+            raise ParityError(
+                f"{LENGTHS} of {graph.file} are {outputs[LENGTHS].tolist()}, in {case.library} {lengths.tolist()}: the "
+                "export is wrong, please report it"
+            )
+        for name, expected in case.expected.items():
+            if lengths is None:
+                parity.add(graph.file, outputs[name], expected)
+            elif name != LENGTHS:
+                for row, valid in enumerate(lengths):
+                    parity.add(graph.file, outputs[name][row, :, :valid], expected[row, :, :valid])
+    return parity
+
+
+def _case(module: Any, inputs: Sequence["torch.Tensor"], expected: Mapping[str, "torch.Tensor"]) -> Case:
     return Case(
         library=getattr(module, "library", "NeMo"),
         inputs=tuple(tensor.cpu().numpy() for tensor in inputs),
-        expected=tuple(tensor.cpu().numpy() for tensor in expected),
+        expected={name: tensor.cpu().numpy() for name, tensor in expected.items()},
     )
 
 
-def _like(tensor: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+def _like(tensor: "torch.Tensor", module: "torch.nn.Module") -> "torch.Tensor":
     """`tensor` on the device of `module`."""
     return tensor.to(next(module.parameters()).device)

@@ -1,78 +1,99 @@
-"""The export of a checkpoint: NeMo's model → float32 graphs → verified → float16 graphs → verified.
+"""The steps of an export: NeMo's model → float32 graphs → verified → float16 graphs → verified.
 
-torch and NeMo are imported inside the functions, so that importing this module takes no time.
+torch and NeMo are imported inside the functions, so that usage errors are reported at once.
 """
 
-import gc
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from common.checkpoint.find import format_of
 from common.checkpoint.spec import ModelSpec
 from common.cli import Stages, size_text
 from common.contract import GRAPHS, Graph
-from common.export.options import ExportOptions
-from common.export.writing import suppress, suppressed_ids
+from common.export.parity import CASES, LONG_CASE_MAX_PARAMETERS, Case, check_graph
 from common.run.config import RuntimeConfig
-from common.run.ort import MAPPED
 from common.run.reference import features_of
 
-if TYPE_CHECKING:
-    from common.export.parity import Case
+FP32 = "fp32"
+FP16 = "fp16"
+PRECISIONS = (FP32, FP16)
 
-SUPPRESSED = "suppressed_tokens"  # in the manifest: how many tokens --scripts suppresses
+MIN_OPSET = 17  # the first with LayerNormalization
+MAX_OPSET = 21  # the newest that the wheels of onnxruntime-genai were built for
+
+# Peak memory and disk as multiples of the weights' size in float32, measured at 0.6B. Memory holds the weights (in NeMo
+# or in the ONNX Runtime session), activations, and NeMo's code; disk the unpacked checkpoint and the exported weights.
+MEMORY_FACTOR = 1.3
+MEMORY_OF_NEMO = 1e9  # bytes
+MEMORY_OF_LONG_CASE = 2.8e9  # bytes; a clip past 400 s, on which small encoders are verified; measured with 4 heads
+FLOAT32_BYTES = 4
+DISK_FACTOR = 2.0
+FLOAT16_DISK_FACTOR = 0.5  # in addition: the float16 weights beside the float32 ones
+
 AUDIO_SUFFIXES = (".flac", ".wav")
 
-References = Mapping[Graph, Sequence["Case"]]  # empty where nothing is to be verified
-Features = Callable[[np.ndarray], np.ndarray]  # samples [N] → the library's own features [M, T]
-Configure = Callable[[ModelSpec, Path, Features], None]
+References = Mapping[Graph, Sequence[Case]]  # empty where nothing is to be verified
 
 
-def export_checkpoint(
-    checkpoint: Path,
-    target: Path,
-    options: ExportOptions,
-    scratch: Path,
-    clips: Sequence[Path],
-    configure: Configure,
-    stages: Stages,
-) -> tuple[ModelSpec, dict[str, Any]]:
-    """Write the verified graphs into the folder `target`; return the checkpoint's numbers and the manifest's results.
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The flags of export_parakeet_to_onnx.py that decide what is exported."""
 
-    scratch: a folder for temporary files. clips: audio on which the float16 conversion measures. configure: is called
-    before the export; it raises ValueError for a checkpoint that is not to be exported, and for float16 writes
-    genai_config.json into the folder that it is given. Raises ParityError for a graph that differs from NeMo.
-    """
-    suppressed = suppressed_ids(checkpoint, options.scripts)
-    float32 = scratch / "float32" if options.is_float16 else target
-    float32.mkdir(exist_ok=True)
-    stages.begin(f"checkpoint {checkpoint.name}")
-    model = format_of(checkpoint).load_model(checkpoint, options.device, scratch)
-    suppress(model.joint, suppressed)
-    spec = ModelSpec.of(model)
-    configure(spec, float32, partial(features_of, model))
+    runtime: str  # as the manifest records it; which layouts it stands for is the script's concern
+    opset_version: int = MIN_OPSET
+    precision: str = FP32
+    device: str = "cpu"
+    # Chunks of 60 s with this context encode each second of a long clip 1.2 times, and clips up to 60 s have the full
+    # context that they have in NeMo.
+    chunk_seconds: float = 60
+    left_context_seconds: float = 10
+    right_context_seconds: float = 2
+    skip_verify: bool = False
+    scripts: str | None = None  # writing systems that the text may be in, separated by commas; None: any
+
+    def validate(self) -> None:
+        """Raise ValueError naming the flag whose value cannot be used."""
+        if not MIN_OPSET <= self.opset_version <= MAX_OPSET:
+            raise ValueError(f"expected --opset_version {MIN_OPSET} to {MAX_OPSET}, got {self.opset_version}")
+        if self.chunk_seconds == 0:
+            raise ValueError("--chunk_seconds must be more than 0")
+
+    def record(self) -> dict[str, Any]:
+        """The flags as the manifest records them."""
+        return asdict(self)
+
+    @property
+    def is_float16(self) -> bool:
+        return self.precision == FP16
+
+    @property
+    def stages(self) -> int:
+        """How many stages the export of the graphs prints."""
+        conversion = 1 + len(GRAPHS) if self.is_float16 else 0
+        return 2 + len(GRAPHS) + conversion
+
+    def memory_bytes(self, weight_bytes: int) -> float:
+        """Peak memory of exporting a checkpoint whose weights have that size in float32."""
+        verifies_long_case = not self.skip_verify and weight_bytes <= LONG_CASE_MAX_PARAMETERS * FLOAT32_BYTES
+        long_case = MEMORY_OF_LONG_CASE if verifies_long_case else 0
+        return MEMORY_FACTOR * weight_bytes + MEMORY_OF_NEMO + long_case
+
+    def disk_bytes(self, weight_bytes: int) -> float:
+        """Disk needed, scratch space included, to export a checkpoint whose weights have that size in float32."""
+        return (DISK_FACTOR + (FLOAT16_DISK_FACTOR if self.is_float16 else 0)) * weight_bytes
+
+
+def model_summary(model: Any, spec: ModelSpec) -> list[str]:
+    """The size of a loaded model, for printing."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    stages.end(
+    return [
         f"{parameters / 1e6:.1f} M parameters",
         f"encoder of {spec.encoder_layers} layers, {spec.encoder_dim} wide",
         f"{spec.num_mels} mel bins, {spec.vocab_size} tokens, durations of {list(spec.durations)} frames",
-    )
-    stages.begin("export")
-    references = export_graphs(model, float32, options)
-    speech = speech_features(model, float32, clips) if options.is_float16 else []
-    stages.end(*(f"{graph.file} {graph_size(float32, graph)}" for graph in GRAPHS))
-    del model
-    gc.collect()  # NeMo's modules refer to each other; the model is half of the memory in use
-    parity = verify_graphs(float32, references, stages)
-    results: dict[str, Any] = {SUPPRESSED: len(suppressed)} if options.scripts else {}
-    if not options.is_float16:
-        return spec, {"parity": parity, **results}
-    converted = convert_to_float16(float32, target, references, speech, stages)
-    return spec, {**converted, "float32_parity": parity, **results}
+    ]
 
 
 def export_graphs(model: Any, folder: Path, options: ExportOptions) -> References:
@@ -80,9 +101,7 @@ def export_graphs(model: Any, folder: Path, options: ExportOptions) -> Reference
 
     Raises ValueError where the model has a part that cannot be exported.
     """
-    from common.export.parity import VERIFICATIONS
-    from common.export.trace import export_graph
-    from common.export.wrappers import WRAPPERS
+    from common.export.wrappers import WRAPPERS, export_graph
 
     references = {}
     for graph in GRAPHS:
@@ -92,8 +111,17 @@ def export_graphs(model: Any, folder: Path, options: ExportOptions) -> Reference
             wrapper.for_float16()
         export_graph(wrapper, graph, folder, options.opset_version)
         if not options.skip_verify:
-            references[graph] = VERIFICATIONS[graph].cases(module, wrapper.example_inputs)
+            references[graph] = CASES[graph](module, wrapper.example_inputs)
     return references
+
+
+def graph_sizes(folder: Path) -> list[str]:
+    """Each graph's file and its size with its weights, for printing."""
+    return [f"{graph.file} {_size(folder, graph)}" for graph in GRAPHS]
+
+
+def _size(folder: Path, graph: Graph) -> str:
+    return size_text(sum((folder / name).stat().st_size for name in graph.files))
 
 
 def verify_graphs(folder: Path, references: References, stages: Stages) -> dict[str, Any]:
@@ -101,18 +129,29 @@ def verify_graphs(folder: Path, references: References, stages: Stages) -> dict[
 
     Raises ParityError for a graph that differs by more than the tolerance.
     """
-    from common.export.parity import VERIFICATIONS
-
     records = {}
     for graph in GRAPHS:
         stages.begin(f"verify {graph.file}")
         if graph not in references:
             stages.end("not verified")
             continue
-        parity = VERIFICATIONS[graph].check(folder, references[graph])
+        parity = check_graph(folder, graph, references[graph])
         records[graph.file] = parity.record()
         stages.end(str(parity))
     return records
+
+
+def verify_and_convert(
+    float32: Path, target: Path, references: References, speech: Sequence[np.ndarray], stages: Stages
+) -> dict[str, Any]:
+    """Verify the graphs of the folder `float32`; where `target` is another folder, convert them to float16 into it.
+
+    speech: as convert_to_float16 takes it. Returns the manifest's record; raises ParityError as verify_graphs does.
+    """
+    parity = verify_graphs(float32, references, stages)
+    if target == float32:
+        return {"parity": parity}
+    return {**convert_to_float16(float32, target, references, speech, stages), "float32_parity": parity}
 
 
 def find_clips(folder: Path) -> list[Path]:
@@ -125,10 +164,9 @@ def find_clips(folder: Path) -> list[Path]:
     return clips
 
 
-def speech_features(model: Any, folder: Path, clips: Sequence[Path]) -> list[np.ndarray]:
-    """The model's own features of `clips`, [M, T] each, read as the configuration in `folder` says."""
-    config = RuntimeConfig.read(folder)
-    return [features_of(model, config.read_audio(path)) for path in clips]
+def speech_features(model: Any, folder: Path, clip: Path) -> np.ndarray:
+    """The model's own features of an audio file, [M, T], read as genai_config.json in `folder` says."""
+    return features_of(model, RuntimeConfig.read(folder).read_audio(clip))
 
 
 def convert_to_float16(
@@ -136,12 +174,11 @@ def convert_to_float16(
 ) -> dict[str, Any]:
     """Convert the graphs of the float32 folder `source` into `target` and verify them; return the manifest's record.
 
-    speech: features [M, T] on which the values inside the graphs are measured. Each graph is verified as ONNX Runtime
-    runs it on the CPU, and as a GPU that rounds each result to float16 would. Raises ParityError as verify_graphs does.
+    source: holds genai_config.json as well. speech: features [M, T] on which the values inside the graphs are measured.
+    Each graph is verified as ONNX Runtime runs it on the CPU, and as a GPU that rounds each result to float16 would.
+    Raises ParityError as verify_graphs does.
     """
-    from common.export.float16 import LARGEST_FLOAT16, LIMIT, EmulatedGraph, convert
-    from common.export.parity import VERIFICATIONS
-    from common.export.ranges import measure_ranges
+    from common.export.float16 import LARGEST_FLOAT16, LIMIT, EmulatedGraph, convert, measure_ranges
 
     stages.begin(f"values inside the model on {len(speech)} clips of speech")
     ranges = measure_ranges(source, speech)
@@ -158,20 +195,14 @@ def convert_to_float16(
         float16[graph.file] = conversion.record()
         fields = [
             f"{conversion.kept_float32} of {conversion.operators} operators stay float32",
-            graph_size(target, graph),
+            _size(target, graph),
         ]
         if graph in references:
-            check = VERIFICATIONS[graph].check
-            parity[graph.file] = check(target, references[graph], MAPPED, float16=True).record()
-            rounded = check(target, references[graph], EmulatedGraph, float16=True)
+            parity[graph.file] = check_graph(target, graph, references[graph], float16=True).record()
+            rounded = check_graph(target, graph, references[graph], EmulatedGraph, float16=True)
             float16[graph.file]["rounded_parity"] = rounded.record()
             fields.append(f"rounded as on a GPU: {rounded}")
         else:
             fields.append("not verified")
         stages.end(*fields)
     return {"parity": parity, "float16": float16}
-
-
-def graph_size(folder: Path, graph: Graph) -> str:
-    """The size of a graph with its weights, for printing."""
-    return size_text(sum((folder / name).stat().st_size for name in graph.files))

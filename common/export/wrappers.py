@@ -1,13 +1,21 @@
-"""The three PyTorch modules that are exported: the encoder, the prediction network with its state, and the joint.
+"""The three PyTorch modules that are exported, the encoder, the prediction network with its state and the joint, and
+their export to ONNX.
 
 Each shares the parameters of NeMo's module, or of transformers' under NeMo's names, and computes the same function.
 A wrapper rejects what it does not support with a ValueError that names it.
 """
 
-from collections.abc import Callable, Iterator
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
+import onnx
+import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
 from common.contract import DECODER, ENCODER, JOINT, Graph
@@ -21,12 +29,16 @@ from common.export.layers import (
     attention_blocks,
     share_parameters,
 )
+from common.onnx_io import save_model
+
+# torch.onnx.export(dynamo=False) of torch 2.13 ends at 20; the newer exporter goes on, but takes four times as long.
+EXPORTER_MAX_OPSET = 20
 
 
 class Wrapper(nn.Module):
     """A module that can be exported. It is built from NeMo's module."""
 
-    weights_as_inputs: ClassVar[bool]  # whether the exporter sees the weights as graph inputs (common/export/trace.py)
+    weights_as_inputs: ClassVar[bool] = False  # whether the exporter sees the weights as graph inputs: see export_graph
     example_inputs: Callable[..., tuple[Tensor, ...]]  # sizes, each with a default → inputs of `forward`
 
     def for_float16(self) -> None:
@@ -118,8 +130,6 @@ class StatefulDecoder(Wrapper):
     Raises ValueError for a network that is not a plain LSTM.
     """
 
-    weights_as_inputs = False
-
     def __init__(self, decoder: Any) -> None:
         super().__init__()
         _check_no_adapters(decoder, "a prediction network")
@@ -163,8 +173,6 @@ class TdtJoint(Wrapper):
     neither.
     """
 
-    weights_as_inputs = False
-
     def __init__(self, joint: Any) -> None:
         super().__init__()
         _check_no_adapters(joint, "a joint")
@@ -195,7 +203,59 @@ class TdtJoint(Wrapper):
 WRAPPERS: dict[Graph, Callable[[Any], Wrapper]] = {ENCODER: Encoder, DECODER: StatefulDecoder, JOINT: TdtJoint}
 
 
-def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers under the names that torch.onnx.export gives them as graph inputs."""
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def export_graph(module: Wrapper, graph: Graph, folder: Path, opset: int) -> None:
+    """Write `graph.file` and `graph.data_file` into `folder`.
+
+    A module with `weights_as_inputs` is traced with its weights as graph inputs, which then become initializers that
+    are read straight from the module: nothing is copied, and the 2 GB limit of a protobuf is not reached. The other
+    modules are small, and their weights need the exporter's constant folding (the gates of an LSTM change order).
+    """
+    proto = onnx.load_from_string(_trace(module, graph, min(opset, EXPORTER_MAX_OPSET)))
+    if opset > EXPORTER_MAX_OPSET:
+        proto = onnx.version_converter.convert_version(proto, opset)
+    model = ir.from_proto(proto)
+    if module.weights_as_inputs:
+        _bind_weights(model, module)
+    for graph_pass in (
+        passes.IdentityEliminationPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.ClearMetadataAndDocStringPass(),  # stack traces with paths of this machine
+    ):
+        model = graph_pass(model).model
+    save_model(model, folder / graph.file)
+
+
+def _trace(module: Wrapper, graph: Graph, opset: int) -> bytes:
+    """The serialized ONNX model that torch makes of `module`."""
+    buffer = io.BytesIO()
+    device = next(module.parameters()).device
+    inputs = tuple(tensor.to(device) for tensor in module.example_inputs())
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer warns of every shape that NeMo's code compares
+        torch.onnx.export(
+            module,
+            inputs,
+            buffer,  # type: ignore[arg-type]  # a file object is what dynamo=False accepts as well
+            input_names=graph.input_names,
+            output_names=graph.output_names,
+            dynamic_axes=graph.dynamic_axes(),
+            opset_version=opset,
+            dynamo=False,
+            export_params=not module.weights_as_inputs,
+            do_constant_folding=not module.weights_as_inputs,
+        )
+    return buffer.getvalue()
+
+
+def _bind_weights(model: ir.Model, module: Wrapper) -> None:
+    """Turn the graph inputs that are weights into initializers that hold the module's tensors.
+
+    torch.onnx.export gives those inputs the names of the parameters and buffers.
+    """
+    weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for value in list(model.graph.inputs):
+        if value.name in weights:
+            model.graph.inputs.remove(value)
+            value.const_value = TorchTensor(weights[value.name], name=value.name)
+            model.graph.register_initializer(value)

@@ -1,12 +1,77 @@
-"""The model folders of each runtime. Importing this package registers every layout, in the order of writing.
+"""The model folders of each runtime: which layouts there are, and which of them a folder has.
 
 onnx-asr's joined graph must be made from files that no other folder shares yet, since onnx_ir does not accept files
-with several hard links. So GenAI's folder is written first and onnx-asr's second.
+with several hard links. So in the order of writing GenAI's folder is the first and onnx-asr's the second.
 """
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from common.checkpoint.find import format_of
+from common.checkpoint.tokenizer import parse_model
+from common.cli import EXPORT_COMMAND
+from common.folder import MANIFEST, read_manifest
 from common.layouts.genai import GENAI
-from common.layouts.layout import LAYOUTS, Layout, Window, layout_of, layouts_in
+from common.layouts.layout import Layout
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
 
-__all__ = ["GENAI", "LAYOUTS", "ONNX_ASR", "SHERPA_ONNX", "Layout", "Window", "layout_of", "layouts_in"]
+LAYOUTS: dict[str, Layout] = {layout.runtime: layout for layout in (GENAI, ONNX_ASR, SHERPA_ONNX)}
+ALL = "all"  # the value of --runtime for every layout
+
+
+def layouts_for(runtime: str) -> dict[str, Layout]:
+    """Subfolder → layout, for each layout that `--runtime` stands for; "" → GenAI's, whose files have no subfolder."""
+    if runtime == GENAI.runtime:
+        return {"": GENAI}
+    return dict(LAYOUTS) if runtime == ALL else {runtime: LAYOUTS[runtime]}
+
+
+def layout_of(folder: Path) -> Layout:
+    """The layout of one model folder; GenAI's for a folder without graphs."""
+    return next((layout for layout in LAYOUTS.values() if (folder / layout.marker).is_file()), GENAI)
+
+
+def layouts_in(folder: Path) -> dict[str, Layout]:
+    """Subfolder → layout, for a folder exported for several runtimes; "" → layout for a model folder."""
+    found = {name: layout for name, layout in LAYOUTS.items() if (folder / name / layout.encoder.file).is_file()}
+    return found or {"": layout_of(folder)}
+
+
+def genai_folder(folder: Path) -> Path:
+    """`folder`, or its subfolder for ONNX Runtime GenAI. Raises ValueError for a folder of another runtime."""
+    existing = layouts_in(folder)
+    for name, layout in existing.items():
+        if layout is GENAI:
+            return folder / name
+    runtimes = " and ".join(layout.runtime for layout in existing.values())
+    raise ValueError(
+        f"expected a folder for ONNX Runtime GenAI, got {folder}, which is one for {runtimes}; "
+        f"make one with: {EXPORT_COMMAND.format('./onnx_models')} --runtime genai"
+    )
+
+
+def check_same_layouts(folder: Path, planned: Mapping[str, Layout]) -> None:
+    """Raise ValueError where `folder` is for one runtime and would become one for another or for several, or the other
+    way round, since a reader would confuse them. Also where a manifest to be kept belongs to another project."""
+    existing = layouts_in(folder)
+    is_model_folder = "" not in existing or (folder / MANIFEST).is_file()
+    if is_model_folder and existing.get("") is not planned.get(""):
+        new, old = (" and ".join(layout.runtime for layout in each.values()) for each in (planned, existing))
+        raise ValueError(
+            f"expected a folder for {new}, got {folder}, which is one for {old}; give another --output_dir"
+        )
+    for name in planned:
+        read_manifest(folder / name)  # where it is another project's, this raises before the work instead of after
+
+
+def exported_vocabularies(checkpoint: Path, layouts: Iterable[Layout]) -> dict[str, Mapping[str, str]]:
+    """Runtime → content of the vocabulary's files, by name, for the layouts whose vocabulary the export writes.
+
+    Raises ValueError where a runtime would misread the checkpoint's tokens.
+    """
+    writing = [layout for layout in layouts if layout.exports_vocabulary]
+    if not writing:
+        return {}
+    proto = parse_model(format_of(checkpoint).read_tokenizer(checkpoint))
+    return {layout.runtime: layout.vocabulary_texts(proto) for layout in writing}

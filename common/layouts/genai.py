@@ -4,14 +4,25 @@ Keys and their meaning: src/config.cpp, src/models/parakeet.cpp and parakeet_pro
 GenAI does not accept unknown keys, so provenance goes into manifest.json.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.checkpoint.spec import ModelSpec
 from common.cli import EXPORT_COMMAND, TOKENIZER_COMMAND
-from common.contract import AUDIO_PROCESSOR_CONFIG, DECODER, ENCODER, GENAI_CONFIG, GRAPHS, TOKENIZER_FILES
-from common.layouts.features import NO_SYMBOL_LIMIT, check_log_mel
-from common.layouts.layout import Layout, Window, layouts_in, register
+from common.contract import AUDIO_PROCESSOR_CONFIG, DECODER, ENCODER, GENAI_CONFIG, GRAPHS, JOINT, TOKENIZER_FILES
+from common.folder import json_text, read_json
+from common.layouts.layout import (
+    NO_SYMBOL_LIMIT,
+    Features,
+    Layout,
+    Window,
+    name_in,
+    source_in,
+    tokenizer_command,
+)
+from common.layouts.log_mel import check_log_mel
+from common.run.config import RuntimeConfig
 
 # The runtime stops at this number. One token for each frame of 80 ms would reach it after 2.9 hours of audio.
 CONTEXT_LENGTH = 131072  # tokens
@@ -111,24 +122,16 @@ def audio_processor_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _configs(spec: ModelSpec, window: Window, device: str) -> dict[str, dict[str, Any]]:
-    return {GENAI_CONFIG: genai_config(spec, window, device), AUDIO_PROCESSOR_CONFIG: audio_processor_config(spec)}
+class GenAILayout(Layout):
+    """The folder of ONNX Runtime GenAI. export_tokenizer.py writes its vocabulary."""
 
-
-GENAI = register(
-    Layout(
-        runtime="genai",
-        packages=("onnxruntime-genai",),
-        cuda_package="onnxruntime-genai-cuda",
-        graphs=GRAPHS,
-        config_files=(GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG),
-        vocabulary=("vocab.txt", *(file for file in TOKENIZER_FILES if file != "vocab.txt")),
-        vocabulary_command=TOKENIZER_COMMAND,
-        vocabulary_texts=(),
-        check=check_genai_supports,
-        configs=_configs,
-        measures_speech=True,
-        usage="""\
+    runtime = "genai"
+    packages = ("onnxruntime-genai",)
+    graphs = GRAPHS
+    config_files = (GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG)
+    vocabulary = ("vocab.txt", *(file for file in TOKENIZER_FILES if file != "vocab.txt"))
+    vocabulary_command = TOKENIZER_COMMAND
+    usage = """\
 import onnxruntime_genai as og
 
 # GenAI reads WAV, FLAC and MP3 of 16 kHz and more, mono or stereo: convert anything else to 16 kHz mono first.
@@ -139,20 +142,74 @@ generator.set_inputs(processor("", audios=og.Audios.open("{audio}")))
 while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))
-""",
-    )
-)
+"""
+
+    def check(self, spec: ModelSpec, features: Features) -> None:
+        """Raise ValueError as check_genai_supports does."""
+        check_genai_supports(spec)
+
+    def configs(self, spec: ModelSpec, window: Window, device: str) -> Mapping[str, bytes]:
+        """genai_config.json and audio_processor_config.json."""
+        contents = {
+            GENAI_CONFIG: genai_config(spec, window, device),
+            AUDIO_PROCESSOR_CONFIG: audio_processor_config(spec),
+        }
+        return {name: json_text(content).encode() for name, content in contents.items()}
+
+    def packages_for(self, device: str) -> tuple[str, ...]:
+        """The package of GenAI for `device`."""
+        return ("onnxruntime-genai-cuda",) if device == "cuda" else self.packages
+
+    def check_sizes(self, folder: Path, width: int) -> None:
+        """Raise ValueError where genai_config.json or the tokenizer has another number of tokens than the joint."""
+        config = RuntimeConfig.read(folder)
+        tokens = config.blank_id + 1
+        if tokens + len(config.durations) != width:
+            raise ValueError(
+                f"expected {tokens} + {len(config.durations)} logits by {GENAI_CONFIG} in {folder}, got {width} from "
+                f"{JOINT.file}: they are of different checkpoints; run: {EXPORT_COMMAND.format(folder)}"
+            )
+        for file, size in self._tokenizer_sizes(folder).items():
+            if size != tokens:
+                raise ValueError(
+                    f"expected a tokenizer of {tokens} tokens, blank included, for the graphs in {folder}, got {size} "
+                    f"in {file}: they are of different checkpoints; run: {tokenizer_command(folder)}"
+                )
+
+    def _tokenizer_sizes(self, folder: Path) -> dict[str, int]:
+        """Tokens, blank included, in each file that lists them; a copied folder may lack vocab.txt."""
+        path = folder / "tokenizer.json"
+        content = read_json(path, TOKENIZER_COMMAND.format(folder))
+        try:
+            sizes = {path.name: len(content["model"]["vocab"])}
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"expected a Unigram tokenizer of this project in {path}, got another file ({error!r})"
+            ) from None
+        if (folder / "vocab.txt").is_file():
+            sizes["vocab.txt"] = self.vocabulary_size(folder)
+        return sizes
 
 
-def genai_folder(folder: Path) -> Path:
-    """`folder`, or its subfolder for ONNX Runtime GenAI. Raises ValueError for a folder of another runtime."""
-    existing = layouts_in(folder)
-    if existing.get("") is GENAI:
-        return folder
-    if GENAI.runtime in existing:
-        return folder / GENAI.runtime
-    runtimes = " and ".join(layout.runtime for layout in existing.values())
-    raise ValueError(
-        f"expected a folder for ONNX Runtime GenAI, got {folder}, which is one for {runtimes}; "
-        f"make one with: {EXPORT_COMMAND.format('./onnx_models')} --runtime genai"
-    )
+GENAI = GenAILayout()
+
+
+def check_tokenizer_for_graphs(folder: Path, source: Mapping[str, Any], tokens: int) -> None:
+    """Raise ValueError where a tokenizer does not belong to the graphs in `folder`, if there are any.
+
+    source: the record of the tokenizer's checkpoint. tokens: the number of its tokens, blank included.
+    """
+    graphs = source_in(folder, "export")
+    if graphs and graphs["sha256"] != source["sha256"]:
+        raise ValueError(
+            f"expected the checkpoint that {folder} was exported from, {name_in(graphs)}, got {name_in(source)}; run: "
+            f"{tokenizer_command(folder)}"
+        )
+    if not (folder / GENAI_CONFIG).is_file():
+        return
+    expected = RuntimeConfig.read(folder).blank_id + 1
+    if tokens != expected:
+        raise ValueError(
+            f"expected a tokenizer of {expected} tokens, blank included, for the graphs in {folder}, got one of "
+            f"{tokens} in {name_in(source)}; run: {tokenizer_command(folder)}"
+        )

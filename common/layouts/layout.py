@@ -1,32 +1,46 @@
 """A model folder as one runtime reads it: its graphs, the files beside them, and the Python that runs it.
 
-Each layout is a module of this package that calls `register` once; the choices of `--runtime`, the checks, the model
-card and the tests follow from the registry. `docs/architecture.md` shows how to add a layout.
+Each runtime is a module of this package with a subclass of `Layout`; the choices of `--runtime`, the checks, the model
+card and the tests follow from it. `docs/architecture.md` shows how to add one.
 
 The greedy loops of the runtimes, from their sources, and where they differ from NeMo's (common/run/decode.py):
     genai        durations by value; a blank of duration 0 takes the best other one; the limit of genai_config.json
     onnx-asr     durations by index; otherwise NeMo's rule, with the limit that config.json gives (src/onnx_asr/asr.py)
     sherpa-onnx  durations by index; otherwise NeMo's rule, with a limit of 5 that nothing changes
                  (sherpa-onnx/csrc/offline-transducer-greedy-search-nemo-decoder.cc)
+
+Whether the parts of a folder belong to one checkpoint is decided by its manifest, which has the SHA-256 of the
+checkpoint from which the graphs were exported (section `export`) and of the one whose tokenizer was exported (section
+`tokenizer`). Where one of these is missing, as in a folder that was copied without its manifest, only sizes are
+compared: the vocabulary in each file, and the logits of the last graph.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from common.checkpoint import nemo
+from common.checkpoint.hub import hub_name
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import tokens_text
-from common.cli import CheckError
-from common.contract import Graph, View
-from common.folder import MANIFEST, read_manifest, write_json
-from common.run.ort import open_session
+from common.cli import EXPORT_COMMAND, TOKENIZER_COMMAND, Command
+from common.contract import GENAI_CONFIG, GRAPHS, Graph, View
+from common.folder import CHECKPOINT, FILES, read_location, read_manifest
+from common.run.ort import MAPPED
 
-# The largest difference allowed from the library's features; float32 and another order of sums make it 3e-4.
-FEATURES_TOLERANCE = 1e-3
+# To GenAI, 0 means "force a step after every token"; the largest int means "no limit" to GenAI and to onnx-asr.
+NO_SYMBOL_LIMIT = 2**31 - 1
+# The most durations that a TDT may have (published ones have 5); with more, the vocabulary is of another model.
+MAX_DURATIONS = 32
+OPTIMIZE_COMMAND = Command("python optimize_encoder.py --model_dir {} --output_dir {}")
+REPORT_FILES = ("optimization_report.json", "optimization_report.html")
+
+Features = Callable[[np.ndarray], np.ndarray]  # samples [N] → the features of the checkpoint's library, valid: [M, T]
 
 
 @dataclass(frozen=True)
@@ -50,40 +64,55 @@ class Window:
             frame = spec.frame_samples
             if exact < (frame if name == "chunk" else 0) or abs(exact / frame - round(exact / frame)) > 1e-6:
                 raise ValueError(
-                    f"expected --{name}_seconds as a whole number of encoder frames of {frame / spec.sample_rate:g} s, "
-                    f"got {seconds:g}; the nearest is {max(round(exact / frame), 1) * frame / spec.sample_rate:g}"
+                    f"--{name}_seconds must be a whole number of encoder frames of {frame / spec.sample_rate:g} s; the "
+                    f"one nearest to {seconds:g} is {max(round(exact / frame), 1) * frame / spec.sample_rate:g}"
                 )
             samples[name] = round(exact)
         return cls(samples["chunk"], samples["left_context"], samples["right_context"])
 
 
-def _nothing(spec: ModelSpec) -> dict[str, Any]:
-    return {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(ABC):
     """One runtime's model folder."""
 
-    runtime: str  # the value of --runtime, and the name of the subfolder where a folder holds several
-    packages: tuple[str, ...]  # on PyPI, the runtime first: what `usage` needs and pip does not bring along
-    cuda_package: str = ""  # on PyPI, where running on CUDA needs another package
-    graphs: tuple[Graph, ...]  # the encoder, then those that run once a token
-    config_files: tuple[str, ...]
-    vocabulary: tuple[str, ...]  # the first file has a line for each token
-    vocabulary_command: str  # the command that writes these files; {} stands for the folder
-    # A function for the text of each of these files, called by the export; none where a script of its own writes them.
-    vocabulary_texts: tuple[Callable[[ModelProto], str], ...] = (tokens_text,)
-    usage: str  # Python that transcribes a file; {folder} and {audio} stand for the paths
-    page: Path | None = None  # HTML that transcribes in a browser, put beside the files of the folder
-    page_packages: tuple[str, ...] = ()  # on npm: what `page` imports
-    check: Callable[[ModelSpec], None]  # raises ValueError naming what the runtime cannot compute of a checkpoint
-    configs: Callable[[ModelSpec, Window, str], dict[str, dict[str, Any]]]  # spec, window, device → file name → content
-    encoder_metadata: Callable[[ModelSpec], dict[str, str]] = _nothing  # what the encoder's ONNX metadata must hold
-    feature_graphs: Callable[[ModelSpec], dict[str, bytes]] = _nothing  # file name → an ONNX model of the features
-    feature_files: tuple[str, ...] = ()  # the names that these may have
-    named_after_method: bool = False  # whether the runtime finds a quantized graph as NAME.METHOD.onnx
-    measures_speech: bool = False  # whether common/run can load it, as calibration and evaluation need
+    runtime: ClassVar[str]  # the value of --runtime, and the name of the subfolder where a folder holds several
+    packages: ClassVar[tuple[str, ...]]  # on PyPI, the runtime first: what `usage` needs and pip does not bring along
+    graphs: ClassVar[tuple[Graph, ...]]  # the encoder, then those that run once a token
+    config_files: ClassVar[tuple[str, ...]] = ()
+    optional_files: ClassVar[tuple[str, ...]] = ()  # that folders of some checkpoints have
+    vocabulary: ClassVar[tuple[str, ...]]  # the first file has a line for each token
+    vocabulary_command: ClassVar[Command] = EXPORT_COMMAND  # that writes these files; {} stands for the folder
+    usage: ClassVar[str]  # Python that transcribes a file; {folder} and {audio} stand for the paths
+
+    @abstractmethod
+    def check(self, spec: ModelSpec, features: Features) -> None:
+        """Check that the runtime can run a checkpoint, whose features its library computes with `features`.
+
+        Raises ValueError naming what the runtime cannot compute, CheckError where a graph of the features is wrong.
+        """
+
+    def configs(self, spec: ModelSpec, window: Window, device: str) -> Mapping[str, bytes]:
+        """The files that the runtime reads beside graphs and vocabulary, by name."""
+        return {}
+
+    def encoder_metadata(self, spec: ModelSpec) -> Mapping[str, str]:
+        """What the metadata of the encoder's ONNX model must hold."""
+        return {}
+
+    def vocabulary_texts(self, proto: ModelProto) -> Mapping[str, str]:
+        """The content of `vocabulary`, by file; called where the export writes these files."""
+        return {self.vocabulary[0]: tokens_text(proto)}
+
+    def second_names(self, method: str) -> Mapping[str, str]:
+        """Graph's file → the name under which the runtime finds it where it is quantized by `method`."""
+        return {}
+
+    def packages_for(self, device: str) -> tuple[str, ...]:
+        """`packages`, for a folder that runs on `device`, cpu or cuda."""
+        return self.packages
+
+    def browser_usage(self) -> str:
+        """Markdown for the model card: how the folder runs in a browser; empty where it does not."""
+        return ""
 
     @property
     def package(self) -> str:
@@ -97,6 +126,21 @@ class Layout:
     @property
     def token_graphs(self) -> tuple[Graph, ...]:
         return self.graphs[1:]
+
+    @property
+    def has_exported_graphs(self) -> bool:
+        """Whether the graphs are the exported ones, not views of them."""
+        return self.graphs == GRAPHS
+
+    @property
+    def exports_vocabulary(self) -> bool:
+        """Whether the vocabulary is written with the graphs, not by export_tokenizer.py."""
+        return self.vocabulary_command == EXPORT_COMMAND
+
+    @property
+    def measures_speech(self) -> bool:
+        """Whether common/run can run the folder, as calibration and evaluation need."""
+        return GENAI_CONFIG in self.config_files
 
     @property
     def marker(self) -> str:
@@ -113,93 +157,135 @@ class Layout:
 
     def files_in(self, folder: Path) -> tuple[str, ...]:
         """The files of a model folder, with those that not every checkpoint has."""
-        return (*self.files, *(name for name in self.feature_files if (folder / name).is_file()))
-
-    def vocabulary_size(self, folder: Path) -> int:
-        """V, blank included, of the model in `folder`."""
-        return (folder / self.vocabulary[0]).read_bytes().count(b"\n")
+        return (*self.files, *(name for name in self.optional_files if (folder / name).is_file()))
 
     def usage_of(self, folder: str, audio: str = "audio.wav") -> str:
         """Python that transcribes the file `audio`, its channels averaged, with the model in `folder`."""
         return self.usage.format(folder=folder, audio=audio)
 
+    def vocabulary_size(self, folder: Path) -> int:
+        """V, blank included, of the model in `folder`."""
+        return (folder / self.vocabulary[0]).read_bytes().count(b"\n")
 
-LAYOUTS: dict[str, Layout] = {}  # by runtime, in the order in which folders are written
+    def write(
+        self,
+        folder: Path,
+        exported: Path,
+        spec: ModelSpec,
+        window: Window,
+        device: str,
+        vocabulary: Mapping[str, str],
+    ) -> None:
+        """Write into `folder` what the runtime reads, except for a vocabulary that export_tokenizer.py writes.
 
+        exported: the folder of the exported graphs. vocabulary: as vocabulary_texts returns it. Raises CheckError where
+        a view does not compute what its source does.
+        """
+        folder.mkdir(exist_ok=True)
+        self._write_views(folder, exported, spec)
+        self.write_configs(folder, spec, window, device)
+        for name, text in vocabulary.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
-def register(layout: Layout) -> Layout:
-    """Add a layout to the registry. Raises ValueError where another has its name or its marker file."""
-    for other in LAYOUTS.values():
-        if layout.runtime == other.runtime or layout.marker == other.marker:
-            raise ValueError(f"layout {layout.runtime} has the name or the last graph file of {other.runtime}")
-    LAYOUTS[layout.runtime] = layout
-    return layout
+    def write_configs(self, folder: Path, spec: ModelSpec, window: Window, device: str) -> None:
+        """Write what the runtime reads beside graphs and vocabulary into `folder`."""
+        for name, content in self.configs(spec, window, device).items():
+            (folder / name).write_bytes(content)
 
+    def _write_views(self, folder: Path, exported: Path, spec: ModelSpec) -> None:
+        """Write the graphs that are views of exported ones, and check each."""
+        from common.layouts.views import check_view, write_view  # needs onnx_ir, which readers of a folder do not
 
-def layout_of(folder: Path) -> Layout:
-    """The layout of one model folder; the first registered one, GenAI's, for a folder without graphs."""
-    return next(
-        (layout for layout in LAYOUTS.values() if (folder / layout.marker).is_file()), next(iter(LAYOUTS.values()))
-    )
+        for graph in self.graphs:
+            if isinstance(graph, View):
+                metadata = self.encoder_metadata(spec) if graph is self.encoder else {}
+                write_view(graph, exported, folder, metadata)
+                check_view(graph, exported, folder, spec.vocab_size)
 
+    def check_one_checkpoint(self, folder: Path) -> None:
+        """Raise ValueError where parts of `folder` come from different checkpoints, FileNotFoundError where one is
+        missing. The message names the command that repairs the folder."""
+        graphs = source_in(folder, "export")
+        tokenizer = source_in(folder, "tokenizer")
+        if graphs and tokenizer and graphs["sha256"] != tokenizer["sha256"]:
+            raise ValueError(
+                f"expected graphs and tokenizer of one checkpoint in {folder}, got graphs of {name_in(graphs)} and a "
+                f"tokenizer of {name_in(tokenizer)}; run: {tokenizer_command(folder)}"
+            )
+        self.check_sizes(folder, MAPPED(folder, self.graphs[-1]).output_width)
 
-def layouts_in(folder: Path) -> dict[str, Layout]:
-    """Subfolder → layout, for a folder exported for several runtimes; "" → layout for a model folder."""
-    found = {name: layout for name, layout in LAYOUTS.items() if (folder / name / layout.encoder.file).is_file()}
-    return found or {"": layout_of(folder)}
-
-
-def check_same_layouts(folder: Path, planned: Mapping[str, Layout]) -> None:
-    """Raise ValueError where `folder` is for one runtime and would become one for another or for several, or the other
-    way round, since a reader would confuse them. Also where a manifest to be kept belongs to another project."""
-    existing = layouts_in(folder)
-    is_model_folder = "" not in existing or (folder / MANIFEST).is_file()
-    if is_model_folder and existing.get("") is not planned.get(""):
-        new, old = (" and ".join(layout.runtime for layout in each.values()) for each in (planned, existing))
-        raise ValueError(
-            f"expected a folder for {new}, got {folder}, which is one for {old}; give another --output_dir"
-        )
-    for name in planned:
-        read_manifest(folder / name)  # where it is another project's, this raises before the work instead of after
-
-
-def write_views(layout: Layout, source: Path, target: Path, spec: ModelSpec) -> None:
-    """Write into `target` the graphs of `layout` that are views of those in the folder `source`, and check each.
-
-    Raises CheckError where a view does not compute what its source does.
-    """
-    from common.layouts.adapt import check_view, write_view  # needs onnx_ir, which readers of a folder do not
-
-    for graph in layout.graphs:
-        if isinstance(graph, View):
-            metadata = layout.encoder_metadata(spec) if graph is layout.encoder else {}
-            write_view(graph, source, target, metadata)
-            check_view(graph, source, target, spec.vocab_size)
-
-
-def check_feature_graphs(layout: Layout, spec: ModelSpec, features: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Compare the graph of the features, where the runtime reads one, with the features of the checkpoint's library.
-
-    features: samples [N] → [M, T], valid frames only. Raises CheckError for differences beyond FEATURES_TOLERANCE.
-    """
-    for name, model in layout.feature_graphs(spec).items():
-        session = open_session(model)
-        samples = np.random.default_rng(0).normal(0, 0.1, 2 * spec.sample_rate).astype(np.float32)
-        samples[: spec.sample_rate // 2] *= 1e-3  # quiet, where the guard of the logarithm matters
-        inputs = {"waveforms": samples[None], "waveforms_lens": np.array([len(samples)])}
-        made, lengths = session.run(["features", "features_lens"], inputs)
-        expected, actual = features(samples), made[0, :, : lengths[0]]
-        error = float(np.max(np.abs(actual - expected))) if actual.shape == expected.shape else np.inf
-        if not error <= FEATURES_TOLERANCE:
-            raise CheckError(
-                f"expected {name} within {FEATURES_TOLERANCE:.0e} of the checkpoint's own features, of shape "
-                f"{expected.shape}, got shape {actual.shape} and a difference of {error:.1e}; please report it"
+    def check_sizes(self, folder: Path, width: int) -> None:
+        """Raise ValueError where the vocabulary in `folder` cannot be that of a last graph with `width` logits."""
+        tokens = self.vocabulary_size(folder)
+        if not 0 < width - tokens <= MAX_DURATIONS:
+            raise ValueError(
+                f"{self.graphs[-1].file} in {folder} has {width} logits, durations included, which do not fit the "
+                f"{tokens} tokens in {self.vocabulary[0]}; export the folder again"
             )
 
+    def kept_by_export(self, folder: Path, source: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """What remains in `folder` when the checkpoint `source` is exported into it: a manifest; the files to remove.
 
-def write_configs(layout: Layout, target: Path, spec: ModelSpec, window: Window, device: str) -> None:
-    """Write the runtime's configuration files into `target`, and the graph of the features where it reads one."""
-    for name, content in layout.configs(spec, window, device).items():
-        write_json(target / name, content)
-    for name, model in layout.feature_graphs(spec).items():
-        (target / name).write_bytes(model)
+        The report of an optimization is about the former graphs and is removed. A tokenizer that the export does not
+        write is kept if the manifest says that it is of the same checkpoint; one of unknown origin (an older manifest,
+        or none) is removed, since exporting the tokenizer is the next step.
+        """
+        manifest = dict(read_manifest(folder))
+        removed = set(REPORT_FILES)
+        manifest.pop("optimize", None)
+        tokenizer = source_in(folder, "tokenizer")
+        if not self.exports_vocabulary and (tokenizer is None or tokenizer["sha256"] != source["sha256"]):
+            manifest.pop("tokenizer", None)
+            removed |= set(self.vocabulary)
+        files = manifest.get(FILES, {})
+        manifest[FILES] = {name: entry for name, entry in files.items() if name not in removed}
+        return manifest, tuple(sorted(name for name in removed if (folder / name).is_file()))
+
+
+def check_same_checkpoint(folder: Path, exported: Path) -> None:
+    """Raise ValueError where `folder` was optimized from graphs of another checkpoint than `exported` has now."""
+    optimized = source_in(folder, "export")
+    source = source_in(exported, "export")
+    if optimized and source and optimized["sha256"] != source["sha256"]:
+        command = OPTIMIZE_COMMAND.format(exported, folder)
+        raise ValueError(
+            f"expected {folder} and {exported}, which it was optimized from, to be of one checkpoint, got "
+            f"{name_in(optimized)} and {name_in(source)}; run: {command}"
+        )
+
+
+def check_name_for_graphs(folder: Path, model_name: str) -> None:
+    """Raise ValueError where a tokenizer of `model_name` on Hugging Face cannot belong to the graphs in `folder`.
+
+    The name in the manifest decides, so that this shows before a download that may take an hour. A path is not checked.
+    """
+    graphs = source_in(folder, "export")
+    name = hub_name(model_name)
+    if graphs and name is not None and graphs.get("name") != name:
+        raise ValueError(
+            f"expected --model_name of the checkpoint that {folder} was exported from, {name_in(graphs)}, got "
+            f"{model_name}; run: {tokenizer_command(folder)}"
+        )
+
+
+def source_in(folder: Path, section: str) -> dict[str, Any] | None:
+    """The record of the checkpoint in a section of the manifest of `folder`, or None where there is none."""
+    source: dict[str, Any] = read_manifest(folder).get(section, {}).get("source") or {}
+    return source if "sha256" in source else None
+
+
+def name_in(source: Mapping[str, Any]) -> str:
+    """The name of a recorded checkpoint, for messages."""
+    return f"{source.get('name') or source.get('file')} (SHA-256 {source['sha256'][:8]}…)"
+
+
+def tokenizer_command(folder: Path) -> str:
+    """The command that exports the tokenizer of the graphs in `folder`."""
+    graphs = source_in(folder, "export") or {}
+    path = read_location(folder, CHECKPOINT)
+    name = graphs.get("name") or (str(path.resolve()) if path else "CHECKPOINT_OF_THE_GRAPHS")
+    command = Command(f"{TOKENIZER_COMMAND} --model_name {{}}").format(folder, name)
+    for flag, key in (("--revision", "revision"), ("--checkpoint_format", "format")):
+        if "name" in graphs and graphs.get(key) not in (None, nemo.NAME):
+            command += Command(" {} {}").format(flag, graphs[key])
+    return command

@@ -1,13 +1,33 @@
-"""The log-mel features of a checkpoint as an ONNX graph, with the names of onnx-asr's own preprocessors.
+"""Features: what runtimes compute whatever their configuration says, and an ONNX graph of a checkpoint's own.
 
-It computes what NeMo's FilterbankFeatures computes without dither (nemo/collections/asr/parts/preprocessing/features.py
-3.0.0): emphasis, Hann window, power spectrum, Slaney mels, logarithm, normalisation over the valid frames. The spectrum
-is a convolution with the windowed sines and cosines: every runtime has convolutions, but WebGPU has no STFT operator.
+The graph has the names of onnx-asr's own preprocessors. It computes what NeMo's FilterbankFeatures computes without
+dither (nemo/collections/asr/parts/preprocessing/features.py 3.0.0): emphasis, Hann window, power spectrum, Slaney mels,
+logarithm, normalisation over the valid frames. The spectrum is a convolution with the windowed sines and cosines: every
+runtime has convolutions, but WebGPU has no STFT operator.
 """
+
+import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from common.checkpoint.spec import ModelSpec
+from common.cli import CheckError
+from common.layouts.layout import Features
+from common.run.ort import open_session
+
+# The features that onnx-asr (preprocessors/nemo.py) and sherpa-onnx (csrc/features.h) compute.
+# sherpa-onnx's differ a little from every NeMo model's: see docs/runtimes.md.
+FIXED_FEATURES: Mapping[str, tuple[float, ...]] = {
+    "sample_rate": (16000,),
+    "fft_size": (512,),
+    "win_length": (400,),
+    "hop_length": (160,),
+    "preemphasis": (0.97,),
+    "log_guard": (2.0**-24,),
+}
+# The largest difference allowed from the library's features; float32 and another order of sums make it 3e-4.
+FEATURES_TOLERANCE = 1e-3
 
 # N samples, M mel bins, T frames. `keep` is 1 for a valid frame, else 0.
 GRAPH = """
@@ -52,6 +72,50 @@ log_mel (float[batch, samples] waveforms, int64[batch] waveforms_lens)
     features = Div(centred, divisors)
 }}
 """
+
+
+def check_fixed(spec: ModelSpec, runtime: str, features: Mapping[str, tuple[float, ...]] = FIXED_FEATURES) -> None:
+    """Raise ValueError naming what a runtime with fixed features, and durations by index, cannot compute of `spec`.
+
+    features: field of ModelSpec → the values that the runtime can compute with.
+    """
+    if spec.durations != tuple(range(len(spec.durations))):
+        raise ValueError(
+            f"durations {list(spec.durations)}: {runtime} takes a duration's index for its frames, so they must be "
+            f"{list(range(len(spec.durations)))}"
+        )
+    different = [
+        f"{name} is {getattr(spec, name):g}, not {' or '.join(f'{value:g}' for value in values)}"
+        for name, values in features.items()
+        if not any(math.isclose(getattr(spec, name), value, rel_tol=1e-6) for value in values)
+    ]
+    check_log_mel(runtime, (*spec.unsupported_features, *different))
+
+
+def check_log_mel(runtime: str, different: tuple[str, ...]) -> None:
+    """Raise ValueError if a checkpoint's features differ, in the ways listed, from the log-mel ones of `runtime`."""
+    if different:
+        raise ValueError(
+            f"{runtime} computes log-mel features one way only, and this checkpoint's differ: " + "; ".join(different)
+        )
+
+
+def check_features(file: str, graph: bytes, spec: ModelSpec, features: Features) -> None:
+    """Compare the graph of the features that becomes `file` with those of the checkpoint's library.
+
+    Raises CheckError for differences beyond FEATURES_TOLERANCE.
+    """
+    samples = np.random.default_rng(0).normal(0, 0.1, 2 * spec.sample_rate).astype(np.float32)
+    samples[: spec.sample_rate // 2] *= 1e-3  # quiet, where the guard of the logarithm matters
+    inputs = {"waveforms": samples[None], "waveforms_lens": np.array([len(samples)])}
+    made, lengths = open_session(graph).run(["features", "features_lens"], inputs)
+    expected, actual = features(samples), made[0, :, : lengths[0]]
+    error = float(np.max(np.abs(actual - expected))) if actual.shape == expected.shape else np.inf
+    if not error <= FEATURES_TOLERANCE:
+        raise CheckError(
+            f"expected {file} within {FEATURES_TOLERANCE:.0e} of the checkpoint's own features, of shape "
+            f"{expected.shape}, got shape {actual.shape} and a difference of {error:.1e}; please report it"
+        )
 
 
 def log_mel_graph(spec: ModelSpec) -> bytes:

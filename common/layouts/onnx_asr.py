@@ -4,15 +4,14 @@ onnx-asr brings its own features. Other programs that read its folders, such as 
 graph `nemo128.onnx` from the folder. `-q METHOD` makes onnx-asr look for encoder-model.METHOD.onnx.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from common.checkpoint.spec import ModelSpec
-from common.cli import EXPORT_COMMAND
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
-from common.layouts.features import FIXED_FEATURES, NO_SYMBOL_LIMIT, check_fixed
-from common.layouts.layout import Layout, Window, register
-from common.layouts.log_mel import log_mel_graph
+from common.folder import json_text
+from common.layouts.layout import NO_SYMBOL_LIMIT, Features, Layout, Window
+from common.layouts.log_mel import FIXED_FEATURES, check_features, check_fixed, log_mel_graph
 
 ONNX_ASR_CONFIG = "config.json"
 # A page that transcribes in a browser with the npm package parakeet.js; to be put beside the files of the folder.
@@ -44,41 +43,21 @@ ONNX_ASR_GRAPHS = (
 )
 
 
-def check_onnx_asr_supports(spec: ModelSpec) -> None:
-    """Raise ValueError naming what onnx-asr cannot compute of this checkpoint."""
-    check_fixed(spec, "onnx-asr", FEATURES)
+def feature_file(spec: ModelSpec) -> str:
+    """The graph of the features, named as in onnx-asr."""
+    return f"nemo{spec.num_mels}.onnx"
 
 
-def onnx_asr_config(spec: ModelSpec) -> dict[str, Any]:
-    """The content of onnx-asr's config.json."""
-    return {
-        "model_type": "nemo-conformer-tdt",
-        "features_size": spec.num_mels,
-        "subsampling_factor": spec.subsampling_factor,
-        "max_tokens_per_step": NO_SYMBOL_LIMIT if spec.max_symbols is None else spec.max_symbols,
-    }
+class OnnxAsrLayout(Layout):
+    """The folder of onnx-asr."""
 
-
-def _configs(spec: ModelSpec, window: Window, device: str) -> dict[str, dict[str, Any]]:
-    return {ONNX_ASR_CONFIG: onnx_asr_config(spec)}
-
-
-ONNX_ASR = register(
-    Layout(
-        runtime="onnx-asr",
-        packages=("onnx-asr", "onnxruntime", "soundfile"),
-        graphs=ONNX_ASR_GRAPHS,
-        config_files=(ONNX_ASR_CONFIG,),
-        vocabulary=("vocab.txt",),
-        vocabulary_command=EXPORT_COMMAND,
-        check=check_onnx_asr_supports,
-        configs=_configs,
-        feature_graphs=lambda spec: {f"nemo{spec.num_mels}.onnx": log_mel_graph(spec)},
-        feature_files=("nemo80.onnx", "nemo128.onnx"),
-        named_after_method=True,
-        page=BROWSER_PAGE,
-        page_packages=BROWSER_PACKAGES,
-        usage="""\
+    runtime = "onnx-asr"
+    packages = ("onnx-asr", "onnxruntime", "soundfile")
+    graphs = ONNX_ASR_GRAPHS
+    config_files = (ONNX_ASR_CONFIG,)
+    optional_files = ("nemo80.onnx", "nemo128.onnx")  # which of them is by the number of mel bins
+    vocabulary = ("vocab.txt",)
+    usage = """\
 import onnx_asr
 import soundfile
 
@@ -86,6 +65,34 @@ model = onnx_asr.load_model("nemo-conformer-tdt", "{folder}")
 samples, sample_rate = soundfile.read("{audio}", dtype="float32", always_2d=True)
 # The average of the channels. onnx-asr resamples from 8, 11.025, 16, 22.05, 24, 32, 44.1 and 48 kHz.
 print(model.recognize(samples.mean(axis=1), sample_rate=sample_rate))
-""",
-    )
-)
+"""
+
+    def check(self, spec: ModelSpec, features: Features) -> None:
+        """Raise ValueError naming what onnx-asr cannot compute, CheckError as check_features does."""
+        check_fixed(spec, "onnx-asr", FEATURES)
+        check_features(feature_file(spec), log_mel_graph(spec), spec, features)
+
+    def configs(self, spec: ModelSpec, window: Window, device: str) -> Mapping[str, bytes]:
+        """config.json, and the graph of the features for programs that read onnx-asr's folders."""
+        content = {
+            "model_type": "nemo-conformer-tdt",
+            "features_size": spec.num_mels,
+            "subsampling_factor": spec.subsampling_factor,
+            "max_tokens_per_step": NO_SYMBOL_LIMIT if spec.max_symbols is None else spec.max_symbols,
+        }
+        return {ONNX_ASR_CONFIG: json_text(content).encode(), feature_file(spec): log_mel_graph(spec)}
+
+    def second_names(self, method: str) -> Mapping[str, str]:
+        """NAME.METHOD.onnx for each graph."""
+        return {graph.file: f"{graph.name}.{method}.onnx" for graph in self.graphs}
+
+    def browser_usage(self) -> str:
+        """BROWSER_PAGE, and how to serve it."""
+        return (
+            "In a browser: save this as `index.html` in this folder, run `npm install "
+            f"{' '.join(BROWSER_PACKAGES)}` there, and serve the folder.\n\n"
+            f"```html\n{BROWSER_PAGE.read_text(encoding='utf-8')}```"
+        )
+
+
+ONNX_ASR = OnnxAsrLayout()

@@ -1,13 +1,14 @@
 """The folder of sherpa-onnx 2.0.1 (sherpa-onnx/csrc/offline-transducer-nemo-model.cc)."""
 
-from typing import Any
+from collections.abc import Mapping
+
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import bpe_text, tokens_text
-from common.cli import EXPORT_COMMAND
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
-from common.layouts.features import check_fixed
-from common.layouts.layout import Layout, Window, register
+from common.layouts.layout import Features, Layout
+from common.layouts.log_mel import check_fixed
 
 # sherpa-onnx passes tensors by position, whatever their names (sherpa-onnx/csrc/offline-transducer-nemo-model.cc). It
 # feeds 32-bit tokens and puts time last everywhere (offline-transducer-greedy-search-nemo-decoder.cc).
@@ -41,43 +42,14 @@ SHERPA_ONNX_GRAPHS = (
 )
 
 
-def check_sherpa_onnx_supports(spec: ModelSpec) -> None:
-    """Raise ValueError naming what sherpa-onnx cannot compute of this checkpoint."""
-    check_fixed(spec, "sherpa-onnx")
+class SherpaOnnxLayout(Layout):
+    """The folder of sherpa-onnx, which reads all of its configuration from the encoder's metadata."""
 
-
-def sherpa_onnx_metadata(spec: ModelSpec) -> dict[str, str]:
-    """The metadata that sherpa-onnx reads from the encoder; it ends the process where a number is missing."""
-    content = {
-        "model_type": "EncDecRNNTBPEModel",
-        "url": "tdt",  # sherpa-onnx recognizes a TDT model by "tdt" in this value, and by nothing else
-        "vocab_size": spec.vocab_size - 1,  # NeMo's count, without the blank
-        "normalize_type": "per_feature",
-        "feat_dim": spec.num_mels,
-        "subsampling_factor": spec.subsampling_factor,
-        "pred_rnn_layers": spec.decoder_layers,
-        "pred_hidden": spec.decoder_dim,
-    }
-    return {key: str(value) for key, value in content.items()}
-
-
-def _configs(spec: ModelSpec, window: Window, device: str) -> dict[str, dict[str, Any]]:
-    return {}  # sherpa-onnx reads everything from the encoder's metadata
-
-
-SHERPA_ONNX = register(
-    Layout(
-        runtime="sherpa-onnx",
-        packages=("sherpa-onnx", "soundfile"),
-        graphs=SHERPA_ONNX_GRAPHS,
-        config_files=(),
-        vocabulary=("tokens.txt", "bpe.vocab"),
-        vocabulary_texts=(tokens_text, bpe_text),
-        vocabulary_command=EXPORT_COMMAND,
-        check=check_sherpa_onnx_supports,
-        configs=_configs,
-        encoder_metadata=sherpa_onnx_metadata,
-        usage="""\
+    runtime = "sherpa-onnx"
+    packages = ("sherpa-onnx", "soundfile")
+    graphs = SHERPA_ONNX_GRAPHS
+    vocabulary = ("tokens.txt", "bpe.vocab")
+    usage = """\
 import sherpa_onnx
 import soundfile
 
@@ -90,6 +62,29 @@ samples, sample_rate = soundfile.read("{audio}", dtype="float32", always_2d=True
 stream.accept_waveform(sample_rate, samples.mean(axis=1))  # the average of the channels, at any sample rate
 recognizer.decode_stream(stream)
 print(stream.result.text)
-""",
-    )
-)
+"""
+
+    def check(self, spec: ModelSpec, features: Features) -> None:
+        """Raise ValueError naming what sherpa-onnx cannot compute of this checkpoint."""
+        check_fixed(spec, "sherpa-onnx")
+
+    def encoder_metadata(self, spec: ModelSpec) -> Mapping[str, str]:
+        """The metadata that sherpa-onnx reads; it ends the process where a number is missing."""
+        content = {
+            "model_type": "EncDecRNNTBPEModel",
+            "url": "tdt",  # sherpa-onnx recognizes a TDT model by "tdt" in this value, and by nothing else
+            "vocab_size": spec.vocab_size - 1,  # NeMo's count, without the blank
+            "normalize_type": "per_feature",
+            "feat_dim": spec.num_mels,
+            "subsampling_factor": spec.subsampling_factor,
+            "pred_rnn_layers": spec.decoder_layers,
+            "pred_hidden": spec.decoder_dim,
+        }
+        return {key: str(value) for key, value in content.items()}
+
+    def vocabulary_texts(self, proto: ModelProto) -> Mapping[str, str]:
+        """tokens.txt, and bpe.vocab for hotwords."""
+        return {"tokens.txt": tokens_text(proto), "bpe.vocab": bpe_text(proto)}
+
+
+SHERPA_ONNX = SherpaOnnxLayout()

@@ -176,21 +176,13 @@ def _minimum_runtime(manifest: dict[str, Any]) -> str | None:
 
 def _usage(manifest: dict[str, Any], layout: Layout) -> str:
     section = manifest.get("export", {})
-    package, *others = layout.packages
-    version = section.get("versions", {}).get(package)
-    if layout.cuda_package and section.get("flags", {}).get("device") == "cuda":
-        package = layout.cuda_package
+    package, *others = layout.packages_for(section.get("flags", {}).get("device", "cpu"))
+    version = section.get("versions", {}).get(layout.package)
     pinned = f"{package}=={version}" if version else package
     packages = " ".join((pinned, *others))
     needed = f" (the graphs need ONNX Runtime {oldest} or newer)" if (oldest := _minimum_runtime(manifest)) else ""
     text = f"In this folder, with `pip install {packages}`{needed}:\n\n```python\n{layout.usage_of('.')}```"
-    if layout.page is None:
-        return text
-    return (
-        f"{text}\n\nIn a browser: save this as `index.html` in this folder, run `npm install "
-        f"{' '.join(layout.page_packages)}` there, and serve the folder.\n\n"
-        f"```html\n{layout.page.read_text(encoding='utf-8')}```"
-    )
+    return "\n\n".join(filter(None, (text, layout.browser_usage())))
 
 
 def _files(listed: dict[str, Any]) -> str:

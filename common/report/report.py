@@ -21,7 +21,7 @@ from common.contract import Graph, encoder_weight
 from common.evaluate.wer import CONFIDENCE, WordErrorRate
 from common.evaluate.word_limit import EvaluatedClip, WordErrors, changed, marked, word_table
 from common.folder import FILES, package_versions, sha256, write_json
-from common.layouts.identity import REPORT_FILES
+from common.layouts.layout import REPORT_FILES
 from common.onnx_io import load
 from common.quantize.plan import Sensitivity, Stored
 from common.report.card import CARD

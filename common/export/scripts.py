@@ -13,12 +13,10 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from common.checkpoint.find import format_of
 from common.checkpoint.tokenizer import Piece, parse_model, special_ids
 
+SUPPRESSED = "suppressed_tokens"  # in the manifest: how many tokens --scripts suppresses
 BIAS = -1e4  # logits are at most hundreds; float16 can hold this number
-SHARED = (
-    "Zyyy",
-    "Zinh",
-    "Zzzz",
-)  # ISO 15924 codes of characters that belong to several scripts or to none: digits, accents
+# ISO 15924 codes of characters that belong to several scripts or to none: digits, accents
+SHARED = ("Zyyy", "Zinh", "Zzzz")
 LETTERS = ("L", "M")  # of Unicode's general categories: letters, and the marks that some scripts write vowels with
 
 
