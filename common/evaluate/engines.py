@@ -8,7 +8,7 @@ import argparse
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -41,15 +41,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@dataclass(eq=False)
 class Recording:
-    """Samples to transcribe, and their features for the engines that compute none, made when they are first asked for.
+    """Samples to transcribe, and their features for the engines that compute none, made when first asked for."""
 
-    samples: mono, at the model's rate, [N]. features_by: the engine that computes the features.
-    """
-
-    def __init__(self, samples: np.ndarray, features_by: "LibraryEngine | GenAIEngine") -> None:
-        self.samples = samples
-        self.features_by = features_by
+    samples: np.ndarray  # [N], mono, at the model's rate
+    features_by: "LibraryEngine | GenAIEngine"
 
     @cached_property
     def _timed_features(self) -> tuple[np.ndarray, float]:
@@ -67,15 +64,14 @@ class Recording:
         return self._timed_features[1]
 
 
+@dataclass(eq=False)
 class Engine(ABC):
     """A model in the library or the runtime that transcribes with it.
 
     It is loaded when it is first used, and then runs once on noise, since a first run allocates memory.
     """
 
-    def __init__(self, name: str) -> None:
-        """name: of its rows and its results; no other engine of a comparison has it."""
-        self.name = name
+    name: str  # of its rows and its results; no other engine of a comparison has it
 
     @abstractmethod
     def load(self) -> None:
@@ -117,12 +113,11 @@ class LibraryEngine(Engine):
         )
 
 
+@dataclass(eq=False)
 class GenAIEngine(Engine):
     """A model folder in GenAI, which computes its own features and text, and gives no times."""
 
-    def __init__(self, name: str, folder: "OpenFolder") -> None:
-        super().__init__(name)
-        self.folder = folder
+    folder: "OpenFolder"
 
     def load(self) -> None:
         _ = self.folder.genai
@@ -141,31 +136,17 @@ class GenAIEngine(Engine):
         return transcripts
 
 
+@dataclass(eq=False)
 class OnnxEngine(Engine):
-    """A model folder in plain ONNX Runtime, which is given the features of another engine.
+    """A model folder in plain ONNX Runtime, which is given the features of another engine."""
 
-    The text of its tokens is what `spell` makes of them; by default Hugging Face's reader of tokenizer.json.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        folder: "OpenFolder",
-        *,
-        rule: BlankZero = GENAI_RULE,
-        batch_size: int = 1,
-        whole: bool = False,
-        with_times: bool = False,
-        spell: Callable[[list[int]], str] | None = None,
-    ) -> None:
-        """whole: encode every recording in one window, however long it is. with_times: whether to give words."""
-        super().__init__(name)
-        self.folder = folder
-        self.rule = rule
-        self.batch_size = batch_size
-        self.whole = whole
-        self.with_times = with_times
-        self.spell = spell
+    folder: "OpenFolder"
+    _: KW_ONLY
+    rule: BlankZero = GENAI_RULE
+    batch_size: int = 1
+    whole: bool = False  # whether to encode every recording in one window, however long it is
+    with_times: bool = False  # whether to give words
+    spell: Callable[[list[int]], str] | None = None  # the text of tokens; None: by the folder's tokenizer.json
 
     def load(self) -> None:
         _ = self.folder.onnx
