@@ -41,8 +41,8 @@ from common.optimize import (
 )
 from common.quantize import METHODS
 from common.quantize.blocks import BLOCK_SIZES
-from common.quantize.cpu import reduce_range_advice
-from common.quantize.options import TOKEN_PRECISIONS, OptimizeOptions
+from common.quantize.fidelity import reduce_range_advice
+from common.quantize.methods import TOKEN_PRECISIONS, OptimizeOptions
 from common.quantize.rewrite import optimize_graph
 from common.report.report import page_writer
 
@@ -56,7 +56,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     help_of_methods = ". ".join(f"{method.name}: {method.help}" for method in methods)
     in_blocks = ", ".join(method.name for method in methods if method.uses_blocks)
     calibrating = " and ".join(method.name for method in methods if method.calibrates)
-    with_budget = " and ".join(method.name for method in methods if method.has_size_budget)
     with_bits = " and ".join(method.name for method in methods if method.weight_bits)
     never_fused = " and ".join(method.name for method in methods if not method.fused_on_cpu)
     add("--model_dir", type=Path, default=Path("onnx_models"), help="exported folder (./%(default)s)")
@@ -83,9 +82,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--calibration_manifest", type=Path, metavar="FILE",
         help=f"for {calibrating}: clip list (JSON lines with audio_filepath) of a few minutes of speech, of which "
              "up to 5 are used. Weights are rounded so that products with this speech change least, and "
-             f"{with_budget} measure on it which weights need 8 bits")  # fmt: skip
+             f"{calibrating} measure on it which weights need 8 bits")  # fmt: skip
     add("--size_budget_mb", type=float, metavar="MB",
-        help=f"for {with_budget} with --calibration_manifest: the largest encoder.onnx and its data, in MB of 10^6 "
+        help=f"for {calibrating} with --calibration_manifest: the largest encoder.onnx and its data, in MB of 10^6 "
              "bytes (the size without calibration)")  # fmt: skip
     add("--eval_manifest", type=Path, metavar="FILE",
         help="clip list with audio_filepath, text and perhaps lang: count the words that float32 and the optimized "

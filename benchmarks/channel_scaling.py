@@ -23,9 +23,8 @@ from common.contract import ENCODER
 from common.onnx_io import load, save_model
 from common.quantize import METHODS
 from common.quantize.fidelity import sqnr_db
-from common.quantize.method import WeightOptions
-from common.quantize.rewrite import plan_encoder, quantize_weights
-from common.quantize.smoothing import factors_without_speech, fold
+from common.quantize.methods import OptimizeOptions
+from common.quantize.rewrite import factors_without_speech, fold, plan_encoder, quantize_weights
 from common.run.audio import read_clips
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
@@ -46,7 +45,7 @@ def float32_folder(checkpoint: Path, kind: str, work_dir: Path) -> Path:
 
 def quantized(encoder: Path, method_name: str, *, scales_channels: bool) -> ir.Model:
     """The encoder with weights quantized by the method, and with exact integer products."""
-    model, method, options = load(encoder), METHODS[method_name], WeightOptions()
+    model, method, options = load(encoder), METHODS[method_name], OptimizeOptions()
     plan = plan_encoder(model, method, options)
     if scales_channels:
         fold(model, factors_without_speech(model, plan))

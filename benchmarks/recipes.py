@@ -29,7 +29,7 @@ from benchmarks.bench import SAMPLES, parse_args, process
 from common.cli import size_text
 from common.contract import ENCODER
 from common.folder import staged_folder
-from common.quantize.cpu import exact_bits
+from common.quantize.fidelity import exact_bits
 
 CALIBRATION = SAMPLES / "manifest.jsonl"
 # Where sums of 8-bit products overflow, 7 bits are what a user would take.

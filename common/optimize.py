@@ -33,10 +33,9 @@ from common.layouts.views import write_second_name
 from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime, of_one_name, save_model
 from common.quantize.calibration import read_speech
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
-from common.quantize.method import Calibrated, P, QuantMethod
-from common.quantize.options import OptimizeOptions
+from common.quantize.methods import Calibrated, OptimizeOptions, QuantMethod
 from common.quantize.rewrite import OptimizedEncoder
-from common.quantize.token_graphs import QuantizedTokenGraphs, quantize_token_graphs
+from common.quantize.tokens import QuantizedTokenGraphs, quantize_token_graphs
 from common.report.card import write_card
 from common.report.decision import verdict
 from common.report.report import (
@@ -144,8 +143,8 @@ def open_folder(layout: Layout, name: str, source: Path, target: Path, staging: 
 
 
 def calibrate(
-    folder: ModelFolder, method: QuantMethod[P], options: OptimizeOptions, clips: list[Clip], stages: Stages
-) -> Calibrated[P]:
+    folder: ModelFolder, method: QuantMethod, options: OptimizeOptions, clips: list[Clip], stages: Stages
+) -> Calibrated:
     """Fit the encoder's weights to speech, once for the folders of all runtimes."""
     stages.begin(f"calibration on {len(clips)} clips")
     speech = read_speech(folder.source, clips)

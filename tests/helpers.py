@@ -23,7 +23,7 @@ from common.evaluate.engines import GenAIEngine, OnnxEngine
 from common.folder import sha256
 from common.layouts.layout import REPORT_FILES, Layout
 from common.layouts.sherpa_onnx import SHERPA_ONNX
-from common.quantize.cpu import exact_bits
+from common.quantize.fidelity import exact_bits
 from common.run.audio import Clip, load_clip
 
 # ---- files of the project
@@ -256,7 +256,7 @@ def code_at(packed: np.ndarray, index: int, bits: int) -> int:
 
 
 def dequantize(packed, K: int, bits: int) -> np.ndarray:
-    """[K, N] of a common.quantize.blocks.Packed, one code at a time, as the operator's documentation describes it."""
+    """[K, N] of a Packed weight in blocks, one code at a time, as the operator's documentation describes it."""
     N, _, size = packed.codes.shape
     weight = np.zeros((K, N), np.float32)
     for n, k in np.ndindex(N, K):

@@ -13,17 +13,14 @@ import optimize_encoder
 from common.contract import ENCODER
 from common.folder import MANIFEST
 from common.onnx_io import load, save_model
-from common.quantize import K_QUANT_MIXED, int8
-from common.quantize import blocks as quantize
-from common.quantize import smoothing as smooth
-from common.quantize.calibration import BATCH_SECONDS, read_speech, speech_batches
+from common.quantize import K_QUANT_MIXED, int8, rewrite
+from common.quantize.blocks import BITS as WIDTHS
+from common.quantize.blocks import FittedWidths, fit_blocks, fit_widths, k_quant, quantize_blocks
+from common.quantize.calibration import BATCH_SECONDS, SizeModel, read_speech, speech_batches, spend
 from common.quantize.fidelity import sqnr_db
-from common.quantize.fusion import fuse
-from common.quantize.matmul_nbits import FittedWidths, fit_widths, tensor_bytes
-from common.quantize.method import WeightOptions
-from common.quantize.moments import error_feedback, second_moments
-from common.quantize.plan import Format, Plan, SizeModel, spend
-from common.quantize.rewrite import plan_encoder, quantizable, quantize_weights
+from common.quantize.methods import Format, OptimizeOptions, Plan
+from common.quantize.rewrite import fuse, plan_encoder, quantizable, quantize_weights
+from common.quantize.rounding import InputMoments
 from common.run.audio import read_clips
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
@@ -60,9 +57,9 @@ def quantized(tiny_export: Path, folder: Path, plan: Plan, calibration: FittedWi
     """A folder with only the encoder, its weights of `plan` replaced, inputs not rounded."""
     model, fitted = load(tiny_export / ENCODER.file), {}
     if calibration:
-        smooth.fold(model, calibration.factors)
-        fitted = {name: calibration.weights[name][form.bits].packed for name, form in plan.items()}
-    quantize_weights(model, plan, K_QUANT_MIXED, WeightOptions(accuracy_level=1), fitted)
+        rewrite.fold(model, calibration.factors)
+        fitted = {name: calibration.packed[name][form.bits] for name, form in plan.items()}
+    quantize_weights(model, plan, K_QUANT_MIXED, OptimizeOptions(accuracy_level=1), fitted)
     folder.mkdir(exist_ok=True)
     save_model(model, folder / ENCODER.file)
     return folder
@@ -72,28 +69,28 @@ def correlated_rows(K: int, count: int = 400) -> np.ndarray:
     return (RNG.standard_normal((count, K // 8)) @ RNG.standard_normal((K // 8, K))).astype(np.float32)
 
 
-def feedback_of(*inputs: np.ndarray) -> np.ndarray:
-    return error_feedback(second_moments(np.concatenate(inputs)))
+def moments_of(x: np.ndarray) -> InputMoments:
+    return InputMoments.in_order(x.T @ x)
 
 
-@pytest.mark.parametrize("bits", quantize.BITS)
+@pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("block", [32, 128])
 @pytest.mark.parametrize("name", MATRICES)
 def test_feedback_undoes_errors_in_the_product(name, block, bits):
     weight = MATRICES[name][:200]  # no multiple of the blocks
     x = correlated_rows(len(weight))
-    packed, errors = quantize.quantize_compensated(weight, bits, block, quantize.k_quant, feedback_of(x[:150], x[150:]))
-    np.testing.assert_allclose(weight - errors, dequantize(packed, len(weight), bits), atol=1e-6)
-    plain = dequantize(quantize.quantize(weight, bits, block, quantize.k_quant), len(weight), bits)
-    assert 4 * np.sum((x @ errors) ** 2) < np.sum((x @ (weight - plain)) ** 2)
+    packed, became = fit_blocks(weight, bits, block, k_quant, moments_of(x))
+    np.testing.assert_allclose(became, dequantize(packed, len(weight), bits), atol=1e-6)
+    plain = dequantize(quantize_blocks(weight, bits, block, k_quant), len(weight), bits)
+    assert 4 * np.sum((x @ (weight - became)) ** 2) < np.sum((x @ (weight - plain)) ** 2)
 
 
 def test_without_correlations_there_is_nothing_to_feed_back():
     weight = MATRICES["gaussian"]
-    feedback = feedback_of(np.eye(len(weight), dtype=np.float32))
-    np.testing.assert_allclose(feedback, np.eye(len(weight)), atol=1e-6)
-    plain = quantize.quantize(weight, 4, BLOCK, quantize.k_quant)
-    packed, _ = quantize.quantize_compensated(weight, 4, BLOCK, quantize.k_quant, feedback)
+    inputs = moments_of(np.eye(len(weight), dtype=np.float32))
+    np.testing.assert_allclose(inputs.feedback, np.eye(len(weight)), atol=1e-6)
+    plain = quantize_blocks(weight, 4, BLOCK, k_quant)
+    packed, _ = fit_blocks(weight, 4, BLOCK, k_quant, inputs)
     for one, other in zip(packed.tensors(), plain.tensors(), strict=True):
         np.testing.assert_array_equal(one[1], other[1])
 
@@ -101,8 +98,8 @@ def test_without_correlations_there_is_nothing_to_feed_back():
 def test_inputs_that_are_always_zero_or_few():
     weight = MATRICES["gaussian"]
     for rows in (np.zeros((5, len(weight)), np.float32), correlated_rows(len(weight))[:1]):
-        _, errors = quantize.quantize_compensated(weight, 4, BLOCK, quantize.k_quant, feedback_of(rows))
-        assert np.sum(errors**2) < 0.02 * np.sum(weight**2)
+        _, became = fit_blocks(weight, 4, BLOCK, k_quant, moments_of(rows))
+        assert np.sum((weight - became) ** 2) < 0.02 * np.sum(weight**2)
 
 
 def test_batches_hold_no_padding_and_nearly_all_speech():
@@ -119,7 +116,7 @@ def test_damage_is_what_the_exported_graph_shows(tiny_export, tmp_path, speech, 
     """Quantize one weight alone, in MatMulNBits with smoothed inputs: on the batch that damage is measured on, and on
     all speech."""
     weights = list(quantizable(load(tiny_export / ENCODER.file)))
-    assert list(calibration.weights) == weights
+    assert list(calibration.packed) == weights
     part = speech.batches[len(speech.batches) // 2]
     checked = weights[::6]
     found = calibration.sensitivity
@@ -142,9 +139,9 @@ def test_damage_is_what_the_exported_graph_shows(tiny_export, tmp_path, speech, 
 def test_a_budget_goes_where_the_damage_per_byte_is(tiny_export, tmp_path, calibration, unseen):
     """In no more bytes, a plan from the true damages beats the rule of thumb, and a plan from swapped damages."""
     model = load(tiny_export / ENCODER.file)
-    sizes = SizeModel(model, (tiny_export / ENCODER.file).stat().st_size, tensor_bytes)
+    sizes = SizeModel(model, (tiny_export / ENCODER.file).stat().st_size, K_QUANT_MIXED)
     true = calibration.sensitivity
-    rule = plan_encoder(model, K_QUANT_MIXED, WeightOptions(block_size=BLOCK))
+    rule = plan_encoder(model, K_QUANT_MIXED, OptimizeOptions(block_size=BLOCK))
     budget = sizes.total(rule)
     order = sorted(true, key=lambda name: true[name][4])
     swapped = {name: true[other] for name, other in zip(order, order[::-1], strict=True)}
@@ -218,7 +215,7 @@ def test_smoothed_inputs_change_nothing_until_they_are_rounded(fused, tiny_expor
         *(f"{module}.expand.weight" for module in ("feed_forward1", "feed_forward2", "convolution")),
     }
     assert all(factor.max() == 1 and factor.min() < 0.7 for factor in factors.values())
-    smooth.fold(model, factors)
+    rewrite.fold(model, factors)
     (tmp_path / "out").mkdir()
     save_model(model, tmp_path / "out" / ENCODER.file)
     assert sqnr_db(encode(tiny_export, unseen), encode(tmp_path / "out", unseen)) > 100
@@ -226,40 +223,40 @@ def test_smoothed_inputs_change_nothing_until_they_are_rounded(fused, tiny_expor
 
 def test_smoothing_is_rejected_where_no_normalization_is_before(tiny_export):
     model = load(tiny_export / ENCODER.file)
-    with pytest.raises(ValueError, match=r"expected a normalization before layers.0.attention.out.weight"):
-        smooth.fold(model, {"layers.0.attention.out.weight": np.ones((128, 1), np.float32)})
+    with pytest.raises(ValueError, match=r"layers.0.attention.out.weight has no normalization before it"):
+        rewrite.fold(model, {"layers.0.attention.out.weight": np.ones((128, 1), np.float32)})
 
 
 def test_row_factors_are_between_a_hundredth_and_one():
-    factors = smooth.row_factors(np.array([0.0, 1e-12, 1.0, 16.0]), np.ones(4))
+    factors = rewrite.row_factors(np.array([0.0, 1e-12, 1.0, 16.0]), np.ones(4))
     np.testing.assert_allclose(factors[:, 0], [0.01, 0.01, 0.5, 1])
-    np.testing.assert_allclose(smooth.row_factors(np.zeros(3), np.ones(3))[:, 0], 0.01)
-    assert np.isfinite(smooth.row_factors(np.ones(3), np.array([0.0, 1.0, 2.0]))).all()  # a row of zeros
+    np.testing.assert_allclose(rewrite.row_factors(np.zeros(3), np.ones(3))[:, 0], 0.01)
+    assert np.isfinite(rewrite.row_factors(np.ones(3), np.array([0.0, 1.0, 2.0]))).all()  # a row of zeros
 
 
 MIXED = ("--quant_method", "k_quant_mixed")
 REJECTED = {
-    "another method": (("--calibration_manifest", CLIPS), "expects --quant_method k_quant_mixed or int8, got rtn"),
+    "another method": (("--calibration_manifest", CLIPS), "needs --quant_method k_quant_mixed or int8, not rtn"),
     "no quantization": (
         (*MIXED, "--skip_quantization", "--calibration_manifest", CLIPS),
-        "expects --quant_method k_quant_mixed or int8, got --skip_quantization",
+        "needs --quant_method k_quant_mixed or int8, not --skip_quantization",
     ),
-    "a budget alone": ((*MIXED, "--size_budget_mb", "2"), "--size_budget_mb expects a --calibration_manifest"),
+    "a budget alone": ((*MIXED, "--size_budget_mb", "2"), "--size_budget_mb needs --calibration_manifest"),
     "a budget for rtn": (
         ("--size_budget_mb", "2"),
-        "--size_budget_mb expects --quant_method k_quant_mixed or int8, got rtn",
+        "--size_budget_mb needs --quant_method k_quant_mixed or int8, not rtn",
     ),
     "too small a budget for int8": (
         ("--quant_method", "int8", "--reduce_range", "--calibration_manifest", CLIPS, "--size_budget_mb", "1"),
-        "MB, which 4 bits for every weight take, got 1 MB; give a larger --size_budget_mb\n",
+        " MB; give a larger --size_budget_mb\n",
     ),
     "too small a budget": (
         (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "1"),
-        "expected a --size_budget_mb of at least 1.6",
+        "--size_budget_mb 1 is too small: 4 bits for every weight take 1.6",
     ),
     "no number": (
         (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "nan"),
-        "got nan MB",
+        "--size_budget_mb nan is too small",
     ),
     "no manifest there": ((*MIXED, "--calibration_manifest", "none.jsonl"), "expected a clip list, got nothing"),
 }
@@ -284,4 +281,4 @@ def test_too_little_speech_is_rejected(tiny_export, tmp_path, capsys):
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     argv = ["--model_dir", tiny_export, "--output_dir", tmp_path / "out", *MIXED, "--calibration_manifest", manifest]
     assert optimize_encoder.main([str(argument) for argument in argv]) == 2
-    assert "expected at least 10 s of calibration speech, got 3.8 s" in capsys.readouterr().err
+    assert "calibration needs at least 10 s of speech, not 3.8 s" in capsys.readouterr().err

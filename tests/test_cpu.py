@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import optimize_encoder
-from common.quantize import cpu
-from common.quantize.cpu import exact_bits, reduce_range_advice
-from common.quantize.options import OptimizeOptions
+from common.quantize import fidelity
+from common.quantize.fidelity import exact_bits, reduce_range_advice
+from common.quantize.methods import OptimizeOptions
 
 INT8 = OptimizeOptions(quant_method="int8")
 INT8_TOKENS = OptimizeOptions(decoder_joint_precision="int8")
@@ -31,7 +31,7 @@ class Session:
 @pytest.fixture(params=[EXACT_SUM, CUT_OFF_SUM], ids=["with VNNI", "without VNNI"])
 def bits(request, monkeypatch) -> int:
     """The number of bits that is exact on each kind of CPU, which is told by the sums of its products."""
-    monkeypatch.setattr(cpu, "open_session", lambda model: Session(request.param))
+    monkeypatch.setattr(fidelity, "open_session", lambda model: Session(request.param))
     return 8 if request.param == EXACT_SUM else 7
 
 

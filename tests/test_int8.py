@@ -17,9 +17,8 @@ from common.folder import MANIFEST
 from common.onnx_io import save_model
 from common.quantize import INT8, columns, int8
 from common.quantize.fidelity import sqnr_db
-from common.quantize.method import WeightOptions
-from common.quantize.plan import Format, Stored
-from common.quantize.rewrite import quantizable, quantize_weights
+from common.quantize.methods import Format, OptimizeOptions
+from common.quantize.rewrite import Stored, quantizable, quantize_weights
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime, OrtGraph
 from tests.helpers import BIT_DB, BITS, REDUCED, SAMPLES
@@ -43,7 +42,7 @@ def make_model(nodes: list, constants: dict[str, np.ndarray], opset: int = 17) -
 
 def int8_weights(model: ir.Model, bits: int = BITS) -> dict[str, Stored]:
     """Quantize the weights of `model` in place."""
-    return quantize_weights(model, dict.fromkeys(quantizable(model), Format(bits)), INT8, WeightOptions(), {})
+    return quantize_weights(model, dict.fromkeys(quantizable(model), Format(bits)), INT8, OptimizeOptions(), {})
 
 
 def int8_model(model: ir.Model, bits: int = BITS) -> ir.Model:
@@ -66,8 +65,8 @@ def rounded_rows(x: np.ndarray, zero: int) -> np.ndarray:
 
 
 def rounded_columns(weight: np.ndarray, bits: int = BITS) -> np.ndarray:
-    codes, scales = columns.quantize_columns(weight, bits)
-    return codes * scales
+    packed = columns.quantize_columns(weight, bits)
+    return packed.codes * packed.scales
 
 
 WEIGHT = RNG.standard_normal((K, N), dtype=np.float32) * np.logspace(-2, 1, N, dtype=np.float32)
@@ -128,7 +127,8 @@ def test_rows_of_zeros_stay_zeros_and_change_no_other():
 def test_columns_of_zeros_stay_zeros():
     weight = WEIGHT.copy()
     weight[:, 3] = 0
-    codes, scales = columns.quantize_columns(weight, 8)
+    packed = columns.quantize_columns(weight, 8)
+    codes, scales = packed.codes, packed.scales
     assert codes.dtype == np.int8
     assert scales[3] == 0
     assert (np.abs(codes).max(axis=0) == np.where(np.arange(N) == 3, 0, 127)).all()
@@ -175,8 +175,8 @@ def test_pairs_saturate_on_avx2_unless_the_range_is_reduced():
     weight = np.abs(RNG.standard_normal((K, N), dtype=np.float32)) + 1
     x = rounded = np.full((1, K), 255)  # a row of one loud value, as ReLU leaves it
     cut = {}
-    for bits in (columns.WEIGHT_BITS, columns.REDUCED_BITS):
-        codes, _ = columns.quantize_columns(weight, bits)
+    for bits in (OptimizeOptions().integer_bits, OptimizeOptions(reduce_range=True).integer_bits):
+        codes = columns.quantize_columns(weight, bits).codes
         products = rounded[:, :, None] * codes.astype(np.int64)
         pairs = products[:, 0::2] + products[:, 1::2]
         cut[bits] = (np.clip(pairs, -(2**15), 2**15 - 1) - pairs).any()
@@ -269,7 +269,7 @@ def test_reduced_range_wants_int8(tiny_export, tmp_path, capsys):
     flags = ["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out"), "--reduce_range"]
     assert optimize_encoder.main(flags) == 2
     assert (
-        "--reduce_range expects --quant_method int8 or --decoder_joint_precision int8, got neither"
+        "--reduce_range needs --quant_method int8 or --decoder_joint_precision int8; neither is given"
         in capsys.readouterr().err
     )
 

@@ -19,23 +19,13 @@ from common.evaluate.stress_run import StressOptions
 from common.folder import MANIFEST
 from common.onnx_io import load
 from common.quantize import METHODS, RTN
-from common.quantize.blocks import relative_error
-from common.quantize.method import QuantMethod, WeightOptions, register
-from common.quantize.options import OptimizeOptions
-from common.quantize.plan import Format, Plan
+from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, register
 from common.quantize.rewrite import matrices, plan_encoder
+from common.quantize.rounding import Packed, relative_error
 from common.report.report import REPORT_HTML
 from tests.helpers import SAMPLES
 
 CLIPS = SAMPLES / "manifest.jsonl"
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A weight as float32 numbers that bfloat16 has too."""
-
-    weight: np.ndarray
-    error: float
 
 
 def bfloat16(weight: np.ndarray) -> np.ndarray:
@@ -44,19 +34,19 @@ def bfloat16(weight: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundedMethod(QuantMethod[Rounded]):
+class RoundedMethod(QuantMethod):
     """A new kind of method, which needs no new operator and makes nothing smaller."""
 
-    def plan(self, weights: Mapping[str, EncoderWeight], options: WeightOptions) -> Plan:
+    def plan(self, weights: Mapping[str, EncoderWeight], options: OptimizeOptions) -> Plan:
         return {name: Format(16) for name, weight in weights.items() if weight.role != Role.ATTENTION_POSITION_SINE}
 
-    def pack(self, weight: np.ndarray, form: Format) -> Rounded:
+    def pack(self, weight: np.ndarray, form: Format) -> Packed:
         rounded = bfloat16(weight)
-        return Rounded(rounded, relative_error(weight, rounded))
+        return Packed(rounded, np.ones(1, np.float32), error=relative_error(weight, rounded))
 
-    def replace(self, model: ir.Model, options: WeightOptions):
-        def put(nodes, name: str, packed: Rounded, form: Format) -> None:
-            model.graph.initializers[name].const_value = ir.tensor(packed.weight, name=name)
+    def replace(self, model: ir.Model, options: OptimizeOptions):
+        def put(nodes, name: str, packed: Packed, form: Format) -> None:
+            model.graph.initializers[name].const_value = ir.tensor(packed.codes, name=name)
 
         return put
 
@@ -101,11 +91,11 @@ def test_help_and_checks_know_a_new_method(toy, tiny_export, tmp_path, capsys):
     assert "{rtn,k_quant_mixed,hqq,int8,rounded}" in printed
     assert "rounded: float32 weights that bfloat16 has too" in printed
     assert optimize(tiny_export, tmp_path / "out", "--quant_method", "rounded", "--calibration_manifest", CLIPS) == 2
-    assert "expects --quant_method k_quant_mixed or int8, got rounded" in capsys.readouterr().err
+    assert "needs --quant_method k_quant_mixed or int8, not rounded" in capsys.readouterr().err
 
 
 def test_a_name_is_registered_once():
-    with pytest.raises(ValueError, match="got rtn, which is taken"):
+    with pytest.raises(ValueError, match="called rtn already"):
         register(RTN)
 
 
@@ -137,27 +127,27 @@ def test_options_cannot_be_changed():
 
 
 CLASHES = [
-    ({"reduce_range": True}, "--reduce_range expects --quant_method int8 or"),
-    ({"reduce_range": True, "quant_method": "int8", "skip_quantization": True}, "--reduce_range expects"),
-    ({"calibration_manifest": CLIPS}, "expects --quant_method k_quant_mixed or int8, got rtn"),
-    ({"calibration_manifest": CLIPS, "quant_method": "int8", "skip_quantization": True}, "got --skip_quantization"),
-    ({"size_budget_mb": 2.0, "quant_method": "hqq"}, "expects --quant_method k_quant_mixed or int8, got hqq"),
-    ({"size_budget_mb": 2.0, "quant_method": "int8"}, "expects a --calibration_manifest"),
+    ({"reduce_range": True}, "--reduce_range needs --quant_method int8 or"),
+    ({"reduce_range": True, "quant_method": "int8", "skip_quantization": True}, "--reduce_range needs"),
+    ({"calibration_manifest": CLIPS}, "needs --quant_method k_quant_mixed or int8, not rtn"),
+    ({"calibration_manifest": CLIPS, "quant_method": "int8", "skip_quantization": True}, "not --skip_quantization"),
+    ({"size_budget_mb": 2.0, "quant_method": "hqq"}, "needs --quant_method k_quant_mixed or int8, not hqq"),
+    ({"size_budget_mb": 2.0, "quant_method": "int8"}, "needs --calibration_manifest"),
     (
         {"size_budget_mb": 2.0, "quant_method": "int8", "weight_bits": 4, "calibration_manifest": CLIPS},
-        "--weight_bits 4 expects no --size_budget_mb",
+        "--weight_bits 4 does not go with --size_budget_mb",
     ),
-    ({"weight_bits": 4}, "--weight_bits 4 expects --quant_method int8, got rtn"),
-    ({"weight_bits": 4, "quant_method": "int8", "skip_quantization": True}, "got --skip_quantization"),
-    ({"weight_bits": 5, "quant_method": "int8"}, "--weight_bits 5 expects"),
+    ({"weight_bits": 4}, "--weight_bits 4 needs --quant_method int8, not rtn"),
+    ({"weight_bits": 4, "quant_method": "int8", "skip_quantization": True}, "not --skip_quantization"),
+    ({"weight_bits": 5, "quant_method": "int8"}, "--weight_bits 5 needs"),
     (
         {"weight_bits": 4, "quant_method": "int8", "reduce_range": True},
-        "got --weight_bits 4, which needs no reduction",
+        "--weight_bits 4 needs no reduction",
     ),
-    ({"size_budget_mb": 2.0, "quant_method": "k_quant_mixed"}, "expects a --calibration_manifest"),
-    ({"max_wer_increase": 1.0}, "expects --eval_manifest"),
-    ({"max_wer_increase": float("nan"), "eval_manifest": CLIPS}, "got nan"),
-    ({"max_wer_increase": float("inf"), "eval_manifest": CLIPS}, "got inf"),
+    ({"size_budget_mb": 2.0, "quant_method": "k_quant_mixed"}, "needs --calibration_manifest"),
+    ({"max_wer_increase": 1.0}, "needs --eval_manifest"),
+    ({"max_wer_increase": float("nan"), "eval_manifest": CLIPS}, "not nan"),
+    ({"max_wer_increase": float("inf"), "eval_manifest": CLIPS}, "not inf"),
 ]
 
 
@@ -175,13 +165,13 @@ def test_each_method_takes_the_flags_that_it_declares(name):
         (kind.reduces_range, {"reduce_range": True}),
         (4 in kind.weight_bits, {"weight_bits": 4}),
         (kind.calibrates, {"calibration_manifest": CLIPS}),
-        (kind.has_size_budget, {"calibration_manifest": CLIPS, "size_budget_mb": 2.0}),
+        (kind.calibrates, {"calibration_manifest": CLIPS, "size_budget_mb": 2.0}),
     ):
         options = OptimizeOptions(quant_method=name, **flags)
         if ability:
             options.validate()
         else:
-            with pytest.raises(ValueError, match=f"--{list(flags)[-1]} (4 )?expects|--calibration_manifest expects"):
+            with pytest.raises(ValueError, match=f"--{list(flags)[-1]} (4 )?needs|--calibration_manifest needs"):
                 options.validate()
 
 
@@ -262,7 +252,7 @@ def test_small_matrices_stay_float32_and_have_roles(tiny_export, monkeypatch):
     """All matrices decide whether a role matches, not only those that are large enough to quantize."""
     model = load(tiny_export / ENCODER.file)
     monkeypatch.setattr("common.quantize.rewrite.MIN_WEIGHTS", 128 * 129)
-    plan = plan_encoder(model, RTN, WeightOptions())
+    plan = plan_encoder(model, RTN, OptimizeOptions())
     roles = Counter(encoder_weight(name).role for name in plan)
     assert Role.ATTENTION_QUERY not in roles
     assert roles[Role.FEED_FORWARD1_EXPAND] == 5

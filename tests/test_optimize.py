@@ -16,15 +16,12 @@ import optimize_encoder
 from common.contract import MICROSOFT, encoder_weight
 from common.folder import LOCATIONS, MANIFEST
 from common.onnx_io import load, save_model
-from common.quantize import HQQ, K_QUANT_MIXED, METHODS, RTN, matmul_nbits
-from common.quantize import blocks as quantize
-from common.quantize.blocks import BITS, BLOCK_SIZES
+from common.quantize import HQQ, K_QUANT_MIXED, METHODS, RTN, blocks
+from common.quantize.blocks import BITS, BLOCK_SIZES, BlockMethod, k_quant, quantize_blocks
 from common.quantize.fidelity import sqnr_db
-from common.quantize.fusion import fuse
-from common.quantize.matmul_nbits import BlockMethod
-from common.quantize.method import WeightOptions
-from common.quantize.plan import Format
-from common.quantize.rewrite import plan_encoder, quantizable, quantize_weights
+from common.quantize.methods import Format, OptimizeOptions
+from common.quantize.rewrite import fuse, plan_encoder, quantizable, quantize_weights
+from common.quantize.rounding import Packed
 from common.report.report import REPORT_HTML, REPORT_JSON
 from tests.helpers import MATRICES, dequantize, printed_by
 
@@ -41,7 +38,7 @@ def model_of(nodes: list, constants: list, inputs: dict, outputs: dict) -> onnx.
     return helper.make_model(helper.make_graph(nodes, "test", *ends, constants), opset_imports=opsets, ir_version=9)
 
 
-def multiply(packed: quantize.Packed, x: np.ndarray, bits: int, block: int, accuracy_level: int) -> np.ndarray:
+def multiply(packed: Packed, x: np.ndarray, bits: int, block: int, accuracy_level: int) -> np.ndarray:
     """x [M, K] times the packed matrix, by one MatMulNBits."""
     constants = [numpy_helper.from_array(array, name) for name, array in packed.tensors()]
     K, N = x.shape[1], len(packed.codes)
@@ -64,7 +61,7 @@ def errors(weight: np.ndarray, found: np.ndarray) -> tuple[float, float]:
 @pytest.mark.parametrize("method", FITTERS)
 def test_codes_mean_to_onnxruntime_what_they_mean_here(method, bits, block):
     weight = np.ascontiguousarray(MATRICES["off-centre"][:200, :33])
-    packed = quantize.quantize(weight, bits, block, FITTERS[method])
+    packed = quantize_blocks(weight, bits, block, FITTERS[method])
     assert (packed.zero_points is None) == (method == "rtn")
     assert packed.error == pytest.approx(errors(weight, dequantize(packed, len(weight), bits))[0], rel=1e-3)
     x = RNG.standard_normal((5, len(weight)), dtype=np.float32)
@@ -81,11 +78,11 @@ def test_methods_keep_their_order(name, block):
     weight = MATRICES[name]
     plain, weighted = {}, {}
     for method, fit in FITTERS.items():
-        found = dequantize(quantize.quantize(weight, 4, block, fit), len(weight), 4)
+        found = dequantize(quantize_blocks(weight, 4, block, fit), len(weight), 4)
         plain[method], weighted[method] = errors(weight, found)
     assert weighted["k_quant_mixed"] <= weighted["rtn"]
     assert plain["hqq"] <= plain["rtn"]
-    eight = dequantize(quantize.quantize(weight, 8, block, quantize.k_quant), len(weight), 8)
+    eight = dequantize(quantize_blocks(weight, 8, block, k_quant), len(weight), 8)
     assert errors(weight, eight)[0] < plain["k_quant_mixed"] / 100  # four bits are 24 dB
 
 
@@ -99,13 +96,13 @@ def test_error_is_at_most_that_of_onnxruntimes_own_quantizers(name, block):
     K, N = weight.shape
     codes, scales = np.zeros((N, K // block, block // 2), np.uint8), np.zeros((N, K // block), np.float32)
     quantize_matmul_4bits(codes, weight, scales, np.zeros((N, K // block), np.uint8), block, N, K, True)
-    theirs = dequantize(quantize.Packed(codes, scales, None), K, 4)
-    ours = dequantize(quantize.quantize(weight, 4, block, quantize.rtn), K, 4)
+    theirs = dequantize(Packed(codes, scales, None), K, 4)
+    ours = dequantize(quantize_blocks(weight, 4, block, blocks.rtn), K, 4)
     assert errors(weight, ours)[0] < errors(weight, theirs)[0]
 
     codes, scales, zeros = quant_tensor_k_quant_cpu(np.ascontiguousarray(weight.T), 4, block)
     theirs = ((codes - zeros) * scales).reshape(N, K).T
-    ours = dequantize(quantize.quantize(weight, 4, block, quantize.k_quant), K, 4)
+    ours = dequantize(quantize_blocks(weight, 4, block, k_quant), K, 4)
     # The quantizer there weights each block by its own rms; over the whole matrix that is nearly the same.
     assert errors(weight, ours)[1] < 1.01 * errors(weight, theirs)[1]
 
@@ -116,14 +113,14 @@ def test_odd_blocks(method):
     weight[:, 1] = 0.5  # constant
     weight[3, 2] = -7  # one outlier
     weight[:, 3] = 1e-30  # next to nothing
-    found = dequantize(quantize.quantize(weight, 4, 32, FITTERS[method]), 64, 4)
+    found = dequantize(quantize_blocks(weight, 4, 32, FITTERS[method]), 64, 4)
     np.testing.assert_allclose(found, weight, atol=0.04)
 
 
 @pytest.mark.parametrize(("bits", "block"), [(3, 32), (4, 48)])
 def test_other_formats_are_rejected(bits, block):
-    with pytest.raises(ValueError, match=f"got {bits} and {block}"):
-        quantize.quantize(MATRICES["gaussian"], bits, block, quantize.rtn)
+    with pytest.raises(ValueError, match=f"not {bits} and {block}"):
+        quantize_blocks(MATRICES["gaussian"], bits, block, blocks.rtn)
 
 
 def test_mixed_plan_gives_8_bits_to_both_ends_and_to_sensitive_roles():
@@ -135,7 +132,7 @@ def test_mixed_plan_gives_8_bits_to_both_ends_and_to_sensitive_roles():
         "feed_forward2.project",
     )
     names = ["subsampling.out.weight", *(f"layers.{i}.{role}.weight" for i in range(3) for role in roles)]
-    weights, options = {name: encoder_weight(name) for name in names}, WeightOptions(block_size=64)
+    weights, options = {name: encoder_weight(name) for name in names}, OptimizeOptions(block_size=64)
     plan = K_QUANT_MIXED.plan(weights, options)
     assert list(plan) == names
     assert {form.block for form in plan.values()} == {64}
@@ -196,7 +193,7 @@ def test_only_constant_matrices_of_some_size_are_quantized_and_shared_ones_once(
     model = load(block_model)
     found = quantizable(model)
     assert {name: len(nodes) for name, nodes in found.items()} == {"weight": 2}
-    quantize_weights(model, {"weight": Format(8, 32)}, HQQ, WeightOptions(accuracy_level=0), {})
+    quantize_weights(model, {"weight": Format(8, 32)}, HQQ, OptimizeOptions(accuracy_level=0), {})
     assert [node.op_type for node in model.graph].count("MatMulNBits") == 2
     assert "weight" not in model.graph.initializers
     save_model(model, tmp_path / "eight.onnx")
@@ -380,14 +377,14 @@ def test_unknown_choices_end_with_status_2(flag):
 
 @pytest.mark.parametrize("factor", [-1, np.nan], ids=["wrong sign", "not a number"])
 def test_a_broken_encoder_is_never_written(factor, tiny_export, tmp_path, monkeypatch, capsys):
-    real = quantize.quantize
+    real = quantize_blocks
 
     def corrupted(weight, bits, block, method):
         packed = real(weight, bits, block, method)
         packed.scales[:] *= factor
         return packed
 
-    monkeypatch.setattr(matmul_nbits, "quantize", corrupted)
+    monkeypatch.setattr(blocks, "quantize_blocks", corrupted)
     assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out")]) == 1
     assert "SQNR" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

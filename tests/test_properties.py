@@ -17,7 +17,7 @@ from common.contract import DECODER, ENCODER, JOINT
 from common.export import wrappers
 from common.onnx_io import save_model
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, compare
-from common.quantize.fusion import fuse
+from common.quantize.rewrite import fuse
 from common.run.decode import GENAI_RULE, NEMO_RULE, DecodingConfig, Prediction, greedy_tdt_decode
 from common.run.ort import OrtGraph
 from tests.helpers import handmade

@@ -21,9 +21,9 @@ from common.contract import GRAPHS
 from common.evaluate import word_limit
 from common.evaluate.word_limit import EvaluatedClip, judge, marked, print_word_errors, word_table
 from common.folder import verify_files
-from common.quantize import blocks as quantize
-from common.quantize import matmul_nbits
-from common.quantize.plan import Format, Stored
+from common.quantize import blocks
+from common.quantize.methods import Format
+from common.quantize.rewrite import Stored
 from common.report.card import CARD
 from common.report.report import REPORT_HTML, REPORT_JSON, QuantizedWeights, make_evaluation, make_report, page_writer
 from common.run.audio import read_clips
@@ -239,7 +239,7 @@ def two_bits(real):
     def round_to_nearest(x, bits):
         scale = np.abs(x).max(axis=0) / 1.5
         x[:] = np.clip(np.rint(x / np.where(scale, scale, 1)), -2, 1) * scale
-        return quantize.rtn(x, bits)
+        return blocks.rtn(x, bits)
 
     def quantize_wide(weight, bits, block, method):
         return real(weight, bits, block, round_to_nearest if weight.shape[0] < weight.shape[1] else method)
@@ -262,7 +262,7 @@ def shuffled_scales(real):
 @pytest.mark.slow
 @pytest.mark.parametrize("ruin", [two_bits, shuffled_scales])
 def test_a_ruined_encoder_fails_on_words(ruin, tiny_export, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(matmul_nbits, "quantize", ruin(quantize.quantize))
+    monkeypatch.setattr(blocks, "quantize_blocks", ruin(blocks.quantize_blocks))
     flags = ("--eval_manifest", MANIFEST, "--max_wer_increase", "0.5")
     if ruin is shuffled_scales:  # the check on noise finds it already; the check on words must do so by itself
         assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 1
@@ -330,7 +330,7 @@ def test_changes_are_shown_in_context():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--max_wer_increase", "1"), "--max_wer_increase expects --eval_manifest"),
+        (("--max_wer_increase", "1"), "--max_wer_increase needs --eval_manifest"),
         (("--eval_manifest", MANIFEST, "--max_wer_increase", "-1"), "got -1"),
         (("--eval_manifest", MANIFEST, "--max_wer_increase", "nan"), "got nan"),
         (("--eval_manifest", "none.jsonl"), "got nothing at none.jsonl"),

@@ -20,9 +20,7 @@ from common.contract import ENCODER
 from common.folder import MANIFEST
 from common.onnx_io import load, save_model
 from common.quantize.fidelity import sqnr_db
-from common.quantize.fusion import fuse
-from common.quantize.rewrite import quantizable
-from common.quantize.smoothing import factors_without_speech, fold, normalized_inputs, row_factors
+from common.quantize.rewrite import factors_without_speech, fold, fuse, normalized_inputs, quantizable, row_factors
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
 from tests.helpers import CLIPS, REDUCED, SMALL
@@ -155,7 +153,7 @@ def test_a_normalization_that_also_goes_elsewhere_is_left_alone(elsewhere):
     assert set(found) == (set() if elsewhere else {weight})
     if elsewhere:
         assert normalized_inputs(model, [weight]) == {}
-        with pytest.raises(ValueError, match="expected a normalization before"):
+        with pytest.raises(ValueError, match="has no normalization before it"):
             fold(model, {weight: np.ones((K, 1), np.float32)})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from common.cli import warn
 from common.evaluate.wer import normalize
 from common.layouts import LAYOUTS
-from common.quantize.options import OptimizeOptions
+from common.quantize.methods import OptimizeOptions
 from common.run.audio import Clip, read_clips, shared_clips
 from common.run.config import RuntimeConfig
 

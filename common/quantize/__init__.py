@@ -1,8 +1,8 @@
 """Making an encoder small and fast. Importing this package registers the methods, in the order of the help."""
 
+from common.quantize.blocks import HQQ, K_QUANT_MIXED, RTN
 from common.quantize.int8 import INT8
-from common.quantize.matmul_nbits import HQQ, K_QUANT_MIXED, RTN
-from common.quantize.method import METHODS, QuantMethod, register
+from common.quantize.methods import METHODS, QuantMethod, register
 
 register(RTN)
 register(K_QUANT_MIXED)

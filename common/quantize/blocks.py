@@ -1,24 +1,46 @@
-"""Float32 matrices as the tensors of ONNX Runtime's MatMulNBits: one function for each way to find codes.
+"""Weights of 4 and 8 bits in blocks, for ONNX Runtime's MatMulNBits: the methods rtn, k_quant_mixed and hqq.
 
 A weight W [K, N] is cut along K into blocks that share a scale and a zero point; W ≈ scale · (code - zero point).
 In the functions here each block is a column of x [block, n], so a sum over every block adds long rows, which is fast.
 
-A Fitter fits one slab of blocks: (x, bits) → scale [n] and zero point [n] of whole numbers, or None for the middle code
-2^(bits-1), which MatMulNBits assumes where no zero points are stored. Rounding with these then gives the codes.
+A method differs from the others in how it finds scales and zero points: by a Fitter, a function that fits one slab of
+blocks, x [block, n]. Rounding with these then gives the codes.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike
+import onnx_ir as ir
 
-BITS = (4, 8)
+from common.contract import MICROSOFT, EncoderWeight, Role
+from common.onnx_io import add_initializer, input_of, load, shape_of
+from common.quantize.calibration import Product, SizeModel, smallest_plan, spend, visit_products
+from common.quantize.methods import Calibrated, Format, OptimizeOptions, Plan, QuantMethod, Replace
+from common.quantize.rewrite import plan_encoder
+from common.quantize.rounding import (
+    TINY,
+    Fit,
+    Fitter,
+    InputMoments,
+    Packed,
+    best_of,
+    ceil_div,
+    inverse_of,
+    power_of,
+    relative_error,
+    round_rows,
+    steps_of,
+    sum_of_products,
+    symmetric_scales,
+)
+
+LOW, HIGH = BITS = (4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # weights; those that ONNX Runtime's CPU kernels support (1.32)
 # Number of weights fitted at a time: 1 MB, so that temporaries stay in cache and threads seldom wait for Python's lock.
 SLAB = 1 << 18
-TINY = np.float32(1e-30)  # replaces a divisor of zero, whose dividend is then zero as well
 # By how many codes the scales that are tried are narrower than the block's range, or wider if the number is negative:
 # the range is then stretched over fewer codes. More scales, beyond these ends or between these points, would improve a
 # Gaussian or Laplacian matrix by less than 0.1 dB.
@@ -27,31 +49,15 @@ K_QUANT_STEPS = tuple(np.linspace(-3.0, 0.9, 14))
 # Badri & Shaji's constants (mobiusml/hqq, `optimize_weights_proximal`, where 20 iterations use them and stop early).
 HQQ_NORM, HQQ_BETA, HQQ_KAPPA = 0.7, 10.0, 1.01
 HQQ_ITERATIONS = 10  # 20 gain 0.06 dB at block 128, less at 32
-Fit = tuple[np.ndarray, np.ndarray | None]
-Fitter = Callable[[np.ndarray, int], Fit]
 
 
-@dataclass(frozen=True)
-class Packed:
-    """The constant inputs of one MatMulNBits node (docs/ContribOperators.md of onnxruntime), and their error."""
-
-    codes: np.ndarray  # [N, blocks, block * bits / 8] uint8, low half first
-    scales: np.ndarray  # [N, blocks] float32
-    zero_points: np.ndarray | None  # [N, ceil(blocks * bits / 8)] uint8, low half first
-    error: float = math.nan  # Σ (W - Ŵ)² / Σ W²
-
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and array of each input, in the order of the node."""
-        return ((name, array) for name, array in vars(self).items() if isinstance(array, np.ndarray))
-
-
-def quantize(weight: np.ndarray, bits: int, block: int, fit: Fitter) -> Packed:
+def quantize_blocks(weight: np.ndarray, bits: int, block: int, fit: Fitter) -> Packed:
     """Quantize weight [K, N] in blocks along K, the last one padded with zeros.
 
     Raises ValueError for bits or a block size that is not supported.
     """
     if bits not in BITS or block not in BLOCK_SIZES:
-        raise ValueError(f"expected bits of {BITS} and a block size of {BLOCK_SIZES}, got {bits} and {block}")
+        raise ValueError(f"blocks have {BITS} bits and {BLOCK_SIZES} weights, not {bits} and {block}")
     K, N = weight.shape
     blocks, middle = ceil_div(K, block), 2 ** (bits - 1)
     codes = np.empty((blocks, block, N), np.uint8)
@@ -84,46 +90,25 @@ def _packed(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bit
     )
 
 
-def quantize_compensated(
+def fit_blocks(
     weight: np.ndarray,
     bits: int,
     block: int,
     fit: Fitter,
-    feedback: np.ndarray,
+    inputs: InputMoments,
     factors: np.ndarray | float = 1.0,
 ) -> tuple[Packed, np.ndarray]:
-    """Like `quantize`, but rows are multiplied by `factors` [K, 1] and then rounded one by one with the feedback of
-    `moments.error_feedback`. Also returns the errors W - Ŵ [K, N], divided by the factors again."""
-    codes, scales, zeros, errors = compensate(weight * factors, bits, block, fit, feedback)
-    errors /= factors
-    symmetric = bool(np.all(zeros == 2 ** (bits - 1)))
-    error = relative_error(weight, weight - errors)
-    return _packed(codes, scales, None if symmetric else zeros, bits, error), errors
-
-
-def compensate(
-    weight: np.ndarray, bits: int, block: int, fit: Fitter, feedback: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Round row by row, where each row makes up for the errors of the rows before it. Returns codes [blocks, block, N],
-    scales and zero points [blocks, N], and errors W - Ŵ [K, N]."""
+    """Like `quantize_blocks`, but rows are multiplied by `factors` [K, 1] and then rounded such that products with
+    these inputs, `InputMoments.in_order`, change least. Also returns the rounded weight [K, N], divided by the factors
+    again."""
     K, N = weight.shape
-    blocks, middle = ceil_div(K, block), 2 ** (bits - 1)
-    codes, scales = np.zeros((blocks, block, N), np.uint8), np.empty((blocks, N), np.float32)
-    zeros, errors = np.empty((blocks, N), np.uint8), np.empty((K, N), np.float32)
-    for i, begin in enumerate(range(0, K, block)):
-        end = min(begin + block, K)
-        target = np.zeros((block, N), np.float32)
-        target[: end - begin] = weight[begin:end] + feedback[:begin, begin:end].T @ errors[:begin]
-        scales[i], zero = fit(target, bits)
-        zero = np.full(N, middle, np.float32) if zero is None else zero
-        inverse, within = inverse_of(scales[i]), np.ascontiguousarray(feedback[begin:end, begin:end].T)
-        for k in range(begin, end):
-            row = target[k - begin] + within[k - begin, : k - begin] @ errors[begin:k]
-            steps = steps_of(row, inverse, zero, bits)
-            errors[k] = weight[k] - steps * scales[i]
-            codes[i, k - begin] = steps + zero
-        zeros[i] = zero
-    return codes, scales, zeros, errors
+    feedback = np.asfortranarray(inputs.feedback[::-1, ::-1])  # in another layout sums would be rounded otherwise
+    rounded = round_rows(weight * factors, bits, block, fit, feedback, last_first=False)
+    codes = np.zeros((len(rounded.zeros) * block, N), np.uint8)
+    codes[:K] = rounded.steps + np.repeat(rounded.zeros, block, axis=0)[:K]
+    zeros = None if np.all(rounded.zeros == 2 ** (bits - 1)) else rounded.zeros.astype(np.uint8)
+    became = weight - rounded.errors / factors
+    return _packed(codes.reshape(-1, block, N), rounded.scales, zeros, bits, relative_error(weight, became)), became
 
 
 def rtn(x: np.ndarray, bits: int) -> Fit:
@@ -135,17 +120,6 @@ def rtn(x: np.ndarray, bits: int) -> Fit:
     return symmetric_scales(x, bits, RTN_STEPS), None
 
 
-def symmetric_scales(x: np.ndarray, bits: int, steps: Iterable[float], weight: np.ndarray | None = None) -> np.ndarray:
-    """For each column of x [block, n] the scale of least squared error: [n], negative where the extreme of the column
-    is positive. The scales that are tried are those with which the extreme is -2^(bits-1) - step codes, for each of
-    `steps`. weight: of the squared errors, [block, n] or [block, 1]; None counts all alike."""
-    half = 2 ** (bits - 1)
-    high, low = x.max(axis=0), x.min(axis=0)
-    per_extreme = inverse_of(np.where(high >= -low, high, low))
-    candidates = ((np.float32(-(half + step)) * per_extreme, np.float32(half)) for step in steps)
-    return _best_of(x, weight, candidates, bits)[0]
-
-
 def k_quant(x: np.ndarray, bits: int) -> Fit:
     """Search for scale and zero point with llama.cpp's weights, rms + |x| (`make_qkx2_quants` in ggml-quants.c).
 
@@ -155,7 +129,7 @@ def k_quant(x: np.ndarray, bits: int) -> Fit:
     top, per_range = 2**bits - 1, inverse_of(high - low)
     inverses = (np.float32(top + step) * per_range for step in K_QUANT_STEPS)
     candidates = ((inverse, np.clip(np.rint(-low * inverse), 0, top)) for inverse in inverses)
-    return _best_of(x, np.abs(x) + np.sqrt(np.mean(x * x, axis=0)), candidates, bits)
+    return best_of(x, np.abs(x) + np.sqrt(np.mean(x * x, axis=0)), candidates, bits)
 
 
 def hqq(x: np.ndarray, bits: int) -> Fit:
@@ -201,64 +175,6 @@ def _least_squares(x: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np
     return np.where(dot > 0, dot / np.maximum(norm, TINY), slope), moved
 
 
-def _best_of(
-    x: np.ndarray, weight: np.ndarray | None, candidates: Iterable[tuple[np.ndarray, ArrayLike]], bits: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero of the best candidate (1/scale, zero) in each column: the scale is fitted to a candidate's codes,
-    and the least Σ weight · (x - scale · steps)² wins. A fit explains (Σ w x s)² / Σ w s² of Σ w x²."""
-    weighted = x if weight is None else weight * x
-    explained = np.full(x.shape[1], -1, np.float32)
-    scale, zero = np.zeros_like(explained), np.zeros_like(explained)
-    for inverse, candidate in candidates:
-        steps = steps_of(x, inverse, candidate, bits)
-        dot = sum_of_products(weighted, steps)
-        norm = sum_of_products(steps, steps) if weight is None else sum_of_products(steps, steps, weight)
-        norm = np.maximum(norm, TINY)
-        better = dot * dot / norm > explained
-        explained = np.where(better, dot * dot / norm, explained)
-        scale, zero = np.where(better, dot / norm, scale), np.where(better, candidate, zero)
-    return scale, zero
-
-
-def steps_of(x: np.ndarray, inverse: np.ndarray, zero: ArrayLike, bits: int) -> np.ndarray:
-    """code - zero of each weight, [block, n] float32: the nearest whole multiple of the scale that a code can reach."""
-    zero = np.asarray(zero, np.float32)
-    steps: np.ndarray = x * inverse
-    np.rint(steps, out=steps)
-    np.maximum(steps, -zero, out=steps)
-    np.minimum(steps, np.float32(2**bits - 1) - zero, out=steps)
-    return steps
-
-
-def sum_of_products(*factors: np.ndarray) -> np.ndarray:
-    """The sum over each column of the elementwise product of the factors [block, n]: [n]. It takes one pass; a product
-    and then a sum would take two."""
-    return np.asarray(np.einsum(", ".join(["ij"] * len(factors)) + " -> j", *factors))
-
-
-def ceil_div(number: int, divisor: int) -> int:
-    """number / divisor, rounded up."""
-    return -(-number // divisor)
-
-
-def relative_error(weight: np.ndarray, rounded: np.ndarray) -> float:
-    """Σ (W - Ŵ)² / Σ W², and 0 for a weight of zeros."""
-    power = power_of(weight)
-    return power_of(rounded - weight) / power if power else 0.0
-
-
-def power_of(x: np.ndarray) -> float:
-    """Σ x²"""
-    return float(np.vdot(x, x))
-
-
-def inverse_of(x: np.ndarray) -> np.ndarray:
-    """1/x, and 0 for 0: a block of zeros gets scale 0."""
-    inverse = np.zeros_like(x)
-    np.divide(1, x, out=inverse, where=x != 0)
-    return inverse
-
-
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack two 4-bit codes into a byte along axis 1, the even one in the low half; 8-bit codes stay as they are.
     [·, k, N] → [·, ⌈k/2⌉, N]"""
@@ -268,3 +184,132 @@ def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
     packed = low.copy()
     packed[:, : high.shape[1]] |= high << 4
     return packed
+
+
+# The roles where 8 bits gain most per byte. On speech through the tiny checkpoint (k_quant, block 32, the ends of the
+# graph always at 8 bits), 4 bits elsewhere give 23.1 dB, and 8 bits for these roles 31.2 dB at 13 % more bytes. Values
+# and feed-forward outputs of some layers, llama.cpp's choice for language models, give 23.6 dB at 8 %; values,
+# attention and feed-forward outputs of all layers give 24.1 dB at 24 %.
+EIGHT_BIT_ROLES = (
+    Role.ATTENTION_VALUE,
+    Role.ATTENTION_OUT,
+    Role.CONVOLUTION_EXPAND,
+    Role.CONVOLUTION_PROJECT,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMethod(QuantMethod):
+    """4 bits for every weight; the codes of a block are found by `fit`."""
+
+    fit: Fitter
+    uses_blocks: bool = True
+    unfused_gain_on_cpu: str = "6 to 10 %"  # of the time of an encoder in 4 bits: see rewrite.fuse
+
+    def plan(self, weights: Mapping[str, EncoderWeight], options: OptimizeOptions) -> Plan:
+        return dict.fromkeys(weights, Format(LOW, options.block_size))
+
+    def pack(self, weight: np.ndarray, form: Format) -> Packed:
+        return quantize_blocks(weight, form.bits, block_of(form), self.fit)
+
+    def replace(self, model: ir.Model, options: OptimizeOptions) -> Replace:
+        def put(nodes: Sequence[ir.Node], name: str, packed: Packed, form: Format) -> None:
+            tensors = (ir.tensor(array, name=f"{name}.{part}") for part, array in packed.tensors())
+            constants = [add_initializer(model.graph, tensor) for tensor in tensors]
+            for node in nodes:
+                _replace_node(model.graph, node, constants, form, options.accuracy_level)
+
+        return put
+
+    def stored_bytes(self, shape: tuple[int, ...], form: Format) -> tuple[int, ...]:
+        (K, N), block = shape, block_of(form)
+        blocks = ceil_div(K, block)
+        return N * blocks * block * form.bits // 8, 4 * N * blocks, N * ceil_div(blocks * form.bits, 8)
+
+
+def block_of(form: Format) -> int:
+    """The block size of a format that has one."""
+    if form.block is None:
+        raise ValueError(f"a weight of {form.bits} bits for MatMulNBits needs a block size")
+    return form.block
+
+
+def _replace_node(graph: ir.Graph, node: ir.Node, constants: list[ir.Value], form: Format, accuracy_level: int) -> None:
+    K, N = shape_of(input_of(node, 1))
+    numbers = {"K": K, "N": N, "bits": form.bits, "block_size": block_of(form), "accuracy_level": accuracy_level}
+    new = ir.Node(
+        MICROSOFT,
+        "MatMulNBits",
+        [node.inputs[0], *constants],
+        [ir.AttrInt64(name, number) for name, number in numbers.items()],
+        name=node.name,
+    )
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedBlockMethod(BlockMethod):
+    """4 bits, and 8 where a rule, or a measurement on speech, says that they help most."""
+
+    calibrates: bool = True
+
+    def plan(self, weights: Mapping[str, EncoderWeight], options: OptimizeOptions) -> Plan:
+        """8 bits for EIGHT_BIT_ROLES, and for the first and last matrix, through which everything passes."""
+        ends = (next(iter(weights)), next(reversed(list(weights))))
+        eight = {name for name, weight in weights.items() if weight.role in EIGHT_BIT_ROLES or name in ends}
+        return {name: Format(HIGH if name in eight else LOW, options.block_size) for name in weights}
+
+    def calibrate(self, encoder: Path, batches: Sequence[np.ndarray], options: OptimizeOptions) -> Calibrated:
+        """Spend the size budget, or as many bytes as `plan` needs, where they help most. Raises ValueError for a budget
+        that is exceeded even with 4 bits for every weight."""
+        model = load(encoder)
+        low, high = (Format(bits, options.block_size) for bits in BITS)
+        sizes = SizeModel(model, encoder.stat().st_size, self)
+        rule = plan_encoder(model, self, options)
+        budget = sizes.total(rule) if options.size_budget_mb is None else options.size_budget_mb * 1e6
+        smallest_plan(sizes, rule, low, budget)  # raises ValueError before the long work begins
+        fitted = fit_widths(encoder, batches, options.block_size)
+        plan = spend(sizes, fitted.sensitivity, low, high, budget)
+        weights = {name: fitted.packed[name][form.bits] for name, form in plan.items()}
+        return Calibrated(plan, weights, fitted.factors, fitted.sensitivity)
+
+
+@dataclass(frozen=True)
+class FittedWidths:
+    """Each quantizable weight in both widths, fitted to speech; by name, in graph order, and then by bits."""
+
+    packed: dict[str, dict[int, Packed]] = field(default_factory=dict)
+    sensitivity: dict[str, dict[int, float]] = field(default_factory=dict)
+    factors: dict[str, np.ndarray] = field(default_factory=dict)  # of the rows of scaled weights, [K, 1]
+
+
+def fit_widths(encoder: Path, batches: Sequence[np.ndarray], block: int) -> FittedWidths:
+    """Fit the weights of the float32 graph at `encoder` to features [B, M, T] of speech, each by itself."""
+    fitted = FittedWidths()
+
+    def visit(product: Product) -> None:
+        inputs = InputMoments.in_order(product.moments)
+
+        def fit(bits: int) -> tuple[Packed, np.ndarray]:
+            return fit_blocks(product.weight, bits, block, k_quant, inputs, product.factors)
+
+        with ThreadPoolExecutor(len(BITS)) as pool:
+            packed, became = zip(*pool.map(fit, BITS), strict=True)
+        fitted.packed[product.name] = dict(zip(BITS, packed, strict=True))
+        fitted.sensitivity[product.name] = product.damages(dict(zip(BITS, became, strict=True)))
+
+    fitted.factors.update(visit_products(encoder, batches, visit, measures=True))
+    return fitted
+
+
+RTN = BlockMethod(name="rtn", fit=rtn, help="4 bits, rounded to nearest with a searched scale")
+K_QUANT_MIXED = MixedBlockMethod(
+    name="k_quant_mixed",
+    fit=k_quant,
+    help="4 bits with zero points by llama.cpp's search, and 8 bits where they matter most",
+)
+HQQ = BlockMethod(
+    name="hqq",
+    fit=hqq,
+    help="4 bits with whole zero points by half-quadratic optimization; the slowest to make",
+)

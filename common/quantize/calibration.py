@@ -2,20 +2,23 @@
 
 The graph is cut before each product with a constant matrix. Each segment passes its values to the next, and all of the
 speech goes through the segments once. The inputs of each product are therefore known, so a method can round the weight
-such that later rows make up for the errors of earlier ones on inputs like these (moments.py). Input channels that come
-from a normalization are scaled so that they differ less (smoothing.py). There are two ways to go through the graph:
+such that later rows make up for the errors of earlier ones on inputs like these (rounding.py). Input channels that come
+from a normalization are scaled so that they differ less (rewrite.py). A method can use this in two ways:
 
-- `calibrated_products`: every weight by itself. From its product on, part of the speech can go to the end of the graph
-  a second time, with the rounded weight. How far the output then moves is called the damage of the weight.
-- `fit_in_sequence`: every weight after those before it. The speech goes through the graph twice, side by side, with the
-  exact weights and with the rounded ones, and each weight is fitted to make up for the difference so far.
+- It fits every weight by itself. From its product on, part of the speech goes to the end of the graph a second time,
+  with the rounded weight. How far the output then moves is called the damage of the weight; a size budget is spent on
+  the weights where more bits remove most of it.
+- It fits every weight after those before it. The speech goes through the graph twice, side by side, with the exact
+  weights and with the rounded ones, and each weight is fitted to make up for the difference so far.
 
 Weights stay in the data file, and a pass holds the values at one cut, so memory is that of the speech and the codes.
 """
 
+import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,11 +29,10 @@ from onnx_ir.passes import common as passes
 
 from common.cli import progress_bar
 from common.contract import ENCODER
-from common.onnx_io import input_of, load, name_of, tensor_of
-from common.quantize.blocks import power_of
-from common.quantize.moments import second_moments
-from common.quantize.rewrite import quantizable
-from common.quantize.smoothing import row_factors, row_powers
+from common.onnx_io import data_bytes, input_of, load, name_of, shape_of, tensor_of
+from common.quantize.methods import Format, Plan, QuantMethod, Sensitivity
+from common.quantize.rewrite import constant_factor, quantizable, row_factors, row_powers
+from common.quantize.rounding import power_of
 from common.run.audio import Clip
 from common.run.genai import GenAI
 from common.run.ort import open_session
@@ -73,7 +75,7 @@ def read_speech(folder: Path, clips: list[Clip]) -> CalibrationSpeech:
         frames += features[-1].shape[1]
     seconds = frames / frame_rate
     if seconds < MIN_SECONDS:
-        raise ValueError(f"expected at least {MIN_SECONDS} s of calibration speech, got {seconds:.1f} s; add clips")
+        raise ValueError(f"calibration needs at least {MIN_SECONDS} s of speech, not {seconds:.1f} s; add clips")
     return CalibrationSpeech(speech_batches(features, frame_rate), len(features), seconds)
 
 
@@ -98,100 +100,90 @@ def speech_batches(features: Iterable[np.ndarray], frame_rate: float) -> list[np
 
 @dataclass(frozen=True)
 class Product:
-    """A weight [K, N], and what is known of its inputs on speech."""
+    """A product with a weight [K, N], and what is known of it on speech."""
 
-    name: str
-    weight: np.ndarray
-    scaled: bool  # whether its input channels are scaled
-    factors: np.ndarray  # [K, 1], of its rows; ones where they are not
-    moments: np.ndarray  # [K, K], second moments of its inputs divided by the factors
+    name: str  # of the weight
+    weights: Mapping[str, np.ndarray]  # all exact weights of the encoder
+    factors: np.ndarray  # [K, 1], of its rows; ones where its input channels are not scaled
+    moments: np.ndarray  # [K, K], second moments Σ xᵀx of its inputs divided by the factors
+    missing: np.ndarray | None  # [K, N], xᵀ times what the product lacks because of earlier weights; None for nothing
+    x: np.ndarray  # [R, K], its inputs on part of the speech, with exact weights
+    output: np.ndarray  # of the encoder on that part, with exact weights
+    rest: Callable[[Mapping[str, np.ndarray]], np.ndarray]  # weights → the same output, computed from this product on
 
+    @property
+    def weight(self) -> np.ndarray:
+        return self.weights[self.name]
 
-@dataclass(frozen=True)
-class ProductInSequence(Product):
-    """A product, and what its weight has to make up for after the errors of earlier weights."""
+    def damages(self, became: Mapping[int, np.ndarray]) -> dict[int, float]:
+        """Bits → Σ (y - ŷ)² / Σ y² of the encoder's output y, from bits → what the weight becomes, [K, N].
 
-    missing: np.ndarray | None  # [K, N], xᵀ times what is missing in the product; None where nothing is missing
-
-
-@dataclass(frozen=True)
-class ObservedProduct(Product):
-    """A product, and the effect that a change of its weight has on the encoder's output."""
-
-    x: np.ndarray  # [R, K], its inputs on part of the speech
-    damage: Callable[[np.ndarray], float]  # of errors [K, N] of the weight: Σ (y - ŷ)² / Σ y² of the encoder's output y
-
-    def damages(self, errors: Mapping[int, np.ndarray]) -> dict[int, float]:
-        """Bits → damage, from bits → errors of the weight. Only that of the fewest bits is measured. For other bits it
-        is scaled by the ratio of the errors in the product: small errors go through the rest of the graph alike."""
-        low = min(errors)
-        noise = {bits: power_of(self.x @ error) for bits, error in errors.items()}
-        damage = self.damage(errors[low])
+        Only that of the fewest bits is measured. For other bits it is scaled by the ratio of the errors in the product:
+        small errors go through the rest of the graph alike.
+        """
+        low = min(became)
+        noise = {bits: power_of(self.x @ (self.weight - weight)) for bits, weight in became.items()}
+        damage = power_of(self.rest({**self.weights, self.name: became[low]}) - self.output) / power_of(self.output)
         return {bits: damage * left / max(noise[low], 1e-30) for bits, left in noise.items()}
 
 
-def calibrated_products(encoder: Path, batches: Sequence[np.ndarray]) -> Iterator[ObservedProduct]:
-    """Each quantizable weight of the float32 graph at `encoder`, in graph order, observed on features [B, M, T].
+def visit_products(
+    encoder: Path,
+    batches: Sequence[np.ndarray],
+    visit: Callable[[Product], np.ndarray | None],
+    *,
+    measures: bool,
+) -> dict[str, np.ndarray]:
+    """Call `visit` with each product of a quantizable weight of the float32 graph at `encoder`, in graph order.
 
-    A progress bar and an estimate of the time are printed; both assume that `damage` will be called.
+    batches: features [B, M, T]. If `visit` returns a weight [K, N], the speech goes on with it as well as with the
+    exact weights, side by side: the moments of later products are of the inputs after it, and `missing` is what they
+    have to make up for. Returns the row factors [K, 1] of the weights whose input channels are scaled, by name.
+
+    measures: whether `visit` calls `damages`, and returns None, rather than a weight. A progress bar and an estimate of
+    the time assume so.
     """
     segments, weights, rows = _cut(encoder)
-    speech = [_inputs(batch) for batch in batches]
-    part = len(speech) // 2  # clips of middling length
+    exact = rounded = [_inputs(batch) for batch in batches]
+    part = len(batches) // 2  # clips of middling length
     start = time.perf_counter()
-    reference = _run(segments, speech[part], weights)
+    output = _run(segments, exact[part], weights)
     run_seconds = (time.perf_counter() - start) / len(segments)
-    runs = [len(speech) + (FIT_RUNS + len(segments) - i if segment.weight else 0) for i, segment in enumerate(segments)]
-    with progress_bar(total=sum(runs), task="calibrating", unit="run") as bar:
-        bar.write(f"calibrating {len(weights)} weights: about {sum(runs) * run_seconds / 60:.1f} min")
+    runs = [
+        (1 if measures else 2) * len(batches) + bool(segment.weight) * (FIT_RUNS + measures * (len(segments) - i))
+        for i, segment in enumerate(segments)
+    ]
+    task = "calibrating" if measures else "fitting"
+    factors: dict[str, np.ndarray] = {}
+    with progress_bar(total=sum(runs), task=task, unit="run") as bar:
+        bar.write(f"{task} {len(weights)} weights: about {sum(runs) * run_seconds / 60:.1f} min")
         for i, segment in enumerate(segments):
-            if name := segment.weight:
-                moments = second_moments(_all_rows(speech, segment.x))
-                product = _product(name, weights[name], moments, rows.get(name))
-                damage = _Damage(segments[i:], speech[part], weights, name, reference)
-                yield ObservedProduct(**vars(product), x=_rows(speech[part][segment.x]), damage=damage)
-            speech = [segment(values, weights) for values in speech]
-            bar.update(runs[i])
-
-
-def fit_in_sequence(
-    encoder: Path, batches: Sequence[np.ndarray], fit: Callable[[ProductInSequence], np.ndarray]
-) -> None:
-    """Call `fit` with each quantizable weight of the float32 graph at `encoder`, in graph order; `fit` returns the
-    weight as it is after quantization, [K, N]. batches: features [B, M, T].
-
-    Moments are of the inputs after earlier weights were quantized. A progress bar and an estimate of time are printed.
-    """
-    segments, weights, rows = _cut(encoder)
-    exact = [_inputs(batch) for batch in batches]
-    rounded = list(exact)
-    start = time.perf_counter()
-    _run(segments, exact[len(exact) // 2], weights)
-    run_seconds = (time.perf_counter() - start) / len(segments)
-    runs = [2 * len(exact) + FIT_RUNS * bool(segment.weight) for segment in segments]
-    with progress_bar(total=sum(runs), task="fitting", unit="run") as bar:
-        bar.write(f"fitting {len(weights)} weights: about {sum(runs) * run_seconds / 60:.1f} min")
-        for segment, cost in zip(segments, runs, strict=True):
-            changed: dict[str, np.ndarray] = weights
+            became = None
             if name := segment.weight:
                 x = _all_rows(rounded, segment.x)
-                missing = _missing(segment, weights[name], x, exact, rounded)
-                product = _product(name, weights[name], second_moments(x), rows.get(name))
-                changed = {**weights, name: fit(ProductInSequence(**vars(product), missing=missing))}
+                moments = np.asarray(x.T @ x)
+                if name in rows:
+                    factors[name] = row_factors(np.diag(moments), rows[name])
+                divisors = factors.get(name, np.ones((len(moments), 1), np.float32))
+                moments /= divisors * divisors.T  # in place, since it takes 67 MB for 4096 inputs
+                became = visit(
+                    Product(
+                        name=name,
+                        weights=weights,
+                        factors=divisors,
+                        moments=moments,
+                        missing=None if rounded is exact else _missing(segment, weights[name], x, exact, rounded),
+                        x=_rows(exact[part][segment.x]),
+                        output=output,
+                        rest=partial(_run, segments[i:], exact[part]),
+                    )
+                )
+            changed = weights if became is None else {**weights, segment.weight: became}
+            alike = rounded is exact and became is None
             exact = [segment(values, weights) for values in exact]
-            rounded = [segment(values, changed) for values in rounded]
-            bar.update(cost)
-
-
-def _product(name: str, weight: np.ndarray, moments: np.ndarray, rows: np.ndarray | None) -> Product:
-    """moments: of the inputs before they are scaled; divided in place, since they take 67 MB for 4096 inputs.
-    rows: Σ W² of each row, [K], if a normalization precedes the product (`row_powers`), else None."""
-    scaled = rows is not None
-    factors = np.ones((len(moments), 1), np.float32)
-    if rows is not None:
-        factors = row_factors(np.diag(moments), rows)
-        moments /= factors * factors.T
-    return Product(name, weight, scaled, factors, moments)
+            rounded = exact if alike else [segment(values, changed) for values in rounded]
+            bar.update(runs[i])
+    return factors
 
 
 def _missing(
@@ -215,22 +207,6 @@ def _missing(
 
 
 @dataclass(frozen=True)
-class _Damage:
-    """Runs the rest of the graph after errors were subtracted from one weight."""
-
-    segments: "list[_Segment]"  # from the one that begins with the weight to the last
-    values: dict[str, np.ndarray]  # at the beginning of the first of these segments
-    weights: dict[str, np.ndarray]
-    name: str
-    reference: np.ndarray  # the encoder's output without errors
-
-    def __call__(self, error: np.ndarray) -> float:
-        weights = {**self.weights, self.name: self.weights[self.name] - error}
-        output = _run(self.segments, self.values, weights)
-        return power_of(output - self.reference) / power_of(self.reference)
-
-
-@dataclass(frozen=True)
 class _Segment:
     """Part of the graph. It begins with the first product with `weight`; the first segment has no weight."""
 
@@ -242,7 +218,7 @@ class _Segment:
     later: set[str]  # values that are still used after it
     session: ort.InferenceSession
 
-    def __call__(self, values: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, values: dict[str, np.ndarray], weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The values at the end of the segment, from the values at its beginning."""
         feeds = {name: weights[name] if name in weights else values[name] for name in self.takes}
         made = dict(zip(self.gives, self.session.run(self.gives, feeds), strict=True))
@@ -286,18 +262,16 @@ def _residual(product: ir.Node, known: Collection[ir.Value]) -> tuple[str, float
     y, factor = product.outputs[0], 1.0
     while len(y.uses()) == 1:
         node = next(iter(y.uses())).node
-        other = next((value for value in node.inputs if value is not None and value is not y), None)
-        if other is None or node.op_type not in ("Add", "Mul"):
-            return None
-        if node.op_type == "Add" and other in known:
-            return name_of(other), factor
-        constant = ir.convenience.get_const_tensor(other)
-        if constant is None:
-            return None
-        if node.op_type == "Mul":
-            if constant.size != 1:
+        if multiplication := constant_factor(y):
+            factor *= float(multiplication[1])
+        else:
+            other = next((value for value in node.inputs if value is not None and value is not y), None)
+            if node.op_type != "Add" or other is None:
                 return None
-            factor *= float(constant.numpy().item())
+            if other in known:
+                return name_of(other), factor
+            if ir.convenience.get_const_tensor(other) is None:
+                return None
         y = node.outputs[0]
     return None
 
@@ -319,7 +293,7 @@ def _inputs(batch: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(ENCODER.input_names, (batch, lengths), strict=True))
 
 
-def _run(segments: list[_Segment], values: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> np.ndarray:
+def _run(segments: list[_Segment], values: dict[str, np.ndarray], weights: Mapping[str, np.ndarray]) -> np.ndarray:
     """The encoder's output, from the values at the beginning of the first segment."""
     for segment in segments:
         values = segment(values, weights)
@@ -335,3 +309,49 @@ def _all_rows(batches: Sequence[Mapping[str, np.ndarray]], name: str) -> np.ndar
     """The rows [R, K] of a value in all batches. One product with all rows takes half the time of one product for each
     batch, since their results of up to 134 MB would have to be added."""
     return np.concatenate([_rows(values[name]) for values in batches])
+
+
+@dataclass(frozen=True)
+class SizeModel:
+    """Predicts the bytes of an encoder's files for any plan, without carrying it out."""
+
+    model: ir.Model
+    graph_bytes: int  # of the exported graph file, without its data
+    method: QuantMethod  # which says what a weight takes in each format
+
+    def total(self, plan: Plan) -> int:
+        """Bytes of graph and data once `plan` has been carried out; the files may be up to a per cent smaller."""
+        initializers = self.model.graph.initializers
+        others = (tensor_of(value).nbytes for name, value in initializers.items() if name not in plan)
+        packed = (size for name, form in plan.items() for size in self.bytes_of(name, form))
+        return self.graph_bytes + self.method.node_bytes * len(plan) + data_bytes((*others, *packed))
+
+    def bytes_of(self, name: str, form: Format) -> tuple[int, ...]:
+        """Bytes of each tensor of one weight."""
+        return self.method.stored_bytes(shape_of(self.model.graph.initializers[name]), form)
+
+
+def smallest_plan(sizes: SizeModel, weights: Iterable[str], low: Format, budget: float) -> Plan:
+    """All weights in the format `low`. Raises ValueError if that takes more than `budget` bytes."""
+    plan = dict.fromkeys(weights, low)
+    smallest = sizes.total(plan)
+    if not smallest <= budget:
+        or_block = "" if low.block is None else " or --block_size"
+        raise ValueError(
+            f"--size_budget_mb {budget / 1e6:g} is too small: {low.bits} bits for every weight take "
+            f"{math.ceil(smallest / 1e4) / 100} MB; give a larger --size_budget_mb{or_block}"
+        )
+    return plan
+
+
+def spend(sizes: SizeModel, damage: Sensitivity, low: Format, high: Format, budget: float) -> Plan:
+    """The format `low` for all weights, and `high` where that removes most damage per byte, as long as everything fits
+    into `budget` bytes. Raises ValueError as `smallest_plan` does."""
+    plan = dict(smallest_plan(sizes, damage, low, budget))
+    extra = {name: sum(sizes.bytes_of(name, high)) - sum(sizes.bytes_of(name, low)) for name in plan}
+    gain = {name: (damage[name][low.bits] - damage[name][high.bits]) / extra[name] for name in plan}
+    for name in sorted(plan, key=gain.__getitem__, reverse=True):
+        richer = {**plan, name: high}
+        if sizes.total(richer) <= budget:
+            plan = richer
+    return plan

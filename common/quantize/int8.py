@@ -20,30 +20,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx import defs
 from onnx_ir.tape import Tape
 
 from common.contract import MICROSOFT, EncoderWeight, Role, encoder_weight
 from common.onnx_io import add_initializer, input_of, load, shared_initializer
-from common.quantize.calibration import ObservedProduct, ProductInSequence, calibrated_products, fit_in_sequence
-from common.quantize.columns import (
-    LOW_BITS,
-    Columns,
-    column_bytes,
-    fitted_columns,
-    high_bits,
-    rounded_columns,
-    weight_bits,
-)
-from common.quantize.method import Calibrated, QuantMethod, Replace, WeightOptions
-from common.quantize.moments import SortedMoments
-from common.quantize.opset import INT4_IR_VERSION, INT4_OPSET, lift_opset
-from common.quantize.plan import Format, Plan, Sensitivity, SizeModel, smallest_plan, spend
-from common.quantize.rewrite import plan_encoder
+from common.quantize.calibration import Product, SizeModel, smallest_plan, spend, visit_products
+from common.quantize.columns import LOW_BITS, column_bytes, fit_columns, quantize_columns
+from common.quantize.methods import Calibrated, Format, OptimizeOptions, Plan, QuantMethod, Replace, Sensitivity
+from common.quantize.rewrite import constant_factor, plan_encoder
+from common.quantize.rounding import TINY, InputMoments, Packed
 
 CODES = 255  # largest uint8
-# Bytes that a quantized product adds to the graph file, including the nodes that quantize its input.
-NODE_BYTES = 1600  # 1503 were measured
-TINY = np.float32(1e-30)  # a row scale that can still be divided by and multiplied with
 # The code that stands for 0, chosen by what is known about the range of a row: codes below it stand for negative
 # numbers, and the fewer codes are wasted, the finer is the scale. SiLU is never below -0.28: with code 32, a row whose
 # maximum is 3 has 4.9 dB less error than with 128, but a row whose maximum is below 1 has more. At the encoder's
@@ -58,56 +46,68 @@ EVEN_ROWS_ROLES = (Role.ATTENTION_POSITION_SINE, Role.ATTENTION_POSITION_COSINE)
 # time. Columns that were fitted to speech need no second term: they are as exact without it. Nor do columns in 4 bits,
 # whose own error is far larger than that of their inputs: 19.60 dB with it, 19.57 dB without.
 TWO_TERM_ROLES = (Role.CONVOLUTION_EXPAND, Role.CONVOLUTION_PROJECT)
+# Operators whose newer versions only accept more types, or have new attributes whose defaults keep the old meaning
+# (onnx's changelog, opsets 18 to 21).
+SAME_MEANING = (
+    "Cast", "Constant", "ConstantOfShape", "DequantizeLinear", "Equal", "Flatten", "Identity", "Pad", "QuantizeLinear",
+    "Reshape", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze",
+)  # fmt: skip
+AXES_BECAME_INPUT = ("ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd")  # in opset 18
+INT4_OPSET, INT4_IR_VERSION = 21, 10  # the first with 4-bit integers
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntegerMethod(QuantMethod[Columns]):
+class IntegerMethod(QuantMethod):
     """4 or 8 bits for every weight, or what a size budget gives each; 7 instead of 8 where the range is reduced."""
 
     weight_bits: tuple[int, ...] = (4, 8)
     reduces_range: bool = True
     calibrates: bool = True
-    has_size_budget: bool = True
     fused_on_cpu: bool = False  # SkipLayerNormalization takes a larger share of the time of this faster encoder
+    node_bytes: int = 1600  # including the nodes that quantize its input; 1503 were measured
 
-    def plan(self, weights: Mapping[str, EncoderWeight], options: WeightOptions) -> Plan:
-        return dict.fromkeys(weights, Format(weight_bits(options)))
+    def plan(self, weights: Mapping[str, EncoderWeight], options: OptimizeOptions) -> Plan:
+        return dict.fromkeys(weights, Format(options.weight_bits if options.narrow else options.integer_bits))
 
-    def pack(self, weight: np.ndarray, form: Format) -> Columns:
-        return rounded_columns(weight, form.bits)
+    def pack(self, weight: np.ndarray, form: Format) -> Packed:
+        return quantize_columns(weight, form.bits)
 
-    def replace(self, model: ir.Model, options: WeightOptions) -> Replace[Columns]:
+    def replace(self, model: ir.Model, options: OptimizeOptions) -> Replace:
         rewriter = _Rewriter(model)
 
-        def put(nodes: Sequence[ir.Node], name: str, columns: Columns, form: Format) -> None:
+        def put(nodes: Sequence[ir.Node], name: str, columns: Packed, form: Format) -> None:
             for node in nodes:
                 rewriter.replace(node, name, columns, form)
 
         return put
 
-    def calibrate(self, encoder: Path, batches: Sequence[np.ndarray], options: WeightOptions) -> Calibrated[Columns]:
+    def stored_bytes(self, shape: tuple[int, ...], form: Format) -> tuple[int, ...]:
+        return column_bytes(shape, form.bits)
+
+    def calibrate(self, encoder: Path, batches: Sequence[np.ndarray], options: OptimizeOptions) -> Calibrated:
         """Fit the columns of each weight to its inputs after the weights before it were quantized. With a size budget,
         the damage of 4 bits is measured first, and 8 bits go where they remove most of it. Raises ValueError for a
         budget that is exceeded even with 4 bits for every weight."""
         plan = plan_encoder(load(encoder), self, options)
-        sensitivity = None
+        sensitivity: Sensitivity | None = None
         if options.size_budget_mb is not None:
-            plan, sensitivity = _spend_budget(encoder, batches, plan, options, options.size_budget_mb * 1e6)
-        weights: dict[str, Columns] = {}
-        factors = {}
+            low, high = Format(LOW_BITS), Format(options.integer_bits)
+            sizes, budget = SizeModel(load(encoder), encoder.stat().st_size, self), options.size_budget_mb * 1e6
+            smallest_plan(sizes, plan, low, budget)  # raises ValueError before the long work begins
+            sensitivity = _measure(encoder, batches, (low.bits, high.bits))
+            plan = spend(sizes, sensitivity, low, high, budget)
+        weights: dict[str, Packed] = {}
 
-        def fit(product: ProductInSequence) -> np.ndarray:
-            inputs, bits = SortedMoments.of(product.moments), plan[product.name].bits
-            columns, became = fitted_columns(product.weight, bits, inputs, product.factors, product.missing)
-            weights[product.name] = columns
-            if product.scaled:
-                factors[product.name] = product.factors
+        def visit(product: Product) -> np.ndarray:
+            inputs, bits = InputMoments.strongest_first(product.moments), plan[product.name].bits
+            packed, became = fit_columns(product.weight, bits, inputs, product.factors, product.missing)
+            weights[product.name] = packed
             return became
 
-        fit_in_sequence(encoder, batches, fit)
+        factors = visit_products(encoder, batches, visit, measures=False)
         return Calibrated(plan, weights, factors, sensitivity)
 
-    def uncalibrated_advice(self, options: WeightOptions) -> str | None:
+    def uncalibrated_advice(self, options: OptimizeOptions) -> str | None:
         if options.weight_bits != LOW_BITS:
             return None
         return (
@@ -123,22 +123,17 @@ class IntegerMethod(QuantMethod[Columns]):
         )
 
 
-def _spend_budget(
-    encoder: Path, batches: Sequence[np.ndarray], weights: Iterable[str], options: WeightOptions, budget: float
-) -> tuple[Plan, Sensitivity]:
-    """A plan that fits into `budget` bytes: 4 bits, and more where that removes most damage per byte. Also returns the
-    damage that was measured."""
-    low, high = Format(LOW_BITS), Format(high_bits(options))
-    sizes = SizeModel(load(encoder), encoder.stat().st_size, column_bytes, NODE_BYTES)
-    smallest_plan(sizes, weights, low, budget)  # raises ValueError before the long work begins
+def _measure(encoder: Path, batches: Sequence[np.ndarray], widths: Iterable[int]) -> Sensitivity:
+    """The damage of each weight by itself in each of these widths."""
+    sensitivity: dict[str, Mapping[int, float]] = {}
 
-    def damages(product: ObservedProduct) -> dict[int, float]:
-        inputs = SortedMoments.of(product.moments)
-        fitted = {form.bits: fitted_columns(product.weight, form.bits, inputs, product.factors) for form in (low, high)}
-        return product.damages({bits: product.weight - became for bits, (_, became) in fitted.items()})
+    def visit(product: Product) -> None:
+        inputs = InputMoments.strongest_first(product.moments)
+        became = {bits: fit_columns(product.weight, bits, inputs, product.factors)[1] for bits in widths}
+        sensitivity[product.name] = product.damages(became)
 
-    sensitivity = {product.name: damages(product) for product in calibrated_products(encoder, batches)}
-    return spend(sizes, sensitivity, low, high, budget), sensitivity
+    visit_products(encoder, batches, visit, measures=True)
+    return sensitivity
 
 
 INT8 = IntegerMethod(
@@ -173,15 +168,16 @@ class _Rewriter:
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         return shared_initializer(self.graph, name, array)
 
-    def replace(self, node: ir.Node, name: str, columns: Columns, form: Format) -> None:
+    def replace(self, node: ir.Node, name: str, columns: Packed, form: Format) -> None:
         """Replace `node`, which multiplies x by the weight called `name`, and the constant factor that follows it, by
         (quantized x) · codes · scales. Raises ValueError for a weight without a role, and as `lift_opset` does."""
         role = encoder_weight(name).role
-        x, old, factor = input_of(node, 0), [node], _constant_factor(node)
+        x, old, factor = input_of(node, 0), [node], constant_factor(node.outputs[0])
         scales = self.constant(f"{name}.scales", columns.scales)
         if factor is not None:
-            old.append(factor.node)
-            scales = self.constant(f"{name}.scales.{node.outputs[0].name}", columns.scales * factor.number)
+            multiplication, number = factor
+            old.append(multiplication)
+            scales = self.constant(f"{name}.scales.{node.outputs[0].name}", columns.scales * number)
         tape = Tape()
         weight = self._codes(name, columns.codes, form, tape)
 
@@ -268,32 +264,51 @@ def int4_tensor(name: str, codes: np.ndarray) -> ir.TensorProtocol:
     return ir.PackedTensor(packed[::2] | packed[1::2] << 4, ir.DataType.INT4, shape=codes.shape, name=name)
 
 
+def lift_opset(model: ir.Model, opset: int, ir_version: int) -> None:
+    """Raise the opset of ONNX's own operators and the version of the format, in place, if they are lower.
+
+    The converters of onnx and onnxscript need the weights in memory, and that of onnxscript begins at opset 18. An
+    encoder uses some thirty operators, of which only two are written in another way in newer opsets.
+
+    Raises ValueError for an operator that changed in between in a way not known here.
+    """
+    imports = model.graph.opset_imports
+    model.ir_version = max(model.ir_version, ir_version)
+    if imports[""] >= opset:
+        return
+    for node in model.graph:
+        if node.domain == "" and _version(node, imports[""]) != _version(node, opset):
+            _lift(model.graph, node)
+    imports[""] = opset
+
+
+def _version(node: ir.Node, opset: int) -> int:
+    """The opset that defined the version of the operator that is valid in `opset`."""
+    return defs.get_schema(node.op_type, opset, "").since_version
+
+
+def _lift(graph: ir.Graph, node: ir.Node) -> None:
+    """Rewrite a node for opset 21, whether its version is from before opset 18 or later."""
+    if node.op_type in AXES_BECAME_INPUT:
+        if axes := node.attributes.pop("axes", None):
+            numbers = axes.as_ints()
+            name = "axes_" + "_".join(map(str, numbers))
+            node.resize_inputs(2)
+            node.replace_input_with(1, shared_initializer(graph, name, np.array(numbers)))
+    elif node.op_type == "Split":  # into equal parts: their number no longer follows from the outputs
+        if len(node.inputs) == 1 and "num_outputs" not in node.attributes:
+            node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
+    elif node.op_type not in SAME_MEANING:
+        raise ValueError(
+            f"4-bit weights need opset {INT4_OPSET}, but {node.op_type} cannot be lifted; export the encoder again "
+            f"with --opset_version {INT4_OPSET}"
+        )
+
+
 def _filled(tape: Tape, like: ir.Value, code: int) -> ir.Value:
     """A vector as long as `like` that repeats one uint8: QuantizeLinear needs as many zero points as scales."""
     fill = {"value": ir.tensor(np.array([code], np.uint8))}
     return tape.op("ConstantOfShape", [tape.op("Shape", [like])], fill)
-
-
-@dataclass(frozen=True)
-class _Factor:
-    """A multiplication of a product by a number; nothing else uses that product."""
-
-    node: ir.Node
-    number: np.ndarray  # without axes
-
-
-def _constant_factor(node: ir.Node) -> _Factor | None:
-    uses = node.outputs[0].uses()
-    if len(uses) != 1 or node.outputs[0].is_graph_output():
-        return None
-    user = next(iter(uses)).node
-    if (user.op_type, user.domain) != ("Mul", ""):
-        return None
-    others = [value for value in user.inputs if value is not None and value is not node.outputs[0]]
-    tensors = [ir.convenience.get_const_tensor(value) for value in others]
-    if len(tensors) != 1 or tensors[0] is None or len(tensors[0].shape) != 0:
-        return None
-    return _Factor(user, tensors[0].numpy().astype(np.float32))
 
 
 def _zero_code(x: ir.Value) -> int:

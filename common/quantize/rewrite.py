@@ -1,29 +1,60 @@
 """Makes the exported encoder small and fast: its graph is fused, then its weights are quantized by a plan.
 
+Fusion is ONNX Runtime's `conformer`: each residual Add and the normalization after it become one operator.
+
+Before weights are quantized, channels are scaled, as in SmoothQuant (Xiao et al. 2022) and AWQ (Lin et al. 2023). Each
+channel of a LayerNormalization's output is divided by a factor, and the row of each weight that this channel goes into
+is multiplied by it, so that channels differ less in magnitude. The function stays the same, and nothing is added to the
+graph: the factors go into the normalization's own scale and bias.
+
 Weights are mapped, never loaded as a whole: a pass holds one tensor for each thread, and the quantized results.
 """
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from common.cli import Stages, progress, size_text
-from common.contract import encoder_weights
-from common.onnx_io import computed_from, input_of, load, name_of, tensor_of
-from common.quantize.fusion import fuse
-from common.quantize.method import Calibrated, P, QuantMethod, WeightOptions
-from common.quantize.options import OptimizeOptions
-from common.quantize.plan import Plan, Sensitivity, Stored
-from common.quantize.smoothing import factors_without_speech, fold
+from common.contract import MICROSOFT, encoder_weights
+from common.onnx_io import (
+    add_initializer,
+    computed_from,
+    input_of,
+    load,
+    model_of,
+    name_of,
+    read_proto,
+    release,
+    tensor_of,
+)
+from common.quantize.methods import Calibrated, Format, OptimizeOptions, Plan, QuantMethod, Sensitivity
+from common.quantize.rounding import Packed
 
 MIN_WEIGHTS = 4096  # a matrix smaller than this (16 kB) gains less than its extra tensors cost
+# Where the scale is among the inputs, by operator; the bias follows it.
+SCALE_INPUT = {"LayerNormalization": 1, "SkipLayerNormalization": 2}
+MIN_FACTOR = 1e-2  # of the largest: a channel that is silent on this speech may not be silent on other speech
+# How far the magnitudes of a channel and of the weight rows that it goes into are brought together: half way, where
+# they meet, as in SmoothQuant.
+SMOOTHING = 0.5
+MIN_ROW_POWER = 1e-6  # of the mean: a row of zeros would have an infinite factor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one weight was stored, and its relative error: Σ (W - Ŵ)² / Σ W²."""
+
+    form: Format
+    error: float
 
 
 @dataclass(frozen=True)
@@ -41,7 +72,7 @@ class OptimizedEncoder:
         return dict(sorted(Counter(stored.form.bits for stored in self.stored.values()).items()))
 
 
-def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated: Calibrated[P] | None,
+def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated: Calibrated | None,
                    stages: Stages) -> OptimizedEncoder:  # fmt: skip
     """Fuse and quantize the float32 encoder at `path`, exported for `device`, in two of `stages`.
 
@@ -78,7 +109,35 @@ def _fusion_text(fused: Mapping[str, int], options: OptimizeOptions, device: str
     return "  ".join(f"{count} {operator}" for operator, count in fused.items()) or "nothing to fuse"
 
 
-def plan_encoder(model: ir.Model, method: QuantMethod[P], options: WeightOptions) -> Plan:
+def fuse(path: Path) -> tuple[ir.Model, Counter[str]]:
+    """The fused form of the model at `path`; also the number of fused nodes by operator.
+
+    SkipLayerNormalization saves kernel launches on CUDA. On the CPU it takes 0.7 to 1 ms longer than Add and
+    LayerNormalization (onnxruntime 1.32, [250, 1024]); there are 96 of them, 6 to 10 % of a 4-bit encoder's time.
+
+    The fusions read biases, so vectors are loaded, but matrices are not. Symbolic shape inference is off: it takes more
+    than a second a layer, and shows only that the Adds do not broadcast; if one did, `fidelity.compare` would notice.
+    """
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    proto = read_proto(path)
+    for tensor in proto.graph.initializer:
+        if uses_external_data(tensor) and len(tensor.dims) == 1:
+            load_external_data_for_tensor(tensor, str(path.parent))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    options = FusionOptions("conformer")
+    options.enable_shape_inference = False
+    options.enable_attention = False  # its patterns are of attention with absolute positions
+    # Patterns that the exported encoder does not have; the search for them takes three quarters of the time.
+    options.enable_rotary_embeddings = options.enable_embed_layer_norm = options.enable_qordered_matmul = False
+    options.enable_gelu = options.enable_bias_gelu = False
+    model = model_of(optimize_model(proto, "conformer", opt_level=0, optimization_options=options).model, path.parent)
+    return model, Counter(node.op_type for node in model.graph if node.domain == MICROSOFT)
+
+
+def plan_encoder(model: ir.Model, method: QuantMethod, options: OptimizeOptions) -> Plan:
     """The format of each weight of an encoder, without calibration.
 
     Raises ValueError where there is no weight to quantize, and as `contract.encoder_weights` does.
@@ -86,7 +145,7 @@ def plan_encoder(model: ir.Model, method: QuantMethod[P], options: WeightOptions
     weights = encoder_weights(matrices(model))
     large = quantizable(model)
     if not large:
-        raise ValueError("expected an encoder with float32 MatMul weights, got one without; is it optimized already?")
+        raise ValueError("this encoder has no float32 matrices to quantize; is it optimized already?")
     return method.plan({name: weights[name] for name in large}, options)
 
 
@@ -112,14 +171,28 @@ def quantizable(model: ir.Model) -> dict[str, list[ir.Node]]:
     return {name: nodes for name, nodes in matrices(model).items() if tensor_of(initializers[name]).size >= MIN_WEIGHTS}
 
 
-def quantize_weights(model: ir.Model, plan: Plan, method: QuantMethod[P], options: WeightOptions,
-                     fitted: Mapping[str, P]) -> dict[str, Stored]:  # fmt: skip
+def constant_factor(y: ir.Value) -> tuple[ir.Node, np.ndarray] | None:
+    """The node that multiplies y by a number, and that number, without axes; None if y is used in any other way."""
+    if len(y.uses()) != 1 or y.is_graph_output():
+        return None
+    user = next(iter(y.uses())).node
+    if (user.op_type, user.domain) != ("Mul", ""):
+        return None
+    others = [value for value in user.inputs if value is not None and value is not y]
+    tensors = [ir.convenience.get_const_tensor(value) for value in others]
+    if len(tensors) != 1 or tensors[0] is None or len(tensors[0].shape) != 0:
+        return None
+    return user, tensors[0].numpy().astype(np.float32)
+
+
+def quantize_weights(model: ir.Model, plan: Plan, method: QuantMethod, options: OptimizeOptions,
+                     fitted: Mapping[str, Packed]) -> dict[str, Stored]:  # fmt: skip
     """Store the weights of `plan` in place, in the form of `method`. fitted: weights that are packed already."""
     products, initializers = matrices(model), model.graph.initializers
     weights = {name: initializers[name] for name in plan}
     replace = method.replace(model, options)
 
-    def pack(name: str) -> P:
+    def pack(name: str) -> Packed:
         if name in fitted:
             return fitted[name]
         return computed_from(weights[name], lambda weight: method.pack(weight, plan[name]))
@@ -132,3 +205,112 @@ def quantize_weights(model: ir.Model, plan: Plan, method: QuantMethod[P], option
             stored[name] = Stored(plan[name], packed.error)
     RemoveUnusedNodesPass()(model)  # the float32 weights, and factors that went into scales
     return stored
+
+
+def row_factors(power: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Σ x² of each input of products, and Σ W² of the row that it goes into, [K] → the factors of the rows, [K, 1]: the
+    root mean square of the input over that of the row, to the power SMOOTHING, scaled so that the largest factor is 1.
+
+    If a checkpoint has a channel times s and its rows divided by s, the factors undo that, whatever s is.
+    """
+    ratios = power / np.maximum(rows, MIN_ROW_POWER * np.mean(rows) + 1e-30)
+    factors = (ratios / max(ratios.max(), 1e-30)) ** (SMOOTHING / 2)
+    return np.asarray(np.maximum(factors, MIN_FACTOR), np.float32)[:, None]
+
+
+def row_powers(model: ir.Model, weights: Collection[str]) -> dict[str, np.ndarray]:
+    """Σ W² of each row, [K], summed over all weights that follow the same normalization; for those that follow one."""
+    powers: dict[str, np.ndarray] = {}
+    for names in normalized_inputs(model, weights).values():
+        parts = [computed_from(model.graph.initializers[name], _row_power) for name in names]
+        powers |= dict.fromkeys(names, np.sum(parts, axis=0))
+    return powers
+
+
+def _row_power(weight: np.ndarray) -> np.ndarray:
+    return np.asarray(np.einsum("kn,kn->k", weight, weight))
+
+
+def factors_without_speech(model: ir.Model, weights: Collection[str]) -> dict[str, np.ndarray]:
+    """Row factors [K, 1] of the weights that follow a normalization, from the parameters of the graph alone: a channel
+    with scale γ and bias β has a mean square of about γ² + β²."""
+    rows = row_powers(model, weights)
+    factors: dict[str, np.ndarray] = {}
+    for node, names in normalized_inputs(model, weights).items():
+        parameters = [tensor_of(value).numpy() for _, value in parameters_of(node)]
+        factors |= dict.fromkeys(names, row_factors(np.sum(np.square(parameters), axis=0), rows[names[0]]))
+    return factors
+
+
+def normalized_inputs(model: ir.Model, weights: Collection[str]) -> dict[ir.Node, list[str]]:
+    """Normalizations whose output goes only into products with some of the weights → those weights."""
+    nodes = (node for node in model.graph if node.op_type in SCALE_INPUT)
+    multiplied = {node: _multiplied_by(node.outputs[0], weights) for node in nodes}
+    return {node: names for node, names in multiplied.items() if names}
+
+
+def _multiplied_by(x: ir.Value, weights: Collection[str]) -> list[str]:
+    """The weights that multiply x and nothing else; none if x is used in any other way."""
+    names: list[str] = []
+    for use in x.uses():
+        behind = _weights_of_use(use.node, weights)
+        if not behind:
+            return []
+        names += behind
+    return [] if x.is_graph_output() else names
+
+
+def _weights_of_use(node: ir.Node, weights: Collection[str]) -> list[str]:
+    if node.op_type == "Transpose" and _keeps_channels(node):
+        return _multiplied_by(node.outputs[0], weights)
+    if node.op_type != "MatMul":
+        return []
+    weight = input_of(node, 1)
+    return [name_of(weight)] if weight.name in weights and len(weight.uses()) == 1 else []
+
+
+def _keeps_channels(transpose: ir.Node) -> bool:
+    axes = transpose.attributes["perm"].as_ints()
+    return axes[-1] == len(axes) - 1
+
+
+def fold(model: ir.Model, factors: Mapping[str, np.ndarray]) -> None:
+    """Divide the inputs of the products with these weights by the row factors and multiply the weights by them, in
+    place: the function stays the same. A weight is multiplied each time that it is read, and the result is not kept.
+
+    factors: weight name → [K, 1]; weights that follow the same normalization have equal factors.
+    Raises ValueError where a weight has no normalization before it: the factors were computed from another graph.
+    """
+    normalized = normalized_inputs(model, factors)
+    left = set(factors) - {name for names in normalized.values() for name in names}
+    if left:
+        raise ValueError(f"{min(left)} has no normalization before it; the factors are of another graph")
+    for node, names in normalized.items():
+        for i, value in parameters_of(node):
+            array = tensor_of(value).numpy() / factors[names[0]][:, 0]
+            if len(value.uses()) > 1:  # another normalization has the same numbers
+                copy = add_initializer(model.graph, ir.tensor(array, name=f"{names[0]}.smoothed.{i}"))
+                node.replace_input_with(i, copy)
+            else:
+                value.const_value = ir.tensor(array, name=value.name)
+        for name in names:
+            weight = model.graph.initializers[name]
+            weight.const_value = _times(tensor_of(weight), factors[name])
+
+
+def parameters_of(node: ir.Node) -> list[tuple[int, ir.Value]]:
+    """Scale and bias of a normalization, each with its place among the inputs; it may have no bias."""
+    first = SCALE_INPUT[node.op_type]
+    return [(i, value) for i, value in enumerate(node.inputs[first : first + 2], first) if value is not None]
+
+
+def _times(tensor: ir.TensorProtocol, factors: np.ndarray) -> ir.LazyTensor:
+    """The tensor times `factors`, computed when it is read; its data file is mapped only meanwhile."""
+
+    def product() -> ir.TensorProtocol:
+        try:
+            return ir.tensor(tensor.numpy() * factors, name=tensor.name)
+        finally:
+            release(tensor)
+
+    return ir.LazyTensor(product, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=tensor.name)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB
-from common.quantize.token_graphs import MIN_TOKEN_SQNR_DB
+from common.quantize.tokens import MIN_TOKEN_SQNR_DB
 
 NOT_MEASURED = "not measured"
 NO_LIMIT = "no limit was set"

@@ -23,7 +23,8 @@ from common.evaluate.word_limit import EvaluatedClip, WordErrors, changed, marke
 from common.folder import FILES, package_versions, sha256, write_json
 from common.layouts.layout import REPORT_FILES
 from common.onnx_io import load
-from common.quantize.plan import Sensitivity, Stored
+from common.quantize.methods import Sensitivity
+from common.quantize.rewrite import Stored
 from common.report.card import CARD
 from common.report.decision import verdict
 from common.report.pages import page_environment

@@ -10,16 +10,15 @@ import onnx_ir as ir
 from common.cli import CheckError
 from common.contract import MICROSOFT, Graph
 from common.onnx_io import input_of, load, name_of, remove_if_unused, save_model, shared_initializer, tensor_of
-from common.quantize.blocks import BLOCK_SIZES, relative_error
-from common.quantize.columns import high_bits, quantize_columns
+from common.quantize.blocks import BLOCK_SIZES, RTN
+from common.quantize.columns import quantize_columns
 from common.quantize.fidelity import token_sqnr
-from common.quantize.matmul_nbits import RTN
-from common.quantize.method import WeightOptions
-from common.quantize.plan import Format, Stored
-from common.quantize.rewrite import quantizable, quantize_weights
+from common.quantize.methods import Format, OptimizeOptions
+from common.quantize.rewrite import Stored, quantizable, quantize_weights
+from common.quantize.rounding import relative_error
 
 # Measured with 8 bits at full size: decoder 54 dB, joint 41 dB. On the tiny checkpoint the joint has 41 dB, and the
-# decoder 38 dB with 7 bits on a CPU without VNNI, where sums of 8 bits overflow (22 dB; see columns.quantize_columns).
+# decoder 38 dB with 7 bits on a CPU without VNNI, where sums of 8 bits overflow (22 dB; see columns.py).
 MIN_TOKEN_SQNR_DB = 20.0
 # The joint multiplies one row at a time, which mostly means reading weights: MatMulNBits of 8 bits takes 0.26 ms a
 # token (0.38 ms with block 32), DynamicQuantizeMatMul 0.39 ms, float32 0.75 ms.
@@ -37,27 +36,25 @@ class QuantizedTokenGraphs:
 
 
 def quantize_token_graphs(
-    source: Path, target: Path, graphs: Iterable[Graph], vocabulary: int, options: WeightOptions
+    source: Path, target: Path, graphs: Iterable[Graph], vocabulary: int, options: OptimizeOptions
 ) -> QuantizedTokenGraphs:
     """Write the graphs of folder `source` with 8-bit weights into `target`. The embedding is not changed.
 
     Raises CheckError where an SQNR is so low that something must be broken.
     """
-    bits = high_bits(options)
     done = QuantizedTokenGraphs()
     for graph in graphs:
         model = load(source / graph.file)
-        errors = quantize_lstms(model, bits)
-        lstms = {name: Stored(Format(bits), error) for name, error in errors.items()}
+        lstms = quantize_lstms(model, options.integer_bits)
         plan = {name: _joint_format(model, name) for name in quantizable(model)}
-        products = quantize_weights(model, plan, RTN, WeightOptions(accuracy_level=JOINT_ACCURACY_LEVEL), {})
+        products = quantize_weights(model, plan, RTN, OptimizeOptions(accuracy_level=JOINT_ACCURACY_LEVEL), {})
         done.stored[graph.name] = {**lstms, **products}
         save_model(model, target / graph.file)
         ratio = done.sqnr_db[graph.name] = token_sqnr(source, target, graph, vocabulary)
         if not ratio >= MIN_TOKEN_SQNR_DB:
             raise CheckError(
-                f"expected an SQNR of at least {MIN_TOKEN_SQNR_DB:.0f} dB from the 8-bit {graph.name}, "
-                f"got {ratio:.1f} dB: it is broken"
+                f"the 8-bit {graph.name} is broken: it has an SQNR of {ratio:.1f} dB, and needs "
+                f"{MIN_TOKEN_SQNR_DB:.0f} dB or more"
             )
     return done
 
@@ -69,33 +66,36 @@ def _joint_format(model: ir.Model, name: str) -> Format:
     return Format(JOINT_BITS, block)
 
 
-def quantize_lstms(model: ir.Model, bits: int) -> dict[str, float]:
-    """Replace each LSTM by a DynamicQuantizeLSTM, in place, with a scale for each gate of each unit. Returns the
-    relative error of each weight.
+def quantize_lstms(model: ir.Model, bits: int) -> dict[str, Stored]:
+    """Replace each LSTM by a DynamicQuantizeLSTM, in place, with a scale for each gate of each unit. Returns how each
+    weight was stored, by name.
 
     Activations, here of one token, share one scale. A layer reads a quarter of the bytes (0.07 ms instead of 0.42 ms).
     """
-    errors: dict[str, float] = {}
+    stored: dict[str, Stored] = {}
     for node in list(model.graph):
         if (node.op_type, node.domain) != ("LSTM", ""):
             continue
         x, _, _, *others = (*node.inputs, *[None] * 8)[:8]  # others: bias, lengths, h, c, peepholes
         w, r = input_of(node, 1), input_of(node, 2)
-        w_codes, *w_scales = _lstm_parameters(model.graph, w, bits, errors)
-        r_codes, *r_scales = _lstm_parameters(model.graph, r, bits, errors)
+        w_codes, *w_scales = _lstm_parameters(model.graph, w, bits, stored)
+        r_codes, *r_scales = _lstm_parameters(model.graph, r, bits, stored)
         inputs = [x, w_codes, r_codes, *others, *w_scales, *r_scales]
         new = ir.Node(MICROSOFT, "DynamicQuantizeLSTM", inputs, node.attributes.values(), num_outputs=3, name=node.name)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], node.outputs, new.outputs)
         for matrix in (w, r):
             remove_if_unused(model.graph, matrix)
-    return errors
+    return stored
 
 
-def _lstm_parameters(graph: ir.Graph, matrix: ir.Value, bits: int, errors: dict[str, float]) -> list[ir.Value]:
-    """[directions, gates, width] → codes [directions, width, gates], scales and zero points [directions, gates]"""
+def _lstm_parameters(graph: ir.Graph, matrix: ir.Value, bits: int, stored: dict[str, Stored]) -> list[ir.Value]:
+    """[directions, gates, width] → codes [directions, width, gates], scales and zero points [directions, gates]; also
+    adds to `stored`, by name, how the matrix was stored."""
     weight = tensor_of(matrix).numpy().transpose(0, 2, 1)
-    codes, scales = (np.stack(part) for part in zip(*(quantize_columns(w, bits) for w in weight), strict=True))
+    directions = [quantize_columns(one, bits) for one in weight]
+    codes = np.stack([one.codes for one in directions])
+    scales = np.stack([one.scales for one in directions])
     name = name_of(matrix)
-    errors[name] = relative_error(weight, codes * scales[:, None])
+    stored[name] = Stored(Format(bits), relative_error(weight, codes * scales[:, None]))
     parts = {"codes": codes, "scales": scales, "zero_points": np.zeros(scales.shape, np.int8)}
     return [shared_initializer(graph, f"{name}.{part}", array) for part, array in parts.items()]

@@ -1,0 +1,231 @@
+"""Quantization methods and the flags that choose among them.
+
+A method is an object that says how weights are stored, packs them, and puts them into the graph. The package registers
+each once; the choices of `--quant_method`, its help, the checks of flags and the tests follow from the registry. There
+are two kinds: MatMulNBits (blocks.py), with three ways to find the codes, and integer products (int8.py).
+`docs/architecture.md` shows how to add one.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from common.contract import EncoderWeight
+from common.quantize.rounding import Packed
+
+TOKEN_PRECISIONS = ("fp32", "int8")
+# Not recorded as flags: of the clip lists the checksums are recorded, and the limit is in the report.
+NOT_RECORDED = ("calibration_manifest", "eval_manifest", "max_wer_increase")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one weight is stored."""
+
+    bits: int
+    block: int | None = None  # weights that share a scale; None: a column, or no scale at all
+
+
+Plan = Mapping[str, Format]  # weight name → its format; a weight that is not in it stays float32
+# weight name → bits → relative error power of the encoder's output on speech, if only this weight has these bits
+Sensitivity = Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """How an encoder's weights should be stored, as speech says."""
+
+    plan: Plan
+    weights: Mapping[str, Packed]  # each weight of the plan, fitted to its inputs on speech
+    # Row factors [K, 1] of those weights whose input channels are scaled; `rewrite.fold` puts them into the graph.
+    factors: Mapping[str, np.ndarray] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None  # where it was measured
+
+    def summary(self) -> list[str]:
+        """What to tell the user, as the fields of one line."""
+        if not self.sensitivity:
+            return []
+        damage = {name: widths[min(widths)] for name, widths in self.sensitivity.items()}
+        worst = max(damage, key=damage.__getitem__)
+        share = 100 * damage[worst] / max(sum(damage.values()), 1e-30)
+        bits = min(self.sensitivity[worst])
+        return [f"{worst} is most sensitive to {bits} bits ({share:.0f} % of the error of all weights)"]
+
+
+# Puts packed weights into one graph. Called for each weight in graph order with the MatMul nodes that multiply by it,
+# its name, its packed form and its format.
+Replace = Callable[[Sequence[ir.Node], str, Packed, Format], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantMethod(ABC):
+    """One value of --quant_method."""
+
+    name: str
+    help: str  # a clause that follows the name and a colon
+    uses_blocks: bool = False  # whether --block_size and --accuracy_level apply
+    weight_bits: tuple[int, ...] = ()  # the values that --weight_bits may have, where it applies
+    reduces_range: bool = False  # whether --reduce_range applies
+    calibrates: bool = False  # whether it fits weights to --calibration_manifest, and keeps to --size_budget_mb
+    fused_on_cpu: bool = True  # whether the graph of a folder for a CPU is fused unless --skip_fusion says otherwise
+    node_bytes: int = 600  # that a quantized product adds to the graph file; up to 500 were measured for a MatMulNBits
+    unfused_gain_on_cpu: str = ""  # how much faster --skip_fusion makes it on a CPU, where that was measured
+
+    @abstractmethod
+    def plan(self, weights: Mapping[str, EncoderWeight], options: "OptimizeOptions") -> Plan:
+        """The format of each weight, without calibration. weights: of one encoder, by name, in graph order."""
+
+    @abstractmethod
+    def pack(self, weight: np.ndarray, form: Format) -> Packed:
+        """A weight [K, N] in the form that is stored. Called from several threads."""
+
+    @abstractmethod
+    def replace(self, model: ir.Model, options: "OptimizeOptions") -> Replace:
+        """The function that puts the packed weights into `model`, in place."""
+
+    def stored_bytes(self, shape: tuple[int, ...], form: Format) -> tuple[int, ...]:
+        """Bytes of each tensor of a weight [K, N]; needed where the method calibrates."""
+        raise NotImplementedError(f"{self.name} does not calibrate")
+
+    def calibrate(self, encoder: Path, batches: Sequence[np.ndarray], options: "OptimizeOptions") -> Calibrated:
+        """Fit the weights of the float32 graph at `encoder` to speech: features [B, M, T] of each batch."""
+        raise NotImplementedError(f"{self.name} does not calibrate")
+
+    def uncalibrated_advice(self, options: "OptimizeOptions") -> str | None:
+        """A line for the user who gave no --calibration_manifest, where that costs much accuracy."""
+        return None
+
+    def runs_as(self, bits: Collection[int]) -> str:
+        """How weights that are stored in these bits are multiplied, in words for the report and the model card."""
+        return ""
+
+
+METHODS: dict[str, QuantMethod] = {}  # by name, in the order of the help
+
+
+def register(method: QuantMethod) -> QuantMethod:
+    """Add a method to the registry. Raises ValueError where another has its name."""
+    if method.name in METHODS:
+        raise ValueError(f"there is a quantization method called {method.name} already")
+    METHODS[method.name] = method
+    return method
+
+
+@dataclass(frozen=True)
+class OptimizeOptions:
+    """Each flag that decides what is done, under its own name."""
+
+    quant_method: str = "rtn"
+    block_size: int = 32  # weights that share a scale
+    accuracy_level: int = 4  # of MatMulNBits
+    weight_bits: int = 8  # of integers in the file
+    reduce_range: bool = False  # integers of 7 bits instead of 8
+    size_budget_mb: float | None = None  # of encoder.onnx and its data, in 10^6 bytes
+    decoder_joint_precision: str = TOKEN_PRECISIONS[0]
+    skip_fusion: bool = False
+    skip_quantization: bool = False
+    calibration_manifest: Path | None = None
+    eval_manifest: Path | None = None
+    max_wer_increase: float | None = None
+
+    @property
+    def method(self) -> QuantMethod | None:
+        """How the encoder's weights are stored; None leaves them float32."""
+        return None if self.skip_quantization else METHODS[self.quant_method]
+
+    @property
+    def int8_tokens(self) -> bool:
+        """Whether the decoder's and the joint's weights are stored in 8 bits."""
+        return self.decoder_joint_precision == TOKEN_PRECISIONS[1]
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the weights of integer products have fewer bits in the file than when they are multiplied."""
+        return self.weight_bits != OptimizeOptions.weight_bits
+
+    @property
+    def integer_bits(self) -> int:
+        """Bits of the weights of integer products when they are multiplied, and in the file unless they are narrow."""
+        return 7 if self.reduce_range else 8
+
+    @property
+    def has_8_bit_products(self) -> bool:
+        """Whether there are weights that --reduce_range gives 7 bits."""
+        return self.int8_tokens or (self.method is not None and self.method.reduces_range and not self.narrow)
+
+    @property
+    def description(self) -> str | None:
+        """How the encoder's weights are stored, in one line of output, such as `rtn, block 32`; None for float32."""
+        if self.method is None:
+            return None
+        return f"{self.method.name}, block {self.block_size}" if self.method.uses_blocks else self.method.name
+
+    def fuses(self, device: str) -> bool:
+        """Whether the graph of a folder exported for `device` is fused."""
+        on_cpu = device == "cpu"
+        return not (self.skip_fusion or (on_cpu and self.method is not None and not self.method.fused_on_cpu))
+
+    def fusion_advice(self, device: str) -> str | None:
+        """A line for the user where the fusion that is on by default costs speed."""
+        if device != "cpu" or self.method is None or not self.fuses(device) or not self.method.unfused_gain_on_cpu:
+            return None
+        return (
+            f"this folder is for a CPU, where {self.method.name} runs {self.method.unfused_gain_on_cpu} faster without "
+            "fusion; add --skip_fusion for that"
+        )
+
+    def calibration_advice(self) -> str | None:
+        """A line for the user where leaving out calibration costs much accuracy."""
+        if self.method is None or self.calibration_manifest is not None:
+            return None
+        return self.method.uncalibrated_advice(self)
+
+    def validate(self) -> None:
+        """Raise ValueError naming a flag that does not go with the others, or has a value that is not possible."""
+        if self.narrow:
+            self._require_method(
+                f"--weight_bits {self.weight_bits}", lambda method: self.weight_bits in method.weight_bits
+            )
+            if self.size_budget_mb is not None:
+                raise ValueError(
+                    f"--weight_bits {self.weight_bits} does not go with --size_budget_mb, which chooses the bits of "
+                    "each weight; leave one out"
+                )
+        if self.reduce_range and not self.has_8_bit_products:
+            reducing = _names(method for method in METHODS.values() if method.reduces_range)
+            found = f"--weight_bits {self.weight_bits} needs no reduction" if self.narrow else "neither is given"
+            raise ValueError(
+                f"--reduce_range needs --quant_method {reducing} or --decoder_joint_precision {TOKEN_PRECISIONS[1]}; "
+                f"{found}"
+            )
+        if self.calibration_manifest is not None:
+            self._require_method("--calibration_manifest", lambda method: method.calibrates)
+        if self.size_budget_mb is not None:
+            self._require_method("--size_budget_mb", lambda method: method.calibrates)
+            if self.calibration_manifest is None:
+                raise ValueError("--size_budget_mb needs --calibration_manifest, the speech to decide by")
+        if self.max_wer_increase is not None:
+            if self.eval_manifest is None:
+                raise ValueError("--max_wer_increase needs --eval_manifest, the clips to count words on")
+            if not 0 <= self.max_wer_increase < math.inf:
+                raise ValueError(f"--max_wer_increase must be 0 points or more, not {self.max_wer_increase}")
+
+    def _require_method(self, flag: str, suits: Callable[[QuantMethod], bool]) -> None:
+        """Raise ValueError where the flag does not apply to the method."""
+        if self.method is None or not suits(self.method):
+            given = "--skip_quantization" if self.skip_quantization else self.quant_method
+            raise ValueError(f"{flag} needs --quant_method {_names(filter(suits, METHODS.values()))}, not {given}")
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps: the flags that decide the files, by name."""
+        return {name: value for name, value in asdict(self).items() if name not in NOT_RECORDED}
+
+
+def _names(methods: Iterable[QuantMethod]) -> str:
+    return " or ".join(method.name for method in methods)
