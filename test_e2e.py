@@ -1,4 +1,4 @@
-"""Run a model folder end to end in ONNX Runtime GenAI and check it against a baseline on plain ONNX Runtime.
+"""Run a model folder end to end in ONNX Runtime GenAI and compare it with plain ONNX Runtime.
 
 In: a folder that export_parakeet_to_onnx.py and export_tokenizer.py, or optimize_encoder.py, have written; a clip.
 Out: one line for each of four steps: GenAI loads the folder; it transcribes the clip; the tokenizer encodes and decodes
@@ -63,9 +63,8 @@ def _test(args: argparse.Namespace) -> None:
     stages.end("GenAI, tokenizer.json and vocab.txt give one text, also after encoding it")
 
     stages.begin("plain ONNX Runtime")
-    baseline = OnnxRuntime(folder).transcribe(genai.features(samples)).tokens
-    check_same_tokens(tokens, baseline)
-    stages.end(f"gives the same {len(baseline)} tokens")
+    check_same_tokens(tokens, OnnxRuntime(folder).transcribe(genai.features(samples)).tokens)
+    stages.end(f"gives the same {len(tokens)} tokens")
 
 
 def check_tokenizer(genai: GenAI, folder: Path, tokens: list[int]) -> None:
@@ -104,10 +103,10 @@ def spell(pieces: list[str]) -> str:
     return raw.decode("utf-8", errors="replace")
 
 
-def check_same_tokens(tokens: list[int], baseline: list[int]) -> None:
+def check_same_tokens(tokens: list[int], expected: list[int]) -> None:
     """Raise CheckError showing both sequences where they differ."""
-    if tokens != baseline:
-        raise CheckError(f"expected the tokens of plain ONNX Runtime, {baseline}, got {tokens} from GenAI")
+    if tokens != expected:
+        raise CheckError(f"expected the tokens of plain ONNX Runtime, {expected}, got {tokens} from GenAI")
 
 
 if __name__ == "__main__":

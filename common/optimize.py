@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.cli import EXPORT_COMMAND, Stages, progress, size_text
+from common.cli import EXPORT_COMMAND, Stages, size_text
 from common.evaluate import word_limit
 from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed
 from common.evaluate.stress_run import StressOptions, stress_optimized
@@ -284,13 +284,9 @@ def _evaluate(folder: ModelFolder, options: OptimizeOptions, speech: EvaluationS
     """
     assert options.eval_manifest is not None, "clips come from --eval_manifest"
     clips = speech.clips
-
-    def bar(items: list[Clip]) -> Iterator[Clip]:
-        return progress(items, total=len(items), task="transcribing", unit="clip")
-
     stages.begin(f"evaluation on {len(clips)} clips")
     models = BothModels(folder.source, folder.staging)
-    transcribed = word_limit.transcribe_with_both(models, options.eval_manifest, clips, bar)
+    transcribed = word_limit.transcribe_with_both(models, options.eval_manifest, clips)
     table = word_limit.word_table(transcribed)
     stages.end(str(table[0]))
     word_limit.print_word_errors(table, transcribed)

@@ -1,12 +1,16 @@
 """Word error rates, and the reasons that may excuse a difference."""
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.cli import CheckError
 from common.contract import PARITY_TOLERANCE
 from common.evaluate.compare import ComparedClip, Comparison, Difference, first_difference, first_token_difference
+from common.evaluate.engines import Engine, labels
+from common.evaluate.tables import print_corpus, transcribe_and_print
 from common.evaluate.verdict import judge_tokens
 from common.evaluate.wer import normalize, word_changes, word_error_rate, word_errors
 from common.run.decode import Hypothesis, Step, TimedWord, Transcript
@@ -162,3 +166,55 @@ def test_a_difference_in_words(difference, text, capsys):
         with pytest.raises(CheckError, match="in 1 cases"):
             judge_tokens(comparison)
     assert f"a.wav: R, {text}" in capsys.readouterr().out
+
+
+def test_folders_of_one_name_have_labels_of_their_own():
+    """As after --runtime all, where each folder ends in the name of its runtime."""
+    both = [Path("/work/optimized/genai"), Path("/work/exported/genai")]
+    assert labels(both) == ["optimized/genai", "exported/genai"]
+    assert labels([Path("/one/models/genai"), Path("/two/models/genai")]) == ["one/models/genai", "two/models/genai"]
+    assert labels([Path("/work/optimized"), Path("/work/exported")]) == ["optimized", "exported"]
+    assert labels(both[:1]) == ["genai"]
+
+
+class Scripted(Engine):
+    """An engine that gives a text for each clip, in half a second, of which the features take half."""
+
+    def __init__(self, name, *texts):
+        super().__init__(name)
+        self.texts = iter(texts)
+
+    def load(self):
+        pass
+
+    def transcribe(self, recordings):
+        return [Transcript([1], next(self.texts), 0.5, 0.25) for _ in recordings]
+
+
+def printed(capsys, *engines, texts=(None, None)):
+    """What is printed for two clips of one second."""
+    folder = folder_of_engines("", "", is_float32=False)
+    folder.engines = engines
+    folder.onnx_engine, folder.features_engine = None, None
+    folder.config.read_clip = lambda clip: np.zeros(16_000, np.float32)
+    folder.config.fits_one_window = lambda seconds: True
+    clips = [ComparedClip(Path(name), text=text) for name, text in zip(("a.wav", "b.wav"), texts, strict=True)]
+    comparison = Comparison(clips=clips, folders=[folder], reference=None)
+    transcribe_and_print(comparison, print_times=False)
+    print_corpus(comparison)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_rows_are_printed_for_the_clips_alone_on_which_engines_differ(capsys):
+    lines = printed(capsys, Scripted("G", "one two", "three"), Scripted("R", "one two", "tree"))
+    assert lines[:5] == ["a.wav  1.0 s  one two", "b.wav  1.0 s  three", "  engine  transcript", "  G       three",
+                         "  R       tree"]  # fmt: skip
+    assert lines[5:9] == ["2 clips, 2 s of audio", "engine  RTFx  without features", "G       2.0   4.0",
+                          "R       2.0   4.0"]  # fmt: skip
+
+
+def test_the_text_of_a_clip_is_printed_where_the_transcript_has_other_words(capsys):
+    lines = printed(capsys, Scripted("G", "one two", "three"), texts=("one two", "tree"))
+    assert lines[:3] == ["a.wav  1.0 s  one two", "b.wav  1.0 s  three", "  text of the clip: tree"]
+    assert lines[4].endswith("  normalised WER")
+    assert re.match(r"G +2\.0 +4\.0 +33\.33 % \[", lines[5])

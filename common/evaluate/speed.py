@@ -35,14 +35,13 @@ class Speed:
     """The speed of one encoder. The names of the fields are keys of the report's JSON."""
 
     rtfx: float  # seconds of audio encoded in one second, by the fastest run, the one least disturbed
-    peak_memory: int | None  # bytes of its process; None where the system does not report it
+    peak_memory: int | None  # bytes of its process; None where the kernel does not report it, as in some sandboxes
 
 
 def machine() -> dict[str, Any]:
     """The name of the CPU, and the number of cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    names = _fields(Path("/proc/cpuinfo"))
-    return {"cpu": names.get("model name") or platform.processor() or platform.machine(), "cores": cores}
+    name = _fields(Path("/proc/cpuinfo")).get("model name") or platform.machine()  # ARM has no name there
+    return {"cpu": name, "cores": len(os.sched_getaffinity(0))}
 
 
 def measure_speed(graphs: Sequence[Path]) -> list[Speed] | None:
@@ -119,9 +118,7 @@ def _serve(path: Path) -> None:
 
 
 def _fields(path: Path) -> dict[str, str]:
-    """The `name: value` lines of a file of Linux; empty on other systems."""
-    if not path.is_file():
-        return {}
+    """The `name: value` lines of a file of the kernel."""
     pairs = (line.partition(":") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
 

@@ -4,14 +4,14 @@ The optimized folder and the float32 folder transcribe the same clips. Both run 
 rule, on the features of GenAI's processor, for which the optimized folder is also loaded in GenAI. NeMo is not needed.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from common.cli import CheckError
+from common.cli import CheckError, progress
 from common.evaluate.engines import GenAIEngine, OnnxEngine, OpenFolder, Recording
 from common.evaluate.wer import (
     MAX_PRINTED_CLIPS,
@@ -110,12 +110,7 @@ class WordErrors:
         return f"WER {self.float32} → {self.optimized}  {points} of {rise.words} words"
 
 
-def transcribe_with_both(
-    models: BothModels,
-    manifest: Path,
-    clips: list[Clip],
-    progress: Callable[[list[Clip]], Iterable[Clip]] = lambda clips: clips,
-) -> list[EvaluatedClip]:
+def transcribe_with_both(models: BothModels, manifest: Path, clips: Sequence[Clip]) -> list[EvaluatedClip]:
     """Transcribe the clips of `manifest`, which have texts, with both folders. Each folder's own tokenizer spells its
     tokens, so that words that a tokenizer loses are counted.
 
@@ -123,7 +118,7 @@ def transcribe_with_both(
     """
     config = models.genai.folder.config
     evaluated = []
-    for clip in progress(clips):
+    for clip in progress(clips, total=len(clips), task="transcribing", unit="clip"):
         recording = Recording(config.read_clip(clip), models.genai)
         (float32,) = models.float32.transcribe([recording])
         try:
