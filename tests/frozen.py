@@ -185,7 +185,7 @@ class Recipes:
                 )
         speech = ("--manifest", str(MANIFEST))
         recipes["json/speech"] = lambda: self.speech_keys("speech", *speech, "--timestamps")
-        recipes["json/stress"] = lambda: self.speech_keys("stress", *speech, "--skip_nemo", "--stress", "level,join")
+        recipes["json/stress"] = lambda: self.speech_keys("stress", *speech, "--skip_nemo", "--stress", "level", "join")
         return recipes
 
 
