@@ -146,10 +146,10 @@ def calibrate(
     folder: ModelFolder, method: QuantMethod, options: OptimizeOptions, clips: list[Clip], stages: Stages
 ) -> Calibrated:
     """Fit the encoder's weights to speech, once for the folders of all runtimes."""
-    stages.begin(f"calibration on {len(clips)} clips")
+    stages.begin("calibration")
     speech = read_speech(folder.source, clips)
     calibrated = method.calibrate(folder.encoder, speech.batches, options)
-    stages.end(f"{speech.seconds:.0f} s of speech", *calibrated.summary())
+    stages.end(f"{speech.seconds:.0f} s of speech in {speech.clips} clips", *calibrated.summary())
     return calibrated
 
 

@@ -19,8 +19,8 @@ TINY = np.float32(1e-30)  # replaces a divisor of zero, whose dividend is then z
 # 0.05 instead, 4 bits lose 0.2 to 0.4 dB if the speech is 29 s, and there is no difference if it is 194 s (the tiny
 # checkpoints).
 DAMPING, SORTED_DAMPING = 0.01, 0.1
-# x [block, n] and bits → for each column a scale [n] and a zero point [n] of whole numbers, or None for the middle code
-# 2^(bits-1)
+# A Fitter fits one slab of blocks, each a column: (x [block, n], bits) → scale [n] and zero point [n] of whole numbers,
+# or None for the middle code 2^(bits-1), which MatMulNBits assumes where no zero points are stored.
 Fit = tuple[np.ndarray, np.ndarray | None]
 Fitter = Callable[[np.ndarray, int], Fit]
 
