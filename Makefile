@@ -67,12 +67,12 @@ $(BROWSER)/installed: tests/browser/package.json
 	touch $@
 
 # At full size, on random weights: hours, 16 GB of memory, 30 GB of disk. What is built stays, a second run only times.
-bench: $(INSTALLED) $(RANDOM)
+bench: $(DEVELOPMENT) $(RANDOM)
 	$(BIN)/python -m benchmarks.pipeline --model_name $(RANDOM)
 	$(BIN)/python -m benchmarks.encoder --model_name $(RANDOM)
 	$(BIN)/python -m benchmarks.decoding --model_name $(RANDOM)
 
-$(RANDOM): | $(INSTALLED)
+$(RANDOM): | $(DEVELOPMENT)
 	$(BIN)/python -m benchmarks.random_checkpoint --topology 0.6b --output $@
 
 lint: $(DEVELOPMENT)
