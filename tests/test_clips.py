@@ -237,7 +237,7 @@ class TestBeforeTheWork:
     def test_texts_without_words_are_nothing_to_count(self, tiny_export, tmp_path, capsys):
         manifest = manifest_of(tmp_path / "m.jsonl", {"audio_filepath": str(CLIPS[0]), "text": ""})
         script, *argv = self.commands(tiny_export, manifest, None, tmp_path / "out")["eval"]
-        assert "expected words in the texts" in rejected(capsys, script, *argv)
+        assert "have no word to count errors by" in rejected(capsys, script, *argv)
 
 
 def test_shared_clips_are_those_of_one_file_whose_segments_overlap(tmp_path):

@@ -380,7 +380,7 @@ def test_batches_transcribe_the_same_in_the_order_of_the_manifest(tiny_export, t
         (("--engines", "genai,sherpa"), "expected some of nemo,genai,onnx, got genai,sherpa"),
         (("--engines", "nemo"), "--engines needs genai or onnx"),
         (("--engines", "genai", "--timestamps"), "--timestamps needs onnx among --engines"),
-        (("--folders", "optimized"), "expects an optimized folder"),
+        (("--folders", "optimized"), "needs an optimized folder"),
         (("--srt", "none/a.srt"), "found no"),
         (("--json", "-", "--srt", "-"), "only one result can go to the standard output"),
     ],

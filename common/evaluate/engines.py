@@ -300,11 +300,11 @@ def _chosen_folders(path: Path, folders: str) -> list[Path]:
     if folders == BOTH_FOLDERS:
         return [path, *beside]
     if folders == OPTIMIZED_FOLDER and not is_optimized:
-        raise ValueError(f"--folders {folders} expects an optimized folder, got {path}, which is exported")
+        raise ValueError(f"--folders {folders} needs an optimized folder; {path} is an exported one")
     if folders == EXPORTED_FOLDER and is_optimized:
         if not beside:
             raise FileNotFoundError(
-                f"expected the exported folder that {path} was optimized from, found none; name it as --model_dir"
+                f"the exported folder that {path} was optimized from is not there; name it as --model_dir"
             )
         return beside
     return [path]
@@ -369,8 +369,8 @@ def load_reference(
     reference: Reference = Transformers(model) if is_transformers else Nemo(model)
     if reference.model.decoder.blank_idx != folder.config.blank_id:
         raise ValueError(
-            f"expected the checkpoint that {folder.path} was exported from, got {checkpoint}, which has another "
-            "vocabulary; give another --model_name"
+            f"{folder.path} was exported from another checkpoint than {checkpoint}, which has another vocabulary; give "
+            "another --model_name"
         )
     reference.transcribe(reference.features(folder.noise()))
     rules = transformers_text_rules if is_transformers else text_rules

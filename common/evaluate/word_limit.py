@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import CheckError, progress
+from common.cli import CheckError, progress, warn
 from common.evaluate.engines import GenAIEngine, OnnxEngine, OpenFolder, Recording
 from common.evaluate.wer import (
     MAX_PRINTED_CLIPS,
@@ -24,9 +24,40 @@ from common.evaluate.wer import (
     word_error_rate,
     word_errors,
 )
+from common.layouts import LAYOUTS
 from common.quantize.fidelity import sqnr_db
-from common.run.audio import Clip
+from common.quantize.methods import OptimizeOptions
+from common.run.audio import Clip, read_clips, shared_clips
+from common.run.config import RuntimeConfig
 from common.run.ort import MAPPED, OnnxRuntime, OpenGraph, OrtGraph
+
+
+def read_speech_manifests(
+    options: OptimizeOptions, source: Path, speech_folder: str | None
+) -> tuple[list[Clip], list[Clip]]:
+    """The clips of --calibration_manifest and of --eval_manifest, none where there is no manifest.
+
+    Called before the work: raises ValueError where no folder's runtime computes their features, or no text has a word,
+    and as read_clips and check_clips do. Warns of clips in both, since a model does better on what it was fitted to.
+    """
+    if speech_folder is None and (options.calibration_manifest or options.eval_manifest):
+        able = " or ".join(layout.runtime for layout in LAYOUTS.values() if layout.measures_speech)
+        raise ValueError(
+            f"--calibration_manifest and --eval_manifest need a folder for {able}, which computes the features, and "
+            f"{source} has none; export with --runtime all"
+        )
+    calibration = read_clips(options.calibration_manifest) if options.calibration_manifest else []
+    evaluation = read_clips(options.eval_manifest, with_text=True) if options.eval_manifest else []
+    if evaluation and not any(normalize(clip.text or "") for clip in evaluation):
+        raise ValueError(f"the texts of {options.eval_manifest} have no word to count errors by; add texts")
+    if speech_folder is not None:
+        RuntimeConfig.read(source / speech_folder).check_clips((*calibration, *evaluation))
+    if shared := shared_clips(evaluation, calibration):
+        warn(
+            f"{len(shared)} of {len(evaluation)} clips of --eval_manifest are in --calibration_manifest too, such as "
+            f"{shared[0].path}{shared[0].segment}; the word error rate on them is better than on other speech"
+        )
+    return calibration, evaluation
 
 
 class KeptOutputs(OnnxRuntime):
@@ -204,7 +235,7 @@ def judge(table: list[WordErrors], limit: float) -> None:
     count only over all clips.
     """
     if not table[0].increase.words:
-        raise CheckError("expected texts with words to judge by, got none, so nothing was compared; nothing is written")
+        raise CheckError("the texts have no word to judge by, so nothing was compared; nothing is written")
     beyond = [
         f"{row.increase.percent:+.2f} points{f' in {row.lang}' if row.lang else ''} "
         f"({row.increase.errors} of {row.increase.words} words)"
