@@ -649,7 +649,7 @@ class TestResults:
     def test_of_subtitles_on_the_standard_output(self, tiny_export, capsys):
         captured = self.run(capsys, tiny_export, "--srt", "-")
         assert captured.out.startswith("1\n00:00:0")
-        assert "transcript" in captured.err
+        assert "RTFx" in captured.err
 
 
 def test_printed_commands_can_be_pasted(tiny_export, tmp_path, capsys):

@@ -46,6 +46,8 @@ def print_verdict(comparison: Comparison) -> None:
     folders = comparison.float32_folders
     if not folders:
         print("no float32 engine was compared: the exported folder is not beside the optimized one, or was not chosen")
+    elif not any(folder.engines for folder in folders):
+        print("no engines were compared token for token: no engine of a float32 folder ran")
     elif comparison.reference is None and all(len(folder.engines) < 2 for folder in folders):
         print("no engines were compared token for token: of each float32 folder one engine ran")
     elif compared:
