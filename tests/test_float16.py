@@ -214,5 +214,5 @@ def test_the_conversion_needs_speech(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export_parakeet_to_onnx, "SPEECH", tmp_path)
     argv = ["--model_name", str(TINY), "--output_dir", str(tmp_path / "out"), "--precision", "fp16", "--skip_verify"]
     assert export_parakeet_to_onnx.main(argv) == 2
-    assert "expected audio in" in capsys.readouterr().err
+    assert "measures on the audio in" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

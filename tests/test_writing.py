@@ -89,8 +89,8 @@ def test_only_their_logits_change(own_model, tmp_path):
 def test_a_script_that_the_vocabulary_lacks(tmp_path, capsys):
     argv = ("--model_name", TINY, "--output_dir", tmp_path / "out", "--scripts")
     error = rejected(capsys, export_parakeet_to_onnx, *argv, "latin,klingon")
-    assert "among those of the checkpoint's vocabulary, cyrillic, greek, latin, got klingon" in error
-    assert "got" in rejected(capsys, export_parakeet_to_onnx, *argv, "")
+    assert "among cyrillic, greek, latin, of which the checkpoint's vocabulary has letters, not klingon" in error
+    assert "among cyrillic, greek, latin" in rejected(capsys, export_parakeet_to_onnx, *argv, "")
 
 
 def test_an_export_in_one_script(own_model, tiny_export, tmp_path, capsys, monkeypatch):

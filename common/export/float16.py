@@ -45,7 +45,7 @@ def load_typed(path: Path) -> ir.Model:
     model = passes.ShapeInferencePass()(model).model
     unknown = next((node for node in model.graph if any(value.dtype is None for value in node.outputs)), None)
     if unknown is not None:
-        raise ValueError(f"{path}: expected known types of all values, got none for {unknown.op_type} {unknown.name}")
+        raise ValueError(f"{path}: the type of {unknown.op_type} {unknown.name} is not known; export it again")
     return model
 
 

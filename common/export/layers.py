@@ -342,7 +342,7 @@ class Convolution(nn.Module):
         super().__init__()
         activation = convolution.pointwise_activation
         if activation != "glu_":
-            raise ValueError(f"expected a GLU in the convolution module, got {activation}: it is not supported")
+            raise ValueError(f"the convolution module has the activation {activation}; only a GLU is supported")
         self.expand = Linear.from_module(convolution.pointwise_conv1)
         self.project = Linear.from_module(convolution.pointwise_conv2)
         depthwise = convolution.depthwise_conv

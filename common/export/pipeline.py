@@ -57,7 +57,7 @@ class ExportOptions:
     def validate(self) -> None:
         """Raise ValueError naming the flag whose value cannot be used."""
         if not MIN_OPSET <= self.opset_version <= MAX_OPSET:
-            raise ValueError(f"expected --opset_version {MIN_OPSET} to {MAX_OPSET}, got {self.opset_version}")
+            raise ValueError(f"--opset_version must be {MIN_OPSET} to {MAX_OPSET}, not {self.opset_version}")
         if self.chunk_seconds == 0:
             raise ValueError("--chunk_seconds must be more than 0")
 
@@ -159,7 +159,7 @@ def find_clips(folder: Path) -> list[Path]:
     clips = sorted(path for path in folder.rglob("*") if path.suffix in AUDIO_SUFFIXES)
     if not clips:
         raise FileNotFoundError(
-            f"expected audio in {folder}, on which the float16 conversion measures, got none; restore that folder"
+            f"--precision fp16 measures on the audio in {folder}, which has none; restore that folder"
         )
     return clips
 

@@ -44,8 +44,8 @@ def ids_of_other_scripts(proto: ModelProto, scripts: Iterable[str]) -> list[int]
     allowed = {name.strip().lower() for name in scripts}
     if unknown := sorted(allowed.difference(known)):
         raise ValueError(
-            f"expected --scripts among those of the checkpoint's vocabulary, {', '.join(known)}, got "
-            f"{', '.join(unknown) or 'none'}"
+            f"--scripts must be among {', '.join(known)}, of which the checkpoint's vocabulary has letters, not "
+            f"{', '.join(unknown) or 'empty'}"
         )
     return [index for index, names in scripts_of_token.items() if not names <= allowed]
 
@@ -64,6 +64,6 @@ def suppress(joint: Any, ids: Iterable[int]) -> None:
 
     last = joint.joint_net[-1]
     if last.bias is None:
-        raise ValueError("expected a joint with a bias for --scripts, got one without; leave --scripts out")
+        raise ValueError("--scripts needs a joint with a bias, which this checkpoint lacks; leave --scripts out")
     with torch.no_grad():
         last.bias[list(ids)] += BIAS

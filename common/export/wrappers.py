@@ -114,14 +114,14 @@ def _check_supported(encoder: Any) -> None:
     for name, actual, supported in properties:
         if actual not in supported:
             choices = " or ".join(map(repr, supported))
-            raise ValueError(f"expected a FastConformer encoder with {name} {choices}, got {actual!r}: not supported")
+            raise ValueError(f"the encoder has the {name} {actual!r}; only {choices} is supported")
     for layer in encoder.layers:
         _check_no_adapters(layer, "an encoder")
 
 
 def _check_no_adapters(module: Any, name: str) -> None:
     if getattr(module, "is_adapter_available", bool)():
-        raise ValueError(f"expected {name} without adapters, got one with adapters: merge or disable them first")
+        raise ValueError(f"{name} with adapters is not supported; merge or disable them first")
 
 
 class StatefulDecoder(Wrapper):
@@ -136,8 +136,8 @@ class StatefulDecoder(Wrapper):
         lstm = getattr(decoder.prediction["dec_rnn"], "lstm", None)
         if not isinstance(lstm, nn.LSTM) or lstm.hidden_size != decoder.pred_hidden or lstm.proj_size:
             raise ValueError(
-                f"expected an LSTM prediction network of width {decoder.pred_hidden} without normalisation or "
-                f"projection, got {decoder.prediction['dec_rnn']}: not supported"
+                f"the prediction network is {decoder.prediction['dec_rnn']}; only an LSTM of width "
+                f"{decoder.pred_hidden} without normalisation or projection is supported"
             )
         self.state_shape = (lstm.num_layers, lstm.hidden_size)
         self.lstm = share_parameters(lstm)
