@@ -20,7 +20,7 @@ from common.quantize.calibration import BATCH_SECONDS, SizeModel, read_speech, s
 from common.quantize.fidelity import sqnr_db
 from common.quantize.methods import Format, OptimizeOptions, Plan
 from common.quantize.rewrite import fuse, plan_encoder, quantizable, quantize_weights
-from common.quantize.rounding import InputMoments
+from common.quantize.rounding import InputMoments, round_rows
 from common.run.audio import read_clips
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
@@ -83,6 +83,32 @@ def test_feedback_undoes_errors_in_the_product(name, block, bits):
     np.testing.assert_allclose(became, dequantize(packed, len(weight), bits), atol=1e-6)
     plain = dequantize(quantize_blocks(weight, bits, block, k_quant), len(weight), bits)
     assert 4 * np.sum((x @ (weight - became)) ** 2) < np.sum((x @ (weight - plain)) ** 2)
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_each_row_is_moved_by_the_errors_of_all_rows_before_it(last_first):
+    weight = MATRICES["gaussian"][:50].astype(np.float64)  # no multiple of the blocks
+    K, scale = len(weight), 0.01
+    feedback = np.tril(RNG.standard_normal((K, K)) * 0.2, -1) + np.eye(K)
+    feedback = feedback[::-1, ::-1] if last_first else feedback
+    expected, errors = np.zeros_like(weight), np.zeros_like(weight)
+    for k in reversed(range(K)) if last_first else range(K):
+        target = weight[k] + feedback[k] @ errors
+        expected[k] = np.clip(np.rint(target / scale), -8, 7)
+        errors[k] = weight[k] - expected[k] * scale
+    scales = np.full(weight.shape[1], scale, np.float32)
+    arrays = weight.astype(np.float32), feedback.astype(np.float32)
+    rounded = round_rows(arrays[0], 4, 16, lambda *_: (scales, None), arrays[1], last_first=last_first)
+    assert np.mean(rounded.steps == expected) > 0.999  # a sum that is half a step may be rounded to either side
+    np.testing.assert_allclose(rounded.errors, weight - rounded.steps * scale, atol=1e-6)
+
+
+def test_row_factors_leave_the_fitted_weight():
+    weight = MATRICES["gaussian"][:96]
+    factors = RNG.uniform(0.1, 1, (len(weight), 1)).astype(np.float32)
+    packed, became = fit_blocks(weight, 8, BLOCK, k_quant, moments_of(correlated_rows(len(weight))), factors)
+    np.testing.assert_allclose(became * factors, dequantize(packed, len(weight), 8), atol=1e-6)
+    assert packed.error == pytest.approx(np.sum((became - weight) ** 2) / np.sum(weight**2), rel=1e-3)
 
 
 def test_without_correlations_there_is_nothing_to_feed_back():

@@ -135,6 +135,17 @@ def test_the_order_of_rows_does_not_show_in_the_result(bits):
     assert sqnr_db(x @ weight, x @ weight_of(packed)) > {4: 18, 7: 36, 8: 42}[bits]
 
 
+def test_fitted_scales_are_those_of_least_error_in_the_product():
+    weight = MATRICES["gaussian"]
+    x = (RNG.standard_normal((400, 60)) @ RNG.standard_normal((60, len(weight)))).astype(np.float32)
+    packed = fitted_columns(weight, 4, x)
+    smaller, fitted, larger = (
+        np.sum((x @ (weight - factor * weight_of(packed))) ** 2, axis=0) for factor in (0.98, 1, 1.02)
+    )
+    assert np.all(fitted < smaller)
+    assert np.all(fitted < larger)
+
+
 def test_sorted_moments_are_solved_in_the_order_of_the_product():
     x = RNG.standard_normal((300, 40)) @ RNG.standard_normal((40, 40)) * np.logspace(-1, 1, 40)
     moments, right = (x.T @ x).astype(np.float32), RNG.standard_normal((40, 5), dtype=np.float32)
