@@ -25,7 +25,7 @@ from common.cli import TEST_COMMAND, Parser, Stages, checked_options, run, warn
 
 # isort: split
 
-from common.evaluate.stress_run import StressOptions, add_stress_flags
+from common.evaluate.stress import StressOptions, add_stress_flags
 from common.evaluate.word_limit import read_speech_manifests
 from common.folder import staged_folder
 from common.layouts import layouts_in

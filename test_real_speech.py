@@ -49,8 +49,7 @@ from common.evaluate.engines import (
     load_reference,
     open_folders,
 )
-from common.evaluate.stress_run import StressOptions, add_stress_flags, stress_compared
-from common.evaluate.stress_table import judge_stress
+from common.evaluate.stress import StressOptions, add_stress_flags, judge_stress, stress_compared
 from common.evaluate.tables import print_corpus, transcribe_and_print
 from common.evaluate.text_rules import ids_of_other_words
 from common.evaluate.verdict import judge_times, print_and_judge
@@ -134,12 +133,12 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         else None
     )
     if args.stress is not None:
-        results = stress_compared(folders, reference, clips, stress)
+        test = stress_compared(folders, reference, clips, stress)
         if args.json:
-            write_output(args.json, json_text(results.as_json()), stdout)
+            write_output(args.json, json_text(test.as_json()), stdout)
         if render_page:
-            write_output(args.html, render_page(stress_page(f"{name} under stress", results)), stdout)
-        judge_stress(results, stress.max_lost_words)
+            write_output(args.html, render_page(stress_page(f"{name} under stress", test)), stdout)
+        judge_stress(test, stress.max_lost_words)
         return
 
     comparison = Comparison(clips=clips, folders=folders, reference=reference)

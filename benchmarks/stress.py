@@ -15,22 +15,19 @@ from pathlib import Path
 from benchmarks.bench import machine
 from common.checkpoint.nemo import load_model
 from common.cli import quiet_libraries
-from common.evaluate.conditions import KINDS, Speech
-from common.evaluate.engines import OpenFolder
-from common.evaluate.stress import StressResults, StressTest, folder_engines, genai_engine, reference_engine, run_stress
-from common.evaluate.stress_run import FLOAT32
-from common.evaluate.stress_table import StressRow, print_stress, stress_rows
+from common.evaluate.conditions import KINDS
+from common.evaluate.engines import Engine, GenAIEngine, LibraryEngine, OnnxEngine, OpenFolder
+from common.evaluate.stress import FLOAT32, StressOptions, StressRow, StressTest, run_stress, stress_rows
 from common.folder import write_json
 from common.run.audio import read_clips
-from common.run.genai import GenAI
 from common.run.reference import Nemo
 
 
-def markdown(results: StressResults) -> str:
+def markdown(test: StressTest) -> str:
     """A line for each condition and a column for each engine that is given every take."""
-    names = [engine.name for engine in results.test.engines if engine.whole_of is None]
+    names = [engine.name for engine in test.engines if engine.name not in test.whole_of]
     lines = [["condition", *names], ["---"] * (len(names) + 1)]
-    for condition, rows in itertools.groupby(stress_rows(results), key=lambda row: row.condition):
+    for condition, rows in itertools.groupby(stress_rows(test), key=lambda row: row.condition):
         by_engine = {row.engine: row for row in rows}
         lines.append([condition, *(_cell(by_engine[name]) for name in names)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -55,32 +52,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write every transcript there")
     args = parser.parse_args(argv)
     quiet_libraries()
-    genai = GenAI(args.model_dir)
     folders = {FLOAT32: args.model_dir} | {folder.name: folder for folder in args.optimized}
-    engines = [reference_engine(Nemo(load_model(args.model_name)))] if args.model_name else []
-    for name, folder in folders.items():
-        opened = OpenFolder(folder)
-        engines += folder_engines(name, opened.onnx, opened.spell)
+    engines: list[Engine] = [LibraryEngine(Nemo(load_model(args.model_name)))] if args.model_name else []
+    for name, path in folders.items():
+        folder = OpenFolder(path)
+        engines.append(OnnxEngine(name, folder))
         if args.genai:
-            engines.append(genai_engine(f"{name}, GenAI", GenAI(folder)))
-    clips = read_clips(args.manifest, with_text=True)
-    config = genai.config
-    test = StressTest(
-        speech=Speech([config.read_clip(clip) for clip in clips], config.sample_rate, args.seed),
-        names=[clip.label for clip in clips],
-        texts=[clip.text for clip in clips],
-        engines=engines,
-        baseline=FLOAT32,
+            engines.append(GenAIEngine(f"{name}, GenAI", folder))
+    exported = OpenFolder(args.model_dir)
+    test = run_stress(
+        engines,
+        GenAIEngine(FLOAT32, exported),
+        exported.config,
+        read_clips(args.manifest, with_text=True),
+        StressOptions(stress=args.stress, seed=args.seed),
         judged=args.optimized[0].name,
-        features=genai.features,
-        config=config,
-        kinds=args.stress,
     )
-    results = run_stress(test)
-    print_stress(results)
-    print(f"\n{machine()}\n\n{markdown(results)}")
+    print(f"\n{machine()}\n\n{markdown(test)}")
     if args.json:
-        write_json(args.json, results.as_json())
+        write_json(args.json, test.as_json())
     return 0
 
 

@@ -12,8 +12,7 @@ from typing import Any
 from common.cli import EXPORT_COMMAND, Stages, size_text
 from common.evaluate import word_limit
 from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed
-from common.evaluate.stress_run import StressOptions, stress_optimized
-from common.evaluate.stress_table import StressRow, judge_stress, stress_rows
+from common.evaluate.stress import StressOptions, StressRow, judge_stress, run_stress, stress_rows
 from common.evaluate.word_limit import BothModels, EvaluatedClip, WordErrors
 from common.folder import (
     CHECKPOINT,
@@ -295,10 +294,11 @@ def _evaluate(folder: ModelFolder, options: OptimizeOptions, speech: EvaluationS
     if speech.stress.stress is None:
         return Evaluation(transcribed, table)
     stages.begin(f"{len(clips)} clips under stress")
-    results = stress_optimized(models, clips, speech.stress)
-    stages.end(f"{len(results.test.conditions)} conditions")
-    judge_stress(results, speech.stress.max_lost_words)
-    return Evaluation(transcribed, table, stress_rows(results))
+    engines = [models.float32, models.optimized]
+    test = run_stress(engines, models.genai, models.genai.folder.config, clips, speech.stress)
+    stages.end(f"{len(test.conditions)} conditions")
+    judge_stress(test, speech.stress.max_lost_words)
+    return Evaluation(transcribed, table, stress_rows(test))
 
 
 def _manifest_section(

@@ -15,7 +15,7 @@ import pytest
 import optimize_encoder
 import test_e2e
 from common.contract import ENCODER, LAYER_ROLES, EncoderWeight, Role, encoder_weight, encoder_weights
-from common.evaluate.stress_run import StressOptions
+from common.evaluate.stress import StressOptions
 from common.folder import MANIFEST
 from common.onnx_io import load
 from common.quantize import METHODS, RTN

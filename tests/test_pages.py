@@ -21,7 +21,7 @@ from common.report.clips_page import (
     ShownWord,
     audio_uri,
     clips_page_writer,
-    marked_rows,
+    marked_row,
     wave_path,
 )
 from common.report.decision import verdict
@@ -69,7 +69,7 @@ def test_bins_and_calibration_error_by_hand():
 
 def test_differing_words_are_marked():
     words = [ShownWord(word, start=i, end=i + 1) for i, word in enumerate(["And", "so,", "my", "friends", "ask"])]
-    (row,) = marked_rows("and so my fellow Americans ask", [("ONNX", words)], "and so my fellow Americans ask")
+    row = marked_row("ONNX", words, "and so my fellow Americans ask", "and so my fellow Americans ask")
     assert [word.text for word in row.words if not word.mark] == ["And", "so,", "my", "ask"]
     assert {word.text for word in row.words if word.mark == "lost"} == {"fellow", "Americans"}
     assert [word.text for word in row.words if word.mark == "other"] == ["friends"]
@@ -103,8 +103,8 @@ def test_a_waveform_follows_the_samples():
 def test_hostile_text_is_text_and_no_other_script_runs():
     samples = np.zeros(RATE, np.float32)
     words = [ShownWord(word, 0.0, 0.5, 0.4) for word in HOSTILE_TEXT.split()]
-    rows = list(marked_rows("none of it", [(HOSTILE_TEXT, words)], None))
-    clip = ShownClip(HOSTILE_TEXT, 1.0, audio_uri(samples, RATE), wave_path(samples), rows)
+    rows = [marked_row(HOSTILE_TEXT, words, "none of it", None)]
+    clip = ShownClip.of(HOSTILE_TEXT, samples, RATE, rows)
     text = clips_page_writer()(ClipsPage(HOSTILE_TEXT, HOSTILE_TEXT, [clip]))
     page = Page(text)
     assert page.tags.count("script") == 1

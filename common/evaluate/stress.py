@@ -5,88 +5,83 @@ clips as they are, which shows what the condition costs that engine, and the cli
 compared. All engines are given the same features, except for GenAI, which computes its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+import re
+import textwrap
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.cli import CheckError, progress_bar
-from common.evaluate.conditions import CLEAN, Condition, Speech, Take, conditions_of
-from common.evaluate.engines import timed
-from common.evaluate.wer import WordCounts, normalize, word_counts
+from common.cli import CheckError, Parser, progress_bar
+from common.evaluate.conditions import CLEAN, KINDS, Condition, Speech, Take, conditions_of
+from common.evaluate.engines import Engine, GenAIEngine, LibraryEngine, OnnxEngine, OpenFolder, Recording
+from common.evaluate.tables import NONE, print_table
+from common.evaluate.wer import NO_WORDS, WordCounts, changes_text, normalize, word_counts
+from common.run.audio import Clip
 from common.run.config import RuntimeConfig
-from common.run.genai import GenAI
-from common.run.ort import OnnxRuntime
-from common.run.reference import Reference
+from common.run.decode import Transcript
 
+FLOAT32, OPTIMIZED = "float32", "optimized"  # the names of their rows
 MIN_SHARE_WITH_WORDS = 0.5  # of a take's speech: with words in so much of it, its transcript is expected to have a word
-
-Case = tuple[Condition, tuple[int, ...]]  # a condition, and a group of clips that its audio is made of
-
-
-@dataclass(frozen=True)
-class Output:
-    """The result of an engine on one take."""
-
-    text: str
-    frames: Sequence[int] | None  # encoder frames at which tokens were emitted, of engines that give them
+MAX_WORST = 10  # clips that are listed
+MAX_LINE = 300  # characters of the words of one
+HEADER = (
+    *("condition", "engine", "clean: lost", "added", "changed", "text: lost", "added", "changed", "missed"),
+    *("empty", "silent"),
+)
 
 
-@dataclass(frozen=True)
-class StressedEngine:
-    """An engine, and the name of its rows in the table."""
-
-    name: str
-    transcribe: Callable[[np.ndarray, np.ndarray], Output]  # samples [N] and their features [M, T]
-    # The name of the engine of which this is a variant that encodes a take in one window, however long it is. The
-    # variant is given only takes that are longer than a window.
-    whole_of: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StressTest:
-    """The clips, and the engines that transcribe them."""
-
-    speech: Speech
-    names: Sequence[str]  # of the clips
-    texts: Sequence[str | None]  # of the clips
-    engines: Sequence[StressedEngine]
-    baseline: str  # the float32 engine; its transcript of a clip without a text stands for the text
-    judged: str  # the engine that is held to a limit, and whose worst clips are listed
-    features: Callable[[np.ndarray], np.ndarray]  # samples [N] → [M, T]
-    config: RuntimeConfig
-    kinds: Sequence[str] = ()  # of conditions; none: all
-
-    @property
-    def conditions(self) -> list[Condition]:
-        """The conditions that can be made from the clips."""
-        return [each for each in conditions_of(self.kinds) if each.possible(self.speech)]
-
-    @property
-    def cases(self) -> list[Case]:
-        """Each condition with each group of clips that its audio is made from."""
-        durations = self.speech.durations
-        return [(condition, group) for condition in self.conditions for group in condition.groups(durations)]
-
-    def takes(self, condition: Condition, group: Sequence[int]) -> list[Take]:
-        """The takes, each long enough and a whole number of hops, as engines need it (RuntimeConfig.read_clip)."""
-        least, hop = self.config.min_samples, self.config.hop_length
-        takes = condition.takes(group, self.speech)
-        whole = [np.pad(take.samples, (0, max(least - len(take.samples), 0))) for take in takes]
-        return [
-            Take(samples[: len(samples) // hop * hop], take.parts) for samples, take in zip(whole, takes, strict=True)
-        ]
-
-    def name_of(self, group: Sequence[int]) -> str:
-        """The name of the first clip, and how many clips follow."""
-        following = f" and {len(group) - 1} more" if len(group) > 1 else ""
-        return f"{self.names[group[0]]}{following}"
+# ---- the flags
 
 
 @dataclass(frozen=True)
-class Windows:
+class StressOptions:
+    """The flags of a stress test, under their own names."""
+
+    stress: Sequence[str] | None = None  # kinds of conditions; empty: all; None: no stress test
+    max_lost_words: float | None = None  # percentage points over float32
+    stress_dir: Path | None = None  # where the audio of the worst clips is written
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise ValueError for flags that need --stress, an impossible limit, a seed that NumPy does not accept, and a
+        folder that is not empty, in which the audio of two runs would be mixed."""
+        if self.stress is None and (self.stress_dir or self.max_lost_words is not None):
+            raise ValueError("--stress_dir and --max_lost_words need --stress; add it")
+        if self.max_lost_words is not None and not 0 <= self.max_lost_words < math.inf:
+            raise ValueError(f"--max_lost_words is a number of points, 0 or more, not {self.max_lost_words}")
+        if self.seed < 0:
+            raise ValueError(f"--seed is 0 or more, not {self.seed}")
+        folder = self.stress_dir
+        if folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ValueError(f"--stress_dir needs a new or empty folder, and {folder} is none; give another")
+
+
+def add_stress_flags(parser: Parser) -> None:
+    """Add the fields of StressOptions as flags."""
+    kinds = ", ".join(KINDS)
+    parser.add_argument("--stress", nargs="*", choices=KINDS, metavar="KIND",
+                        help="transcribe the clips where speech is hard, and count the words lost, added and changed; "
+                             f"KIND: any of {kinds} (all of them)")  # fmt: skip
+    parser.add_argument("--max_lost_words", type=float, metavar="POINTS",
+                        help="with --stress: percentage points by which the words that the optimized model loses or "
+                             "changes may be more than float32's, under each condition; beyond, exit status 1 "
+                             "(no limit)")  # fmt: skip
+    parser.add_argument("--stress_dir", type=Path, metavar="FOLDER",
+                        help="with --stress: write the audio of the worst clips there")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise of --stress (%(default)s)")
+
+
+# ---- a test and its results
+
+
+@dataclass(frozen=True)
+class EmptyCounts:
     """How many stretches of audio should have words, and for how many of them no word was emitted."""
 
     takes: int = 0
@@ -94,8 +89,8 @@ class Windows:
     clips: int = 0  # whole clips within takes of several
     silent: int = 0  # clips of these during which no token was emitted
 
-    def __add__(self, other: "Windows") -> "Windows":
-        return Windows(
+    def __add__(self, other: "EmptyCounts") -> "EmptyCounts":
+        return EmptyCounts(
             self.takes + other.takes, self.empty + other.empty, self.clips + other.clips, self.silent + other.silent
         )
 
@@ -110,40 +105,74 @@ class StressResult:
     transcript: str
     clean: WordCounts  # against its own transcript of the clips as they are
     text: WordCounts  # against the clips' texts
-    windows: Windows
+    windows: EmptyCounts
 
     @property
-    def case(self) -> Case:
+    def case(self) -> tuple[Condition, tuple[int, ...]]:
         """The key by which the results of several engines belong together."""
         return self.condition, self.group
 
 
-@dataclass
-class StressResults:
-    """All results, in the order of the table."""
+@dataclass(frozen=True, kw_only=True)
+class StressTest:
+    """The clips, the engines that transcribe them, and the results."""
 
-    test: StressTest
-    results: list[StressResult] = field(default_factory=list)
+    clips: Sequence[Clip]
+    speech: Speech  # the samples of the clips
+    engines: Sequence[Engine]
+    # Of the engines that encode a take in one window, however long it is: the name of the engine that cuts it instead.
+    # The former are given only takes that are longer than a window.
+    whole_of: Mapping[str, str]
+    features_by: LibraryEngine | GenAIEngine
+    config: RuntimeConfig
+    baseline: str  # the float32 engine; its transcript of a clip without a text stands for the text
+    judged: str  # the engine that is held to a limit, and whose worst clips are listed
+    kinds: Sequence[str] = ()  # of conditions; none: all
+    results: list[StressResult] = field(default_factory=list)  # in the order of the table
     clean: dict[tuple[str, int], str] = field(default_factory=dict)  # transcripts as they are, by engine and clip
+
+    @property
+    def conditions(self) -> list[Condition]:
+        """The conditions that can be made from the clips."""
+        return [each for each in conditions_of(self.kinds) if each.possible(self.speech)]
+
+    @property
+    def cases(self) -> list[tuple[Condition, tuple[int, ...]]]:
+        """Each condition with each group of clips that its audio is made from."""
+        durations = self.speech.durations
+        return [(condition, group) for condition in self.conditions for group in condition.groups(durations)]
+
+    @property
+    def of_baseline(self) -> dict[tuple[Condition, tuple[int, ...]], StressResult]:
+        """The results of the engine that others are compared with, by their cases."""
+        return {each.case: each for each in self.results if each.engine == self.baseline}
+
+    def takes(self, condition: Condition, group: Sequence[int]) -> list[Take]:
+        """The takes, each long enough and a whole number of hops, as engines need it (RuntimeConfig.read_clip)."""
+        takes = []
+        for take in condition.takes(group, self.speech):
+            samples = np.pad(take.samples, (0, max(self.config.min_samples - len(take.samples), 0)))
+            takes.append(Take(samples[: len(samples) // self.config.hop_length * self.config.hop_length], take.parts))
+        return takes
+
+    def name_of(self, group: Sequence[int]) -> str:
+        """The name of the first clip, and how many clips follow."""
+        following = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        return f"{self.clips[group[0]].label}{following}"
 
     def text_of(self, clip: int) -> str:
         """The text of a clip by which engines are compared."""
-        text = self.test.texts[clip]
-        return self.clean[self.test.baseline, clip] if text is None else text
-
-    @property
-    def of_baseline(self) -> list[StressResult]:
-        """The results of the engine that others are compared with."""
-        return [each for each in self.results if each.engine == self.test.baseline]
+        text = self.clips[clip].text
+        return self.clean[self.baseline, clip] if text is None else text
 
     def as_json(self) -> dict[str, Any]:
         """Every transcript and count."""
         return {
-            "seed": self.test.speech.seed,
+            "seed": self.speech.seed,
             "results": [
                 {
                     "condition": each.condition.name,
-                    "clips": [self.test.names[clip] for clip in each.group],
+                    "clips": [self.clips[clip].label for clip in each.group],
                     "engine": each.engine,
                     "transcript": each.transcript,
                     "against_clean": asdict(each.clean),
@@ -158,126 +187,290 @@ class StressResults:
 # ---- the run
 
 
-def run_stress(test: StressTest) -> StressResults:
-    """Let all engines transcribe the clips under all conditions, after printing about how long that takes.
+def stress_compared(
+    folders: Sequence[OpenFolder], reference: LibraryEngine | None, clips: Sequence[Clip], options: StressOptions
+) -> StressTest:
+    """Run a stress test on the engines of a comparison. Raises ValueError where there is a limit but no float32 folder
+    to compare with, and as run_stress does."""
+    optimized, *exported = folders
+    if options.max_lost_words is not None and not exported:
+        raise ValueError(
+            f"--max_lost_words needs an optimized folder and the exported one beside it, and {optimized.path} is alone"
+        )
+    names = [OPTIMIZED if exported or not optimized.is_float32 else FLOAT32, FLOAT32]
+    engines: list[Engine] = [] if reference is None else [reference]
+    for folder, name in reversed(list(zip(folders, names, strict=False))):
+        if folder.onnx_engine:
+            engines.append(OnnxEngine(name, folder))
+        if folder.genai_engine:
+            engines.append(GenAIEngine(f"{name}, GenAI" if folder.onnx_engine else name, folder))
+    return run_stress(
+        engines,
+        reference or optimized.features_engine,
+        optimized.config,
+        clips,
+        options,
+        baseline=FLOAT32 if exported else names[0] if reference is None else reference.name,
+        judged=names[0],
+    )
 
-    Raises CheckError where an engine fails on a take.
+
+def run_stress(
+    engines: Sequence[Engine],
+    features_by: LibraryEngine | GenAIEngine,
+    config: RuntimeConfig,
+    clips: Sequence[Clip],
+    options: StressOptions,
+    *,
+    baseline: str = FLOAT32,
+    judged: str = OPTIMIZED,
+) -> StressTest:
+    """Let all engines transcribe the clips under all conditions, and print a table and the worst clips.
+
+    Plain ONNX Runtime transcribes what is longer than a window a second time, in one window. All samples are read at
+    once, 230 MB per hour of audio, since the clips serve as noise for each other.
+    Raises CheckError where an engine fails on a take, and as read_clip does.
     """
-    cases = test.cases
+    variants: list[Engine] = []
+    whole_of = {}
+    for engine in engines:
+        variants.append(engine)
+        if isinstance(engine, OnnxEngine):
+            whole = OnnxEngine(f"{engine.name}, one window", engine.folder, whole=True, spell=engine.spell)
+            variants.append(whole)
+            whole_of[whole.name] = engine.name
+    test = StressTest(
+        clips=clips,
+        speech=Speech([config.read_clip(clip) for clip in clips], config.sample_rate, options.seed),
+        engines=variants,
+        whole_of=whole_of,
+        features_by=features_by,
+        config=config,
+        baseline=baseline,
+        judged=judged,
+        kinds=options.stress or (),
+    )
     print(_outlook(test), flush=True)
-    results = StressResults(test)
-    with progress_bar(total=sum(len(group) for _, group in cases), task="stress", unit="clip") as bar:
-        for condition, group in cases:
-            for result in _run_case(results, condition, group):
-                results.results.append(result)
+    with progress_bar(total=sum(len(group) for _, group in test.cases), task="stress", unit="clip") as bar:
+        for condition, group in test.cases:
+            test.results.extend(_run_case(test, condition, group))
             bar.update(len(group))
-    return results
+    print_stress(test)
+    worst = worst_results(test)
+    print_worst(test, worst)
+    if options.stress_dir:
+        paths = write_worst(options.stress_dir, test, worst)
+        print(f"wrote the audio of the worst clips, {len(paths)} files, to {options.stress_dir}")
+    return test
 
 
 def _outlook(test: StressTest) -> str:
     """What will be done, and about how long by the second run of the first clip, since a first run is slower."""
     durations = test.speech.durations
+    engines = [engine for engine in test.engines if engine.name not in test.whole_of]
     (take,) = test.takes(CLEAN, [0])
     for _ in range(2):
-        features, seconds = timed(test.features, take.samples)
-        for engine in test.engines:
-            if engine.whole_of is None:
-                seconds += timed(engine.transcribe, take.samples, features)[1]
+        start = time.perf_counter()
+        recording = Recording(take.samples, test.features_by)
+        for engine in engines:
+            engine.transcribe([recording])
+        seconds = time.perf_counter() - start
     audio = sum(durations[clip] for _, group in test.cases for clip in group)
     expected = audio * seconds / durations[0]
     left_out = [each.name for each in conditions_of(test.kinds) if not each.possible(test.speech)]
     return (
         f"stress: {len(test.conditions)} conditions of {len(durations)} clips, {audio / 60:.1f} min of audio for each "
-        f"of {sum(engine.whole_of is None for engine in test.engines)} engines, about {_duration(expected)}"
+        f"of {len(engines)} engines, about "
+        + (f"{expected:.0f} s" if expected < 100 else f"{expected / 60:.0f} min")
         + (f"; left out, since they need several clips: {', '.join(left_out)}" if left_out else "")
     )
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _run_case(results: StressResults, condition: Condition, group: tuple[int, ...]) -> Iterator[StressResult]:
+def _run_case(test: StressTest, condition: Condition, group: tuple[int, ...]) -> Iterator[StressResult]:
     """The engines' results, one after the other."""
-    test = results.test
     takes = test.takes(condition, group)
-    features = [test.features(take.samples) for take in takes]
+    recordings = [Recording(take.samples, test.features_by) for take in takes]
     is_long = all(not test.config.fits_one_window(len(take.samples) / test.config.sample_rate) for take in takes)
-    transcripts: dict[str, list[Output]] = {}
+    transcripts: dict[str, list[Transcript]] = {}
     for engine in test.engines:
-        if engine.whole_of is not None and not is_long:
+        if engine.name in test.whole_of and not is_long:
             continue
         try:
-            transcripts[engine.name] = [
-                engine.transcribe(take.samples, one) for take, one in zip(takes, features, strict=True)
-            ]
+            transcripts[engine.name] = engine.transcribe(recordings)
         except ValueError as error:
             raise CheckError(f"{engine.name} fails on {test.name_of(group)}, {condition.name}: {error}") from error
         if condition is CLEAN:
-            results.clean[engine.name, group[0]] = transcripts[engine.name][0].text
-    text = " ".join(map(results.text_of, group))
-    for engine in test.engines:
-        if outputs := transcripts.get(engine.name):
-            transcript = " ".join(output.text for output in outputs)
-            clean = " ".join(results.clean[engine.whole_of or engine.name, clip] for clip in group)
-            yield StressResult(
-                condition,
-                group,
-                engine.name,
-                transcript,
-                word_counts(normalize(clean), normalize(transcript)),
-                word_counts(normalize(text), normalize(transcript)),
-                sum((_windows(results, take, out) for take, out in zip(takes, outputs, strict=True)), Windows()),
-            )
+            test.clean[engine.name, group[0]] = transcripts[engine.name][0].text
+    text = " ".join(map(test.text_of, group))
+    for name, made in transcripts.items():
+        transcript = " ".join(each.text for each in made)
+        clean = " ".join(test.clean[test.whole_of.get(name, name), clip] for clip in group)
+        empty = (_empty_counts(test, take, each) for take, each in zip(takes, made, strict=True))
+        yield StressResult(
+            condition,
+            group,
+            name,
+            transcript,
+            clean=word_counts(normalize(clean), normalize(transcript)),
+            text=word_counts(normalize(text), normalize(transcript)),
+            windows=sum(empty, EmptyCounts()),
+        )
 
 
-def _windows(results: StressResults, take: Take, output: Output) -> Windows:
+def _empty_counts(test: StressTest, take: Take, transcript: Transcript) -> EmptyCounts:
     """Whether a take that should have words has none, and how many whole clips in it have none."""
-    with_words = [part for part in take.parts if normalize(results.text_of(part.clip))]
+    with_words = [part for part in take.parts if normalize(test.text_of(part.clip))]
     length, whole_length = (sum(part.end - part.begin for part in parts) for parts in (with_words, take.parts))
     expects_words = bool(with_words) and length >= MIN_SHARE_WITH_WORDS * whole_length
-    if output.frames is None or len(take.parts) == 1:
-        return Windows(int(expects_words), int(expects_words and not normalize(output.text)))
+    is_empty = expects_words and not normalize(transcript.text)
+    if transcript.frames is None or len(take.parts) == 1:
+        return EmptyCounts(int(expects_words), int(is_empty))
     clips = [part for part in with_words if part.whole]
-    config = results.test.config
-    times = np.array(output.frames) * config.hop_length * config.subsampling_factor  # samples
+    times = np.array(transcript.frames) * test.config.hop_length * test.config.subsampling_factor  # samples
     silent = sum(not ((times >= part.begin) & (times < part.end)).any() for part in clips)
-    return Windows(int(expects_words), int(expects_words and not normalize(output.text)), len(clips), silent)
+    return EmptyCounts(int(expects_words), int(is_empty), len(clips), silent)
 
 
-# ---- what a test is made of
+# ---- the table
 
 
-def folder_engines(name: str, raw: OnnxRuntime, spell: Callable[[list[int]], str]) -> list[StressedEngine]:
-    """A model folder in plain ONNX Runtime, by GenAI's rule: in windows, and long takes in one window as well.
+@dataclass(frozen=True)
+class StressRow:
+    """One engine's figures under one condition. The names of the fields are keys of the report's JSON."""
 
-    spell: a function that gives the text of tokens.
-    """
+    condition: str
+    engine: str
+    clean: WordCounts  # against its own transcripts of the clips as they are
+    text: WordCounts  # against the clips' texts
+    windows: EmptyCounts
+    points: float | None  # of the texts' words missed, beyond the baseline's; None for the baseline, or for no words
 
-    def transcribe(samples: np.ndarray, features: np.ndarray, *, whole: bool) -> Output:
-        hypothesis = raw.transcribe(features, whole=whole)
-        return Output(spell(hypothesis.tokens), hypothesis.frames)
 
-    return [
-        StressedEngine(name, partial(transcribe, whole=False)),
-        StressedEngine(f"{name}, one window", partial(transcribe, whole=True), whole_of=name),
+def stress_rows(test: StressTest) -> list[StressRow]:
+    """A row for each condition and engine. An engine that is given only some of the takes is compared on those."""
+    baseline = test.of_baseline
+    rows = []
+    for condition, engine in itertools.product(test.conditions, test.engines):
+        own = [each for each in test.results if each.condition is condition and each.engine == engine.name]
+        if not own:
+            continue
+        text = _sum_counts(each.text for each in own)
+        expected = _sum_counts(baseline[each.case].text for each in own)
+        compared = engine.name != test.baseline and text.words
+        rows.append(
+            StressRow(
+                condition.name,
+                engine.name,
+                clean=_sum_counts(each.clean for each in own),
+                text=text,
+                windows=sum((each.windows for each in own), EmptyCounts()),
+                points=text.percent_missed - expected.percent_missed if compared else None,
+            )
+        )
+    return rows
+
+
+def _sum_counts(counts: Iterable[WordCounts]) -> WordCounts:
+    return sum(counts, NO_WORDS)
+
+
+def print_stress(test: StressTest) -> None:
+    """Print what the columns mean, the table, and what seams cost."""
+    no_texts = all(clip.text is None for clip in test.clips)
+    against = f"{test.baseline}'s transcripts of them as they are" if no_texts else "their texts"
+    print("clean: words lost, added and changed against the engine's own transcripts of the clips as they are")
+    print(f"text: the same against {against}; missed: lost or changed, of all words, and points over {test.baseline}")
+    print("empty: transcripts without a word; silent: joined clips within whose time no word was emitted")
+    rows = stress_rows(test)
+    repeated = [False, *(row.condition == before.condition for before, row in itertools.pairwise(rows))]
+    print_table([HEADER, *(_cells(row, repeated=again) for row, again in zip(rows, repeated, strict=True))])
+    for whole, name in test.whole_of.items():
+        _print_seams(test, name, whole)
+
+
+def _cells(row: StressRow, *, repeated: bool) -> tuple[str, ...]:
+    clean, text, windows = row.clean, row.text, row.windows
+    points = "" if row.points is None else f" {row.points:+.2f}"
+    return (
+        "" if repeated else row.condition,
+        row.engine,
+        *map(str, (clean.lost, clean.added, clean.changed, text.lost, text.added, text.changed)),
+        f"{text.percent_missed:.2f} %{points}" if text.words else NONE,
+        f"{windows.empty} of {windows.takes}" if windows.takes else NONE,
+        f"{windows.silent} of {windows.clips}" if windows.clips else NONE,
+    )
+
+
+def _print_seams(test: StressTest, engine: str, whole: str) -> None:
+    """What cutting into windows costs: the errors on takes longer than a window, in windows and as a whole."""
+    in_one = {each.case: each.text for each in test.results if each.engine == whole}
+    cut = [each.text for each in test.results if each.engine == engine and each.case in in_one]
+    if cut:
+        words = _sum_counts(cut)
+        print(
+            f"seams of windows of {test.config.chunk / test.config.sample_rate:g} s: {engine} has {words.errors} of "
+            f"{words.words} words wrong in {len(cut)} joined clips, and {_sum_counts(in_one.values()).errors} where "
+            "each is one window"
+        )
+
+
+def worst_results(test: StressTest) -> list[StressResult]:
+    """The results of the judged engine with the most errors beyond the baseline's, or, where it is the baseline itself,
+    beyond its own on clean clips. Results without such errors are left out."""
+    baseline = test.of_baseline
+
+    def excess(result: StressResult) -> int:
+        if test.judged == test.baseline:
+            return result.clean.errors
+        return result.text.errors - baseline[result.case].text.errors
+
+    found = [each for each in test.results if each.engine == test.judged and excess(each) > 0]
+    return sorted(found, key=excess, reverse=True)[:MAX_WORST]
+
+
+def print_worst(test: StressTest, worst: Sequence[StressResult]) -> None:
+    """Print a line for each result: the words of the baseline, or of the clean clips, and what replaces them. Long
+    lines are cut off."""
+    baseline = test.of_baseline
+    for number, each in enumerate(worst, 1):
+        clean = " ".join(test.clean[each.engine, clip] for clip in each.group)
+        before = clean if each.engine == test.baseline else baseline[each.case].transcript
+        shown = textwrap.shorten(changes_text(before, each.transcript), MAX_LINE, placeholder=" …")
+        print(f"  {number}. {each.condition.name}, {test.name_of(each.group)}: {shown}")
+
+
+def write_worst(folder: Path, test: StressTest, worst: Sequence[StressResult]) -> list[Path]:
+    """The audio of the worst results as WAV, made again from the seed: a file for each take. Returns the paths."""
+    import soundfile
+
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for number, each in enumerate(worst, 1):
+        takes = test.takes(each.condition, each.group)
+        clip = test.clips[each.group[0]].label
+        name = re.sub(r"[^\w.,-]+", "_", f"{number:02} {each.condition.name} {clip}").strip("_")
+        for piece, take in enumerate(takes, 1):
+            path = folder / f"{name}{f'_{piece}' if len(takes) > 1 else ''}.wav"
+            soundfile.write(path, take.samples, test.config.sample_rate, subtype="FLOAT")
+            paths.append(path)
+    return paths
+
+
+def judge_stress(test: StressTest, limit: float | None) -> None:
+    """Raise CheckError where, under any condition, the judged engine's share of missed words is more than `limit`
+    percentage points above the baseline's; None is no limit."""
+    if limit is None:
+        return
+    rows = [row for row in stress_rows(test) if row.engine == test.judged and row.points is not None]
+    if not rows:
+        raise CheckError("no clip has words, so nothing was compared under stress; give clips with speech")
+    beyond = [
+        f"{row.condition!r} {row.points:+.2f} points ({row.text.missed} of {row.text.words} words)"
+        for row in rows
+        if row.points is not None and row.points > limit
     ]
-
-
-def genai_engine(name: str, genai: GenAI) -> StressedEngine:
-    """A model folder in GenAI, which computes its own features and text."""
-
-    def transcribe(samples: np.ndarray, features: np.ndarray) -> Output:
-        return Output(genai.text(genai.transcribe(samples)), None)
-
-    return StressedEngine(name, transcribe)
-
-
-def reference_engine(reference: Reference) -> StressedEngine:
-    """NeMo or transformers, which encode every take in one window."""
-
-    def transcribe(samples: np.ndarray, features: np.ndarray) -> Output:
-        transcript = reference.transcribe(features)
-        return Output(transcript.text, transcript.frames)
-
-    return StressedEngine(reference.name, transcribe)
+    if beyond:
+        raise CheckError(
+            f"under stress {test.judged} misses more words than {test.baseline}: {', '.join(beyond)}; expected at "
+            f"most +{limit:g} points under each condition"
+        )

@@ -29,6 +29,7 @@ from common.quantize.fidelity import sqnr_db
 from common.quantize.methods import OptimizeOptions
 from common.run.audio import Clip, read_clips, shared_clips
 from common.run.config import RuntimeConfig
+from common.run.decode import GENAI_RULE, BlankZero, Hypothesis
 from common.run.ort import MAPPED, OnnxRuntime, OpenGraph, OrtGraph
 
 
@@ -61,7 +62,7 @@ def read_speech_manifests(
 
 
 class KeptOutputs(OnnxRuntime):
-    """Plain ONNX Runtime that keeps the encoder's outputs, [S, D] of each window, until they are taken."""
+    """Plain ONNX Runtime that keeps the encoder's outputs, [S, D] of each window, until the next call."""
 
     def __init__(self, folder: Path, open_graph: OpenGraph = OrtGraph) -> None:
         super().__init__(folder, open_graph)
@@ -71,6 +72,17 @@ class KeptOutputs(OnnxRuntime):
         encoded = super().encode(features)
         self.outputs += encoded
         return encoded
+
+    def transcribe_all(
+        self,
+        features: Sequence[np.ndarray],
+        rule: BlankZero = GENAI_RULE,
+        batch_size: int = 1,
+        *,
+        whole: bool = False,
+    ) -> list[Hypothesis]:
+        self.outputs = []
+        return super().transcribe_all(features, rule, batch_size, whole=whole)
 
 
 class BothModels:
@@ -86,20 +98,18 @@ class BothModels:
         self.float32 = OnnxEngine("float32", OpenFolder(exported, partial(KeptOutputs, open_graph=MAPPED)))
         self.optimized = OnnxEngine("optimized", staged, spell=staged.genai.text)
         for engine in (self.float32, self.optimized):
-            _take_outputs(engine)  # of the first run, on noise
+            engine.load()
 
     def sqnr_db(self) -> float:
-        """The signal to quantization noise ratio of the encoder's outputs since this was last asked for."""
-        return sqnr_db(_take_outputs(self.float32), _take_outputs(self.optimized))
+        """The signal to quantization noise ratio of the encoder's outputs of the last clip."""
+        return sqnr_db(_last_outputs(self.float32), _last_outputs(self.optimized))
 
 
-def _take_outputs(engine: OnnxEngine) -> np.ndarray:
-    """The encoder's outputs [S, D] since they were last taken."""
+def _last_outputs(engine: OnnxEngine) -> np.ndarray:
+    """The encoder's outputs [S, D] of the last clip."""
     runtime = engine.folder.onnx
     assert isinstance(runtime, KeptOutputs), "as BothModels opens its folders"
-    outputs = np.concatenate(runtime.outputs)
-    runtime.outputs = []
-    return outputs
+    return np.concatenate(runtime.outputs)
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,19 @@ import base64
 import hashlib
 import io
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from common.evaluate.compare import ComparedClip, Comparison, EngineFigures
-from common.evaluate.stress import StressResult, StressResults
-from common.evaluate.stress_table import StressRow, stress_rows, worst_results
+from common.evaluate.stress import StressResult, StressRow, StressTest, stress_rows, worst_results
 from common.evaluate.wer import normalize, word_errors, word_runs
 from common.evaluate.words import Bin, bins, calibration_error, comparable_words, words_right
 from common.report.pages import page_environment
 from common.run.config import RuntimeConfig
-from common.run.decode import TimedWord
+from common.run.decode import Transcript
 
 TEMPLATE, SCRIPT = "clips.html.j2", "clips.js"
 WAVE_COLUMNS = 400  # of a waveform: about as many as a phone's screen has points
@@ -65,15 +64,10 @@ class ShownClip:
     wave: str  # path of an SVG, of WAVE_COLUMNS by 2
     rows: list[ShownRow]
 
-
-@dataclass(frozen=True)
-class Reliability:
-    """How far a measure of an engine's confidence can be trusted."""
-
-    engine: str
-    measure: str
-    bins: list[Bin]
-    error: float  # expected calibration error
+    @classmethod
+    def of(cls, name: str, samples: np.ndarray, rate: int, rows: list[ShownRow]) -> "ShownClip":
+        """A clip of mono samples [N]; rate: in Hz."""
+        return cls(name, len(samples) / rate, audio_uri(samples, rate), wave_path(samples), rows)
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ class ClipsPage:
     about: str  # the clips, in a sentence
     clips: list[ShownClip] = field(default_factory=list)
     figures: dict[str, EngineFigures] = field(default_factory=dict)  # over all clips, by engine
-    reliability: list[Reliability] = field(default_factory=list)
+    reliability: dict[tuple[str, str], list[Bin]] = field(default_factory=dict)  # by engine and measure of confidence
     stress: list[StressRow] = field(default_factory=list)
     baseline: str = ""  # of the stress test
 
@@ -104,7 +98,9 @@ def clips_page_writer() -> Callable[[ClipsPage], str]:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
     def render(page: ClipsPage) -> str:
-        return template.render(page=page, script=script, digest=digest, columns=WAVE_COLUMNS)
+        return template.render(
+            page=page, script=script, digest=digest, columns=WAVE_COLUMNS, calibration_error=calibration_error
+        )
 
     return render
 
@@ -117,21 +113,20 @@ def comparison_page(title: str, comparison: Comparison, config: RuntimeConfig) -
         f"{_count(len(comparison.clips), 'clip')}, {seconds:.0f} s of audio",
         clips=[_compared(clip, comparison, config) for clip in comparison.clips],
         figures=comparison.figures,
-        reliability=list(_reliabilities(comparison)),
+        reliability=dict(_reliability(comparison)),
     )
 
 
-def stress_page(title: str, results: StressResults) -> ClipsPage:
+def stress_page(title: str, test: StressTest) -> ClipsPage:
     """The page of a stress test: its table, and its worst results with their audio, made again from the seed."""
-    test = results.test
-    worst = worst_results(results)
+    worst = worst_results(test)
     listed = _count(len(worst), "worst result")
     return ClipsPage(
         title,
-        f"{_count(len(test.names), 'clip')} under {_count(len(test.conditions), 'condition')}, seed "
+        f"{_count(len(test.clips), 'clip')} under {_count(len(test.conditions), 'condition')}, seed "
         f"{test.speech.seed}; {listed} of {test.judged}",
-        clips=[_stressed(each, results) for each in worst],
-        stress=stress_rows(results),
+        clips=[_stressed(each, test) for each in worst],
+        stress=stress_rows(test),
         baseline=test.baseline,
     )
 
@@ -143,77 +138,35 @@ def _count(number: int, name: str) -> str:
 # ---- rows of words
 
 
-def marked_rows(baseline: str, rows: Iterable[tuple[str, list[ShownWord]]], text: str | None) -> Iterator[ShownRow]:
-    """Rows whose words are compared with `baseline`, without case and punctuation.
+def marked_row(engine: str, words: Sequence[ShownWord], baseline: str, text: str | None) -> ShownRow:
+    """An engine's words, compared with those of `baseline` without case and punctuation.
 
-    rows: engine and its words. text: what errors are counted against, where it is known.
+    text: what errors are counted against, where it is known.
     """
-    for engine, words in rows:
-        shown = " ".join(word.text for word in words)
-        errors = None if text is None else word_errors(normalize(text), normalize(shown))
-        yield ShownRow(engine, _marked(baseline.split(), words), errors)
-
-
-def _marked(baseline: Sequence[str], words: Sequence[ShownWord]) -> list[ShownWord]:
+    expected_words = baseline.split()
     marked: list[ShownWord] = []
-    runs = word_runs(comparable_words(baseline), comparable_words(word.text for word in words))
-    for expected, own, is_equal in runs:
+    for expected, own, is_equal in word_runs(
+        comparable_words(expected_words), comparable_words(word.text for word in words)
+    ):
         if is_equal:
             marked += words[own.start : own.stop]
             continue
-        marked += [ShownWord(baseline[i], mark="lost") for i in expected]
+        marked += [ShownWord(expected_words[i], mark="lost") for i in expected]
         marked += [replace(words[i], mark="other") for i in own]
-    return marked
-
-
-def _compared(clip: ComparedClip, comparison: Comparison, config: RuntimeConfig) -> ShownClip:
-    """A clip of a comparison; the baseline is its text, else the transcript of the first engine, the reference's where
-    there is one."""
-    first = clip.transcripts[comparison.engines[0].name]
-    baseline = first.text if clip.text is None else clip.text
-    rows = [
-        (engine, _plain(made.text) if made.words is None else _timed(made.words, comparison.frame_seconds))
-        for engine, made in clip.transcripts.items()
-    ]
-    samples = config.read_clip(clip)
-    return ShownClip(
-        clip.label,
-        clip.seconds,
-        audio_uri(samples, config.sample_rate),
-        wave_path(samples),
-        [*_text_row(clip.text), *marked_rows(baseline, rows, clip.text)],
-    )
-
-
-def _stressed(result: StressResult, results: StressResults) -> ShownClip:
-    """A result of a stress test: the takes one after the other, and all engines' transcripts of them."""
-    test = results.test
-    takes = [take.samples for take in test.takes(result.condition, result.group)]
-    samples = np.concatenate(takes)
-    rate = test.config.sample_rate
-    text = " ".join(map(results.text_of, result.group))
-    has_text = all(test.texts[clip] is not None for clip in result.group)
-    rows = [(each.engine, _plain(each.transcript)) for each in results.results if each.case == result.case]
-    name = f"{result.condition.name}: {test.name_of(result.group)}"
-    pieces = f", {len(takes)} pieces" if len(takes) > 1 else ""
-    return ShownClip(
-        name + pieces,
-        len(samples) / rate,
-        audio_uri(samples, rate),
-        wave_path(samples),
-        [ShownRow("text" if has_text else f"{test.baseline}, as it is", _plain(text)), *marked_rows(text, rows, text)],
-    )
-
-
-def _text_row(text: str | None) -> list[ShownRow]:
-    return [] if text is None else [ShownRow("text", _plain(text))]
+    if text is None:
+        return ShownRow(engine, marked)
+    shown = " ".join(word.text for word in words)
+    return ShownRow(engine, marked, word_errors(normalize(text), normalize(shown)))
 
 
 def _plain(text: str) -> list[ShownWord]:
     return [ShownWord(word) for word in text.split()]
 
 
-def _timed(words: Iterable[TimedWord], frame_seconds: float) -> list[ShownWord]:
+def _words(transcript: Transcript, frame_seconds: float) -> list[ShownWord]:
+    """The words of a transcript, with their times and confidences where it has them."""
+    if transcript.words is None:
+        return _plain(transcript.text)
     return [
         ShownWord(
             word.text,
@@ -221,12 +174,37 @@ def _timed(words: Iterable[TimedWord], frame_seconds: float) -> list[ShownWord]:
             word.end * frame_seconds,
             word.confidence.max_prob if word.confidence else None,
         )
-        for word in words
+        for word in transcript.words
     ]
 
 
-def _reliabilities(comparison: Comparison) -> Iterator[Reliability]:
-    """The reliability of each engine that gives confidences, by each measure, on the clips with a text."""
+def _compared(clip: ComparedClip, comparison: Comparison, config: RuntimeConfig) -> ShownClip:
+    """A clip of a comparison; the baseline is its text, else the transcript of the first engine, the reference's where
+    there is one."""
+    baseline = clip.transcripts[comparison.engines[0].name].text if clip.text is None else clip.text
+    rows = [] if clip.text is None else [ShownRow("text", _plain(clip.text))]
+    for engine, transcript in clip.transcripts.items():
+        rows.append(marked_row(engine, _words(transcript, comparison.frame_seconds), baseline, clip.text))
+    return ShownClip.of(clip.label, config.read_clip(clip), config.sample_rate, rows)
+
+
+def _stressed(result: StressResult, test: StressTest) -> ShownClip:
+    """A result of a stress test: the takes one after the other, and all engines' transcripts of them."""
+    takes = [take.samples for take in test.takes(result.condition, result.group)]
+    name = f"{result.condition.name}: {test.name_of(result.group)}"
+    if len(takes) > 1:
+        name += f", {len(takes)} pieces"
+    text = " ".join(map(test.text_of, result.group))
+    has_text = all(test.clips[clip].text is not None for clip in result.group)
+    rows = [ShownRow("text" if has_text else f"{test.baseline}, as it is", _plain(text))]
+    for each in test.results:
+        if each.case == result.case:
+            rows.append(marked_row(each.engine, _plain(each.transcript), text, text))
+    return ShownClip.of(name, np.concatenate(takes), test.config.sample_rate, rows)
+
+
+def _reliability(comparison: Comparison) -> Iterator[tuple[tuple[str, str], list[Bin]]]:
+    """The bins of each engine that gives confidences, by each measure, on the clips with a text."""
     for engine in comparison.figures:
         judged = [
             (word.confidence, right)
@@ -236,8 +214,7 @@ def _reliabilities(comparison: Comparison) -> Iterator[Reliability]:
             if word.confidence
         ]
         for measure in MEASURES if judged else ():
-            made = bins((getattr(confidence, measure), right) for confidence, right in judged)
-            yield Reliability(engine, measure, made, calibration_error(made))
+            yield (engine, measure), bins((getattr(confidence, measure), right) for confidence, right in judged)
 
 
 # ---- audio
