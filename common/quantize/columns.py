@@ -1,7 +1,6 @@
 """Integer weights with one scale for each column, as integer products need them, in pure NumPy.
 
-With 7 bits a sum of two products uint8 · int8 always fits into int16, in which AVX2 without VNNI adds them:
-2 · 255 · 63 is 32130, while 2 · 255 · 127 = 64770 is cut to 32767. Sums with 4 bits, 2 · 255 · 8, are far below.
+They have 8 bits, 7 for CPUs on which sums of 8-bit products overflow (`fidelity.exact_bits`), or 4.
 """
 
 import numpy as np
@@ -53,7 +52,7 @@ def fit_columns(
     from the weight that was given.
 
     With 4 bits the scales are fitted to the codes at the end. Feedback may lead to a code of -2^(bits-1), one beyond
-    those of plain rounding: 2 · 255 · 64 = 32640 fits into int16 as well.
+    those of plain rounding: with 7 bits, sums of 2 · 255 · 64 = 32640 fit into int16 too.
     """
     target = weight * factors
     if missing is not None:

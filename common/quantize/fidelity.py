@@ -1,9 +1,4 @@
-"""How far an optimized graph is from the exported one: both run on the same noise, and their outputs are compared.
-
-The result also depends on the CPU. ONNX Runtime multiplies uint8 activations by int8 weights; on x86 without VNNI it
-uses VPMADDUBSW, which adds each pair of products in 16 bits and cuts larger sums off at 32767: 2 · 255 · 127 is 64770,
-and 2 · 255 · 63, with weights of 7 bits, 32130.
-"""
+"""How far an optimized graph is from the exported one: both run on the same noise, and their outputs are compared."""
 
 import math
 from pathlib import Path
@@ -88,7 +83,9 @@ def sqnr_db(expected: np.ndarray, output: np.ndarray) -> float:
 def exact_bits() -> int:
     """How many bits int8 weights may have so that this CPU sums their products exactly: 8, or 7 without VNNI.
 
-    It is found by running one product of the largest numbers.
+    ONNX Runtime multiplies uint8 activations by int8 weights. On x86 without VNNI it uses VPMADDUBSW, which adds each
+    pair of products in 16 bits and cuts larger sums off at 32767: 2 · 255 · 127 is 64770, with 7 bits 2 · 255 · 63 is
+    32130, and sums with 4 bits, 2 · 255 · 8, are far below. One product of the largest numbers tells which it is.
     """
     weight = numpy_helper.from_array(np.full((SUMMANDS, SUMMANDS), LARGEST_INT8, np.int8), "w")
     x = helper.make_tensor_value_info("x", TensorProto.UINT8, [8, SUMMANDS])

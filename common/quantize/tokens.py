@@ -18,7 +18,7 @@ from common.quantize.rewrite import Stored, quantizable, quantize_weights
 from common.quantize.rounding import relative_error
 
 # Measured with 8 bits at full size: decoder 54 dB, joint 41 dB. On the tiny checkpoint the joint has 41 dB, and the
-# decoder 38 dB with 7 bits on a CPU without VNNI, where sums of 8 bits overflow (22 dB; see columns.py).
+# decoder 38 dB with 7 bits on a CPU without VNNI, where sums of 8 bits overflow (22 dB; see fidelity.exact_bits).
 MIN_TOKEN_SQNR_DB = 20.0
 # The joint multiplies one row at a time, which mostly means reading weights: MatMulNBits of 8 bits takes 0.26 ms a
 # token (0.38 ms with block 32), DynamicQuantizeMatMul 0.39 ms, float32 0.75 ms.
