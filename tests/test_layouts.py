@@ -186,7 +186,7 @@ def test_a_swap_is_noticed(view, one, other, exported, tmp_path):
         folder.mkdir()
         views.write_view(each, source, folder, {})
     views.check_view(view, source, right, 8193)
-    with pytest.raises(CheckError, match=f"of {view.file} to equal the output of"):
+    with pytest.raises(CheckError, match=f"of {view.file} differs from the output of"):
         views.check_view(view, source, wrong, 8193)
 
 
@@ -305,7 +305,7 @@ def test_scripts_find_the_folder_for_genai(exported, capsys, tmp_path):
     assert genai_folder(tmp_path) == tmp_path
     argv = ["--model_name", str(TINY), "--output_dir", str(exported / ONNX_ASR.runtime)]
     assert export_tokenizer.main(argv) == 2
-    assert "which is one for onnx-asr" in capsys.readouterr().err
+    assert "is a folder for onnx-asr, not for ONNX Runtime GenAI" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_one_runtime_is_not_written_over_another(runtime, folder, found, exporte
     before = sorted(exported.rglob("*"))
     argv = ["--model_name", str(TINY), "--output_dir", str(exported / folder), "--runtime", runtime]
     assert export_parakeet_to_onnx.main(argv) == 2
-    assert f"which is one for {found}" in capsys.readouterr().err
+    assert f"is a folder for {found}, not for " in capsys.readouterr().err
     assert sorted(exported.rglob("*")) == before
 
 

@@ -239,8 +239,8 @@ class RelativePositions(nn.Module):
     """Sines and cosines of the distances S … 0, computed in the graph (Transformer-XL, arXiv:1901.02860, B).
 
     NeMo's table has the distances S-1 … -(S-1), with sines and cosines alternating. Here the values of negative
-    distances follow from those of positive ones. The distance -S, which NeMo's table lacks, makes the relative shift a
-    slice without padding.
+    distances follow from the values of positive ones. The distance -S, which NeMo's table lacks, makes the relative
+    shift a slice without padding.
     """
 
     frequencies: Tensor

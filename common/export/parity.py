@@ -52,7 +52,7 @@ class Parity:
     def add(self, name: str, actual: np.ndarray, expected: np.ndarray) -> None:
         """Record one comparison. Raises ParityError beyond the tolerance; a NaN on either side always exceeds it."""
         if actual.shape != expected.shape:
-            raise ParityError(f"{name}: expected an output of shape {expected.shape}, got {actual.shape}")
+            raise ParityError(f"{name} has an output of shape {actual.shape}, {self.library} one of {expected.shape}")
         error = float(np.max(np.abs(actual - expected), initial=0.0))
         error = error if np.isfinite(error) else float("inf")
         self.max_abs = max(self.max_abs, error)

@@ -46,8 +46,8 @@ def genai_folder(folder: Path) -> Path:
             return folder / name
     runtimes = " and ".join(layout.runtime for layout in existing.values())
     raise ValueError(
-        f"expected a folder for ONNX Runtime GenAI, got {folder}, which is one for {runtimes}; "
-        f"make one with: {EXPORT_COMMAND.format('./onnx_models')} --runtime genai"
+        f"{folder} is a folder for {runtimes}, not for ONNX Runtime GenAI; make one with: "
+        f"{EXPORT_COMMAND.format('./onnx_models')} --runtime genai"
     )
 
 
@@ -58,9 +58,7 @@ def check_same_layouts(folder: Path, planned: Mapping[str, Layout]) -> None:
     is_model_folder = "" not in existing or (folder / MANIFEST).is_file()
     if is_model_folder and existing.get("") is not planned.get(""):
         new, old = (" and ".join(layout.runtime for layout in each.values()) for each in (planned, existing))
-        raise ValueError(
-            f"expected a folder for {new}, got {folder}, which is one for {old}; give another --output_dir"
-        )
+        raise ValueError(f"{folder} is a folder for {old}, not for {new}; give another --output_dir")
     for name in planned:
         read_manifest(folder / name)  # where it is another project's, this raises before the work instead of after
 

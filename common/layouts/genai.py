@@ -166,14 +166,14 @@ print(tokenizer.decode(generator.get_sequence(0)))
         tokens = config.blank_id + 1
         if tokens + len(config.durations) != width:
             raise ValueError(
-                f"expected {tokens} + {len(config.durations)} logits by {GENAI_CONFIG} in {folder}, got {width} from "
-                f"{JOINT.file}: they are of different checkpoints; run: {EXPORT_COMMAND.format(folder)}"
+                f"{GENAI_CONFIG} in {folder} has {tokens} tokens and {len(config.durations)} durations, {JOINT.file} "
+                f"{width} logits: they are of different checkpoints; run: {EXPORT_COMMAND.format(folder)}"
             )
         for file, size in self._tokenizer_sizes(folder).items():
             if size != tokens:
                 raise ValueError(
-                    f"expected a tokenizer of {tokens} tokens, blank included, for the graphs in {folder}, got {size} "
-                    f"in {file}: they are of different checkpoints; run: {tokenizer_command(folder)}"
+                    f"the graphs in {folder} have {tokens} tokens, blank included, {file} has {size}: they are of "
+                    f"different checkpoints; run: {tokenizer_command(folder)}"
                 )
 
     def _tokenizer_sizes(self, folder: Path) -> dict[str, int]:
@@ -184,7 +184,7 @@ print(tokenizer.decode(generator.get_sequence(0)))
             sizes = {path.name: len(content["model"]["vocab"])}
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"expected a Unigram tokenizer of this project in {path}, got another file ({error!r})"
+                f"{path} is not a Unigram tokenizer of this project ({error!r}); run: {tokenizer_command(folder)}"
             ) from None
         if (folder / "vocab.txt").is_file():
             sizes["vocab.txt"] = self.vocabulary_size(folder)
@@ -202,7 +202,7 @@ def check_tokenizer_for_graphs(folder: Path, source: Mapping[str, Any], tokens: 
     graphs = source_in(folder, "export")
     if graphs and graphs["sha256"] != source["sha256"]:
         raise ValueError(
-            f"expected the checkpoint that {folder} was exported from, {name_in(graphs)}, got {name_in(source)}; run: "
+            f"the graphs in {folder} are from {name_in(graphs)}, not from {name_in(source)}; run: "
             f"{tokenizer_command(folder)}"
         )
     if not (folder / GENAI_CONFIG).is_file():
@@ -210,6 +210,6 @@ def check_tokenizer_for_graphs(folder: Path, source: Mapping[str, Any], tokens: 
     expected = RuntimeConfig.read(folder).blank_id + 1
     if tokens != expected:
         raise ValueError(
-            f"expected a tokenizer of {expected} tokens, blank included, for the graphs in {folder}, got one of "
-            f"{tokens} in {name_in(source)}; run: {tokenizer_command(folder)}"
+            f"the graphs in {folder} have {expected} tokens, blank included, the tokenizer of {name_in(source)} has "
+            f"{tokens}; run: {tokenizer_command(folder)}"
         )

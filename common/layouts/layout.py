@@ -209,8 +209,8 @@ class Layout(ABC):
         tokenizer = source_in(folder, "tokenizer")
         if graphs and tokenizer and graphs["sha256"] != tokenizer["sha256"]:
             raise ValueError(
-                f"expected graphs and tokenizer of one checkpoint in {folder}, got graphs of {name_in(graphs)} and a "
-                f"tokenizer of {name_in(tokenizer)}; run: {tokenizer_command(folder)}"
+                f"the graphs in {folder} are from {name_in(graphs)}, its tokenizer is from {name_in(tokenizer)}; run: "
+                f"{tokenizer_command(folder)}"
             )
         self.check_sizes(folder, MAPPED(folder, self.graphs[-1]).output_width)
 
@@ -249,8 +249,8 @@ def check_same_checkpoint(folder: Path, exported: Path) -> None:
     if optimized and source and optimized["sha256"] != source["sha256"]:
         command = OPTIMIZE_COMMAND.format(exported, folder)
         raise ValueError(
-            f"expected {folder} and {exported}, which it was optimized from, to be of one checkpoint, got "
-            f"{name_in(optimized)} and {name_in(source)}; run: {command}"
+            f"{folder} was optimized from graphs of {name_in(optimized)}, but {exported} now has graphs of "
+            f"{name_in(source)}; run: {command}"
         )
 
 
@@ -263,8 +263,8 @@ def check_name_for_graphs(folder: Path, model_name: str) -> None:
     name = hub_name(model_name)
     if graphs and name is not None and graphs.get("name") != name:
         raise ValueError(
-            f"expected --model_name of the checkpoint that {folder} was exported from, {name_in(graphs)}, got "
-            f"{model_name}; run: {tokenizer_command(folder)}"
+            f"the graphs in {folder} are from {name_in(graphs)}, not from {model_name}; run: "
+            f"{tokenizer_command(folder)}"
         )
 
 

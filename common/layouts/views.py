@@ -73,7 +73,7 @@ def check_view(view: View, source: Path, target: Path, vocabulary: int) -> None:
         if array.dtype != expected[name].dtype or not np.array_equal(array, expected[name]):
             parts = " and ".join(part.file for part in view.parts)
             raise CheckError(
-                f"expected {name} of {view.file} to equal the output of {parts}, got other values: the layout is wrong"
+                f"{name} of {view.file} differs from the output of {parts}: the layout is wrong, please report it"
             )
 
 
