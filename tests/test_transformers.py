@@ -216,9 +216,9 @@ def test_which_of_two_forms_is_taken(tiny_transformers, tmp_path, capsys):
     assert find_checkpoint(str(tiny_transformers)) == tiny_transformers
     argv = ["--output_dir", tmp_path / "out", "--model_name"]
     error = rejected(capsys, export_tokenizer, *argv, tiny_transformers, "--checkpoint_format", "nemo")
-    assert "expected a checkpoint of --checkpoint_format nemo, found none at" in error
+    assert "there is no checkpoint of --checkpoint_format nemo at" in error
     error = rejected(capsys, export_tokenizer, *argv, TINY, "--checkpoint_format", "transformers")
-    assert "expected a checkpoint of --checkpoint_format transformers" in error
+    assert "there is no checkpoint of --checkpoint_format transformers at" in error
     assert "invalid choice" in rejected(capsys, export_tokenizer, *argv, TINY, "--checkpoint_format", "onnx")
 
 
@@ -381,7 +381,7 @@ def a_tensor_missing(folder):
     edit_tensors(folder, lambda tensors: tensors.pop(NAME))
 
 
-@case("holds, beside those of its config, extra and 1 more tensors")
+@case("also has extra and 1 more tensors")
 def tensors_too_many(folder):
     import torch
 

@@ -89,7 +89,8 @@ def _at(path: Path, checkpoint_format: str | None) -> Path:
             return checkpoint
     if checkpoint_format:
         raise FileNotFoundError(
-            f"expected a checkpoint of --checkpoint_format {checkpoint_format}, found none at {path}"
+            f"there is no checkpoint of --checkpoint_format {checkpoint_format} at {path}; leave the flag out, or name "
+            "another path"
         )
     raise _nothing_at(path)
 
@@ -157,7 +158,7 @@ def recorded_checkpoint(folder: Path) -> Path:
     source = read_manifest(folder).get("export", {}).get("source")
     if source is None:
         raise FileNotFoundError(
-            f"expected a manifest that names its checkpoint in {folder}, got none; pass --model_name or --skip_nemo"
+            f"the manifest of {folder} does not name a checkpoint to compare with; pass --model_name or --skip_nemo"
         )
     if "name" in source:
         # Folders made by earlier versions, which had one format only, record no format.

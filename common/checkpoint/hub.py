@@ -166,8 +166,8 @@ def _explanation(error: BaseException, name: str, revision: str, title: str) -> 
     status = None if response is None else response.status_code
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return ConnectionError(
-            f"expected {title} in the local cache, got none; Hugging Face cannot be reached while HF_HUB_OFFLINE is "
-            "set: unset it, or pass the path of a checkpoint as --model_name"
+            f"{title} is not in the local cache, and Hugging Face is not asked while HF_HUB_OFFLINE is set: unset it, "
+            "or pass the path of a checkpoint as --model_name"
         )
     if isinstance(error, errors.FileMetadataError):
         return ConnectionError(f"expected Hugging Face at {endpoint}, but what answers {NOT_THE_HUB}")

@@ -72,7 +72,7 @@ def download(name: str, revision: str, *, cached_only: bool) -> Path:
     config is not that of a ParakeetForTDT, and as hub.download does.
     """
     config = hub.download(name, CONFIG, revision, cached_only=cached_only)
-    _read_config(config)  # before gigabytes are downloaded
+    _read_config(config.parent)  # before gigabytes are downloaded
     commit = config.parent.name
     for group in (FEATURE_FILES, TOKENIZER_FILES):
         _download_first(name, group, commit, cached_only=cached_only)
@@ -159,8 +159,8 @@ def _is_inside(path: Path, folder: Path) -> bool:
 def check(checkpoint: Path) -> None:
     """Raise ValueError unless the folder holds a whole and safe checkpoint of ParakeetForTDT."""
     files(checkpoint)
-    _read_config(_first_file(checkpoint, (CONFIG,)))
-    _read_features(_first_file(checkpoint, FEATURE_FILES))
+    _read_config(checkpoint)
+    _read_features(checkpoint)
     _read_header(_weight_files(checkpoint))
 
 
@@ -181,8 +181,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(checkpoint: Path) -> dict[str, Any]:
     """config.json. Raises ValueError unless it describes a ParakeetForTDT that can be built."""
+    path = _first_file(checkpoint, (CONFIG,))
     config = _read_json(path)
     architectures = config.get("architectures")
     if architectures != [ARCHITECTURE]:
@@ -191,9 +192,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             "Parakeet-TDT checkpoint"
         )
     if "quantization_config" in config:
-        raise ValueError(
-            f"expected the weights of {path.parent} as they were trained, got quantized ones; {NOT_LOADED}"
-        )
+        raise ValueError(f"expected the weights of {checkpoint} as they were trained, got quantized ones; {NOT_LOADED}")
     _check_no_code(config, path)
     encoder = config.get("encoder_config")
     if not isinstance(encoder, dict):
@@ -209,8 +208,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_features(path: Path) -> dict[str, Any]:
+def _read_features(checkpoint: Path) -> dict[str, Any]:
     """The numbers of the feature extractor. Raises ValueError where it is not a ParakeetFeatureExtractor."""
+    path = _first_file(checkpoint, FEATURE_FILES)
     content = _read_json(path)
     _check_no_code(content, path)
     features = content if path.name == FEATURE_FILES[0] else content.get("feature_extractor")
@@ -279,10 +279,10 @@ def _check_tensors(header: Header, expected: Mapping[str, Any], path: Path) -> N
     """Raise ValueError unless the file holds the network's tensors, in its shapes. expected: the network's state."""
     missing = [name for name in expected if name not in header and not name.endswith(COUNTER)]
     extra = [name for name in header if name not in expected]
-    for kind, names in (("lacks", missing), ("holds, beside those of its config,", extra)):
+    for problem, names in (("lacks", missing), ("also has", extra)):
         if names:
             more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-            raise ValueError(f"{path} {kind} {names[0]}{more}: it does not fit {CONFIG}; download it again")
+            raise ValueError(f"{path} {problem} {names[0]}{more}, so it does not fit {CONFIG}; download it again")
     for name, (_, shape) in header.items():
         if shape != tuple(expected[name].shape):
             raise ValueError(
@@ -299,10 +299,11 @@ def read_tokenizer(checkpoint: Path) -> bytes:
     tokenizer = _first_file(checkpoint, TOKENIZER_FILES)
     if tokenizer.suffix != ".json":
         return tokenizer.read_bytes()
-    config = _first_file(checkpoint, (CONFIG,))
-    blank = _read_config(config).get("blank_token_id")
+    blank = _read_config(checkpoint).get("blank_token_id")
     if not isinstance(blank, int):
-        raise ValueError(f"expected a whole number as blank_token_id in {config}, got {blank!r}; download it again")
+        raise ValueError(
+            f"expected a whole number as blank_token_id in {checkpoint / CONFIG}, got {blank!r}; download it again"
+        )
     content = _read_json(tokenizer)
     try:
         return sentencepiece_model(content, blank)
@@ -322,8 +323,8 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
 
     from common.checkpoint.transformers_model import ParakeetModel, build
 
-    config = _read_config(checkpoint / CONFIG)
-    features = _read_features(_first_file(checkpoint, FEATURE_FILES))
+    config = _read_config(checkpoint)
+    features = _read_features(checkpoint)
     weights = _weight_files(checkpoint)
     try:
         network, extractor = build(
