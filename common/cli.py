@@ -96,8 +96,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
     CheckError gives 1. ValueError and OSError report input that cannot be used and give 2. Anything else is a defect
     of this program or of a library and gives 1. --verbose prints the traceback. An output that is closed early ends the
-    script without a message, with the status that a shell gives for SIGPIPE. A KeyboardInterrupt may carry a message on
-    what is kept.
+    script without a message, with the status that a shell gives for SIGPIPE.
     """
     accept_any_text()
     if not args.verbose:
@@ -115,8 +114,8 @@ def _run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -
         if sys.stdout:
             sys.stdout.flush()  # so that a full disk is reported here, and not when the interpreter ends
         return EXIT_OK
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED
     except CheckError as error:
         return _report("check failed", error, EXIT_CHECK, verbose=args.verbose)
