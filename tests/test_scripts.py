@@ -1,9 +1,12 @@
 """The scripts as a user runs them: bad input gives one line and status 2, and leaves nothing half-written."""
 
+import builtins
 import contextlib
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import stat
@@ -405,12 +408,16 @@ def test_optimized_folder_is_complete_and_brings_the_exported_one(tiny_export, t
     assert test_e2e.main(["--model_dir", str(alone)]) == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("block", [16, 128])
-def test_every_quantization_loads_in_genai_and_is_understood(method, block, tiny_export, tmp_path, capsys):
-    target = ["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out")]
-    assert optimize_encoder.main([*target, "--quant_method", method, "--block_size", str(block)]) == 0
-    assert test_e2e.main(["--model_dir", str(tmp_path / "out")]) == 0
+QUANTIZATIONS = [
+    ("--quant_method", name, *size)
+    for name, method in METHODS.items()
+    for size in ([("--block_size", "16"), ("--block_size", "128")] if method.uses_blocks else [()])
+]
+
+
+@pytest.mark.parametrize("flags", QUANTIZATIONS, ids=" ".join)
+def test_every_quantization_loads_in_genai_and_is_understood(flags, optimized, capsys):
+    assert test_e2e.main(["--model_dir", str(optimized(*flags))]) == 0
     assert "We have 13 black fans." in capsys.readouterr().out
 
 
@@ -438,12 +445,50 @@ def python(*argv, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, check=False, **{"cwd": ROOT, "text": True, **options})
 
 
-def imported_packages(name: str) -> set[str]:
-    """The packages that importing a script imports, directly or not, except for Python's own."""
-    code = f"import sys; import {name}; print(*(module.partition('.')[0] for module in sys.modules))"
-    found = set(python("-c", code).stdout.split())
-    top_level = {"numpy", "onnx_ir", "tqdm", "sentencepiece", "tokenizers", "yaml", "omegaconf"}
-    return found & top_level
+@pytest.fixture
+def start(monkeypatch, capsys):
+    """`start("test_e2e", "--help", without="numpy")`: the exit status and the standard error of a script that begins in
+    this process: the modules of `common` are imported again, and the one package is not there."""
+    before = dict(sys.modules)
+
+    def start_script(name: str, *argv: str, without: str | None = None) -> tuple[int | None, str]:
+        for module in [module for module in sys.modules if module.partition(".")[0] == "common"]:
+            del sys.modules[module]
+        if without:
+            monkeypatch.setitem(sys.modules, without, None)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv])
+        monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+        status = None
+        try:
+            runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+        except SystemExit as exit_:
+            status = exit_.code
+        except ImportError as error:  # as the interpreter does
+            with pytest.raises(SystemExit) as exit_:
+                sys.excepthook(type(error), error, error.__traceback__)
+            status = exit_.value.code
+        return status, capsys.readouterr().err
+
+    yield start_script
+    monkeypatch.undo()
+    sys.modules.clear()
+    sys.modules.update(before)
+
+
+def imported_packages(name: str, start, monkeypatch) -> set[str]:
+    """The packages that a script and the modules of `common` name in their imports before the script begins."""
+    found = set()
+    real = builtins.__import__
+
+    def recorded(module, namespace=None, *args):
+        if Path((namespace or {}).get("__file__") or "/").is_relative_to(ROOT):
+            found.add(module.partition(".")[0])
+        return real(module, namespace, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", recorded)
+        assert start(name, "--help") == (0, "")
+    return found - {"common", "tests", ""} - sys.stdlib_module_names
 
 
 @pytest.mark.slow
@@ -454,26 +499,68 @@ class TestBeforeTheScriptBegins:
         assert (done.returncode, done.stdout) == (2, "")
         assert re.fullmatch(r"error: No module named '\w+'; run: pip install -r requirements.txt\n", done.stderr)
 
-    def test_each_package_that_is_missing_is_one_line(self, name):
-        packages = imported_packages(name)
+    def test_each_package_that_is_missing_is_one_line(self, name, start, monkeypatch):
+        packages = imported_packages(name, start, monkeypatch)
         assert "numpy" in packages or "sentencepiece" in packages
-        code = "import runpy, sys; sys.modules[sys.argv.pop()] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
         for package in packages:
-            done = python("-c", code, f"{name}.py", package)
-            assert done.returncode == 2, package
-            assert re.fullmatch(rf"error: .*{package}.*; run: pip install -r requirements.txt\n", done.stderr), package
+            status, error = start(name, without=package)
+            assert status == 2, package
+            assert re.fullmatch(rf"error: .*{package}.*; run: pip install -r requirements.txt\n", error), package
 
-    def test_an_old_python_is_one_line(self, name):
-        code = "import runpy, sys; sys.version_info = (3, 10, 12, 'final', 0); runpy.run_path(sys.argv[1])"
-        done = python("-c", code, f"{name}.py")
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == "error: expected Python 3.11 or newer, got 3.10.12; run this with a newer one\n"
+    def test_an_old_python_is_one_line(self, name, start, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "version_info", (3, 10, 12, "final", 0))
+        assert start(name) == (
+            2, "error: expected Python 3.11 or newer, got 3.10.12; run this with a newer one\n"
+        )  # fmt: skip
+        assert capsys.readouterr().out == ""
 
-    def test_help_in_ascii_and_to_a_reader_that_has_left(self, name):
-        assert python(f"{name}.py", "--help", env={**os.environ, "PYTHONIOENCODING": "ascii"}).returncode == 0
-        done = into_a_closed_pipe(f"{name}.py", "--help")
-        assert done.returncode in (0, 141)  # 0 where argparse itself meets the error and ignores it
-        assert done.stderr == ""
+    def test_help_in_ascii_and_to_a_reader_that_has_left(self, name, monkeypatch, capsys):
+        with (
+            standard_output("ascii", monkeypatch) as output,
+            pytest.raises(SystemExit) as exit_,
+        ):
+            SCRIPTS[name].main(["--help"])
+        assert exit_.value.code == 0
+        assert output.bytes() == output.text.encode("ascii", "replace")
+        assert b"--verbose" in output.bytes()
+        with closed_output(monkeypatch), pytest.raises(SystemExit) as exit_:
+            SCRIPTS[name].main(["--help"])
+        assert exit_.value.code in (0, 141)  # 0 where argparse itself meets the error and ignores it
+        assert capsys.readouterr().err == ""
+
+
+class Output(io.TextIOWrapper):
+    """A standard output in an encoding, which also keeps the text that a script wrote to it."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, errors="strict")
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return super().write(text)
+
+    def bytes(self) -> bytes:
+        self.flush()
+        return self.buffer.getvalue()
+
+
+@contextlib.contextmanager
+def standard_output(encoding: str, monkeypatch):
+    with monkeypatch.context() as patch:
+        output = Output(encoding)
+        patch.setattr(sys, "stdout", output)
+        yield output
+
+
+@contextlib.contextmanager
+def closed_output(monkeypatch):
+    """A standard output into a pipe whose reader has left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as output:
+        patch.setattr(sys, "stdout", output)
+        yield
 
 
 def into_a_closed_pipe(*argv, unbuffered: str = "") -> subprocess.CompletedProcess:
@@ -513,31 +600,33 @@ def foreign(tiny_export, tmp_path_factory):
 
 
 class TestStandardOutput:
-    @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-    @pytest.mark.parametrize("name", SCRIPTS)
-    def test_in_another_encoding_is_written_with_replacements(self, name, encoding, tiny_export, tmp_path):
-        if encoding == "cp1252" and name != "optimize_encoder":
-            pytest.skip("ascii has the same, and more, that it cannot say")
-        argv = commands(tiny_export, tmp_path)[name]
-        environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-        done = python(f"{name}.py", *argv, env=environment, text=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.decode(encoding)
+    @pytest.mark.parametrize(
+        ("name", "encoding"), [*((name, "ascii") for name in SCRIPTS), ("optimize_encoder", "cp1252")]
+    )
+    def test_in_another_encoding_is_written_with_replacements(self, name, encoding, foreign, tmp_path, monkeypatch):
+        """The folders have names with a λ, and the transcripts have one for every a."""
+        target = tmp_path / "λ"
+        target.mkdir()
+        argv = [*map(str, commands(foreign, target)[name])]
+        with standard_output(encoding, monkeypatch) as output:
+            assert SCRIPTS[name].main(argv) == 0
+        assert "λ" in output.text
+        assert output.bytes() == output.text.encode(encoding, "replace")
 
-    def test_in_another_encoding_takes_transcripts_in_greek(self, foreign, tmp_path):
+    def test_in_another_encoding_takes_transcripts_in_greek(self, foreign, tmp_path, monkeypatch):
         argv = ("--model_dir", foreign, "--skip_nemo", "--audio", CLIP, "--timestamps", "--json", tmp_path / "a.json")
-        environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
-        done = python("test_real_speech.py", *argv, env=environment, text=False)
-        assert done.returncode == 0, done.stderr
+        with standard_output("cp1252", monkeypatch) as output:
+            assert test_real_speech.main([*map(str, argv)]) == 0
         transcript = json.loads((tmp_path / "a.json").read_text("utf-8"))["clips"][0]["engines"]
         texts = {engine["text"] for engine in transcript.values()}
         assert all("λ" in text for text in texts)
-        assert all(text.replace("λ", "?").encode("cp1252") in done.stdout for text in texts)
+        assert all(text.replace("λ", "?").encode("cp1252") in output.bytes() for text in texts)
 
     @pytest.mark.parametrize("name", SCRIPTS)
-    def test_that_nobody_reads_ends_the_script_quietly(self, name, tiny_export, tmp_path):
-        done = into_a_closed_pipe(f"{name}.py", *commands(tiny_export, tmp_path)[name])
-        assert (done.returncode, done.stderr) == (141, "")
+    def test_that_nobody_reads_ends_the_script_quietly(self, name, tiny_export, tmp_path, monkeypatch, capsys):
+        with closed_output(monkeypatch):
+            assert SCRIPTS[name].main([*map(str, commands(tiny_export, tmp_path)[name])]) == 141
+        assert capsys.readouterr().err == ""
         assert not [path for path in tmp_path.glob("*") if path.is_dir() and not (path / "manifest.json").is_file()]
         assert not list(tmp_path.glob(".*"))
 
@@ -558,8 +647,9 @@ class TestStandardOutput:
                 )
                 assert (done.returncode, done.stderr) == (status, message)
 
-    def test_that_nobody_reads_and_that_is_not_buffered_ends_it_as_well(self, tiny_export):
-        done = into_a_closed_pipe("test_e2e.py", "--model_dir", tiny_export, unbuffered="1")
+    @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "not buffered"])
+    def test_that_nobody_reads_ends_the_interpreter_quietly(self, unbuffered, tiny_export):
+        done = into_a_closed_pipe("test_e2e.py", "--model_dir", tiny_export, unbuffered=unbuffered)
         assert (done.returncode, done.stderr) == (141, "")
 
 
@@ -634,15 +724,19 @@ class TestResults:
 
     @pytest.mark.parametrize("name", ["-", "/dev/stdout"])
     def test_are_all_there_is_on_the_standard_output(self, name, foreign, tmp_path):
-        """Into a pipe and into a file; the tables then go to the error output, and the result is always UTF-8."""
+        """Into a pipe, and /dev/stdout also into a file; the tables then go to the error output, and the result is
+        always UTF-8."""
         argv = ("test_real_speech.py", "--model_dir", foreign, "--skip_nemo", "--audio", CLIP, "--json", name)
         environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
         done = python(*argv, env=environment, text=False)
-        with (tmp_path / "out").open("wb") as file:
-            command = [sys.executable, *map(str, argv)]
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.DEVNULL, check=True)
         assert done.returncode == 0, done.stderr
-        for content in (done.stdout, (tmp_path / "out").read_bytes()):
+        contents = [done.stdout]
+        if name != "-":
+            with (tmp_path / "out").open("wb") as file:
+                command = [sys.executable, *map(str, argv)]
+                subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.DEVNULL, check=True)
+            contents.append((tmp_path / "out").read_bytes())
+        for content in contents:
             assert "λ" in json.loads(content.decode())["clips"][0]["engines"]["GenAI models"]["text"]
         assert b"RTFx" in done.stderr
 
