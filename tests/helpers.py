@@ -323,6 +323,18 @@ def reproducible(path: Path) -> object:
     return manifest
 
 
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every entry below `folder` with its kind, mode and content, as far as the same input reproduces it."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name, mode = str(path.relative_to(folder)), oct(path.lstat().st_mode)
+        if path.is_symlink():
+            found[name] = f"{mode} → {path.readlink()}"
+        else:
+            found[name] = f"{mode} {reproducible(path)!r}" if path.is_file() else mode
+    return found
+
+
 def shard(folder: Path) -> dict:
     """Save the tensors in two files as transformers does, the smaller one first; return the content of the index."""
     from safetensors.torch import load_file, save_file

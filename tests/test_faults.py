@@ -1,8 +1,10 @@
-"""Atomic outputs and untrusted input: files, checkpoints and the short form of the drills."""
+"""Atomic outputs and untrusted input: disks, checkpoints, model folders, clip lists and audio; each fault once."""
 
+import contextlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,9 @@ import soxr
 
 import export_parakeet_to_onnx
 import export_tokenizer
+import optimize_encoder
+import test_e2e
+import test_real_speech
 from common import folder as swap
 from common.checkpoint.archive import open_archive, parse_config
 from common.checkpoint.nemo import load_model, read_config
@@ -28,21 +33,14 @@ from common.run.audio import Clip, load_clip
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime
 from tests.faults import audio, checkpoints
-from tests.helpers import ROOT, TINY, WITHOUT_SPEED, reproducible, tiny_members, write_tar
+from tests.faults.clip_lists import CLIP_LISTS
+from tests.faults.disks import small_disk
+from tests.faults.folders import DAMAGES
+from tests.helpers import ROOT, TINY, WITHOUT_SPEED, rejected, reproducible, snapshot, tiny_members, write_tar
 
 pytestmark = pytest.mark.slow
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked child")
-
-
-@needs_fork
-def test_drills():
-    """Kills, a full disk, hostile and odd input: the short form of `make faults`, in a process that can fork."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.drill", "--short"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "nothing lost" in done.stdout
 
 
 class TestReplacing:
@@ -196,6 +194,92 @@ class TestReplacing:
         assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def must_end():
+    """A test that hangs ends this process, by the signal's default action."""
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+WRITERS = [export_parakeet_to_onnx, export_tokenizer, optimize_encoder]
+
+
+def argv_of(script, tiny_export: Path) -> tuple:
+    """The shortest command of a script that writes a folder, but for --output_dir."""
+    return ("--model_dir", tiny_export) if script is optimize_encoder else ("--model_name", TINY)
+
+
+class TestDisks:
+    """Disks that are too small or read-only, files that cannot be written whole, and places that are no folder."""
+
+    @pytest.mark.parametrize("limit", [2_000, 100_000], ids="at byte {}".format)
+    @pytest.mark.parametrize("script", [export_tokenizer, optimize_encoder], ids=lambda module: module.__name__)
+    def test_a_write_that_fails_changes_nothing(self, script, limit, tiny_export, optimized, tmp_path, capsys):
+        """A limit on the size of files acts like a disk that fills up."""
+        source = tiny_export if script is export_tokenizer else optimized("--quant_method", "hqq")
+        target = shutil.copytree(source, tmp_path / "models")
+        (target / "notes.txt").write_text("mine")
+        before = snapshot(tmp_path)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            rejected(capsys, script, *argv_of(script, tiny_export), "--output_dir", target)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert snapshot(tmp_path) == before
+
+    @pytest.mark.parametrize("read_only", [False, True], ids=["too small", "read-only"])
+    @pytest.mark.parametrize("script", WRITERS, ids=lambda module: module.__name__)
+    def test_a_disk_that_does_not_take_the_folder(self, script, read_only, tiny_export, tmp_path, capsys):
+        size = 50_000_000 if read_only else 300_000
+        with small_disk(tmp_path / "disk", size, read_only=read_only) as disk:
+            if disk is None:
+                pytest.skip("this process may not mount a file system")
+            before = snapshot(disk)
+            rejected(capsys, script, *argv_of(script, tiny_export), "--output_dir", disk / "out")
+            assert snapshot(disk) == before
+
+    @pytest.mark.parametrize("target", [".", "/proc", "x" * 300], ids=["working directory", "mount point", "long"])
+    @pytest.mark.parametrize("script", WRITERS, ids=lambda module: module.__name__)
+    def test_a_place_that_cannot_be_replaced(self, script, target, tiny_export, tmp_path, capsys, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        rejected(capsys, script, *argv_of(script, tiny_export), "--output_dir", target)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestModelFolders:
+    @pytest.mark.parametrize("name", DAMAGES)
+    def test_a_damaged_folder_is_one_line(self, name, tiny_export, tmp_path, capsys, must_end):
+        folder = shutil.copytree(tiny_export, tmp_path / "models")
+        DAMAGES[name](folder)
+        before = snapshot(tmp_path)
+        rejected(capsys, test_e2e, "--model_dir", folder)
+        rejected(capsys, optimize_encoder, "--model_dir", folder, "--output_dir", tmp_path / "out")
+        assert snapshot(tmp_path) == before
+
+
+class TestClipLists:
+    @pytest.mark.parametrize("name", CLIP_LISTS)
+    def test_the_line_is_named(self, name, tiny_export, tmp_path, capsys, must_end):
+        shutil.copy(audio.SPEECH, tmp_path / "clip.flac")
+        path = tmp_path / "m.jsonl"
+        path.write_bytes(CLIP_LISTS[name])
+        before = sorted(tmp_path.iterdir())
+        model = ("--model_dir", tiny_export)
+        assert "m.jsonl:" in rejected(capsys, test_real_speech, *model, "--skip_nemo", "--manifest", path)
+        target = ("--output_dir", tmp_path / "out", "--eval_manifest", path)
+        assert "m.jsonl:" in rejected(capsys, optimize_encoder, *model, *target)
+        assert sorted(tmp_path.iterdir()) == before
+
+    @pytest.mark.parametrize("kind", ["pipe", "device"])
+    def test_what_is_no_file_is_not_read(self, kind, tiny_export, tmp_path, capsys, must_end):
+        path = Path("/dev/zero") if kind == "device" else tmp_path / "pipe"
+        if kind == "pipe":
+            os.mkfifo(path)
+        rejected(capsys, test_real_speech, "--model_dir", tiny_export, "--skip_nemo", "--audio", path)
+
+
 class TestManifest:
     def test_lists_every_file(self, tiny_export):
         listed = json.loads((tiny_export / "manifest.json").read_text())["files"]
@@ -340,8 +424,14 @@ class TestCheckpoints:
         assert parse_config(b"a: &x [1, 2]\nb: *x\n", set()) == {"a": [1, 2], "b": [1, 2]}
 
 
+LONG_CLIP = "half an hour, 192 kHz, 8 channels"  # only in `make faults`
+ODD_SOUNDS = [
+    "silence", "constant 0.5", "white noise", "a click", "speech clipped at 1 %", "speech at -100 dB", "noise of 1e30",
+]  # fmt: skip
+
+
 class TestAudio:
-    """What `make faults` does not test: the reader itself, and a model that would stay on one frame for ever."""
+    """The reader, sounds that are no speech, and a model that would stay on one frame for ever."""
 
     @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
     @pytest.mark.parametrize("rate", [8000, 16000, 44100])
@@ -363,9 +453,29 @@ class TestAudio:
         with pytest.raises(ValueError, match=r"h of audio or less in .*, got more"):
             load_clip(Clip(tmp_path / "long.wav"), 16000, 1)
 
-    @needs_fork
+    @pytest.mark.parametrize("name", [name for name in audio.CLIPS if name != LONG_CLIP])
+    def test_odd_files_are_read_or_rejected(self, name, tmp_path, must_end):
+        path = audio.CLIPS[name](tmp_path)
+        if name.startswith("speech, "):
+            assert np.abs(load_clip(Clip(path), 16000, 320)).max() > 0.1
+            return
+        with contextlib.suppress(ValueError, OSError):
+            assert np.isfinite(load_clip(Clip(path), 16000, 320)).all()
+
+    @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
+    def test_fuzzed_files_are_read_or_rejected(self, suffix, tmp_path, must_end):
+        for seed in range(10):
+            with contextlib.suppress(ValueError, OSError):
+                assert np.isfinite(load_clip(Clip(audio.fuzzed(tmp_path, suffix, seed)), 16000, 320)).all()
+
+    @pytest.mark.parametrize("name", ODD_SOUNDS)
+    def test_odd_sounds_end_in_a_transcript_or_in_one_line(self, name, tiny_export, tmp_path, capsys, must_end):
+        status = test_e2e.main(["--model_dir", str(tiny_export), "--audio", str(audio.CLIPS[name](tmp_path))])
+        assert status in (0, 1, 2)
+        assert capsys.readouterr().err.count("\n") == (status != 0)
+
     @pytest.mark.parametrize("token", [7, 8192], ids=["a token", "the blank"])
-    def test_a_model_that_loves_duration_0_ends(self, token, tiny_export, tmp_path):
+    def test_a_model_that_loves_duration_0_ends(self, token, tiny_export, tmp_path, must_end):
         """The joint's biases choose one token and duration 0 on every frame; after ten tokens a step is forced."""
         folder = tmp_path / "models"
         shutil.copytree(tiny_export, folder)
@@ -375,14 +485,10 @@ class TestAudio:
         values[[token, 8193]] += 1000
         bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
         onnx.save(proto, folder / "joint.onnx")
-        signal.alarm(60)  # by default this signal ends the process, which is better than to hang
-        try:
-            genai, raw = GenAI(folder), OnnxRuntime(folder)
-            samples = genai.config.read_audio(audio.SPEECH)
-            features = genai.features(samples)
-            found = genai.transcribe(samples)
-            assert found == raw.transcribe(features).tokens
-            frames = math.ceil(features.shape[1] / 8)
-            assert found == ([] if token == 8192 else [token] * 10 * frames)
-        finally:
-            signal.alarm(0)
+        genai, raw = GenAI(folder), OnnxRuntime(folder)
+        samples = genai.config.read_audio(audio.SPEECH)
+        features = genai.features(samples)
+        found = genai.transcribe(samples)
+        assert found == raw.transcribe(features).tokens
+        frames = math.ceil(features.shape[1] / 8)
+        assert found == ([] if token == 8192 else [token] * 10 * frames)

@@ -1,10 +1,10 @@
 """Kill the scripts, fill the disk, give them input that they must reject, and list the results.
 
-    python -m tests.faults.drill            # `make faults`: about ten minutes
-    python -m tests.faults.drill --short    # a part of each, in `make test`
+    python -m tests.faults.drill    # `make faults`: about ten minutes
 
-Every run is a child process of its own, forked after the imports, so that a kill hits the work and not the loading of
-NeMo. Exit status 1 if anything was lost, half-written, ended in a traceback or in more than one line, or hung.
+tests/test_faults.py has each fault once, in the process of the tests. Here every run is a child process of its own,
+forked after the imports, so that a kill hits the work and not the loading of NeMo, and its memory is measured. Exit
+status 1 if anything was lost, half-written, ended in a traceback or in more than one line, or hung.
 """
 
 import argparse
@@ -18,8 +18,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,17 +26,17 @@ import export_tokenizer
 import optimize_encoder
 import test_e2e
 import test_real_speech
-from common import optimize
 from common.checkpoint.nemo import read_config
 from common.cli import quiet_libraries
-from common.folder import MANIFEST, read_json, write_json
 from tests.faults import audio, checkpoints
-from tests.helpers import ROOT, TINY, reproducible
+from tests.faults.clip_lists import CLIP_LISTS
+from tests.faults.disks import small_disk
+from tests.faults.folders import DAMAGES
+from tests.helpers import ROOT, TINY, snapshot
 
 CLIP = audio.SPEECH
-KILLS, SHORT_KILLS = 60, 3
-FUZZED, SHORT_FUZZED = 40, 1  # files of each format
-SHORT_EVERY = 20  # the short form takes one case in so many from a list
+KILLS = 60
+FUZZED = 40  # files of each format
 LIMIT_S = 300  # the slowest case, 30 minutes of audio, takes a sixth of it
 # One clip and a model of 5 MB: a child that takes more has trusted a header. NeMo and torch alone take 0.7 GB.
 LIMIT_MEMORY = 3e9
@@ -135,18 +133,6 @@ def _child(script, argv: list[str], errors, folder: Path | None, file_limit: int
     finally:
         sys.stderr.flush()
         os._exit(status)
-
-
-def snapshot(folder: Path) -> dict[str, str]:
-    """Every entry below `folder` with its kind, mode and content, as far as the same input reproduces it."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name, mode = str(path.relative_to(folder)), oct(path.lstat().st_mode)
-        if path.is_symlink():
-            found[name] = f"{mode} → {path.readlink()}"
-        else:
-            found[name] = f"{mode} {reproducible(path)!r}" if path.is_file() else mode
-    return found
 
 
 @dataclass
@@ -258,36 +244,18 @@ def full_disk(report: Report, work: Path, cases: list[Rewrite]) -> None:
             )
             problem = problem or ("something is left" if list(source.glob(".*")) else None)
             report.add("failing write", f"{rewrite.script.__name__}, at byte {limit}", outcome.line, problem)
-    with small_disk(work / "small", 50_000_000) as disk:
+    with small_disk(work / "small", 50_000_000, read_only=True) as disk:
         if disk is None:
             return
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         for rewrite in cases:
             source = rewrite.start(work / "source").parent
             outcome = run(rewrite.script, *rewrite.argv[:-1], disk / "out", folder=source)
             report.add("read-only disk", rewrite.script.__name__, outcome.line, outcome.problem((2,)))
 
 
-@contextmanager
-def small_disk(place: Path, size: int):
-    """A file system of `size` bytes in memory, or None where this process may not mount one."""
-    place.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "drill", str(place)]
-    mounted = (
-        sys.platform == "linux"
-        and shutil.which("mount")
-        and subprocess.run(command, capture_output=True).returncode == 0
-    )
-    try:
-        yield place if mounted else None
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(place)], check=True)
-
-
-def bad_checkpoints(report: Report, work: Path, every: int) -> None:
+def bad_checkpoints(report: Report, work: Path) -> None:
     """Each hostile checkpoint, over an existing folder."""
-    for name, write in list(checkpoints.CHECKPOINTS.items())[::every]:
+    for name, write in checkpoints.CHECKPOINTS.items():
         place = work / "hostile"
         shutil.rmtree(place, ignore_errors=True)
         (place / "out").mkdir(parents=True)
@@ -301,53 +269,9 @@ def bad_checkpoints(report: Report, work: Path, every: int) -> None:
         report.add("checkpoint", name, outcome.line, problem)
 
 
-def bad_folders(report: Report, work: Path, models: Path, every: int) -> None:
+def bad_folders(report: Report, work: Path, models: Path) -> None:
     """Give a model folder with one fault to the scripts that read it."""
-
-    def truncate(path: Path) -> None:
-        os.truncate(path, path.stat().st_size // 2)
-
-    def swap(one: Path, other: Path) -> None:
-        content = one.read_bytes()
-        one.write_bytes(other.read_bytes())
-        other.write_bytes(content)
-
-    def flip(path: Path) -> None:
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-
-    def setting(folder: Path) -> None:
-        config = read_json(folder / "genai_config.json", "")
-        del config["model"]["hop_length"]
-        write_json(folder / "genai_config.json", config)
-
-    def endless(folder: Path) -> None:
-        config = read_json(folder / "genai_config.json", "")
-        config["model"]["chunk_samples"] = 0
-        write_json(folder / "genai_config.json", config)
-
-    cases: dict[str, Callable[[Path], object]] = {
-        "encoder.onnx.data cut in half": lambda folder: truncate(folder / "encoder.onnx.data"),
-        "encoder.onnx.data empty": lambda folder: (folder / "encoder.onnx.data").write_bytes(b""),
-        "encoder.onnx.data gone": lambda folder: (folder / "encoder.onnx.data").unlink(),
-        "decoder and joint data swapped": lambda folder: swap(folder / "decoder.onnx.data", folder / "joint.onnx.data"),
-        "one bit of joint.onnx.data": lambda folder: flip(folder / "joint.onnx.data"),
-        "encoder.onnx of another export": lambda folder: flip(folder / "encoder.onnx"),
-        "tokenizer.json cut in half": lambda folder: truncate(folder / "tokenizer.json"),
-        "manifest.json not JSON": lambda folder: (folder / MANIFEST).write_text("{"),
-        "manifest.json a list": lambda folder: (folder / MANIFEST).write_text("[]"),
-        "manifest.json with a list for a section": lambda folder: (folder / MANIFEST).write_text('{"export": []}'),
-        "manifest.json with a number for its files": lambda folder: (folder / MANIFEST).write_text('{"files": 3}'),
-        "genai_config.json with chunk_samples of 0": endless,
-        "genai_config.json not JSON": lambda folder: (folder / "genai_config.json").write_text("{"),
-        "genai_config.json without hop_length": setting,
-        "genai_config.json a folder": lambda folder: (
-            (folder / "genai_config.json").unlink(), (folder / "genai_config.json").mkdir(),
-        ),
-        "decoder.onnx gone": lambda folder: (folder / "decoder.onnx").unlink(),
-    }  # fmt: skip
-    for name, damage in list(cases.items())[::every]:
+    for name, damage in DAMAGES.items():
         folder = work / "damaged" / "models"
         shutil.rmtree(folder.parent, ignore_errors=True)
         shutil.copytree(models, folder)
@@ -399,25 +323,12 @@ def bad_arguments(report: Report, work: Path, models: Path) -> None:
         report.add("--audio", name, outcome.line, outcome.problem((2,)))
 
 
-def bad_manifests(report: Report, work: Path, models: Path, every: int) -> None:
+def bad_manifests(report: Report, work: Path, models: Path) -> None:
     """Give manifests in other encodings, or with lines that name no clip, to the scripts that read manifests."""
     place = work / "manifests"
     place.mkdir()
     shutil.copy(CLIP, place / "clip.flac")
-    good = '{"audio_filepath": "clip.flac", "text": "café"}\n'
-    cases = {
-        "UTF-16": good.encode("utf-16"),
-        "Latin-1 in line 2": (good.replace("é", "e") + good).encode("latin-1"),
-        "a number as path": good.encode() + b'{"audio_filepath": 5, "text": "a"}',
-        "a device as path": b'{"audio_filepath": "/dev/zero", "text": "a"}',
-        "a folder as path": b'{"audio_filepath": ".", "text": "a"}',
-        "an offset behind the end": b'{"audio_filepath": "clip.flac", "text": "a", "offset": 60}',
-        "an offset of NaN": b'{"audio_filepath": "clip.flac", "text": "a", "offset": NaN}',
-        "a negative duration": b'{"audio_filepath": "clip.flac", "text": "a", "duration": -1}',
-        "100 000 brackets": b"[" * 100_000,
-        "random bytes": os.urandom(100_000),
-    }
-    for name, content in list(cases.items())[::every]:
+    for name, content in CLIP_LISTS.items():
         (place / "m.jsonl").write_bytes(content)
         before = snapshot(place)
         for script, argv in (
@@ -430,10 +341,10 @@ def bad_manifests(report: Report, work: Path, models: Path, every: int) -> None:
             report.add("manifest", f"{name}, to {script.__name__}", outcome.line, problem)
 
 
-def odd_audio(report: Report, work: Path, models: Path, every: int, fuzzed: int) -> None:
+def odd_audio(report: Report, work: Path, models: Path) -> None:
     """Every clip ends in a transcript, or in one line."""
     place = work / "audio"
-    for name, write in list(audio.CLIPS.items())[::every]:
+    for name, write in audio.CLIPS.items():
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         outcome = run(test_e2e, "--model_dir", models, "--audio", write(place))
@@ -442,12 +353,12 @@ def odd_audio(report: Report, work: Path, models: Path, every: int, fuzzed: int)
         report.add("audio", name, outcome.line + timing, outcome.problem(expected))
     for suffix in ("wav", "flac", "ogg", "mp3", "aiff"):
         ends, problem = Counter(), None
-        for seed in range(fuzzed):
+        for seed in range(FUZZED):
             outcome = run(test_e2e, "--model_dir", models, "--audio", audio.fuzzed(place, suffix, seed))
             ends[("transcript", "one line", "one line")[outcome.status] if outcome.status in (0, 1, 2) else "died"] += 1
             problem = problem or ((found := outcome.problem((0, 1, 2))) and f"{found}, seed {seed}: {outcome.line}")
         text = ", ".join(f"{count} {end}" for end, count in ends.items())
-        report.add("audio", f"{fuzzed} fuzzed {suffix} files", text, problem)
+        report.add("audio", f"{FUZZED} fuzzed {suffix} files", text, problem)
 
 
 def two_at_once(report: Report, work: Path, cases: list[Rewrite]) -> None:
@@ -471,29 +382,24 @@ def two_at_once(report: Report, work: Path, cases: list[Rewrite]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a part of each, under a minute or so")
-    parser.add_argument("--kills", type=int, help=f"how many ({KILLS}, or {SHORT_KILLS} with --short)")
+    parser.add_argument("--kills", type=int, default=KILLS, help="how many (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     args = parser.parse_args(argv)
     _import_heavy_modules()
-    if args.short:  # two processes and seconds of runs for each optimization
-        optimize.measure_speed = lambda graphs: None
-    report, every = Report(), SHORT_EVERY if args.short else 1
+    report = Report()
     print("| fault | case | | result |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="drill") as name:
         work = Path(name)
         cases = rewrites(work)
-        count = args.kills or (SHORT_KILLS if args.short else KILLS)
-        kills(report, work, cases, count, random.Random(args.seed))
-        full_disk(report, work, cases[1:] if args.short else cases)  # the export takes longest
-        if not args.short:  # tests/test_faults.py has it without the scripts
-            two_at_once(report, work, cases)
+        kills(report, work, cases, args.kills, random.Random(args.seed))
+        full_disk(report, work, cases)
+        two_at_once(report, work, cases)
         models = cases[2].before / "models"
-        bad_checkpoints(report, work, every)
-        bad_folders(report, work, models, every)
+        bad_checkpoints(report, work)
+        bad_folders(report, work, models)
         bad_arguments(report, work, models)
-        bad_manifests(report, work, models, every)
-        odd_audio(report, work, models, every, SHORT_FUZZED if args.short else FUZZED)
+        bad_manifests(report, work, models)
+        odd_audio(report, work, models)
     print("\n" + ", ".join(f"{count} × {group}" for group, count in report.counts.items()))
     print("\n".join(report.wrong) or "nothing lost, nothing half-written, no traceback, no hang")
     return 1 if report.wrong else 0
