@@ -184,16 +184,20 @@ def test_a_budget_goes_where_the_damage_per_byte_is(tiny_export, tmp_path, calib
     assert ratios[0] + 3 < ratios[1] < ratios[2] - 2
 
 
-def optimized(tiny_export: Path, target: Path, *flags: str) -> dict:
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / MANIFEST).read_text())["optimize"]
+
+
+def optimize(tiny_export: Path, target: Path, *flags: str) -> dict:
     assert optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(target), *flags]) == 0
-    return json.loads((target / MANIFEST).read_text())["optimize"]
+    return record_of(target)
 
 
 @pytest.mark.slow
 def test_calibrated_is_more_exact_than_rtn_and_no_larger(tiny_export, tiny_optimized, tmp_path, unseen, capsys):
     size = json.loads((tiny_optimized / MANIFEST).read_text())["optimize"]["encoder_bytes"]["optimized"]
     flags = ("--quant_method", "k_quant_mixed", "--block_size", "64", "--calibration_manifest", str(CLIPS))
-    record = optimized(tiny_export, tmp_path / "out", *flags, "--size_budget_mb", f"{size / 1e6}")
+    record = optimize(tiny_export, tmp_path / "out", *flags, "--size_budget_mb", f"{size / 1e6}")
     assert 0.95 * size < record["encoder_bytes"]["optimized"] <= size
     assert record["calibration"]["bytes"] == CLIPS.stat().st_size
     assert "calibrating 61 weights: about" in capsys.readouterr().out
@@ -203,14 +207,16 @@ def test_calibrated_is_more_exact_than_rtn_and_no_larger(tiny_export, tiny_optim
 
 
 @pytest.mark.slow
-def test_calibrated_int8_has_no_second_term_and_is_more_exact_without(tiny_export, tmp_path, unseen, monkeypatch):
+def test_calibrated_int8_has_no_second_term_and_is_more_exact_without(
+    tiny_export, optimized, tmp_path, unseen, monkeypatch
+):
     flags = ("--quant_method", "int8", *REDUCED)
     fit = (*flags, "--calibration_manifest", str(CLIPS))
-    assert optimized(tiny_export, tmp_path / "fitted", *fit)["weights_by_bits"] == {str(BITS): 61}
-    optimized(tiny_export, tmp_path / "two_terms", *flags)
+    fitted, two_terms = optimized(*fit), optimized(*flags)
+    assert record_of(fitted)["weights_by_bits"] == {str(BITS): 61}
     monkeypatch.setattr(int8, "TWO_TERM_ROLES", ())
-    optimized(tiny_export, tmp_path / "one_term", *flags)
-    folders = [tmp_path / name for name in ("one_term", "fitted", "two_terms")]
+    optimize(tiny_export, tmp_path / "one_term", *flags)
+    folders = [tmp_path / "one_term", fitted, two_terms]
     graphs = [onnx.load(folder / ENCODER.file).graph for folder in folders]
     counts = [Counter(node.op_type for node in graph.node) for graph in graphs]
     assert [count["MatMulIntegerToFloat"] for count in counts] == [61, 61, 61 + 2 * 5]
@@ -221,11 +227,12 @@ def test_calibrated_int8_has_no_second_term_and_is_more_exact_without(tiny_expor
 
 
 @pytest.mark.slow
-def test_calibrated_int8_in_seven_bits(tiny_export, tmp_path, unseen):
+def test_calibrated_int8_in_seven_bits(tiny_export, optimized, unseen):
     reduced = ("--quant_method", "int8", "--reduce_range", "--calibration_manifest", str(CLIPS))
-    assert optimized(tiny_export, tmp_path / "seven", *reduced)["weights_by_bits"] == {"7": 61}
-    assert sqnr_db(encode(tiny_export, unseen), encode(tmp_path / "seven", unseen)) > 34
-    for tensor in onnx.load(tmp_path / "seven" / ENCODER.file).graph.initializer:
+    seven = optimized(*reduced)
+    assert record_of(seven)["weights_by_bits"] == {"7": 61}
+    assert sqnr_db(encode(tiny_export, unseen), encode(seven, unseen)) > 34
+    for tensor in onnx.load(seven / ENCODER.file).graph.initializer:
         if tensor.data_type == onnx.TensorProto.INT8:
             assert np.abs(numpy_helper.to_array(tensor).astype(int)).max() <= 64
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import optimize_encoder
 from common.quantize import fidelity
 from common.quantize.fidelity import exact_bits, reduce_range_advice
 from common.quantize.methods import OptimizeOptions
+from tests.helpers import printed_by
 
 INT8 = OptimizeOptions(quant_method="int8")
 INT8_TOKENS = OptimizeOptions(decoder_joint_precision="int8")
@@ -69,7 +69,6 @@ def test_other_weights_are_not_warned_of(options, bits):
 
 
 @pytest.mark.slow
-def test_the_script_warns_once(tiny_export, tmp_path, capsys):
-    argv = ["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out"), "--quant_method", "int8"]
-    assert optimize_encoder.main(argv) == 0
-    assert capsys.readouterr().err.count("warning: this CPU has no VNNI") == (exact_bits() == 7)
+def test_the_script_warns_once(optimized):
+    errors = printed_by(optimized("--quant_method", "int8"), "errors")
+    assert errors.count("warning: this CPU has no VNNI") == (exact_bits() == 7)

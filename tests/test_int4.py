@@ -30,7 +30,7 @@ from common.report.card import CARD
 from common.run.audio import read_clips
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
-from tests.helpers import CLIPS, MATRICES, SAMPLES, SHERPA_PROGRAM
+from tests.helpers import CLIPS, MATRICES, SAMPLES, SHERPA_PROGRAM, printed_by
 
 RNG = np.random.default_rng(5)
 SAMPLE_LIST = SAMPLES / "manifest.jsonl"
@@ -40,24 +40,21 @@ FLAGS = ("--quant_method", "int8", "--weight_bits", "4")
 CALIBRATED = ("--calibration_manifest", str(SAMPLE_LIST))
 
 
-def optimized(source: Path, target: Path, *flags: str) -> dict:
+def optimize(source: Path, target: Path, *flags: str) -> dict:
     assert optimize_encoder.main(["--model_dir", str(source), "--output_dir", str(target), *flags]) == 0
     return json.loads((target / MANIFEST).read_text())["optimize"]
 
 
 @pytest.fixture(scope="module")
-def calibrated(tiny_runtimes, tmp_path_factory) -> Path:
+def calibrated(tiny_runtimes, optimized) -> Path:
     """Folders for every runtime, with weights fitted to the bundled clips."""
-    folder = tmp_path_factory.mktemp("calibrated") / "out"
-    argv = ["--model_dir", str(tiny_runtimes), "--output_dir", str(folder), *FLAGS, *CALIBRATED]
-    assert optimize_encoder.main(argv) == 0
-    return folder
+    return optimized(*FLAGS, *CALIBRATED, source=tiny_runtimes)
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_export, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("plain") / "out"
-    assert optimized(tiny_export, folder, *FLAGS)["weights_by_bits"] == {"4": 61}
+def plain(optimized) -> Path:
+    folder = optimized(*FLAGS)
+    assert json.loads((folder / MANIFEST).read_text())["optimize"]["weights_by_bits"] == {"4": 61}
     return folder
 
 
@@ -273,7 +270,7 @@ def test_the_file_holds_half_a_byte_a_weight(tiny_export, plain):
     assert Counter(node.op_type for node in proto.graph.node)["MatMulIntegerToFloat"] == 61
 
 
-def test_manifest_card_and_advice_say_it(tiny_export, plain, tmp_path, capsys):
+def test_manifest_card_and_advice_say_it(plain, optimized):
     record = json.loads((plain / MANIFEST).read_text())["optimize"]
     assert record["flags"]["weight_bits"] == 4
     assert record["runs_as"].startswith("4 bits in the file, products of 8-bit integers")
@@ -283,10 +280,8 @@ def test_manifest_card_and_advice_say_it(tiny_export, plain, tmp_path, capsys):
     assert "4 bits in the file, products of 8-bit integers when it runs: ONNX Runtime 1.23 or newer" in text
     assert "--weight_bits 4" in text
     assert "products of 8-bit integers" in (plain / "optimization_report.html").read_text()
-    optimized(tiny_export, tmp_path / "out", *FLAGS)
-    assert "without calibration 4 bits lose more" in capsys.readouterr().out
-    optimized(tiny_export, tmp_path / "out", *FLAGS, *CALIBRATED)
-    assert "without calibration" not in capsys.readouterr().out
+    assert "without calibration 4 bits lose more" in printed_by(plain)
+    assert "without calibration" not in printed_by(optimized(*FLAGS, *CALIBRATED))
 
 
 def dumped(folder: Path, path: Path, level: ort.GraphOptimizationLevel) -> onnx.ModelProto:
@@ -399,9 +394,9 @@ def test_calibration_and_a_budget_buy_exactness(tiny_export, tmp_path, plain):
     manifest.write_text("".join(json.dumps(clip) + "\n" for clip in clips))
     fit = ("--quant_method", "int8", "--reduce_range", "--calibration_manifest", str(manifest))
     budget = 1.7
-    low = optimized(tiny_export, tmp_path / "low", *FLAGS, "--calibration_manifest", str(manifest))
-    mixed = optimized(tiny_export, tmp_path / "mixed", *fit, "--size_budget_mb", str(budget))
-    high = optimized(tiny_export, tmp_path / "high", *fit)
+    low = optimize(tiny_export, tmp_path / "low", *FLAGS, "--calibration_manifest", str(manifest))
+    mixed = optimize(tiny_export, tmp_path / "mixed", *fit, "--size_budget_mb", str(budget))
+    high = optimize(tiny_export, tmp_path / "high", *fit)
     assert low["weights_by_bits"] == {"4": 61}
     assert set(mixed["weights_by_bits"]) == {"4", "7"}
     assert high["weights_by_bits"] == {"7": 61}

@@ -185,16 +185,14 @@ def test_pairs_saturate_on_avx2_unless_the_range_is_reduced():
     assert 2 * x.max() * (2**6 - 1) < 2**15
 
 
-def optimized(source: Path, target: Path, *flags: str) -> dict:
-    arguments = ["--model_dir", str(source), "--output_dir", str(target), "--quant_method", "int8", *flags]
-    assert optimize_encoder.main(arguments) == 0
-    return json.loads((target / MANIFEST).read_text())["optimize"]
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / MANIFEST).read_text())["optimize"]
 
 
 @pytest.fixture(scope="module")
-def int8_folder(tiny_export, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("int8") / "out"
-    record = optimized(tiny_export, folder, "--decoder_joint_precision", "int8", *REDUCED)
+def int8_folder(optimized) -> Path:
+    folder = optimized("--quant_method", "int8", "--decoder_joint_precision", "int8", *REDUCED)
+    record = record_of(folder)
     assert record["weights_by_bits"] == {str(BITS): 61}
     assert min(record["token_sqnr_db_on_noise"].values()) > 35
     return folder
@@ -255,12 +253,12 @@ def test_transcripts_and_genai(tiny_export, int8_folder):
 
 
 @pytest.mark.skipif(BITS == 7, reason="without VNNI the reduced range is the more exact one")
-def test_reduced_range_costs_exactness(tiny_export, tmp_path, int8_folder):
-    record = optimized(tiny_export, tmp_path / "out", "--reduce_range", "--decoder_joint_precision", "int8")
-    full = json.loads((int8_folder / MANIFEST).read_text())["optimize"]
+def test_reduced_range_costs_exactness(optimized, int8_folder):
+    reduced = optimized("--quant_method", "int8", "--decoder_joint_precision", "int8", "--reduce_range")
+    record, full = record_of(reduced), record_of(int8_folder)
     assert record["weights_by_bits"] == {"7": 61}
     assert 28 < record["sqnr_db_on_noise"] < full["sqnr_db_on_noise"]
-    for tensor in onnx.load(tmp_path / "out" / ENCODER.file).graph.initializer:
+    for tensor in onnx.load(reduced / ENCODER.file).graph.initializer:
         if tensor.data_type == TensorProto.INT8:
             assert np.abs(numpy_helper.to_array(tensor)).max() == 63
 
@@ -274,10 +272,8 @@ def test_reduced_range_wants_int8(tiny_export, tmp_path, capsys):
     )
 
 
-def test_the_decoder_alone(tiny_export, tmp_path):
-    arguments = ["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out"), "--skip_quantization"]
-    assert optimize_encoder.main([*arguments, "--decoder_joint_precision", "int8"]) == 0
-    record = json.loads((tmp_path / "out" / MANIFEST).read_text())["optimize"]
+def test_the_decoder_alone(optimized):
+    record = record_of(optimized("--skip_quantization", "--decoder_joint_precision", "int8"))
     assert record["flags"]["decoder_joint_precision"] == "int8"
     assert record["sqnr_db_on_noise"] > 100
     assert set(record["token_sqnr_db_on_noise"]) == {"decoder", "joint"}

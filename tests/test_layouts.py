@@ -97,19 +97,18 @@ def test_every_runtime_has_its_folder_and_they_share_the_weights(exported):
     params=[(), ("--calibration_manifest", str(SAMPLES / "manifest.jsonl"))],
     ids=["plain", "calibrated"],
 )
-def optimized(request, exported, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("optimized") / "onnx_models"
-    argv = ("--model_dir", str(exported), "--output_dir", str(folder), "--quant_method", "int8", *request.param)
-    assert optimize_encoder.main([*argv, *REDUCED, "--decoder_joint_precision", "int8"]) == 0
-    return folder
+def optimized_for_all(request, exported, optimized) -> Path:
+    flags = ("--quant_method", "int8", *request.param, *REDUCED, "--decoder_joint_precision", "int8")
+    return optimized(*flags, source=exported)
 
 
 @pytest.mark.parametrize("layout", OTHERS, ids=lambda layout: layout.runtime)
-def test_int8_transcribes_as_nemo_does(layout, optimized, nemo_texts):
-    assert runtime_texts(layout, optimized / layout.runtime) == nemo_texts
+def test_int8_transcribes_as_nemo_does(layout, optimized_for_all, nemo_texts):
+    assert runtime_texts(layout, optimized_for_all / layout.runtime) == nemo_texts
 
 
-def test_an_optimized_folder_for_several_runtimes_shares_its_weights(exported, optimized):
+def test_an_optimized_folder_for_several_runtimes_shares_its_weights(exported, optimized_for_all):
+    optimized = optimized_for_all
     encoders = [optimized / name / layout.encoder.data_file for name, layout in LAYOUTS.items()]
     assert all(path.samefile(encoders[0]) for path in encoders)
     for name, layout in LAYOUTS.items():
@@ -149,16 +148,15 @@ def test_the_speed_of_one_encoder_is_in_the_reports_of_all_runtimes(exported, tm
     ],
     ids=lambda value: value.runtime if isinstance(value, Layout) else value[-1],
 )
-def test_one_optimized_folder_is_transcribed_as_by_genai(layout, flags, exported, tmp_path):
+def test_one_optimized_folder_is_transcribed_as_by_genai(layout, flags, exported, optimized):
     """4-bit weights change words, so the transcripts are compared with those of GenAI with the same weights."""
-    for name in (GENAI.runtime, layout.runtime):
-        argv = ("--model_dir", str(exported / name), "--output_dir", str(tmp_path / name), *flags)
-        assert optimize_encoder.main(argv) == 0
+    folders = {name: optimized(*flags, source=exported / name) for name in (GENAI.runtime, layout.runtime)}
+    for folder in folders.values():
         fused = {} if "--skip_fusion" in flags else {"SkipLayerNormalization": 20}
-        assert read_manifest(tmp_path / name)["optimize"]["fused"] == fused
-    genai = GenAI(tmp_path / GENAI.runtime)
+        assert read_manifest(folder)["optimize"]["fused"] == fused
+    genai = GenAI(folders[GENAI.runtime])
     expected = [genai.text(genai.transcribe(genai.config.read_audio(clip))) for clip in CLIPS]
-    assert runtime_texts(layout, tmp_path / layout.runtime) == expected
+    assert runtime_texts(layout, folders[layout.runtime]) == expected
 
 
 def renamed(view, names: dict[str, str]):

@@ -222,13 +222,13 @@ def test_sensitivity_is_shown_where_it_was_measured(folder, report, tiny_export,
     assert "No speech was evaluated" in page.text
 
 
-def test_without_quantization_there_is_a_report_too(tiny_export, tmp_path):
-    assert optimize_tiny(tiny_export, tmp_path / "out", "--skip_quantization", "--skip_fusion") == 0
-    found = json.loads((tmp_path / "out" / REPORT_JSON).read_text())
+def test_without_quantization_there_is_a_report_too(optimized):
+    folder = optimized("--skip_quantization", "--skip_fusion")
+    found = json.loads((folder / REPORT_JSON).read_text())
     assert found["evaluation"] is None
     assert found["sqnr_db_on_noise"] == {"encoder": None}
     assert not any(row["bits"] for row in found["tensors"])
-    page = Page((tmp_path / "out" / REPORT_HTML).read_text())
+    page = Page((folder / REPORT_HTML).read_text())
     assert "float32, as exported" in page.text
 
 
