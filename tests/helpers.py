@@ -96,6 +96,16 @@ def tiny_members() -> dict[str, bytes]:
         return {posixpath.normpath(member.name): tar.extractfile(member).read() for member in tar if member.isreg()}
 
 
+@cache
+def small_members() -> dict[str, bytes]:
+    """The same without the config's two lists of 8192 labels: reading them takes seconds, and no model is built from
+    them (common/checkpoint/nemo.py)."""
+    members = tiny_members()
+    config = yaml.safe_load(members[CONFIG])
+    del config["labels"], config["joint"]["vocabulary"]
+    return {**members, CONFIG: yaml.safe_dump(config, allow_unicode=True).encode()}
+
+
 def write_tar(path: Path, members: dict[str, bytes], *extra: tuple[tarfile.TarInfo, bytes]) -> None:
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
@@ -107,10 +117,10 @@ def write_tar(path: Path, members: dict[str, bytes], *extra: tuple[tarfile.TarIn
 
 
 def rewrite_text(path: Path, change: Callable[[str], str]) -> Path:
-    """Copy the bundled checkpoint to `path` with the text of its config changed by `change(text)`."""
-    members = tiny_members()
-    members[CONFIG] = change(members[CONFIG].decode()).encode()
-    write_tar(path, members)
+    """Copy the bundled checkpoint to `path` with the text of its config changed by `change(text)`, and without the
+    labels that `small_members` leaves out."""
+    members = small_members()
+    write_tar(path, {**members, CONFIG: change(members[CONFIG].decode()).encode()})
     return path
 
 
@@ -126,10 +136,10 @@ def rewrite_config(path: Path, change: Callable[[dict], None]) -> Path:
 
 
 def rewrite_weights(path: Path, change: Callable[[dict], None]) -> Path:
-    """Copy the bundled checkpoint to `path` with its weights changed by `change(weights)`."""
+    """Copy the bundled checkpoint to `path` with its weights changed by `change(weights)`, without the labels."""
     import torch
 
-    members = tiny_members()
+    members = small_members()
     weights = torch.load(io.BytesIO(members[WEIGHTS]), weights_only=True)
     change(weights)
     buffer = io.BytesIO()

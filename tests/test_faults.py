@@ -36,7 +36,17 @@ from tests.faults import audio, checkpoints
 from tests.faults.clip_lists import CLIP_LISTS
 from tests.faults.disks import small_disk
 from tests.faults.folders import DAMAGES
-from tests.helpers import ROOT, TINY, WITHOUT_SPEED, rejected, reproducible, snapshot, tiny_members, write_tar
+from tests.helpers import (
+    ROOT,
+    TINY,
+    WITHOUT_SPEED,
+    rejected,
+    reproducible,
+    small_members,
+    snapshot,
+    tiny_members,
+    write_tar,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -407,9 +417,10 @@ class TestCheckpoints:
     def test_a_gzipped_checkpoint_as_older_versions_wrote_is_read(self, tmp_path):
         import gzip
 
-        path = tmp_path / "old.nemo"
-        path.write_bytes(gzip.compress(TINY.read_bytes(), 1))
-        assert read_config(path) == read_config(TINY)
+        plain, path = tmp_path / "new.nemo", tmp_path / "old.nemo"
+        write_tar(plain, small_members())
+        path.write_bytes(gzip.compress(plain.read_bytes(), 1))
+        assert read_config(path) == read_config(plain)
         assert load_model(path).decoder.blank_idx == 8192
 
     def test_names_with_a_leading_dot_are_found(self, tmp_path):

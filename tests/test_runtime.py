@@ -133,7 +133,9 @@ def test_a_long_clip_is_decoded_window_by_window_in_bounded_memory(genai, tiny_e
     monkeypatch.setattr(ort, "progress_bar", lambda **kind: updates.append(kind["total"]) or Bar())
     raw = Counting(folder)
     features = genai.features(speech(12))
+    gc.freeze()  # a collection looks at new objects alone, and not at all of NeMo's
     tokens = raw.transcribe(features).tokens
+    gc.unfreeze()
     assert updates == [12] + [1] * 12
     assert len(most) == 12
     assert max(most) <= 3  # the last window, the one before, and the one that is being made
@@ -164,16 +166,16 @@ def test_a_batch_that_is_not_masked_is_noticed(genai, raw, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ten_minutes(genai, raw):
-    """The clip is longer than NeMo's table of positions. The checkpoint knows single sentences and loses most words of
-    a long clip, in NeMo as well. What counts here is that the engines lose the same words, and that one window of
-    600 s runs."""
-    samples = speech(600)
+def test_seven_minutes(genai, raw):
+    """The clip is longer than NeMo's table of positions, 400 s. The checkpoint knows single sentences and loses most
+    words of a long clip, in NeMo as well. What counts here is that the engines lose the same words, and that one window
+    of 420 s runs."""
+    samples = speech(420)
     features = genai.features(samples)
     tokens = genai.transcribe(samples)
     assert tokens == raw.transcribe(features).tokens
-    assert len(tokens) > 500
-    assert len(raw.transcribe(features, whole=True).tokens) > 300
+    assert len(tokens) > 350
+    assert len(raw.transcribe(features, whole=True).tokens) > 200
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.helpers import CONFIG, TINY, WEIGHTS, rewrite_config, rewrite_text, rewrite_weights, tiny_members, write_tar
+from tests.helpers import CONFIG, TINY, WEIGHTS, rewrite_config, rewrite_text, rewrite_weights, small_members, write_tar
 
 CANARY = "canary"  # beside the checkpoint
 
@@ -34,11 +34,11 @@ def with_member(path: Path, name: str, content: bytes = b"", **fields) -> None:
     info.size = len(content)
     for field, value in fields.items():
         setattr(info, field, value)
-    write_tar(path, tiny_members(), (info, content))
+    write_tar(path, small_members(), (info, content))
 
 
 def with_weights(path: Path, content: bytes) -> None:
-    write_tar(path, {**tiny_members(), WEIGHTS: content})
+    write_tar(path, {**small_members(), WEIGHTS: content})
 
 
 class Code:
@@ -129,7 +129,7 @@ def _(path):
     info = tarfile.TarInfo("out")
     info.type, info.linkname = tarfile.SYMTYPE, str(path.parent)
     file = tarfile.TarInfo(f"out/{CANARY}")
-    write_tar(path, tiny_members(), (info, b""), (file, b""))
+    write_tar(path, small_members(), (info, b""), (file, b""))
 
 
 @case("a hard link to a file outside")
@@ -154,12 +154,12 @@ def _(path):
 
 @case("no config")
 def _(path):
-    write_tar(path, {name: content for name, content in tiny_members().items() if name != CONFIG})
+    write_tar(path, {name: content for name, content in small_members().items() if name != CONFIG})
 
 
 @case("the config in a subfolder only")
 def _(path):
-    write_tar(path, {f"sub/{CONFIG}" if name == CONFIG else name: c for name, c in tiny_members().items()})
+    write_tar(path, {f"sub/{CONFIG}" if name == CONFIG else name: c for name, c in small_members().items()})
 
 
 # ---- the config
@@ -204,7 +204,7 @@ def _(path):
 
 @case("not UTF-8")
 def _(path):
-    write_tar(path, {**tiny_members(), CONFIG: b"\xff\xfe\xfa"})
+    write_tar(path, {**small_members(), CONFIG: b"\xff\xfe\xfa"})
 
 
 @case("a number for a config")
