@@ -43,7 +43,7 @@ test: $(DEVELOPMENT)
 check: lint types
 	$(PYTEST) -m "not slow"
 
-# Kills, full disks, hostile and odd input, with a table of the results: about ten minutes. A part of it is in `test`.
+# Kills, full disks, hostile and odd input, with a table of the results: about ten minutes. `test` has each fault once.
 faults: $(DEVELOPMENT)
 	$(BIN)/python -m tests.faults.drill
 

@@ -33,12 +33,21 @@ SLOW_FIXTURES = {"tiny_model", "tiny_transformers", "tiny_export", "tiny_runtime
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests with a slow fixture, and run the files with the most slow tests first: a worker of pytest-xdist
-    takes one file after the other, and none should begin a long file when the others have already finished."""
+    takes one file after the other, and none should begin a long file when the others have already finished. The second
+    file is one that begins without the exported folder, which the first worker makes meanwhile."""
     for item in items:
         if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+    first = {item.path: item for item in reversed(items)}  # of each file
+    files = list(dict.fromkeys(item.path for item in items))
+    for path in files[1:]:
+        if "tiny_export" not in first[path].fixturenames:
+            files.remove(path)
+            files.insert(1, path)
+            break
+    items.sort(key=lambda item: files.index(item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)
