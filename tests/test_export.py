@@ -141,12 +141,6 @@ def perturb_one_weight(folder, graph):
 
 
 class TestVerificationFails:
-    @pytest.fixture(scope="class", autouse=True)
-    def without_the_long_clip(self):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("common.export.parity.LONG_CASE_MAX_PARAMETERS", 0)
-            yield
-
     @pytest.fixture(scope="class")
     def exported(self, tiny_model, tmp_path_factory):
         """The graphs, and what they are verified with."""

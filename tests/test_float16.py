@@ -48,9 +48,7 @@ def folder(tmp_path_factory):
     """The loud checkpoint, exported with --precision fp16 for every runtime and verified; the folder for GenAI."""
     place = tmp_path_factory.mktemp("float16")
     source = ["--model_name", str(loud_checkpoint(place / "loud.nemo")), "--output_dir", str(place / "fp16")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.export.parity.LONG_CASE_MAX_PARAMETERS", 0)  # test_positions is as long
-        assert export_parakeet_to_onnx.main([*source, "--precision", "fp16", "--runtime", "all"]) == 0
+    assert export_parakeet_to_onnx.main([*source, "--precision", "fp16", "--runtime", "all"]) == 0
     assert export_tokenizer.main(source) == 0
     return place / "fp16" / GENAI.runtime
 

@@ -189,7 +189,6 @@ def test_normalizations_with_the_same_numbers_get_their_own():
 @pytest.mark.parametrize("kind", ["scales", "stream"])
 def test_a_checkpoint_with_loud_channels_loses_little(kind, tmp_path, monkeypatch, capsys):
     """Run the scripts on the tool's checkpoints, made from a random model with biases."""
-    monkeypatch.setattr("common.export.parity.LONG_CASE_MAX_PARAMETERS", 0)
     topology = {"mels": 80, "predictor": 48, "pieces": 64, "encoder": {**SMALL, "d_model": 96, "use_bias": True}}
     checkpoint, loud = tmp_path / "tame.nemo", tmp_path / "loud.nemo"
     write_checkpoint(checkpoint, topology)

@@ -93,11 +93,10 @@ def test_a_script_that_the_vocabulary_lacks(tmp_path, capsys):
     assert "among cyrillic, greek, latin" in rejected(capsys, export_parakeet_to_onnx, *argv, "")
 
 
-def test_an_export_in_one_script(own_model, tiny_export, tmp_path, capsys, monkeypatch):
+def test_an_export_in_one_script(own_model, tiny_export, tmp_path, capsys):
     """Greek alone cannot spell an English clip, so tokens must change; the reference has the same bias."""
     import shutil
 
-    monkeypatch.setattr("common.export.parity.LONG_CASE_MAX_PARAMETERS", 0)
     folder = tmp_path / "onnx_models"
     shutil.copytree(tiny_export, folder)
     argv = ["--model_name", str(TINY), "--output_dir", str(folder), "--scripts", "greek"]
