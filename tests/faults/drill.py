@@ -337,7 +337,7 @@ def bad_manifests(report: Report, work: Path, models: Path) -> None:
         ):
             outcome = run(script, "--model_dir", models, *argv, folder=place)
             problem = outcome.problem((2,)) or (None if snapshot(place) == before else "something was written")
-            problem = problem or (None if "m.jsonl:" in outcome.line else "the line is not named")
+            problem = problem or (None if "m.jsonl" in outcome.line else "the list is not named")
             report.add("manifest", f"{name}, to {script.__name__}", outcome.line, problem)
 
 
