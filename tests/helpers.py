@@ -91,8 +91,13 @@ WEIGHTS = "model_weights.ckpt"
 
 
 def tiny_members() -> dict[str, bytes]:
-    """The files of the bundled checkpoint by name, without the `./` that NeMo puts before them."""
-    with tarfile.open(TINY) as tar:
+    """The files of the bundled checkpoint by name."""
+    return members_of(TINY)
+
+
+def members_of(checkpoint: Path) -> dict[str, bytes]:
+    """The files of a `.nemo` checkpoint by name, without the `./` that NeMo puts before them."""
+    with tarfile.open(checkpoint) as tar:
         return {posixpath.normpath(member.name): tar.extractfile(member).read() for member in tar if member.isreg()}
 
 
@@ -135,11 +140,12 @@ def rewrite_config(path: Path, change: Callable[[dict], None]) -> Path:
     return rewrite_text(path, rewritten)
 
 
-def rewrite_weights(path: Path, change: Callable[[dict], None]) -> Path:
-    """Copy the bundled checkpoint to `path` with its weights changed by `change(weights)`, without the labels."""
+def rewrite_weights(path: Path, change: Callable[[dict], None], source: Path | None = None) -> Path:
+    """Copy the bundled checkpoint, without the labels, or the checkpoint `source` to `path` with its weights changed by
+    `change(weights)`."""
     import torch
 
-    members = small_members()
+    members = members_of(source) if source else small_members()
     weights = torch.load(io.BytesIO(members[WEIGHTS]), weights_only=True)
     change(weights)
     buffer = io.BytesIO()

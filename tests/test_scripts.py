@@ -615,7 +615,7 @@ class TestStandardOutput:
         folder = tiny_export if name == "test_e2e" else foreign  # it would find the tokenizer of `foreign` wrong
         argv = [*map(str, commands(folder, target)[name])]
         if name == "test_e2e":
-            argv += ["--audio", shutil.copy(CLIP, target / "λ.flac")]
+            argv += ["--audio", str(shutil.copy(CLIP, target / "λ.flac"))]
         with standard_output(encoding, monkeypatch) as output:
             assert SCRIPTS[name].main(argv) == 0
         assert "λ" in output.text
