@@ -52,17 +52,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write every transcript there")
     args = parser.parse_args(argv)
     quiet_libraries()
-    folders = {FLOAT32: args.model_dir} | {folder.name: folder for folder in args.optimized}
+    exported = OpenFolder(args.model_dir)
     engines: list[Engine] = [LibraryEngine(Nemo(load_model(args.model_name)))] if args.model_name else []
-    for name, path in folders.items():
-        folder = OpenFolder(path)
+    for name, folder in {FLOAT32: exported, **{path.name: OpenFolder(path) for path in args.optimized}}.items():
         engines.append(OnnxEngine(name, folder))
         if args.genai:
             engines.append(GenAIEngine(f"{name}, GenAI", folder))
-    exported = OpenFolder(args.model_dir)
     test = run_stress(
         engines,
-        GenAIEngine(FLOAT32, exported),
+        exported.features_engine,
         exported.config,
         read_clips(args.manifest, with_text=True),
         StressOptions(stress=args.stress, seed=args.seed),
