@@ -16,6 +16,7 @@ import test_real_speech
 from common import optimize
 from common.evaluate.conditions import CLEAN, CONDITIONS, KINDS, Condition, Speech, conditions_of
 from common.evaluate.wer import word_counts
+from common.folder import write_locations
 from common.onnx_io import save_model
 from common.report.report import REPORT_JSON
 from tests.helpers import CLIPS, ROWS, rejected
@@ -230,9 +231,10 @@ def unquantized(optimized) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ruined(unquantized, tmp_path_factory) -> Path:
+def ruined(unquantized, tiny_export, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ruined") / "optimized"
     shutil.copytree(unquantized, folder)
+    write_locations(folder, folder, exported=tiny_export)
     ruin_silence(folder)
     return folder
 
