@@ -17,36 +17,19 @@ is optimized in turn, and weights that turn out equal are shared again.
 
 import argparse
 import sys
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 # Imported first, so that a package that is missing below is reported in one line (common/__init__.py).
-from common.cli import TEST_COMMAND, Parser, Stages, checked_options, run, warn
+from common.cli import TEST_COMMAND, Parser, checked_options, run
 
 # isort: split
 
 from common.evaluate.stress import StressOptions, add_stress_flags
-from common.evaluate.word_limit import read_speech_manifests
-from common.folder import staged_folder
-from common.layouts import layouts_in
-from common.onnx_io import share_equal_data
-from common.optimize import (
-    EvaluationSpeech,
-    ReportOptions,
-    calibrate,
-    check_folders,
-    finish_folder,
-    open_folder,
-    state_needs_of_folders,
-)
+from common.optimize import optimize
 from common.quantize import METHODS
 from common.quantize.blocks import BLOCK_SIZES
-from common.quantize.fidelity import reduce_range_advice
 from common.quantize.methods import TOKEN_PRECISIONS, OptimizeOptions
-from common.quantize.rewrite import optimize_graph
-from common.report.report import page_writer
-
-STAGES = 6  # of each folder: fusion, quantization, size, comparison, speed, report
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -98,51 +81,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              f"{never_fused} is not fused")  # fmt: skip
     add("--skip_quantization", action="store_true", help="leave the weights float32")
     add_stress_flags(parser)
-    args = parser.parse_args(argv)
-    args.command = ["python", Path(__file__).name, *(sys.argv[1:] if argv is None else argv)]
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(_optimize, parse_args(argv))
+    command = ["python", Path(__file__).name, *(sys.argv[1:] if argv is None else argv)]
+    return run(partial(_optimize, command), parse_args(argv))
 
 
-def _optimize(args: argparse.Namespace) -> None:
+def _optimize(command: list[str], args: argparse.Namespace) -> None:
     options = checked_options(OptimizeOptions, args)
     stress = checked_options(StressOptions, args)
     if stress.stress is not None and options.eval_manifest is None:
-        raise ValueError("--stress expects --eval_manifest, the clips to stress the model with, got none")
-    source, target = args.model_dir, args.output_dir
-    layouts = layouts_in(source)
-    check_folders(source, target, layouts)
-    speech_folder = next((name for name, layout in layouts.items() if layout.measures_speech), None)
-    calibration, evaluation = read_speech_manifests(options, source, speech_folder)
-    report = ReportOptions(page_writer(), args.command)
-    state_needs_of_folders(source, target, layouts, options)
-    if advice := reduce_range_advice(options):
-        warn(advice)
-
-    per_folder = STAGES + options.int8_tokens
-    stressed = stress.stress is not None
-    total = bool(calibration) + len(layouts) * per_folder + bool(evaluation) + stressed
-    stages = Stages(total, verbose=args.verbose)
-    with staged_folder(target) as staging:
-        calibrated = None
-        if options.method and calibration and speech_folder is not None:
-            with open_folder(layouts[speech_folder], speech_folder, source, target, staging) as folder:
-                calibrated = calibrate(folder, options.method, options, calibration, stages)
-        for name, layout in layouts.items():
-            if name:
-                print(f"{name}:")
-            with open_folder(layout, name, source, target, staging) as folder:
-                encoder = optimize_graph(folder.encoder, options, folder.device, calibrated, stages)
-                speech = EvaluationSpeech(evaluation if layout.measures_speech else [], stress)
-                report = replace(report, speed=finish_folder(folder, encoder, options, speech, report, stages))
-        share_equal_data([staging / name for name in layouts])
-    for advice in filter(None, (options.fusion_advice(folder.device), options.calibration_advice())):
-        print(advice)
-    following = "" if speech_folder is None else f"; next: {TEST_COMMAND.format(target / speech_folder)}"
-    print(f"wrote {target}{following}")
+        raise ValueError("--stress needs --eval_manifest, the clips to stress the model with")
+    tested = optimize(args.model_dir, args.output_dir, options, stress, command, verbose=args.verbose)
+    following = "" if tested is None else f"; next: {TEST_COMMAND.format(tested)}"
+    print(f"wrote {args.output_dir}{following}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,107 @@ from common.onnx_io import minimum_runtime
 from common.report.card import CARD, PUBLISHED, front_matter, model_card, wer_table
 from tests.helpers import ROOT, SAMPLES, TINY
 
+MANIFEST = {
+    "export": {
+        "source": {"name": "nvidia/parakeet-tdt-0.6b-v2", "commit": "f" * 40, "sha256": "0" * 64},
+        "flags": {"runtime": "genai", "opset_version": 17, "device": "cpu", "skip_verify": False, "scripts": None},
+        "versions": {"onnxruntime-genai": "0.18.0", "torch": "2.13.0"},
+        "minimum_onnxruntime": "1.12",
+        "parity": {"encoder.onnx": {"max_abs": 1.23e-5, "max_rel": 4.56e-7, "cases": 9}},
+    },
+    "optimize": {
+        "flags": {"quant_method": "rtn", "block_size": 32, "skip_fusion": True},
+        "versions": {"onnxruntime": "1.32.0"},
+        "minimum_onnxruntime": "1.17",
+        "weights_by_bits": {"4": 337, "8": 1},
+        "encoder_bytes": {"exported": 2_435_000_000, "optimized": 383_000_000},
+        "runs_as": "weights of 4 bits times activations rounded to int8",
+        "sqnr_db_on_noise": 17.25,
+        "token_sqnr_db_on_noise": {"decoder": 54.0},
+        "wer": {"float32": {"errors": 5, "words": 80, "low": 2.5, "high": 10.0}},
+    },
+    "files": {"README.md": {"bytes": 1, "sha256": ""}, "encoder.onnx": {"bytes": 1_500_000, "sha256": ""}},
+}
+# The card of that manifest, except for the code under "Use", which `test_the_snippet_runs` runs.
+BEFORE_THE_CODE = f"""\
+---
+license: cc-by-4.0
+language:
+- en
+library_name: onnxruntime-genai
+pipeline_tag: automatic-speech-recognition
+base_model: nvidia/parakeet-tdt-0.6b-v2
+base_model_relation: quantized
+tags:
+- onnx
+- onnxruntime
+- onnxruntime-genai
+- parakeet
+- fastconformer
+- tdt
+- transducer
+- speech
+- 4-bit
+- 8-bit
+---
+
+# parakeet-tdt-0.6b-v2, ONNX
+
+[nvidia/parakeet-tdt-0.6b-v2](https://huggingface.co/nvidia/parakeet-tdt-0.6b-v2), a FastConformer-TDT model for \
+speech recognition made with NeMo, as ONNX graphs: encoder, prediction network and joint, with tokenizer and \
+configuration. The checkpoint's SHA-256 is `{"0" * 64}`.
+
+These files are an adaptation of it under the same licence, [CC-BY-4.0]\
+(https://creativecommons.org/licenses/by/4.0/): give credit to its authors, and say what was changed.
+
+## Use
+
+In this folder, with `pip install onnxruntime-genai==0.18.0` (the graphs need ONNX Runtime 1.17 or newer):
+
+"""
+AFTER_THE_CODE = f"""
+
+## Files
+
+| file | size |
+|---|---|
+| `encoder.onnx` | 1.5 MB |
+| `manifest.json` | checksums, versions, measurements |
+
+## How it was made
+
+```bash
+python export_parakeet_to_onnx.py --model_name nvidia/parakeet-tdt-0.6b-v2 --revision {"f" * 40} --runtime genai \
+--opset_version 17 --device cpu
+python optimize_encoder.py --quant_method rtn --block_size 32 --skip_fusion
+```
+
+With onnxruntime 1.32.0, onnxruntime-genai 0.18.0, torch 2.13.0.
+
+## Measured
+
+Largest difference from the modules of NeMo, over short and long inputs and batches of unequal lengths, as exported:
+
+| graph | largest difference | of the largest value | comparisons |
+|---|---|---|---|
+| `encoder.onnx` | 1.2e-05 | 4.6e-07 | 9 |
+
+Weights of the encoder: 337 at 4 bits, 1 at 8 bits; 2.4 GB became 383 MB. The LSTM of the decoder and the matrices of \
+the joint have 8 bits. Weights of 4 bits times activations rounded to int8. Signal to quantization noise ratio on \
+noise: encoder 17.25 dB, decoder 54.0 dB.
+
+| | WER | 95 % interval | words |
+|---|---|---|---|
+| float32 | 6.25 % | 2.50 – 10.00 % | 80 |
+"""
+
+
+def test_a_card_has_this_text():
+    before, code, after = model_card(MANIFEST, GENAI).split("```", 2)
+    assert before == BEFORE_THE_CODE
+    assert code.startswith("python\n")
+    assert after == AFTER_THE_CODE
+
 
 def manifest_of(folder, name=None):
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -53,7 +154,6 @@ def test_front_matter(name, tiny_optimized):
 def test_figures_are_the_manifest_s(tiny_optimized, tiny_export):
     manifest = manifest_of(tiny_optimized)
     text = (tiny_optimized / CARD).read_text()
-    assert text == model_card(manifest, GENAI)  # the same manifest gives the same card
     assert f"| `encoder.onnx` | {manifest['export']['parity']['encoder.onnx']['max_abs']:.1e} |" in text
     assert f"encoder {manifest['optimize']['sqnr_db_on_noise']} dB" in text
     listed = set(re.findall(r"^\| `(\S+)` \| [\d.]+ (?:[kMG]?B)", text, re.M))
@@ -124,7 +224,7 @@ def test_word_errors_where_there_are_any(tiny_optimized):
     manifest = manifest_of(tiny_optimized)
     manifest["optimize"]["wer"] = rows
     assert "| float32 | 6.25 % | 2.50 – 10.00 % | 80 |" in wer_table(rows)
-    assert wer_table(rows) in model_card(manifest, GENAI)
+    assert "| float32 | 6.25 % | 2.50 – 10.00 % | 80 |" in model_card(manifest, GENAI)
     assert "WER" not in model_card(manifest_of(tiny_optimized), GENAI)
 
 
@@ -163,7 +263,7 @@ def test_only_an_unedited_card_is_replaced(tiny_export, tmp_path, capsys):
         assert CARD not in manifest_of(folder)["files"]
     card.unlink()
     assert export_tokenizer.main(argv) == 0
-    assert card.read_text() == model_card(manifest_of(folder), GENAI)
+    assert card.read_bytes() == before
 
 
 def test_front_matter_of_float16(tiny_export):

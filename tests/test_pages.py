@@ -24,8 +24,7 @@ from common.report.clips_page import (
     marked_row,
     wave_path,
 )
-from common.report.decision import verdict
-from common.report.report import run_record
+from common.report.report import run_record, verdict, why_slower
 from tests.helpers import CLIPS, ROWS, rejected
 from tests.test_report import HOSTILE_TEXT, Page
 
@@ -217,6 +216,21 @@ def test_a_command_has_no_folders_of_the_user():
 
 
 # ---- speed
+
+
+@pytest.mark.parametrize(
+    ("optimized", "encoder_bytes", "reason"),
+    [
+        (12.0, 8_400_000, None),
+        (9.0, 8_400_000, "slower than float32 because the matrices of so small a model are too small"),
+        (9.0, 2_400_000_000, "slower than float32 on this CPU"),
+    ],
+)
+def test_a_slower_encoder_is_explained(optimized, encoder_bytes, reason):
+    speed = {"exported": {"rtfx": 10.0}, "optimized": {"rtfx": optimized}}
+    found = why_slower(speed, encoder_bytes)
+    assert (found is None) if reason is None else (reason in found)
+    assert why_slower(None, encoder_bytes) is None
 
 
 def test_speed_and_memory_of_two_encoders(tiny_export):

@@ -249,7 +249,7 @@ def _float16(manifest: dict[str, Any]) -> str:
     if rounded:
         text += (
             f" With the result of each operator rounded to float16, as a GPU does, outputs differ from "
-            f"those of {_library(manifest)} by up to {max(rounded):.1e} of the largest value."
+            f"{_library(manifest)} by up to {max(rounded):.1e} of the largest value."
         )
     return text
 

@@ -18,7 +18,7 @@ from common.evaluate.compare import ComparedClip, Comparison, EngineFigures
 from common.evaluate.stress import StressResult, StressRow, StressTest, stress_rows, worst_results
 from common.evaluate.wer import normalize, word_errors, word_runs
 from common.evaluate.words import Bin, bins, calibration_error, comparable_words, words_right
-from common.report.pages import page_environment
+from common.report import page_environment
 from common.run.config import RuntimeConfig
 from common.run.decode import Transcript
 
