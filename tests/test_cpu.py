@@ -69,9 +69,7 @@ def test_other_weights_are_not_warned_of(options, bits):
 
 
 @pytest.mark.slow
-def test_the_script_warns_at_the_start_and_repeats_it_at_the_end(tiny_export, tmp_path, capsys):
-    argv = ["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out"), "--quant_method", "int8"]
-    assert optimize_encoder.main(argv) == 0
-    printed = capsys.readouterr()
-    assert printed.err.count("warning: this CPU has no VNNI") == (exact_bits() == 7)
-    assert printed.out.count("this CPU has no VNNI") == (exact_bits() == 7)
+def test_the_script_warns_at_the_start_and_repeats_it_at_the_end(optimized):
+    folder = optimized("--quant_method", "int8")
+    assert printed_by(folder, "errors").count("warning: this CPU has no VNNI") == (exact_bits() == 7)
+    assert printed_by(folder).count("this CPU has no VNNI") == (exact_bits() == 7)
