@@ -218,6 +218,8 @@ def main() -> int:
 
 
 def differences(expected: object, actual: object) -> Iterator[str]:
+    if expected == actual:
+        return
     if isinstance(expected, dict) and isinstance(actual, dict):
         for name in sorted({*expected, *actual}):
             if expected.get(name) != actual.get(name):
@@ -226,7 +228,7 @@ def differences(expected: object, actual: object) -> Iterator[str]:
     elif isinstance(expected, list) and isinstance(actual, list):
         missing, added = sorted({*expected} - {*actual}), sorted({*actual} - {*expected})
         yield f"lost {missing}, gained {added}" if missing or added else "in another order"
-    elif expected != actual:
+    else:
         yield "not recorded" if expected is None else "no longer made" if actual is None else "other bytes"
 
 
