@@ -152,7 +152,7 @@ def warn(message: str) -> None:
 
 
 def accept_any_text() -> None:
-    """Print `?` for a character that the terminal or a Windows pipe cannot encode, instead of ending with an error."""
+    """Print `?` for a character that the terminal cannot encode, instead of ending with an error."""
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")

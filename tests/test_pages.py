@@ -222,7 +222,7 @@ def test_a_command_has_no_folders_of_the_user():
     ("optimized", "encoder_bytes", "reason"),
     [
         (12.0, 8_400_000, None),
-        (9.0, 8_400_000, "slower than float32 because the matrices of so small a model are too small"),
+        (9.0, 8_400_000, "slower than float32, since the matrices of this small model are so small"),
         (9.0, 2_400_000_000, "slower than float32 on this CPU"),
     ],
 )

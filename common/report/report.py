@@ -291,8 +291,8 @@ def why_slower(speed: dict[str, Any] | None, encoder_bytes: int) -> str | None:
         return None
     if encoder_bytes < SMALL_ENCODER:
         return (
-            "The optimized encoder is slower than float32 because the matrices of so small a model are too small: "
-            "unpacking the weights takes longer than the smaller weights save."
+            "The optimized encoder is slower than float32, since the matrices of this small model are so small that "
+            "preparing a quantized product takes longer than the product saves."
         )
     return "The optimized encoder is slower than float32 on this CPU; docs/benchmarks.md compares the methods."
 
