@@ -64,7 +64,8 @@ def optimize(source: Path, target: Path, *flags: object) -> int:
 def test_a_method_of_its_own_kind_needs_nothing_but_its_registration(toy, tiny_export, tmp_path, capsys):
     assert optimize(tiny_export, tmp_path / "out", "--quant_method", "rounded", "--eval_manifest", CLIPS) == 0
     printed = capsys.readouterr().out
-    assert "rounded  56 weights at 16 bits" in printed  # 12 matrices in 5 layers and the subsampling's, 5 left out
+    assert "quantization (rounded)" in printed
+    assert "56 weights at 16 bits" in printed  # 12 matrices in 5 layers and the subsampling's, 5 left out
     assert "20 SkipLayerNormalization" in printed
     record = json.loads((tmp_path / "out" / MANIFEST).read_text())["optimize"]
     assert (record["method"], record["weights_by_bits"]) == ("rounded", {"16": 56})

@@ -106,7 +106,7 @@ def test_loud_channels_cost_little_with_scaling_and_much_without(
 
     def ratio(source: Path, name: str) -> float:
         target = tmp_path / name
-        argv = ["--model_dir", str(source), "--output_dir", str(target), "--skip_fusion", *flags]
+        argv = ["--model_dir", str(source), "--output_dir", str(target), "--skip_fusion", "--verbose", *flags]
         assert optimize_encoder.main(argv) == 0, capsys.readouterr().err
         return sqnr_db(reference, encode(target, speech))
 
