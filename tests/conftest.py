@@ -21,7 +21,6 @@ import optimize_encoder
 from common import optimize
 from common.checkpoint import nemo
 from common.export import parity
-from common.export.parity import LONG_CASE_MAX_PARAMETERS
 from common.folder import sha256
 from common.run.audio import Clip, load_clip
 from common.run.decode import Transcript
@@ -63,10 +62,12 @@ def speed_is_not_measured():
 
 @pytest.fixture(scope="session", autouse=True)
 def long_clips_are_not_verified():
-    """The clip of more than 400 s, on which an encoder is verified for half a minute, is left to `tiny_export`."""
+    """The clip of more than 400 s, on which an encoder is verified for half a minute, is left to one test of
+    tests/test_export.py. This gives the limit of parameters for it."""
+    limit = parity.LONG_CASE_MAX_PARAMETERS
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "LONG_CASE_MAX_PARAMETERS", 0)
-        yield
+        yield limit
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -141,13 +142,11 @@ def tiny_transformers(made_once) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_export(made_once) -> Path:
-    """The bundled checkpoint exported and verified, also on a long clip, with its tokenizer."""
+    """The bundled checkpoint exported and verified, with its tokenizer."""
 
     def export(folder: Path) -> None:
         argv = ["--model_name", str(TINY), "--output_dir", str(folder)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parity, "LONG_CASE_MAX_PARAMETERS", LONG_CASE_MAX_PARAMETERS)
-            assert export_parakeet_to_onnx.main(argv) == 0
+        assert export_parakeet_to_onnx.main(argv) == 0
         assert export_tokenizer.main(argv) == 0
 
     return made_once("onnx_models", export)

@@ -12,8 +12,8 @@ import torch
 
 import export_parakeet_to_onnx
 from common.cli import Stages
-from common.contract import DECODER, ENCODER, GRAPHS, JOINT
-from common.export import layers, wrappers
+from common.contract import DECODER, ENCODER, GRAPHS, JOINT, PARITY_TOLERANCE
+from common.export import layers, parity, wrappers
 from common.export.parity import ParityError
 from common.export.pipeline import MAX_OPSET, MIN_OPSET, ExportOptions, export_graphs, verify_graphs
 from common.export.wrappers import WRAPPERS, export_graph
@@ -138,6 +138,16 @@ def perturb_one_weight(folder, graph):
     data = np.memmap(folder / graph.data_file, np.float32, "r+", place.offset or 0, (place.length // 4,))
     data[np.argmax(np.abs(data))] *= -1
     data.flush()
+
+
+@pytest.mark.slow
+def test_a_clip_longer_than_nemos_table_of_positions_is_verified(
+    tiny_model, tiny_export, long_clips_are_not_verified, monkeypatch
+):
+    monkeypatch.setattr(parity, "LONG_CASE_MAX_PARAMETERS", long_clips_are_not_verified)
+    cases = parity.CASES[ENCODER](tiny_model.encoder, WRAPPERS[ENCODER](tiny_model.encoder).example_inputs)
+    assert cases[-1].inputs[0].shape[2] > 8 * 5000
+    assert parity.check_graph(tiny_export, ENCODER, cases[-1:]).max_abs < PARITY_TOLERANCE
 
 
 class TestVerificationFails:
