@@ -76,7 +76,7 @@ class TestBadCheckpoints:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         error = self.rejection(script, capsys, tmp_path, "nvidia/parakeet-tdt-0.6b-v3")
-        assert "Hugging Face cannot be reached" in error
+        assert "is not in the local cache, and Hugging Face is not asked while HF_HUB_OFFLINE is set" in error
         assert "--model_name" in error
 
 
