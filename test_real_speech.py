@@ -57,7 +57,7 @@ from common.evaluate.wer import MAX_PRINTED_CLIPS
 from common.evaluate.words import SUBTITLES, subtitle_paths
 from common.folder import check_outputs, json_text, printing_beside, write_output
 from common.layouts import genai_folder
-from common.report.clips_page import clips_page_writer, comparison_page, stress_page
+from common.report.clips_page import comparison_page, stress_page
 from common.run.audio import Clip, read_clips
 
 SAMPLE = Path(__file__).resolve().parent / "samples" / "jfk.wav"
@@ -122,7 +122,6 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     folders = open_folders(genai_folder(args.model_dir or default_model_dir()), options)
     outputs = [path for path in (args.json, args.html, *itertools.chain(*subtitles.values())) if path]
     check_outputs(outputs, input_files(folders, clips, args.manifest, args.model_name))
-    render_page = clips_page_writer() if args.html else None
     name, config = folders[0].path.name, folders[0].config
     config.check_clips(clips)
     if folders[0].genai_engine:
@@ -136,8 +135,8 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         test = stress_compared(folders, reference, clips, stress)
         if args.json:
             write_output(args.json, json_text(test.as_json()), stdout)
-        if render_page:
-            write_output(args.html, render_page(stress_page(f"{name} under stress", test)), stdout)
+        if args.html:
+            write_output(args.html, stress_page(f"{name} under stress", test), stdout)
         judge_stress(test, stress.max_lost_words)
         return
 
@@ -148,8 +147,8 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         write_output(args.json, json_text(comparison.as_json()), stdout)
     elif len(clips) > MAX_PRINTED_CLIPS:
         print("the transcripts of so many clips are not printed; --json FILE writes them")
-    if render_page:
-        write_output(args.html, render_page(comparison_page(f"{name} on speech", comparison, config)), stdout)
+    if args.html:
+        write_output(args.html, comparison_page(f"{name} on speech", comparison, config), stdout)
     for suffix, paths in subtitles.items():
         for clip, path in zip(clips, paths, strict=True):
             write_output(path, SUBTITLES[suffix](comparison.words(clip), config.frame_seconds), stdout)

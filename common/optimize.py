@@ -44,13 +44,12 @@ from common.report.card import write_card
 from common.report.report import (
     REPORT_HTML,
     REPORT_JSON,
-    PageWriter,
+    checks,
     make_evaluation,
     make_report,
-    page_writer,
     run_record,
-    verdict,
     why_slower,
+    write_page,
 )
 from common.run.audio import Clip
 
@@ -71,7 +70,6 @@ class Run:
     stress: StressOptions
     clips: list[Clip]  # with texts, to evaluate on; empty for no evaluation
     command: Sequence[str]  # as the report names it
-    write_page: PageWriter
     stages: Stages
 
 
@@ -121,7 +119,6 @@ def optimize(
     check_folders(source, target, layouts)
     speech_folder = next((name for name, layout in layouts.items() if layout.measures_speech), None)
     calibration, evaluation = read_speech_manifests(options, source, speech_folder)
-    write_page = page_writer()
     _state_needs(source, target, layouts, options)
     range_advice = reduce_range_advice(options)
     if range_advice:
@@ -129,7 +126,7 @@ def optimize(
 
     once = bool(calibration) + bool(evaluation) + (stress.stress is not None)
     stages = Stages(once + len(layouts) * (STAGES + options.int8_tokens), verbose=verbose)
-    run = Run(options, stress, evaluation, command, write_page, stages)
+    run = Run(options, stress, evaluation, command, stages)
     advice = [range_advice, options.calibration_advice()]
     with staged_folder(target) as staging:
         calibrated = None
@@ -249,18 +246,21 @@ def optimize_folder(
     stages.begin("report")
     section = _manifest_section(folder, encoder, options, ratio, tokens, table)
     stored = {layout.encoder.name: encoder.stored, **tokens.stored}
-    report = make_report(
-        folder.readable, folder.staging, layout.graphs, folder.manifest, section, stored, encoder.sensitivity
-    )
+    report = {
+        "run": run_record(run.command),
+        "evaluation": None,
+        "stress": [asdict(row) for row in stressed],
+        "max_lost_words": run.stress.max_lost_words,
+        "speed": speed,
+        **make_report(
+            folder.readable, folder.staging, layout.graphs, folder.manifest, section, stored, encoder.sensitivity
+        ),
+    }
     if table and options.eval_manifest:
         report["evaluation"] = make_evaluation(options.eval_manifest, clips, table, options.max_wer_increase)
-    report["stress"] = [asdict(row) for row in stressed]
-    report["max_lost_words"] = run.stress.max_lost_words
-    report["speed"] = speed
-    report["run"] = run_record(run.command)
-    report["verdict"] = asdict(verdict(report))
+    report["verdict"] = {"checks": checks(report)}
     write_json(folder.staging / REPORT_JSON, report)
-    run.write_page(folder.staging / REPORT_HTML, report, clips)
+    write_page(folder.staging / REPORT_HTML, report, clips)
     if options.method:
         for file, name in layout.second_names(options.method.name).items():
             write_second_name(folder.staging, file, name)

@@ -19,7 +19,6 @@ from common.evaluate.wer import (
     changes_text,
     empty_warning,
     high_error_warning,
-    marked_changes,
     normalize,
     word_error_rate,
     word_errors,
@@ -211,11 +210,6 @@ def changed(clips: list[EvaluatedClip]) -> list[EvaluatedClip]:
     """The clips whose two transcripts differ, those with most additional errors first."""
     differing = [clip for clip in clips if clip.float32 != clip.optimized]
     return sorted(differing, key=lambda clip: clip.errors[0] - clip.errors[1])
-
-
-def marked(clip: EvaluatedClip) -> list[tuple[str, str]]:
-    """Runs of words of both transcripts as written."""
-    return marked_changes(clip.float32, clip.optimized)
 
 
 def print_word_errors(table: list[WordErrors], clips: list[EvaluatedClip]) -> None:

@@ -8,8 +8,8 @@ import base64
 import hashlib
 import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,11 @@ from common.evaluate.compare import ComparedClip, Comparison, EngineFigures
 from common.evaluate.stress import StressResult, StressRow, StressTest, stress_rows, worst_results
 from common.evaluate.wer import normalize, word_errors, word_runs
 from common.evaluate.words import Bin, bins, calibration_error, comparable_words, words_right
-from common.report import page_environment
+from common.report import render
 from common.run.config import RuntimeConfig
 from common.run.decode import Transcript
 
-TEMPLATE, SCRIPT = "clips.html.j2", "clips.js"
+SCRIPT = Path(__file__).resolve().parent / "clips.js"
 WAVE_COLUMNS = 400  # of a waveform: about as many as a phone's screen has points
 BLOCK = 2**16  # samples given to the encoder at a time
 MEASURES = ("max_prob", "entropy")  # of Confidence
@@ -64,70 +64,62 @@ class ShownClip:
     wave: str  # path of an SVG, of WAVE_COLUMNS by 2
     rows: list[ShownRow]
 
-    @classmethod
-    def of(cls, name: str, samples: np.ndarray, rate: int, rows: list[ShownRow]) -> "ShownClip":
-        """A clip of mono samples [N]; rate: in Hz."""
-        return cls(name, len(samples) / rate, audio_uri(samples, rate), wave_path(samples), rows)
 
-
-@dataclass(frozen=True)
-class ClipsPage:
-    """What the page shows."""
-
-    title: str
-    about: str  # the clips, in a sentence
-    clips: list[ShownClip] = field(default_factory=list)
-    figures: dict[str, EngineFigures] = field(default_factory=dict)  # over all clips, by engine
-    reliability: dict[tuple[str, str], list[Bin]] = field(default_factory=dict)  # by engine and measure of confidence
-    stress: list[StressRow] = field(default_factory=list)
-    baseline: str = ""  # of the stress test
-
-    @property
-    def has_confidence(self) -> bool:
-        """Whether any word has one, so that shades need to be explained."""
-        return any(word.confidence is not None for clip in self.clips for row in clip.rows for word in row.words)
-
-
-def clips_page_writer() -> Callable[[ClipsPage], str]:
-    """A function that gives the HTML of a page.
-
-    Call this before the work, since it raises ModuleNotFoundError without Jinja.
-    """
-    template = page_environment().get_template(TEMPLATE)
-    script = (Path(__file__).resolve().parent / SCRIPT).read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-    def render(page: ClipsPage) -> str:
-        return template.render(
-            page=page, script=script, digest=digest, columns=WAVE_COLUMNS, calibration_error=calibration_error
-        )
-
-    return render
-
-
-def comparison_page(title: str, comparison: Comparison, config: RuntimeConfig) -> ClipsPage:
+def comparison_page(title: str, comparison: Comparison, config: RuntimeConfig) -> str:
     """The page of a comparison of engines. The clips are read again, one at a time. Raises as read_clip does."""
     seconds = sum(clip.seconds for clip in comparison.clips)
-    return ClipsPage(
+    return clips_page(
         title,
         f"{_count(len(comparison.clips), 'clip')}, {seconds:.0f} s of audio",
-        clips=[_compared(clip, comparison, config) for clip in comparison.clips],
+        [_compared(clip, comparison, config) for clip in comparison.clips],
         figures=comparison.figures,
         reliability=dict(_reliability(comparison)),
     )
 
 
-def stress_page(title: str, test: StressTest) -> ClipsPage:
+def stress_page(title: str, test: StressTest) -> str:
     """The page of a stress test: its table, and its worst results with their audio, made again from the seed."""
     worst = worst_results(test)
     listed = _count(len(worst), "worst result")
-    return ClipsPage(
+    return clips_page(
         title,
         f"{_count(len(test.clips), 'clip')} under {_count(len(test.conditions), 'condition')}, seed "
         f"{test.speech.seed}; {listed} of {test.judged}",
-        clips=[_stressed(each, test) for each in worst],
+        [_stressed(each, test) for each in worst],
         stress=stress_rows(test),
         baseline=test.baseline,
+    )
+
+
+def clips_page(
+    title: str,
+    about: str,
+    clips: Sequence[ShownClip],
+    *,
+    figures: Mapping[str, EngineFigures] | None = None,
+    reliability: Mapping[tuple[str, str], list[Bin]] | None = None,
+    stress: Sequence[StressRow] = (),
+    baseline: str = "",
+) -> str:
+    """The HTML of a page. about: the clips, in a sentence.
+
+    figures: over all clips, by engine. reliability: by engine and measure of confidence. baseline: of the stress test.
+    """
+    script = SCRIPT.read_text(encoding="utf-8")
+    return render(
+        "clips.html.j2",
+        title=title,
+        about=about,
+        clips=clips,
+        has_confidence=any(word.confidence is not None for clip in clips for row in clip.rows for word in row.words),
+        figures=figures,
+        reliability=reliability,
+        stress=stress,
+        baseline=baseline,
+        script=script,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        columns=WAVE_COLUMNS,
+        calibration_error=calibration_error,
     )
 
 
@@ -178,6 +170,11 @@ def _words(transcript: Transcript, frame_seconds: float) -> list[ShownWord]:
     ]
 
 
+def shown_clip(name: str, samples: np.ndarray, rate: int, rows: list[ShownRow]) -> ShownClip:
+    """A clip of mono samples [N]; rate: in Hz."""
+    return ShownClip(name, len(samples) / rate, audio_uri(samples, rate), wave_path(samples), rows)
+
+
 def _compared(clip: ComparedClip, comparison: Comparison, config: RuntimeConfig) -> ShownClip:
     """A clip of a comparison; the baseline is its text, else the transcript of the first engine, the reference's where
     there is one."""
@@ -185,7 +182,7 @@ def _compared(clip: ComparedClip, comparison: Comparison, config: RuntimeConfig)
     rows = [] if clip.text is None else [ShownRow("text", _plain(clip.text))]
     for engine, transcript in clip.transcripts.items():
         rows.append(marked_row(engine, _words(transcript, comparison.frame_seconds), baseline, clip.text))
-    return ShownClip.of(clip.label, config.read_clip(clip), config.sample_rate, rows)
+    return shown_clip(clip.label, config.read_clip(clip), config.sample_rate, rows)
 
 
 def _stressed(result: StressResult, test: StressTest) -> ShownClip:
@@ -200,7 +197,7 @@ def _stressed(result: StressResult, test: StressTest) -> ShownClip:
     for each in test.results:
         if each.case == result.case:
             rows.append(marked_row(each.engine, _plain(each.transcript), text, text))
-    return ShownClip.of(name, np.concatenate(takes), test.config.sample_rate, rows)
+    return shown_clip(name, np.concatenate(takes), test.config.sample_rate, rows)
 
 
 def _reliability(comparison: Comparison) -> Iterator[tuple[tuple[str, str], list[Bin]]]:

@@ -9,17 +9,17 @@ import datetime
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from common.cli import size_text
 from common.contract import Graph
-from common.evaluate.wer import CONFIDENCE, WordErrorRate
-from common.evaluate.word_limit import EvaluatedClip, WordErrors, changed, marked, word_table
+from common.evaluate.stress import OPTIMIZED
+from common.evaluate.wer import CONFIDENCE, WordErrorRate, marked_changes
+from common.evaluate.word_limit import EvaluatedClip, WordErrors, changed, word_table
 from common.folder import FILES, package_versions, sha256
 from common.layouts.layout import REPORT_FILES
 from common.onnx_io import load
@@ -27,19 +27,16 @@ from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB
 from common.quantize.methods import Sensitivity
 from common.quantize.rewrite import Stored
 from common.quantize.tokens import MIN_TOKEN_SQNR_DB
-from common.report import page_environment
+from common.report import render
 from common.report.card import CARD
 
 REPORT_JSON, REPORT_HTML = REPORT_FILES
-TEMPLATE = "report.html.j2"
 MAX_SHOWN_CLIPS = 200  # in the page; the JSON has them all
 # What a file is made of. A quantized weight W is stored as W.codes, W.scales and perhaps W.zero_points.
 PARTS = ("codes", "scales", "zero_points")
 KINDS = ("float32", *PARTS, "graph", "padding")
 _PART = re.compile(rf"(.+)\.({'|'.join(PARTS)})(\..+)?")
 AXIS_MARGIN = 2  # of the 100 units of the axis on which changes of the word error rate are drawn
-NOT_MEASURED = "not measured"
-NO_LIMIT = "no limit was set"
 WORDS, STRESS = "words on speech", "words where speech is hard"
 SMALL_ENCODER = 100e6  # bytes in float32; the smallest published one has 400 MB
 
@@ -54,13 +51,13 @@ def make_report(
     manifest: dict[str, Any],
     section: dict[str, Any],
     stored: Mapping[str, Mapping[str, Stored]],
-    sensitivity: Sensitivity | None = None,
+    sensitivity: Sensitivity | None,
 ) -> dict[str, Any]:
     """What is known of the folder `optimized` from its files, which were made from those of `exported`.
 
     graphs: the encoder first, then the others, as the folder's runtime has them. manifest: of `exported`. section: what
     the manifest of `optimized` has under `optimize`. stored: the quantized weights by graph and name. sensitivity: what
-    calibration measured of those of the encoder. The measurements of words, stress and speed are added by the caller.
+    calibration measured of those of the encoder. The caller adds the sections on words, stress, speed and the run.
     """
     encoder = graphs[0]
     tensors: list[dict[str, Any]] = []
@@ -89,11 +86,6 @@ def make_report(
         "encoder": encoder.name,
         "components": components,
         "sqnr_db_on_noise": {encoder.name: section["sqnr_db_on_noise"], **section["token_sqnr_db_on_noise"]},
-        "evaluation": None,  # as make_evaluation gives it
-        "stress": [],  # rows of a stress test
-        "max_lost_words": None,
-        "speed": None,  # of both encoders
-        "run": None,  # when, by which command
         "tensors": tensors,
         "source": {
             "checkpoint": source.get("name") or source.get("file"),
@@ -206,80 +198,49 @@ def _short(number: float) -> float:
 # The verdict
 
 
-@dataclass(frozen=True)
-class Check:
-    """One measurement beside its limit, in words."""
-
-    name: str
-    measured: str
-    limit: str
-    met: bool | None  # None where nothing was measured, or no limit was set
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The checks, and what follows from them."""
-
-    checks: list[Check]
-
-    @property
-    def passed(self) -> bool | None:
-        """False where a limit is not met; None where no limit on words was checked."""
-        if any(check.met is False for check in self.checks):
-            return False
-        return True if any(check.met for check in self.checks if check.name in (WORDS, STRESS)) else None
-
-    @property
-    def title(self) -> str:
-        """The verdict in one word or a few."""
-        return {True: "Passed", False: "Not passed", None: "Not judged on words"}[self.passed]
-
-    @property
-    def reason(self) -> str:
-        """The reason for the verdict, in a sentence."""
-        if self.passed is False:
-            names = ", ".join(check.name for check in self.checks if check.met is False)
-            return f"Beyond the limit: {names}."
-        if self.passed:
-            unjudged = ", ".join(check.name for check in self.checks if check.met is None)
-            return "Every limit that was set is met." + (f" Not judged: {unjudged}." if unjudged else "")
-        return (
-            "The graphs run and agree with float32 on noise; whether words are lost is not decided, since no limit on "
-            "them was set."
-        )
-
-
-def verdict(report: dict[str, Any]) -> Verdict:
-    """The verdict on a complete report."""
-    evaluation = report["evaluation"]
-    rises = [row["increase"]["percent"] for row in evaluation["normalised"] if row["words"]] if evaluation else []
-    points = [row["points"] for row in report["stress"] if row["engine"] == "optimized" and row["points"] is not None]
-    return Verdict(
-        [
-            *_noise_checks(report),
-            _points_check(WORDS, rises, evaluation["max_wer_increase"] if evaluation else None),
-            _points_check(STRESS, points, report["max_lost_words"]),
-        ]
-    )
-
-
-def _noise_checks(report: dict[str, Any]) -> Iterator[Check]:
-    """A check of each graph that was compared on noise."""
+def checks(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each measurement beside its limit, in words. `met` is None where nothing was measured, or no limit was set."""
+    found = []
     encoder = report["encoder"]
     is_quantized = any(row["bits"] for row in report["tensors"] if row["graph"] == encoder)
     for graph, ratio in report["sqnr_db_on_noise"].items():
         floor = MIN_TOKEN_SQNR_DB if graph != encoder else MIN_SQNR_DB if is_quantized else MIN_FLOAT_SQNR_DB
         measured = "identical" if ratio is None else f"{ratio:.1f} dB"
-        yield Check(f"{graph} on noise", measured, f"at least {floor:g} dB", ratio is None or ratio >= floor)
+        is_met = ratio is None or ratio >= floor
+        found.append(
+            {"name": f"{graph} on noise", "measured": measured, "limit": f"at least {floor:g} dB", "met": is_met}
+        )
+    evaluation = report["evaluation"] or {"normalised": [], "max_wer_increase": None}
+    rises = [row["increase"]["percent"] for row in evaluation["normalised"] if row["words"]]
+    points = [row["points"] for row in report["stress"] if row["engine"] == OPTIMIZED and row["points"] is not None]
+    found.append(_check_points(WORDS, rises, evaluation["max_wer_increase"]))
+    found.append(_check_points(STRESS, points, report["max_lost_words"]))
+    return found
 
 
-def _points_check(name: str, rises: list[float], limit: float | None) -> Check:
+def _check_points(name: str, rises: list[float], limit: float | None) -> dict[str, Any]:
     """A check of the largest of `rises`, in percentage points: over all clips, in a language, or under a condition."""
-    limit_text = NO_LIMIT if limit is None else f"at most {limit:+g} points"
-    if not rises:
-        return Check(name, NOT_MEASURED, limit_text, None)
-    is_met = None if limit is None else max(rises) <= limit
-    return Check(name, f"{max(rises):+.2f} points", limit_text, is_met)
+    return {
+        "name": name,
+        "measured": f"{max(rises):+.2f} points" if rises else "not measured",
+        "limit": "no limit was set" if limit is None else f"at most {limit:+g} points",
+        "met": max(rises) <= limit if rises and limit is not None else None,
+    }
+
+
+def verdict(report: dict[str, Any]) -> tuple[bool | None, str]:
+    """Whether every limit is met, and the reason in a sentence; None where no limit on words was checked."""
+    found = report["verdict"]["checks"]
+    failed = ", ".join(check["name"] for check in found if check["met"] is False)
+    if failed:
+        return False, f"Beyond the limit: {failed}."
+    if any(check["met"] for check in found if check["name"] in (WORDS, STRESS)):
+        unjudged = ", ".join(check["name"] for check in found if check["met"] is None)
+        return True, "Every limit that was set is met." + (f" Not judged: {unjudged}." if unjudged else "")
+    return None, (
+        "The graphs run and agree with float32 on noise; whether words are lost is not decided, since no limit on them "
+        "was set."
+    )
 
 
 def why_slower(speed: dict[str, Any] | None, encoder_bytes: int) -> str | None:
@@ -300,35 +261,26 @@ def why_slower(speed: dict[str, Any] | None, encoder_bytes: int) -> str | None:
 # The page
 
 
-PageWriter = Callable[[Path, dict[str, Any], list[EvaluatedClip]], None]
-
-
-def page_writer() -> PageWriter:
-    """A function that writes the page of a report and the evaluated clips.
-
-    Call this before the work, since it raises ModuleNotFoundError where packages are missing.
-    """
-    environment = page_environment()
-    environment.filters |= {"size": size_text, "ratio": _ratio, "chosen": _chosen_sensitivity}
-    template = environment.get_template(TEMPLATE)
-
-    def write(path: Path, report: dict[str, Any], clips: list[EvaluatedClip]) -> None:
-        differing = changed(clips)
-        sides = [side for component in report["components"].values() for side in component.values()]
-        page = template.render(
-            report=report,
-            verdict=verdict(report),
-            why_slower=why_slower(report["speed"], sum(report["components"][report["encoder"]]["exported"].values())),
-            place_of=_axis(report["evaluation"]) if report["evaluation"] else None,
-            kinds=[kind for kind in KINDS if any(side[kind] for side in sides)],
-            changes=[(clip, marked(clip)) for clip in differing[:MAX_SHOWN_CLIPS]],
-            changed_clips=len(differing),
-            confidence=CONFIDENCE,
-            json_file=REPORT_JSON,
-        )
-        path.write_text(page, encoding="utf-8")
-
-    return write
+def write_page(path: Path, report: dict[str, Any], clips: list[EvaluatedClip]) -> None:
+    """Write the page of a report and the evaluated clips."""
+    differing = changed(clips)
+    sides = [side for component in report["components"].values() for side in component.values()]
+    passed, reason = verdict(report)
+    page = render(
+        "report.html.j2",
+        report=report,
+        passed=passed,
+        reason=reason,
+        why_slower=why_slower(report["speed"], sum(report["components"][report["encoder"]]["exported"].values())),
+        place_of=_axis(report["evaluation"]) if report["evaluation"] else None,
+        kinds=[kind for kind in KINDS if any(side[kind] for side in sides)],
+        changes=[(clip, marked_changes(clip.float32, clip.optimized)) for clip in differing[:MAX_SHOWN_CLIPS]],
+        changed_clips=len(differing),
+        confidence=CONFIDENCE,
+        json_file=REPORT_JSON,
+        decibels=_decibels,
+    )
+    path.write_text(page, encoding="utf-8")
 
 
 def _axis(evaluation: dict[str, Any]) -> Callable[[float], float]:
@@ -342,12 +294,6 @@ def _axis(evaluation: dict[str, Any]) -> Callable[[float], float]:
     return lambda points: round(AXIS_MARGIN + scale * (points - min(ends)), 2)
 
 
-def _chosen_sensitivity(row: dict[str, Any]) -> float | None:
-    """The error of the encoder's output that a weight causes at its number of bits; None where it was not measured."""
-    by_bits: dict[str, float] = row["output_sensitivity"] or {}
-    return by_bits.get(str(row["bits"]))
-
-
-def _ratio(error: float | None) -> str:
+def _decibels(error: float | None) -> str:
     """A relative error as a signal to error ratio in dB; a dash where there is no error."""
     return f"{-10 * math.log10(error):.1f}" if error else "–"
