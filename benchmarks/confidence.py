@@ -19,7 +19,7 @@ from benchmarks.bench import machine
 from common.cli import quiet_libraries
 from common.evaluate.words import Pieces, bins, calibration_error, timed_words, words_right
 from common.run.audio import read_clips
-from common.run.decode import NEMO_RULE
+from common.run.decode import BlankZero
 from common.run.ort import OnnxRuntime
 from common.run.reference import Nemo
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     same = 0
     for clip in tqdm(clips, unit="clip", leave=False, disable=None):
         features = nemo.features(raw.config.read_clip(clip))
-        found = raw.transcribe(features, NEMO_RULE)
+        found = raw.transcribe(features, BlankZero.NEMO)
         own = timed_words(found.emitted, pieces)
         right = words_right(clip.text, [word.text for word in own])
         for field, decode in decoders.items():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.run.decode import GENAI_RULE, NEMO_RULE, DecodingConfig, Prediction, greedy_tdt_decode
+from common.run.decode import BlankZero, DecodingConfig, Prediction, greedy_tdt_decode
 
 A, B, BLANK = 0, 1, 2
 DURATIONS = (0, 1, 2)
@@ -14,7 +14,7 @@ def logits(token: int, *durations: float) -> np.ndarray:
     return np.concatenate([np.eye(3)[token] * 5, durations]).astype(np.float32)
 
 
-def scripted_batch(scripts, rule=NEMO_RULE, max_symbols=3, durations=DURATIONS, ends=None):
+def scripted_batch(scripts, rule=BlankZero.NEMO, max_symbols=3, durations=DURATIONS, ends=None):
     """Decode scripts together: the n-th visit to frame f of script s gives scripts[s][f][n]; the last one repeats.
 
     The state of the prediction network is all tokens that it was fed; `join` checks that it gets that of its script.
@@ -78,21 +78,21 @@ CASES = [
 @pytest.mark.parametrize(("frames", "max_symbols", "nemo", "genai"), [case[1:] for case in CASES],
                          ids=[case[0] for case in CASES])  # fmt: skip
 def test_both_rules_case_by_case(frames, max_symbols, nemo, genai):
-    assert decisions(scripted(frames, NEMO_RULE, max_symbols)) == nemo
-    assert decisions(scripted(frames, GENAI_RULE, max_symbols)) == (genai or nemo)
+    assert decisions(scripted(frames, BlankZero.NEMO, max_symbols)) == nemo
+    assert decisions(scripted(frames, BlankZero.GENAI, max_symbols)) == (genai or nemo)
 
 
 def test_state_advances_on_tokens_only():
     """`join` in `scripted` compares the state that it is given with the tokens so far."""
     assert scripted(
-        [[BLANK_1], [logits(A, 0, 1, 0)], [BLANK_1], [logits(B, 0, 1, 0)], [BLANK_1]], NEMO_RULE
+        [[BLANK_1], [logits(A, 0, 1, 0)], [BLANK_1], [logits(B, 0, 1, 0)], [BLANK_1]], BlankZero.NEMO
     ).tokens == [
         A,
         B,
     ]
 
 
-@pytest.mark.parametrize("rule", [NEMO_RULE, GENAI_RULE])
+@pytest.mark.parametrize("rule", [BlankZero.NEMO, BlankZero.GENAI])
 @pytest.mark.parametrize("max_symbols", [2, 3, None])
 def test_utterances_are_decoded_together_as_alone(rule, max_symbols):
     """Utterances of different lengths, each at its own frame, get the decisions that each gets when decoded alone."""
@@ -103,23 +103,24 @@ def test_utterances_are_decoded_together_as_alone(rule, max_symbols):
 
 
 def test_the_margin_is_the_smaller_lead():
-    step = scripted([[logits(A, 0.25, 1, 0.5)]], NEMO_RULE).steps[0]
+    step = scripted([[logits(A, 0.25, 1, 0.5)]], BlankZero.NEMO).steps[0]
     assert step.margin == pytest.approx(0.5)
     assert not step.blank_zero
-    assert scripted([[logits(BLANK, 3, 1, 2)]], NEMO_RULE).steps[0].blank_zero
+    assert scripted([[logits(BLANK, 3, 1, 2)]], BlankZero.NEMO).steps[0].blank_zero
 
 
 def test_a_duration_is_dropped_at_the_end_of_a_window():
     script = [[BLANK_1], [logits(A, 0, 0, 1)], [logits(B, 0, 1, 0)], [BLANK_1]]
-    assert decisions(scripted(script, NEMO_RULE)) == [(0, BLANK, 1), (1, A, 2), (3, BLANK, 1)]
-    assert decisions(scripted(script, NEMO_RULE, ends=[[2, 4]])) == [
+    assert decisions(scripted(script, BlankZero.NEMO)) == [(0, BLANK, 1), (1, A, 2), (3, BLANK, 1)]
+    assert decisions(scripted(script, BlankZero.NEMO, ends=[[2, 4]])) == [
         (0, BLANK, 1), (1, A, 2), (2, B, 1), (3, BLANK, 1),
     ]  # fmt: skip
-    assert decisions(scripted(script, NEMO_RULE, ends=[[3, 3, 4]])) == decisions(scripted(script, NEMO_RULE))
+    assert decisions(scripted(script, BlankZero.NEMO, ends=[[3, 3, 4]])) == decisions(scripted(script, BlankZero.NEMO))
 
 
 @pytest.mark.parametrize(
-    ("durations", "rule"), [((), NEMO_RULE), ((0,), NEMO_RULE), ((-1, 1), NEMO_RULE), ((1, 0), GENAI_RULE)]
+    ("durations", "rule"),
+    [((), BlankZero.NEMO), ((0,), BlankZero.NEMO), ((-1, 1), BlankZero.NEMO), ((1, 0), BlankZero.GENAI)],
 )
 def test_durations_that_cannot_advance_are_rejected(durations, rule):
     with pytest.raises(ValueError, match="durations"):
@@ -128,7 +129,7 @@ def test_durations_that_cannot_advance_are_rejected(durations, rule):
 
 def test_durations_are_not_their_indices():
     """With durations [1, 0, 2], index 0 is one frame. NeMo's rule, which looks at the value, allows it for a blank."""
-    assert decisions(scripted([[logits(BLANK, 1, 0, 0)], [BLANK_1]], NEMO_RULE, durations=(1, 0, 2))) == [
+    assert decisions(scripted([[logits(BLANK, 1, 0, 0)], [BLANK_1]], BlankZero.NEMO, durations=(1, 0, 2))) == [
         (0, BLANK, 1),
         (1, BLANK, 1),
     ]

@@ -18,7 +18,7 @@ from common.export import wrappers
 from common.onnx_io import save_model
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, compare
 from common.quantize.rewrite import fuse
-from common.run.decode import GENAI_RULE, NEMO_RULE, DecodingConfig, Prediction, greedy_tdt_decode
+from common.run.decode import BlankZero, DecodingConfig, Prediction, greedy_tdt_decode
 from common.run.ort import OrtGraph
 from tests.helpers import handmade
 
@@ -54,7 +54,7 @@ def table_decode(seed: int, ends: list[list[int]], vocabulary: int, durations, m
 )
 def test_decoding_ends_and_advances_and_stays_within_its_frames(seed, frames, vocabulary, durations, max_symbols, bias):
     hypotheses = {}
-    for rule in (NEMO_RULE, GENAI_RULE):
+    for rule in (BlankZero.NEMO, BlankZero.GENAI):
         (hypothesis,) = table_decode(seed, [[frames]], vocabulary, durations, max_symbols, rule, bias)
         steps = hypothesis.steps
         assert len(steps) <= frames * (max_symbols + 1)
@@ -64,17 +64,17 @@ def test_decoding_ends_and_advances_and_stays_within_its_frames(seed, frames, vo
         for frame in {step.frame for step in steps}:
             assert sum(step.frame == frame and step.token != vocabulary for step in steps) <= max_symbols
         hypotheses[rule] = hypothesis
-    if not any(step.blank_zero for step in hypotheses[NEMO_RULE].steps):  # else the rules differ by design
-        assert hypotheses[NEMO_RULE].steps == hypotheses[GENAI_RULE].steps
+    if not any(step.blank_zero for step in hypotheses[BlankZero.NEMO].steps):  # else the rules differ by design
+        assert hypotheses[BlankZero.NEMO].steps == hypotheses[BlankZero.GENAI].steps
 
 
 @QUICK
 @given(seed=st.integers(0, 2**32 - 1), durations=any_durations, frames=st.integers(1, 30), cut=st.integers(0, 30))
 def test_a_seam_where_a_step_begins_changes_nothing(seed, durations, frames, cut):
-    (whole,) = table_decode(seed, [[frames]], 5, durations, 4, NEMO_RULE)
+    (whole,) = table_decode(seed, [[frames]], 5, durations, 4, BlankZero.NEMO)
     begun = sorted({step.frame for step in whole.steps})
     seam = begun[min(cut, len(begun) - 1)]
-    assert table_decode(seed, [[seam, frames]], 5, durations, 4, NEMO_RULE) == [whole]
+    assert table_decode(seed, [[seam, frames]], 5, durations, 4, BlankZero.NEMO) == [whole]
 
 
 @QUICK
@@ -86,8 +86,8 @@ def test_a_seam_where_a_step_begins_changes_nothing(seed, durations, frames, cut
 def test_utterances_are_decoded_together_as_alone(seed, durations, lengths):
     ends = [[length // 2, length] for length in lengths]
     longest = [[max(lengths)]]  # for one table
-    together = table_decode(seed, ends + longest, 5, durations, 4, NEMO_RULE)
-    alone = [table_decode(seed, [end, *longest], 5, durations, 4, NEMO_RULE)[0] for end in ends]
+    together = table_decode(seed, ends + longest, 5, durations, 4, BlankZero.NEMO)
+    alone = [table_decode(seed, [end, *longest], 5, durations, 4, BlankZero.NEMO)[0] for end in ends]
     assert together[:-1] == alone
 
 

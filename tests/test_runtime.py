@@ -12,7 +12,7 @@ import soundfile
 from common.run import ort
 from common.run.audio import Clip, load_clip
 from common.run.config import windows
-from common.run.decode import NEMO_RULE
+from common.run.decode import BlankZero
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime
 from common.run.reference import Nemo
@@ -47,7 +47,7 @@ def test_every_engine_transcribes_the_same(clip, genai, raw, nemo):
     reference = nemo.transcribe(features)
     tokens, frames = reference.tokens, reference.frames
     assert tokens
-    found = raw.transcribe(features, NEMO_RULE)
+    found = raw.transcribe(features, BlankZero.NEMO)
     assert found.tokens == tokens
     assert [step.frame for step in found.emitted] == frames
     np.testing.assert_allclose(genai.features(samples), features, atol=2e-3)

@@ -20,7 +20,7 @@ from common.evaluate.words import (
     vtt,
 )
 from common.run.audio import Clip, load_clip
-from common.run.decode import NEMO_RULE, Step, TimedWord, confidence_of, log_softmax
+from common.run.decode import BlankZero, Step, TimedWord, confidence_of, log_softmax
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime
 from common.run.reference import Nemo
@@ -44,7 +44,7 @@ def test_words_and_times_are_nemos_own(raw, pieces, tiny_model):
     nemo = Nemo(tiny_model)
     samples = [raw.config.read_audio(path) for path in CLIPS]
     features = [nemo.features(one) for one in samples]
-    found = [timed_words(one.emitted, pieces) for one in raw.transcribe_all(features, NEMO_RULE, batch_size=4)]
+    found = [timed_words(one.emitted, pieces) for one in raw.transcribe_all(features, BlankZero.NEMO, batch_size=4)]
     decoding = tiny_model.cfg.decoding.copy()
     try:
         hypotheses = tiny_model.transcribe(samples, batch_size=1, timestamps=True, verbose=False)
@@ -224,7 +224,7 @@ def test_confidences_are_nemos_own(field, tiny_model, tiny_export):
     for path in CLIPS:
         features = nemo.features(load_clip(Clip(path), 16000, 1))
         expected = decode(features)
-        found = raw.transcribe(features, NEMO_RULE)
+        found = raw.transcribe(features, BlankZero.NEMO)
         if found.tokens != [int(token) for token in expected.y_sequence]:
             continue
         tokens = [getattr(step.confidence, field) for step in found.emitted]

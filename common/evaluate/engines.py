@@ -27,7 +27,7 @@ from common.layouts.genai import GENAI
 from common.layouts.layout import check_same_checkpoint
 from common.run.audio import Clip
 from common.run.config import RuntimeConfig
-from common.run.decode import GENAI_RULE, NEMO_RULE, BlankZero, Transcript
+from common.run.decode import BlankZero, Transcript
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime
 from common.run.reference import Nemo, Reference, Transformers
@@ -142,7 +142,7 @@ class OnnxEngine(Engine):
 
     folder: "OpenFolder"
     _: KW_ONLY
-    rule: BlankZero = GENAI_RULE
+    rule: BlankZero = BlankZero.GENAI
     batch_size: int = 1
     whole: bool = False  # whether to encode every recording in one window, however long it is
     with_times: bool = False  # whether to give words
@@ -277,7 +277,7 @@ def open_folders(path: Path, options: EngineOptions) -> list[OpenFolder]:
             folder.onnx_engine = OnnxEngine(
                 f"ONNX Runtime {label}",
                 folder,
-                rule=NEMO_RULE if NEMO_ENGINE in options.engines else GENAI_RULE,
+                rule=BlankZero.NEMO if NEMO_ENGINE in options.engines else BlankZero.GENAI,
                 batch_size=options.batch_size,
                 with_times=options.with_times,
             )

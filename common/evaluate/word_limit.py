@@ -28,7 +28,7 @@ from common.quantize.fidelity import sqnr_db
 from common.quantize.methods import OptimizeOptions
 from common.run.audio import Clip, read_clips, shared_clips
 from common.run.config import RuntimeConfig
-from common.run.decode import GENAI_RULE, BlankZero, Hypothesis
+from common.run.decode import BlankZero, Hypothesis
 from common.run.ort import MAPPED, OnnxRuntime, OpenGraph, OrtGraph
 
 
@@ -75,7 +75,7 @@ class KeptOutputs(OnnxRuntime):
     def transcribe_all(
         self,
         features: Sequence[np.ndarray],
-        rule: BlankZero = GENAI_RULE,
+        rule: BlankZero = BlankZero.GENAI,
         batch_size: int = 1,
         *,
         whole: bool = False,

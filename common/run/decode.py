@@ -29,14 +29,10 @@ class BlankZero(Enum):
 
     # The duration becomes one frame. NeMo's batched greedy decoding (nemo/collections/asr/parts/submodules/
     # transducer_decoding/tdt_label_looping.py: "for blank labels force duration >= 1").
-    STEP_ONE = auto()
+    NEMO = auto()
     # The best duration other than that of index 0 is taken. ONNX Runtime GenAI (src/models/parakeet.cpp, EmitNextToken:
     # "forbid duration index 0").
-    NEXT_BEST = auto()
-
-
-NEMO_RULE = BlankZero.STEP_ONE
-GENAI_RULE = BlankZero.NEXT_BEST
+    GENAI = auto()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +45,12 @@ class DecodingConfig:
     blank_id: int  # the last token; the logits behind it are durations
     durations: tuple[int, ...]  # frames, by index
     max_symbols: int | None  # tokens on one frame before a step of one frame is forced; None: no limit
-    blank_zero: BlankZero = NEMO_RULE
+    blank_zero: BlankZero = BlankZero.NEMO
 
     def __post_init__(self) -> None:
         if len(self.durations) == 0 or min(self.durations) < 0 or max(self.durations) < 1:
             raise ValueError(f"expected durations of 0 or more frames, one of them positive, got {self.durations}")
-        if self.blank_zero is BlankZero.NEXT_BEST and min(self.durations[1:], default=0) < 1:
+        if self.blank_zero is BlankZero.GENAI and min(self.durations[1:], default=0) < 1:
             raise ValueError(
                 f"expected positive durations after index 0, which ONNX Runtime GenAI's rule needs, got "
                 f"{self.durations}"
@@ -173,7 +169,7 @@ def greedy_tdt_decode(
         for i, row, (token, token_margin), (index, duration_margin) in choices:
             is_blank = token == config.blank_id
             is_blank_zero = is_blank and config.durations[index] == 0
-            if is_blank and index == 0 and config.blank_zero is BlankZero.NEXT_BEST:
+            if is_blank and index == 0 and config.blank_zero is BlankZero.GENAI:
                 index = 1 + int(np.argmax(row[num_tokens + 1 :]))
             duration = config.durations[index]
             if is_blank:

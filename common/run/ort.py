@@ -16,7 +16,7 @@ import onnxruntime as ort
 from common.cli import EXPORT_COMMAND, progress_bar
 from common.contract import DECODER, ENCODER, JOINT, Graph
 from common.run.config import MIN_WINDOWS_OF_BAR, RuntimeConfig, Window, windows
-from common.run.decode import GENAI_RULE, BlankZero, DecodingConfig, Frames, Hypothesis, Prediction, greedy_tdt_decode
+from common.run.decode import BlankZero, DecodingConfig, Frames, Hypothesis, Prediction, greedy_tdt_decode
 
 ERRORS_AND_WORSE = 3  # a severity of OrtLoggingLevel
 
@@ -123,7 +123,7 @@ class OnnxRuntime:
         outputs, lengths = self.encoder(padded, lengths)
         return [np.ascontiguousarray(row[:, :length].T) for row, length in zip(outputs, lengths, strict=True)]
 
-    def transcribe(self, features: np.ndarray, rule: BlankZero = GENAI_RULE, *, whole: bool = False) -> Hypothesis:
+    def transcribe(self, features: np.ndarray, rule: BlankZero = BlankZero.GENAI, *, whole: bool = False) -> Hypothesis:
         """features [M, T], normalised over the clip → the decoded steps.
 
         whole: encode the clip in one window, however long it is.
@@ -133,7 +133,7 @@ class OnnxRuntime:
     def transcribe_all(
         self,
         features: Sequence[np.ndarray],
-        rule: BlankZero = GENAI_RULE,
+        rule: BlankZero = BlankZero.GENAI,
         batch_size: int = 1,
         *,
         whole: bool = False,
