@@ -40,9 +40,9 @@ from common.cli import MODEL_DIR_HELP, PUBLISH_COMMAND, Parser, checked_options,
 
 from common.evaluate.compare import ComparedClip, Comparison
 from common.evaluate.engines import (
+    GENAI_ENGINE,
     NEMO_ENGINE,
     ONNX_ENGINE,
-    EngineOptions,
     add_engine_flags,
     check_engine_flags,
     input_files,
@@ -113,21 +113,22 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     clips = [ComparedClip.of(clip) for clip in listed]
     subtitles = {suffix: subtitle_paths(path, suffix, clips) for suffix in SUBTITLES if (path := getattr(args, suffix))}
     page_with_times = args.html and ONNX_ENGINE in args.engines and args.stress is None
-    options = EngineOptions(
-        engines=args.engines,
-        folders=args.folders,
+    with_times = bool(args.timestamps or subtitles or page_with_times)
+    folders = open_folders(
+        genai_folder(args.model_dir or default_model_dir()),
+        args.engines,
+        args.folders,
         batch_size=args.batch_size,
-        with_times=bool(args.timestamps or subtitles or page_with_times),
+        with_times=with_times,
     )
-    folders = open_folders(genai_folder(args.model_dir or default_model_dir()), options)
     outputs = [path for path in (args.json, args.html, *itertools.chain(*subtitles.values())) if path]
     check_outputs(outputs, input_files(folders, clips, args.manifest, args.model_name))
     name, config = folders[0].path.name, folders[0].config
     config.check_clips(clips)
-    if folders[0].genai_engine:
-        folders[0].genai_engine.load()  # now, so that a fault of the folder shows before NeMo takes its time
+    if GENAI_ENGINE in args.engines:
+        _ = folders[0].genai  # loaded now, so that a fault of the folder shows before NeMo takes its time
     reference = (
-        load_reference(folders[0], args.model_name, args.checkpoint_format, with_times=options.with_times)
+        load_reference(folders[0], args.model_name, args.checkpoint_format, with_times=with_times)
         if NEMO_ENGINE in args.engines
         else None
     )
@@ -153,7 +154,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         for clip, path in zip(clips, paths, strict=True):
             write_output(path, SUBTITLES[suffix](comparison.words(clip), config.frame_seconds), stdout)
     print_and_judge(comparison)
-    if reference and options.with_times:
+    if reference and with_times:
         judge_times(comparison, ids_of_other_words(reference.reference.sentencepiece_model))
     if reference:
         print(f"if the words are good enough to publish, next: {PUBLISH_COMMAND.format(folders[0].path)}")

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             engines.append(GenAIEngine(f"{name}, GenAI", folder))
     test = run_stress(
         engines,
-        exported.features_engine,
+        exported.genai,
         exported.config,
         read_clips(args.manifest, with_text=True),
         StressOptions(stress=args.stress, seed=args.seed),

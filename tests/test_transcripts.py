@@ -184,9 +184,6 @@ class Scripted(Engine):
         super().__init__(name)
         self.texts = iter(texts)
 
-    def load(self):
-        pass
-
     def transcribe(self, recordings):
         return [Transcript([1], next(self.texts), 0.5, 0.25) for _ in recordings]
 
@@ -195,7 +192,7 @@ def printed(capsys, *engines, texts=(None, None)):
     """What is printed for two clips of one second."""
     folder = folder_of_engines("", "", is_float32=False)
     folder.engines = engines
-    folder.onnx_engine, folder.features_engine = None, None
+    folder.onnx_engine, folder.genai = None, None
     folder.config.read_clip = lambda clip: np.zeros(16_000, np.float32)
     folder.config.fits_one_window = lambda seconds: True
     clips = [ComparedClip(Path(name), text=text) for name, text in zip(("a.wav", "b.wav"), texts, strict=True)]

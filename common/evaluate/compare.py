@@ -210,7 +210,7 @@ class Comparison:
 
     def _pools(self) -> Iterator[tuple[list[ComparedClip], list[Recording]]]:
         """The clips with their samples, one at a time or in pools to make batches from."""
-        features_by = self.reference or self.folders[0].features_engine
+        features_by = self.reference.reference if self.reference else self.folders[0].genai
         onnx, config = self.folders[0].onnx_engine, self.folders[0].config
         in_batches = onnx is not None and onnx.batch_size > 1
         clips: list[ComparedClip] = []

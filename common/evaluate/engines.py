@@ -8,7 +8,7 @@ import argparse
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -29,7 +29,7 @@ from common.run.audio import Clip
 from common.run.config import RuntimeConfig
 from common.run.decode import BlankZero, Transcript
 from common.run.genai import GenAI
-from common.run.ort import OnnxRuntime
+from common.run.ort import OnnxRuntime, OpenGraph, OrtGraph
 from common.run.reference import Nemo, Reference, Transformers
 
 # What --engines and --folders choose from.
@@ -46,22 +46,14 @@ class Recording:
     """Samples to transcribe, and their features for the engines that compute none, made when first asked for."""
 
     samples: np.ndarray  # [N], mono, at the model's rate
-    features_by: "LibraryEngine | GenAIEngine"
+    features_by: Reference | GenAI
+    features_seconds: float = field(default=0.0, init=False)  # that the features took, once they are made
 
     @cached_property
-    def _timed_features(self) -> tuple[np.ndarray, float]:
-        self.features_by.load()
-        return timed(self.features_by.features, self.samples)
-
-    @property
     def features(self) -> np.ndarray:
         """[M, T]."""
-        return self._timed_features[0]
-
-    @property
-    def features_seconds(self) -> float:
-        """How long the features took."""
-        return self._timed_features[1]
+        features, self.features_seconds = timed(self.features_by.features, self.samples)
+        return features
 
 
 @dataclass(eq=False)
@@ -74,12 +66,9 @@ class Engine(ABC):
     name: str  # of its rows and its results; no other engine of a comparison has it
 
     @abstractmethod
-    def load(self) -> None:
-        """Load the model, where it is not loaded yet. Raises ValueError or FileNotFoundError where that fails."""
-
-    @abstractmethod
     def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
-        """A transcript of each recording. Raises ValueError where the model gives no numbers."""
+        """A transcript of each recording. Raises ValueError where the model gives no numbers, and ValueError or
+        FileNotFoundError where it is loaded now and that fails."""
 
 
 class LibraryEngine(Engine):
@@ -91,13 +80,6 @@ class LibraryEngine(Engine):
         self.reference = reference
         self.rules = rules
         self.with_times = with_times
-
-    def load(self) -> None:
-        """The reference is loaded already."""
-
-    def features(self, samples: np.ndarray) -> np.ndarray:
-        """The library's own features of samples [N], [M, T]."""
-        return self.reference.features(samples)
 
     def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
         return [self._transcribe_one(recording) for recording in recordings]
@@ -118,13 +100,6 @@ class GenAIEngine(Engine):
     """A model folder in GenAI, which computes its own features and text, and gives no times."""
 
     folder: "OpenFolder"
-
-    def load(self) -> None:
-        _ = self.folder.genai
-
-    def features(self, samples: np.ndarray) -> np.ndarray:
-        """GenAI's own features of samples [N], [M, T]."""
-        return self.folder.genai.features(samples)
 
     def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
         genai = self.folder.genai
@@ -147,9 +122,6 @@ class OnnxEngine(Engine):
     whole: bool = False  # whether to encode every recording in one window, however long it is
     with_times: bool = False  # whether to give words
     spell: Callable[[list[int]], str] | None = None  # the text of tokens; None: by the folder's tokenizer.json
-
-    def load(self) -> None:
-        _ = self.folder.onnx
 
     def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
         """A transcript of each recording; the time of all of them is divided among them by their length."""
@@ -175,13 +147,13 @@ class OnnxEngine(Engine):
 class OpenFolder:
     """A model folder whose runtimes are loaded when they are first used.
 
-    onnx_runtime: how plain ONNX Runtime loads the folder; by default as OnnxRuntime does.
+    open_graph: how plain ONNX Runtime loads each graph.
     """
 
-    def __init__(self, path: Path, onnx_runtime: Callable[[Path], OnnxRuntime] | None = None) -> None:
+    def __init__(self, path: Path, open_graph: OpenGraph = OrtGraph) -> None:
         self.path = path
         self.config = RuntimeConfig.read(path)
-        self._onnx_runtime = onnx_runtime
+        self._open_graph = open_graph
         self.genai_engine: GenAIEngine | None = None  # the engines of a comparison; None where they are not to run
         self.onnx_engine: OnnxEngine | None = None
 
@@ -201,13 +173,9 @@ class OpenFolder:
         flags = manifest["optimize"].get("flags", {})
         return bool(flags.get("skip_quantization")) and flags.get("decoder_joint_precision", "fp32") == "fp32"
 
-    @property
-    def features_engine(self) -> GenAIEngine:
-        """The engine that computes features where there is no reference, whether or not it is to run."""
-        return self.genai_engine or GenAIEngine("GenAI", self)
-
     @cached_property
     def genai(self) -> GenAI:
+        """GenAI, which also computes the features where there is no reference."""
         genai = GenAI(self.path)
         genai.transcribe(self.noise())
         return genai
@@ -215,7 +183,7 @@ class OpenFolder:
     @cached_property
     def onnx(self) -> OnnxRuntime:
         """Plain ONNX Runtime."""
-        onnx = (self._onnx_runtime or OnnxRuntime)(self.path)
+        onnx = OnnxRuntime(self.path, self._open_graph)
         mels = onnx.encoder.session.get_inputs()[0].shape[1]
         onnx.transcribe(np.random.default_rng(0).standard_normal((mels, WARM_UP_FRAMES), dtype=np.float32))
         return onnx
@@ -234,54 +202,47 @@ class OpenFolder:
         """A second of noise, [samples], to warm an engine up with."""
         return np.random.default_rng(0).normal(0, 0.1, self.config.sample_rate).astype(np.float32)
 
-    def files(self) -> Iterator[Path]:
-        """The files of the folder that are read, and the checkpoint that it names; no result may overwrite them."""
-        manifest = read_manifest(self.path)
-        yield from (self.path / name for name in {MANIFEST, *GENAI.files, *manifest.get(FILES, {})})
-        if checkpoint := read_location(self.path, CHECKPOINT):
-            yield checkpoint
-
 
 def input_files(folders: Sequence[OpenFolder], clips: Sequence[Clip], *named: Path | str | None) -> Iterator[Path]:
     """The files that a comparison reads, which no result may overwrite; `named`: those on its command line, if any."""
     yield from (Path(path) for path in named if path)
-    yield from (file for folder in folders for file in folder.files())
     yield from (clip.path for clip in clips)
+    for folder in folders:
+        manifest = read_manifest(folder.path)
+        yield from (folder.path / name for name in {MANIFEST, *GENAI.files, *manifest.get(FILES, {})})
+        if checkpoint := read_location(folder.path, CHECKPOINT):
+            yield checkpoint
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """Which engines run, and how."""
-
-    engines: frozenset[str]  # of ENGINES
-    folders: str = BOTH_FOLDERS  # one of FOLDERS; a folder that is asked for alone must be there
-    batch_size: int = 1  # clips that plain ONNX Runtime takes at a time
-    with_times: bool = False  # whether words are given with their times as well
-
-
-def open_folders(path: Path, options: EngineOptions) -> list[OpenFolder]:
+def open_folders(
+    path: Path, engines: frozenset[str], folders: str = BOTH_FOLDERS, *, batch_size: int = 1, with_times: bool = False
+) -> list[OpenFolder]:
     """The folder at `path`, and the exported folder that it was optimized from, where that is still there.
 
+    engines: those of ENGINES that run.
+    folders: one of FOLDERS; a folder that is asked for alone must be there.
+    batch_size: the number of clips that plain ONNX Runtime takes at a time.
+    with_times: whether words are given with their times as well.
     Raises ValueError or FileNotFoundError, naming the command that repairs the folder, where one lacks a file or holds
     parts of different checkpoints.
     """
-    paths = _chosen_folders(path, options.folders)
+    paths = _chosen_folders(path, folders)
     for each in paths:
         GENAI.check_one_checkpoint(each)
         check_same_checkpoint(path, each)
-    folders = [OpenFolder(each) for each in paths]
-    for folder, label in zip(folders, labels(paths), strict=True):
-        if GENAI_ENGINE in options.engines:
+    opened = [OpenFolder(each) for each in paths]
+    for folder, label in zip(opened, labels(paths), strict=True):
+        if GENAI_ENGINE in engines:
             folder.genai_engine = GenAIEngine(f"GenAI {label}", folder)
-        if ONNX_ENGINE in options.engines:
+        if ONNX_ENGINE in engines:
             folder.onnx_engine = OnnxEngine(
                 f"ONNX Runtime {label}",
                 folder,
-                rule=BlankZero.NEMO if NEMO_ENGINE in options.engines else BlankZero.GENAI,
-                batch_size=options.batch_size,
-                with_times=options.with_times,
+                rule=BlankZero.NEMO if NEMO_ENGINE in engines else BlankZero.GENAI,
+                batch_size=batch_size,
+                with_times=with_times,
             )
-    return folders
+    return opened
 
 
 def labels(folders: Sequence[Path]) -> list[str]:

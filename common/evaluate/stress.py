@@ -25,6 +25,8 @@ from common.evaluate.wer import NO_WORDS, WordCounts, changes_text, normalize, w
 from common.run.audio import Clip
 from common.run.config import RuntimeConfig
 from common.run.decode import Transcript
+from common.run.genai import GenAI
+from common.run.reference import Reference
 
 FLOAT32, OPTIMIZED = "float32", "optimized"  # the names of their rows
 MIN_SHARE_WITH_WORDS = 0.5  # of a take's speech: with words in so much of it, its transcript is expected to have a word
@@ -123,7 +125,7 @@ class StressTest:
     # Of the engines that encode a take in one window, however long it is: the name of the engine that cuts it instead.
     # The former are given only takes that are longer than a window.
     whole_of: Mapping[str, str]
-    features_by: LibraryEngine | GenAIEngine
+    features_by: Reference | GenAI
     config: RuntimeConfig
     baseline: str  # the float32 engine; its transcript of a clip without a text stands for the text
     judged: str  # the engine that is held to a limit, and whose worst clips are listed
@@ -206,7 +208,7 @@ def stress_compared(
             engines.append(GenAIEngine(f"{name}, GenAI" if folder.onnx_engine else name, folder))
     return run_stress(
         engines,
-        reference or optimized.features_engine,
+        reference.reference if reference else optimized.genai,
         optimized.config,
         clips,
         options,
@@ -217,7 +219,7 @@ def stress_compared(
 
 def run_stress(
     engines: Sequence[Engine],
-    features_by: LibraryEngine | GenAIEngine,
+    features_by: Reference | GenAI,
     config: RuntimeConfig,
     clips: Sequence[Clip],
     options: StressOptions,

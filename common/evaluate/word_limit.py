@@ -6,13 +6,12 @@ rule, on the features of GenAI's processor, for which the optimized folder is al
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from common.cli import CheckError, progress, warn
-from common.evaluate.engines import GenAIEngine, OnnxEngine, OpenFolder, Recording
+from common.evaluate.engines import OnnxEngine, OpenFolder, Recording
 from common.evaluate.wer import (
     MAX_PRINTED_CLIPS,
     WordErrorRate,
@@ -28,8 +27,7 @@ from common.quantize.fidelity import sqnr_db
 from common.quantize.methods import OptimizeOptions
 from common.run.audio import Clip, read_clips, shared_clips
 from common.run.config import RuntimeConfig
-from common.run.decode import BlankZero, Hypothesis
-from common.run.ort import MAPPED, OnnxRuntime, OpenGraph, OrtGraph
+from common.run.ort import MAPPED
 
 
 def read_speech_manifests(
@@ -60,55 +58,18 @@ def read_speech_manifests(
     return calibration, evaluation
 
 
-class KeptOutputs(OnnxRuntime):
-    """Plain ONNX Runtime that keeps the encoder's outputs, [S, D] of each window, until the next call."""
-
-    def __init__(self, folder: Path, open_graph: OpenGraph = OrtGraph) -> None:
-        super().__init__(folder, open_graph)
-        self.outputs: list[np.ndarray] = []
-
-    def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
-        encoded = super().encode(features)
-        self.outputs += encoded
-        return encoded
-
-    def transcribe_all(
-        self,
-        features: Sequence[np.ndarray],
-        rule: BlankZero = BlankZero.GENAI,
-        batch_size: int = 1,
-        *,
-        whole: bool = False,
-    ) -> list[Hypothesis]:
-        self.outputs = []
-        return super().transcribe_all(features, rule, batch_size, whole=whole)
-
-
 class BothModels:
     """An optimized folder and the exported one beside it, each in plain ONNX Runtime with its own tokenizer.
 
     GenAI computes the features, from the optimized folder. The float32 weights stay in their data file, since both
-    models are in memory at once; the optimized one is small. Raises as GenAI and OnnxRuntime do.
+    models are in memory at once; the optimized one is small. Raises as GenAI does; each runtime loads when first used.
     """
 
     def __init__(self, exported: Path, optimized: Path) -> None:
-        staged = OpenFolder(optimized, KeptOutputs)
-        self.genai = GenAIEngine("GenAI", staged)
-        self.float32 = OnnxEngine("float32", OpenFolder(exported, partial(KeptOutputs, open_graph=MAPPED)))
-        self.optimized = OnnxEngine("optimized", staged, spell=staged.genai.text)
-        for engine in (self.float32, self.optimized):
-            engine.load()
-
-    def sqnr_db(self) -> float:
-        """The signal to quantization noise ratio of the encoder's outputs of the last clip."""
-        return sqnr_db(_last_outputs(self.float32), _last_outputs(self.optimized))
-
-
-def _last_outputs(engine: OnnxEngine) -> np.ndarray:
-    """The encoder's outputs [S, D] of the last clip."""
-    runtime = engine.folder.onnx
-    assert isinstance(runtime, KeptOutputs), "as BothModels opens its folders"
-    return np.concatenate(runtime.outputs)
+        staged = OpenFolder(optimized)
+        self.genai = staged.genai
+        self.float32 = OnnxEngine("float32", OpenFolder(exported, MAPPED))
+        self.optimized = OnnxEngine("optimized", staged, spell=self.genai.text)
 
 
 @dataclass(frozen=True)
@@ -156,10 +117,14 @@ def transcribe_with_both(models: BothModels, manifest: Path, clips: Sequence[Cli
 
     Raises CheckError where the optimized model fails, and as read_clip does.
     """
-    config = models.genai.folder.config
+    config = models.genai.config
     evaluated = []
     for clip in progress(clips, total=len(clips), task="transcribing", unit="clip"):
         recording = Recording(config.read_clip(clip), models.genai)
+        float32_frames: list[np.ndarray] = []  # [S, D] of each window
+        optimized_frames: list[np.ndarray] = []
+        models.float32.folder.onnx.kept = float32_frames
+        models.optimized.folder.onnx.kept = optimized_frames
         (float32,) = models.float32.transcribe([recording])
         try:
             (optimized,) = models.optimized.transcribe([recording])
@@ -173,9 +138,11 @@ def transcribe_with_both(models: BothModels, manifest: Path, clips: Sequence[Cli
                 clip.text or "",
                 float32.text,
                 optimized.text,
-                models.sqnr_db(),
+                sqnr_db(np.concatenate(float32_frames), np.concatenate(optimized_frames)),
             )
         )
+    models.float32.folder.onnx.kept = None
+    models.optimized.folder.onnx.kept = None
     return evaluated
 
 

@@ -112,6 +112,7 @@ class OnnxRuntime:
         self.config = RuntimeConfig.read(folder)
         zeros = np.zeros((self.config.decoder_layers, 1, self.config.decoder_dim), dtype=np.float32)
         self._start = (zeros, zeros)
+        self.kept: list[np.ndarray] | None = None  # a list to which `encode` adds its results, where it is set
         self.encoder, self.decoder, self.joint = (open_graph(folder, graph) for graph in (ENCODER, DECODER, JOINT))
 
     def encode(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -121,7 +122,10 @@ class OnnxRuntime:
         for row, one in zip(padded, features, strict=True):
             row[:, : one.shape[1]] = one
         outputs, lengths = self.encoder(padded, lengths)
-        return [np.ascontiguousarray(row[:, :length].T) for row, length in zip(outputs, lengths, strict=True)]
+        encoded = [np.ascontiguousarray(row[:, :length].T) for row, length in zip(outputs, lengths, strict=True)]
+        if self.kept is not None:
+            self.kept += encoded
+        return encoded
 
     def transcribe(self, features: np.ndarray, rule: BlankZero = BlankZero.GENAI, *, whole: bool = False) -> Hypothesis:
         """features [M, T], normalised over the clip → the decoded steps.
