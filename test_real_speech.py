@@ -149,7 +149,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     elif len(clips) > MAX_PRINTED_CLIPS:
         print("the transcripts of so many clips are not printed; --json FILE writes them")
     if args.html:
-        write_output(args.html, comparison_page(f"{name} on speech", comparison, config), stdout)
+        write_output(args.html, comparison_page(f"{name} on speech", comparison), stdout)
     for suffix, paths in subtitles.items():
         for clip, path in zip(clips, paths, strict=True):
             write_output(path, SUBTITLES[suffix](comparison.words(clip), config.frame_seconds), stdout)

@@ -8,7 +8,7 @@ import pytest
 
 from common.cli import CheckError
 from common.contract import PARITY_TOLERANCE
-from common.evaluate.compare import ComparedClip, Comparison, Difference, first_difference, first_token_difference
+from common.evaluate.compare import ComparedClip, Comparison, Difference, first_difference
 from common.evaluate.engines import Engine, labels
 from common.evaluate.tables import print_corpus, transcribe_and_print
 from common.evaluate.verdict import judge_tokens
@@ -74,12 +74,16 @@ def test_word_changes():
     assert word_changes("", "") == []
 
 
+def emitted(tokens, frames):
+    return Transcript(tokens, "", frames=frames)
+
+
 STEPS = ((0, 1, 5.0, False), (1, BLANK, 5.0, False), (2, 2, 5.0, False))
 
 
 def test_equal_decodings_have_no_difference():
-    assert first_difference([1, 2], [0, 2], hypothesis(*STEPS)) is None
-    assert first_token_difference(hypothesis(*STEPS), [1, 2]) is None
+    assert first_difference(emitted([1, 2], [0, 2]), hypothesis(*STEPS)) is None
+    assert first_difference(hypothesis(*STEPS), Transcript([1, 2], "")) is None
 
 
 @pytest.mark.parametrize(("tokens", "frames", "index"), [
@@ -87,7 +91,7 @@ def test_equal_decodings_have_no_difference():
     ([1, 2, 3], [0, 2, 3], 2), ([], [], 0), ([2, 2], [0, 2], 0),
 ])  # fmt: skip
 def test_a_clear_difference_has_no_excuse(tokens, frames, index):
-    difference = first_difference(tokens, frames, hypothesis(*STEPS))
+    difference = first_difference(emitted(tokens, frames), hypothesis(*STEPS))
     assert difference.index == index
     assert difference.excuse is None
 
@@ -95,24 +99,23 @@ def test_a_clear_difference_has_no_excuse(tokens, frames, index):
 def test_a_near_tie_excuses_only_where_the_decodings_part():
     near = PARITY_TOLERANCE / 2
     at_the_blank = hypothesis(STEPS[0], (1, BLANK, near, False), STEPS[2])
-    assert "margin" in first_difference([1, 3], [0, 2], at_the_blank).excuse
+    assert "margin" in first_difference(emitted([1, 3], [0, 2]), at_the_blank).excuse
     before = hypothesis((0, 1, 5.0, False), (1, 4, near, False), (2, 5, 5.0, False), (3, 2, 5.0, False))
-    assert first_difference([1, 4, 5, 3], [0, 1, 2, 3], before).excuse is None
+    assert first_difference(emitted([1, 4, 5, 3], [0, 1, 2, 3]), before).excuse is None
     after = hypothesis(STEPS[0], STEPS[2], (3, 4, near, False))
-    assert first_difference([1, 3, 4], [0, 2, 3], after).excuse is None
+    assert first_difference(emitted([1, 3, 4], [0, 2, 3]), after).excuse is None
 
 
 def test_a_blank_of_duration_zero_excuses():
-    assert (
-        "duration 0" in first_difference([1, 3], [0, 2], hypothesis(STEPS[0], (1, BLANK, 5.0, True), STEPS[2])).excuse
-    )
+    at_the_blank = hypothesis(STEPS[0], (1, BLANK, 5.0, True), STEPS[2])
+    assert "duration 0" in first_difference(emitted([1, 3], [0, 2]), at_the_blank).excuse
 
 
 def test_token_differences():
-    assert first_token_difference(hypothesis(*STEPS), [1, 7]).index == 1
-    assert first_token_difference(hypothesis(*STEPS), [1]).actual is None
-    assert first_token_difference(hypothesis(*STEPS), [1, 2, 4]).expected is None
-    assert first_token_difference(hypothesis((0, BLANK, 5.0, False)), [1]).actual == 1
+    assert first_difference(hypothesis(*STEPS), Transcript([1, 7], "")).index == 1
+    assert first_difference(hypothesis(*STEPS), Transcript([1], "")).actual is None
+    assert first_difference(hypothesis(*STEPS), Transcript([1, 2, 4], "")).expected is None
+    assert first_difference(hypothesis((0, BLANK, 5.0, False)), Transcript([1], "")).actual == 1
 
 
 def comparison_with(difference):

@@ -18,6 +18,7 @@ from common.evaluate.engines import Engine, LibraryEngine, OpenFolder, Recording
 from common.evaluate.text_rules import TextRule, comparable
 from common.evaluate.wer import WordErrorRate, normalize, word_error_rate
 from common.run.audio import Clip
+from common.run.config import RuntimeConfig
 from common.run.decode import Hypothesis, TimedWord, Transcript
 
 # So much audio at a time is sorted by length into batches: more needs less padding, and more memory, 8 MB a minute.
@@ -47,22 +48,34 @@ class Difference:
         return f"{place}: expected {expected}, got {actual}; {reason}"
 
 
-def first_difference(tokens: Sequence[int], frames: Sequence[int], actual: Hypothesis) -> Difference | None:
-    """Compare a reference's tokens and the encoder frames they were emitted at with a decoding; None where equal.
+def first_difference(expected: Transcript | Hypothesis, actual: Transcript | Hypothesis) -> Difference | None:
+    """Compare the tokens of two decodings and, where both have them, the encoder frames that these were emitted at;
+    None where they are equal. Without frames, `expected` is a Hypothesis.
 
-    The decisions between the last common token and the first different one may excuse the difference: if the two best
-    choices of one of them are closer than the parity tolerance, or if NeMo and GenAI differ by design in one of them.
+    If `actual` is a Hypothesis, its decisions between the last common token and the first different one may excuse the
+    difference: if the two best choices of one of them are closer than the parity tolerance, or if NeMo and GenAI differ
+    by design in one of them.
     """
-    reference = list(zip(tokens, frames, strict=True))
-    emitted = [(step.token, step.frame) for step in actual.emitted]
-    if reference == emitted:
+    one: Sequence[object] = expected.tokens
+    other: Sequence[object] = actual.tokens
+    if expected.frames is not None and actual.frames is not None:
+        one = list(zip(expected.tokens, expected.frames, strict=True))
+        other = list(zip(actual.tokens, actual.frames, strict=True))
+    if one == other:
         return None
-    index = _first_unequal(reference, emitted)
-    expected_token, expected_frame = reference[index] if index < len(reference) else (None, None)
-    actual_token, actual_frame = emitted[index] if index < len(emitted) else (None, None)
-    frame = actual_frame if expected_frame is None else expected_frame
-    assert frame is not None, "at the first difference one of the two has a token"
-    return Difference(index, frame, expected_token, actual_token, _excuse(actual, index))
+    pairs = enumerate(zip(one, other, strict=False))
+    index = next((i for i, (own, its) in pairs if own != its), min(len(one), len(other)))
+    frames = [each.frames[index] for each in (expected, actual) if each.frames and index < len(each.frames)]
+    if not frames:  # `actual`, which has no frames, goes on where `expected` has ended
+        assert isinstance(expected, Hypothesis), "without frames only a Hypothesis says where it ended"
+        frames = [expected.steps[-1].frame]
+    return Difference(
+        index,
+        frames[0],
+        expected.tokens[index] if index < len(expected.tokens) else None,
+        actual.tokens[index] if index < len(actual.tokens) else None,
+        _excuse(actual, index) if isinstance(actual, Hypothesis) else None,
+    )
 
 
 def _excuse(hypothesis: Hypothesis, index: int) -> str | None:
@@ -77,37 +90,6 @@ def _excuse(hypothesis: Hypothesis, index: int) -> str | None:
     if any(step.blank_zero for step in decisions):
         return "blank with duration 0, where the greedy rules of NeMo and GenAI differ"
     return None
-
-
-def excused_by(reference: Hypothesis, difference: Difference, actual: Hypothesis) -> Difference:
-    """`difference` with the excuse that the reference's own decisions give for it.
-
-    The decoding under test must not excuse itself: where a broken graph gives equal logits, every decision is a near
-    tie.
-    """
-    own = first_difference(actual.tokens, actual.frames, reference)
-    return replace(difference, excuse=own.excuse if own and difference.excuse else None)
-
-
-def first_token_difference(reference: Hypothesis, tokens: Sequence[int]) -> Difference | None:
-    """Compare only the tokens of two decodings that must be equal, so nothing is excused. None where they are equal."""
-    if reference.tokens == list(tokens):
-        return None
-    index = _first_unequal(reference.tokens, tokens)
-    step = reference.emitted[index] if index < len(reference.emitted) else None
-    return Difference(
-        index,
-        step.frame if step else reference.steps[-1].frame,
-        step.token if step else None,
-        tokens[index] if index < len(tokens) else None,
-        None,
-    )
-
-
-def _first_unequal(expected: Sequence[object], actual: Sequence[object]) -> int:
-    """Index of the first entry that differs; the length of the shorter sequence where the other one goes on."""
-    pairs = enumerate(zip(expected, actual, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(expected), len(actual)))
 
 
 # ---- the comparison
@@ -126,11 +108,6 @@ class ComparedClip(Clip):
     def of(cls, clip: Clip) -> Self:
         """`clip`, without transcripts as yet."""
         return cls(**vars(clip))
-
-    @property
-    def name(self) -> str:
-        """The file, and the segment of it."""
-        return f"{self.path}{self.segment}"
 
 
 @dataclass(frozen=True)
@@ -169,15 +146,9 @@ class Comparison:
         return self.reference.rules if self.reference else ()
 
     @property
-    def window_seconds(self) -> float:
-        """Length of audio that the engines of a folder decode at a time; the reference decodes a clip whole."""
-        config = self.folders[0].config
-        return config.chunk / config.sample_rate
-
-    @property
-    def frame_seconds(self) -> float:
-        """Length of an encoder frame."""
-        return self.folders[0].config.frame_seconds
+    def config(self) -> RuntimeConfig:
+        """The numbers of decoding, which all folders share."""
+        return self.folders[0].config
 
     @property
     def float32_folders(self) -> list[OpenFolder]:
@@ -211,14 +182,14 @@ class Comparison:
     def _pools(self) -> Iterator[tuple[list[ComparedClip], list[Recording]]]:
         """The clips with their samples, one at a time or in pools to make batches from."""
         features_by = self.reference.reference if self.reference else self.folders[0].genai
-        onnx, config = self.folders[0].onnx_engine, self.folders[0].config
+        onnx = self.folders[0].onnx_engine
         in_batches = onnx is not None and onnx.batch_size > 1
         clips: list[ComparedClip] = []
         recordings: list[Recording] = []
         for clip in self.clips:
-            samples = config.read_clip(clip)
-            clip.seconds = len(samples) / config.sample_rate
-            clip.one_window = config.fits_one_window(clip.seconds)
+            samples = self.config.read_clip(clip)
+            clip.seconds = len(samples) / self.config.sample_rate
+            clip.one_window = self.config.fits_one_window(clip.seconds)
             clips.append(clip)
             recordings.append(Recording(samples, features_by))
             if not in_batches or sum(each.seconds for each in clips) >= POOL_SECONDS or clip is self.clips[-1]:
@@ -232,9 +203,11 @@ class Comparison:
         """
         for folder in self.float32_folders:
             for engine, difference, hypothesis in self._compare(clip, recording, folder):
-                if difference and difference.excuse and self.reference:  # only its own decisions can excuse it
-                    traced = self.reference.reference.trace(recording.features)
-                    difference = excused_by(traced, difference, hypothesis)
+                # Only the reference's own decisions excuse a difference: where a broken graph gives equal logits, each
+                # of its decisions is a near tie.
+                if difference and difference.excuse and self.reference:
+                    own = first_difference(hypothesis, self.reference.reference.trace(recording.features))
+                    difference = replace(difference, excuse=own.excuse if own else None)
                 if difference:
                     clip.differences[engine.name] = difference
         for name, transcript in clip.transcripts.items():
@@ -254,20 +227,20 @@ class Comparison:
         traced = clip.transcripts[onnx.name].hypothesis if onnx else None
         reference = clip.transcripts[self.reference.name] if self.reference and clip.one_window else None
         if onnx and traced and reference:
-            yield onnx, _difference_from(reference, traced), traced
+            yield onnx, first_difference(reference, traced), traced
         if not genai or not (traced or reference):
             return
-        tokens = clip.transcripts[genai.name].tokens
-        if tokens == (reference.tokens if reference else None if self.reference or not traced else traced.tokens):
+        made = clip.transcripts[genai.name]
+        if made.tokens == (reference.tokens if reference else None if self.reference or not traced else traced.tokens):
             return
         alone = traced if onnx and not self.reference and onnx.batch_size == 1 else None  # on GenAI's features
         own = alone or folder.onnx.transcribe(folder.genai.features(recording.samples))
-        difference = first_token_difference(own, tokens)
+        difference = first_difference(own, made)
         if reference and difference is None:
-            difference = _difference_from(reference, own)
+            difference = first_difference(reference, own)
         yield genai, difference, own
         if onnx and traced and not self.reference:
-            yield onnx, first_difference(own.tokens, own.frames, traced), traced
+            yield onnx, first_difference(own, traced), traced
 
     @cached_property
     def figures(self) -> dict[str, EngineFigures]:
@@ -348,13 +321,9 @@ class Comparison:
         }
 
     def _word_json(self, word: TimedWord) -> dict[str, Any]:
-        start, end = (round(frame * self.frame_seconds, 3) for frame in (word.start, word.end))
+        start, end = (round(frame * self.config.frame_seconds, 3) for frame in (word.start, word.end))
         confidence = {} if word.confidence is None else asdict(word.confidence)
         return {"text": word.text, "start": start, "end": end, **{name: round(x, 4) for name, x in confidence.items()}}
-
-
-def _difference_from(reference: Transcript, actual: Hypothesis) -> Difference | None:
-    return first_difference(reference.tokens, reference.frames or [], actual)
 
 
 def _error_rate(pairs: Sequence[tuple[str, str]]) -> WordErrorRate | None:

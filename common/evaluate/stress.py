@@ -410,7 +410,7 @@ def _print_seams(test: StressTest, engine: str, whole: str) -> None:
     if cut:
         words = _sum_counts(cut)
         print(
-            f"seams of windows of {test.config.chunk / test.config.sample_rate:g} s: {engine} has {words.errors} of "
+            f"seams of windows of {test.config.window_seconds:g} s: {engine} has {words.errors} of "
             f"{words.words} words wrong in {len(cut)} joined clips, and {_sum_counts(in_one.values()).errors} where "
             "each is one window"
         )

@@ -50,7 +50,7 @@ def transcribe_and_print(comparison: Comparison, *, print_times: bool) -> None:
             if len({transcript.text for transcript in clip.transcripts.values()}) > 1:
                 _print_engines(comparison, clip)
             if print_times:
-                print_words(comparison.words(clip), comparison.frame_seconds)
+                print_words(comparison.words(clip), comparison.config.frame_seconds)
 
 
 def _print_transcript(clip: ComparedClip, engine: str) -> None:
@@ -107,7 +107,7 @@ def clip_notes(comparison: Comparison, clip: ComparedClip) -> list[str]:
     name = comparison.reference.name
     notes = []
     if not clip.one_window:
-        windows = f"windows of {comparison.window_seconds:g} s"
+        windows = f"windows of {comparison.config.window_seconds:g} s"
         notes.append(f"{name} transcribed this clip whole, GenAI and ONNX Runtime in {windows}")
     expected = comparison.expected(clip)
     named = Counter(

@@ -58,7 +58,7 @@ def print_verdict(comparison: Comparison) -> None:
     else:
         print(
             f"no clip was compared with {reference} token for token: none fits a window of "
-            f"{comparison.window_seconds:g} s, and {reference} transcribes a clip whole"
+            f"{comparison.config.window_seconds:g} s, and {reference} transcribes a clip whole"
         )
     _print_clips_of_several_windows(comparison)
 
@@ -70,8 +70,8 @@ def _print_clips_of_several_windows(comparison: Comparison) -> None:
         name = comparison.reference.name
         print(
             f"{len(comparison.clips_of_several_windows)} of {len(comparison.clips)} clips have several windows of "
-            f"{comparison.window_seconds:g} s and are not compared token for token: {name} transcribed them whole, "
-            f"GenAI and ONNX Runtime did not; word errors against {name}: {words}"
+            f"{comparison.config.window_seconds:g} s and are not compared token for token: {name} transcribed them "
+            f"whole, GenAI and ONNX Runtime did not; word errors against {name}: {words}"
         )
 
 
@@ -160,7 +160,7 @@ def judge_times(comparison: Comparison, ids_of_other_words: frozenset[int]) -> N
             continue
         print(
             f"{onnx}: {words} words; their times differ from those of {name} by at most {furthest:g} frames of "
-            f"{comparison.frame_seconds:g} s" + (f"; clips left out: {without}" if without else "")
+            f"{comparison.config.frame_seconds:g} s" + (f"; clips left out: {without}" if without else "")
         )
 
 

@@ -53,7 +53,7 @@ def read_speech_manifests(
     if shared := shared_clips(evaluation, calibration):
         warn(
             f"{len(shared)} of {len(evaluation)} clips of --eval_manifest are in --calibration_manifest too, such as "
-            f"{shared[0].path}{shared[0].segment}; the word error rate on them is better than on other speech"
+            f"{shared[0].name}; the word error rate on them is better than on other speech"
         )
     return calibration, evaluation
 

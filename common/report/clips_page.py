@@ -19,7 +19,6 @@ from common.evaluate.stress import StressResult, StressRow, StressTest, stress_r
 from common.evaluate.wer import normalize, word_errors, word_runs
 from common.evaluate.words import Bin, bins, calibration_error, comparable_words, words_right
 from common.report import render
-from common.run.config import RuntimeConfig
 from common.run.decode import Transcript
 
 SCRIPT = Path(__file__).resolve().parent / "clips.js"
@@ -65,13 +64,13 @@ class ShownClip:
     rows: list[ShownRow]
 
 
-def comparison_page(title: str, comparison: Comparison, config: RuntimeConfig) -> str:
+def comparison_page(title: str, comparison: Comparison) -> str:
     """The page of a comparison of engines. The clips are read again, one at a time. Raises as read_clip does."""
     seconds = sum(clip.seconds for clip in comparison.clips)
     return clips_page(
         title,
         f"{_count(len(comparison.clips), 'clip')}, {seconds:.0f} s of audio",
-        [_compared(clip, comparison, config) for clip in comparison.clips],
+        [_compared(clip, comparison) for clip in comparison.clips],
         figures=comparison.figures,
         reliability=dict(_reliability(comparison)),
     )
@@ -175,13 +174,14 @@ def shown_clip(name: str, samples: np.ndarray, rate: int, rows: list[ShownRow]) 
     return ShownClip(name, len(samples) / rate, audio_uri(samples, rate), wave_path(samples), rows)
 
 
-def _compared(clip: ComparedClip, comparison: Comparison, config: RuntimeConfig) -> ShownClip:
+def _compared(clip: ComparedClip, comparison: Comparison) -> ShownClip:
     """A clip of a comparison; the baseline is its text, else the transcript of the first engine, the reference's where
     there is one."""
+    config = comparison.config
     baseline = clip.transcripts[comparison.engines[0].name].text if clip.text is None else clip.text
     rows = [] if clip.text is None else [ShownRow("text", _plain(clip.text))]
     for engine, transcript in clip.transcripts.items():
-        rows.append(marked_row(engine, _words(transcript, comparison.frame_seconds), baseline, clip.text))
+        rows.append(marked_row(engine, _words(transcript, config.frame_seconds), baseline, clip.text))
     return shown_clip(clip.label, config.read_clip(clip), config.sample_rate, rows)
 
 

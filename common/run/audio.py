@@ -60,6 +60,11 @@ class Clip:
         return f" [{self.offset:g}–{end} s]" if self.offset or end else ""
 
     @property
+    def name(self) -> str:
+        """The file, and the segment of it."""
+        return f"{self.path}{self.segment}"
+
+    @property
     def label(self) -> str:
         """The name of the file without its folder, and the segment."""
         return f"{self.path.name}{self.segment}"
@@ -207,7 +212,7 @@ def _segment(clip: Clip, file: Any) -> tuple[int, int | None]:
 
 def _require_length(clip: Clip, seconds: float, least: float) -> None:
     if seconds < least:
-        raise ValueError(f"expected {least:.3f} s of audio or more in {clip.path}{clip.segment}, got {seconds:.3f} s")
+        raise ValueError(f"expected {least:.3f} s of audio or more in {clip.name}, got {seconds:.3f} s")
 
 
 def _blocks(clip: Clip, file: Any, begin: int, end: int | None) -> Iterator[np.ndarray]:
@@ -248,7 +253,7 @@ def _mono_blocks(clip: Clip, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarra
         yield mono
     if mono_energy < MIN_MONO_ENERGY * energy:
         raise ValueError(
-            f"expected channels that can be averaged in {clip.path}{clip.segment}, got channels that cancel each other "
+            f"expected channels that can be averaged in {clip.name}, got channels that cancel each other "
             "out: one is the other with its sign inverted; save one of them as mono"
         )
 

@@ -79,6 +79,11 @@ class RuntimeConfig:
         return self.hop_length * self.subsampling_factor / self.sample_rate
 
     @property
+    def window_seconds(self) -> float:
+        """Length of audio that the encoder is given at a time, without its context; NeMo encodes a clip whole."""
+        return self.chunk / self.sample_rate
+
+    @property
     def min_samples(self) -> int:
         """Samples of the shortest clip that has features."""
         return MIN_FRAMES * self.hop_length
