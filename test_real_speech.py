@@ -50,9 +50,8 @@ from common.evaluate.engines import (
     open_folders,
 )
 from common.evaluate.stress import StressOptions, add_stress_flags, judge_stress, stress_compared
-from common.evaluate.tables import print_corpus, transcribe_and_print
 from common.evaluate.text_rules import ids_of_other_words
-from common.evaluate.verdict import judge_times, print_and_judge
+from common.evaluate.verdict import judge_times, print_and_judge, print_corpus, transcribe_and_print
 from common.evaluate.wer import MAX_PRINTED_CLIPS
 from common.evaluate.words import SUBTITLES, subtitle_paths
 from common.folder import check_outputs, json_text, printing_beside, write_output

@@ -258,6 +258,13 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def print_table(rows: Sequence[Sequence[str]], indent: str = "") -> None:
+    """Rows of one length, in columns as wide as their widest cell; the last column is not padded."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(f"{indent}{'  '.join(f'{cell:{width}}' for cell, width in zip(row, widths, strict=True)).rstrip()}")
+
+
 MODEL_DIR_HELP = "model folder (./onnx_models_optimized, or ./onnx_models where that is missing)"
 
 

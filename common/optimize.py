@@ -14,7 +14,7 @@ from typing import Any
 
 from common.cli import EXPORT_COMMAND, Stages, size_text, warn
 from common.evaluate import word_limit
-from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed
+from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed, why_slower
 from common.evaluate.stress import StressOptions, StressRow, judge_stress, run_stress, stress_rows
 from common.evaluate.word_limit import BothModels, EvaluatedClip, WordErrors, read_speech_manifests
 from common.folder import (
@@ -48,7 +48,6 @@ from common.report.report import (
     make_evaluation,
     make_report,
     run_record,
-    why_slower,
     write_page,
 )
 from common.run.audio import Clip
@@ -330,7 +329,7 @@ def _measure_speed(folder: Folder, stages: Stages) -> dict[str, Any] | None:
     stages.end(rates, *([f"peak memory {' → '.join(memory)}"] if memory else []))
     sides = {"exported": asdict(before), "optimized": asdict(after)}
     speed = {**sides, "runtime": folder.layout.runtime, "audio_seconds": AUDIO_SECONDS, **machine()}
-    if reason := why_slower(speed, folder.encoder_bytes["exported"]):
+    if reason := why_slower(before.rtfx, after.rtfx, folder.encoder_bytes["exported"]):
         print(reason)
     return speed
 

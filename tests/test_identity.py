@@ -19,9 +19,8 @@ import test_real_speech
 from common.contract import TOKENIZER_FILES
 from common.evaluate.compare import ComparedClip, Comparison
 from common.evaluate.engines import LibraryEngine
-from common.evaluate.tables import clip_notes
 from common.evaluate.text_rules import explaining_rules, text_rules
-from common.evaluate.verdict import judge_texts, judge_times, print_verdict, print_warnings
+from common.evaluate.verdict import clip_notes, judge_texts, judge_times, print_verdict, print_warnings
 from common.evaluate.wer import high_error_warning, word_error_rate
 from common.folder import read_manifest, staged_folder, write_json
 from common.layouts.genai import GENAI

@@ -10,8 +10,7 @@ from common.cli import CheckError
 from common.contract import PARITY_TOLERANCE
 from common.evaluate.compare import ComparedClip, Comparison, Difference, first_difference
 from common.evaluate.engines import Engine, labels
-from common.evaluate.tables import print_corpus, transcribe_and_print
-from common.evaluate.verdict import judge_tokens
+from common.evaluate.verdict import judge_tokens, print_corpus, transcribe_and_print
 from common.evaluate.wer import normalize, word_changes, word_error_rate, word_errors
 from common.run.decode import Hypothesis, Step, TimedWord, Transcript
 from tests.helpers import folder_of_engines

@@ -28,6 +28,7 @@ SECONDS = 2  # of runs, after which no further round begins
 PAUSE = 0.1  # seconds before a run, in which the threads of the other process stop busy-waiting
 # Memory of both processes as a multiple of the float32 file: that file, its repacked copy, and the optimized model.
 MEMORY_FACTOR = 3.0
+SMALL_ENCODER = 100e6  # bytes in float32; the smallest published one has 400 MB
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,22 @@ def measure_speed(graphs: Sequence[Path]) -> list[Speed] | None:
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def why_slower(exported: float, optimized: float, encoder_bytes: int) -> str | None:
+    """Why an optimized encoder is slower than float32, in a sentence; None where its RTFx is not below the exported
+    one's.
+
+    encoder_bytes: size of the exported encoder.
+    """
+    if optimized >= exported:
+        return None
+    if encoder_bytes < SMALL_ENCODER:
+        return (
+            "The optimized encoder is slower than float32, since the matrices of this small model are so small that "
+            "preparing a quantized product takes longer than the product saves."
+        )
+    return "The optimized encoder is slower than float32 on this CPU; docs/benchmarks.md compares the methods."
 
 
 def _take_turns(processes: Sequence["subprocess.Popen[str]"]) -> list[Speed]:

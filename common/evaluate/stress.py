@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import CheckError, Parser, progress_bar
+from common.cli import CheckError, Parser, print_table, progress_bar
 from common.evaluate.conditions import CLEAN, KINDS, Condition, Speech, Take, conditions_of
 from common.evaluate.engines import Engine, GenAIEngine, LibraryEngine, OnnxEngine, OpenFolder, Recording
-from common.evaluate.tables import NONE, print_table
-from common.evaluate.wer import NO_WORDS, WordCounts, changes_text, normalize, word_counts
+from common.evaluate.wer import NO_WORDS, NONE, WordCounts, changes_text, normalize, word_counts
 from common.run.audio import Clip
 from common.run.config import RuntimeConfig
 from common.run.decode import Transcript

@@ -1,20 +1,194 @@
-"""The verdict of a comparison: what was compared with what, where the engines differ, and whether that is an error.
+"""What a comparison prints: the transcripts of each clip, a table over all clips, and the verdict.
 
-What could not be compared is listed too, with the reason.
+The verdict says what was compared with what, where the engines differ, and whether that is an error. What could not be
+compared is listed too, with the reason.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from common.cli import CheckError
+from common.cli import CheckError, print_table, progress_bar
+from common.contract import ENCODER
 from common.evaluate.compare import ComparedClip, Comparison
+from common.evaluate.speed import why_slower
 from common.evaluate.text_rules import explaining_rules
-from common.evaluate.wer import empty_warning, high_error_warning
+from common.evaluate.wer import (
+    CONFIDENCE,
+    MAX_PRINTED_CLIPS,
+    NONE,
+    empty_warning,
+    high_error_warning,
+    no_rate,
+    word_errors,
+)
 from common.evaluate.words import furthest_apart
 from common.run.decode import TimedWord
 
 # The largest difference of a word's start or end from the reference's, in encoder frames.
 TIMES_TOLERANCE = 1
+CLEARLY_SLOWER = 0.9  # of the speed of float32; less of a difference may be chance
+CLIP_HEADER = ("engine", "WER", "against {}", "transcript")
+CORPUS_HEADER = (
+    *("engine", "RTFx", "without features", "WER", "normalised WER", "against {}"),
+    "clips with other tokens",
+)
+
+
+# ---- transcripts and the table
+
+
+def transcribe_and_print(comparison: Comparison, *, print_times: bool) -> None:
+    """Let every engine transcribe every clip of `comparison`.
+
+    Where there are few clips, prints for each a line with its transcript as soon as the first engine has made it, the
+    transcripts of all engines where they differ, and the times of its words where `print_times` asks for them. Shows a
+    progress bar where there are many.
+    """
+    if len(comparison.clips) > MAX_PRINTED_CLIPS:
+        with progress_bar(total=len(comparison.clips), task="transcribing", unit="clip") as bar:
+            for pool, engine in comparison.transcribe():
+                if engine is comparison.engines[-1]:
+                    bar.update(len(pool))
+        return
+    first, last = comparison.engines[0], comparison.engines[-1]
+    for pool, engine in comparison.transcribe():
+        if engine is first and len(pool) == 1:
+            _print_transcript(pool[0], engine.name)
+        if engine is not last:
+            continue
+        for clip in pool:
+            if len(pool) > 1:
+                _print_transcript(clip, first.name)
+            if len({transcript.text for transcript in clip.transcripts.values()}) > 1:
+                _print_engines(comparison, clip)
+            if print_times:
+                print_words(comparison.words(clip), comparison.config.frame_seconds)
+
+
+def _print_transcript(clip: ComparedClip, engine: str) -> None:
+    """One line, and the text of the clip where the transcript has other words."""
+    text = clip.transcripts[engine].text
+    print(f"{clip.name}  {clip.seconds:.1f} s  {text}", flush=True)
+    if clip.text is not None and word_errors(clip.text, text)[0]:
+        print(f"  text of the clip: {clip.text}", flush=True)
+
+
+def _print_engines(comparison: Comparison, clip: ComparedClip) -> None:
+    """A table of all engines' transcripts of a clip on which they differ, and why they may."""
+    rows = [
+        (
+            engine,
+            NONE if clip.text is None else clip_percent(clip.text, made.text),
+            percent_against_reference(comparison, clip, engine),
+            made.text,
+        )
+        for engine, made in clip.transcripts.items()
+    ]
+    print_table(_with_figures(_titles(CLIP_HEADER, comparison), rows), indent="  ")
+    for note in clip_notes(comparison, clip):
+        print(f"  {note}")
+
+
+def _titles(header: Sequence[str], comparison: Comparison) -> tuple[str, ...]:
+    return tuple(title.format(comparison.reference.name if comparison.reference else "") for title in header)
+
+
+def _with_figures(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """A table of the columns in which there is something to compare with."""
+    columns = [column for column in zip(titles, *rows, strict=True) if any(cell != NONE for cell in column[1:])]
+    return list(zip(*columns, strict=True))
+
+
+def clip_percent(reference: str, transcript: str) -> str:
+    """Word error rate of one clip in per cent, as written."""
+    errors, words = word_errors(reference, transcript)
+    return f"{100 * errors / words:.1f}" if words else no_rate(errors)
+
+
+def percent_against_reference(comparison: Comparison, clip: ComparedClip, engine: str) -> str:
+    """The word error rate of one clip against the reference's own text; a difference by rule is no error."""
+    if comparison.reference is None or engine == comparison.reference.name:
+        return NONE
+    return clip_percent(*comparison.comparable_texts(clip, engine))
+
+
+def clip_notes(comparison: Comparison, clip: ComparedClip) -> list[str]:
+    """What a reader of a clip's table must know: why its rows may differ from the reference's."""
+    if comparison.reference is None:
+        return []
+    name = comparison.reference.name
+    notes = []
+    if not clip.one_window:
+        windows = f"windows of {comparison.config.window_seconds:g} s"
+        notes.append(f"{name} transcribed this clip whole, GenAI and ONNX Runtime in {windows}")
+    expected = comparison.expected(clip)
+    named = Counter(
+        rule
+        for made in clip.transcripts.values()
+        if made is not expected and made.tokens == expected.tokens
+        for rule in explaining_rules(expected.text, made.text, comparison.rules) or ()
+    )
+    if named:
+        notes.append(f"differs from the text of {name} by rule: {'; '.join(named)}")
+    return notes
+
+
+def print_words(words: Iterable[TimedWord], frame_seconds: float) -> None:
+    """A line for each word: start and end in seconds, and its probability (`max_prob` of Confidence) in per cent."""
+    for word in words:
+        sure = f"{100 * word.confidence.max_prob:4.0f} %" if word.confidence else ""
+        print(f"  {word.start * frame_seconds:8.2f} {word.end * frame_seconds:8.2f} {sure}  {word.text}")
+
+
+def print_corpus(comparison: Comparison) -> None:
+    """Print one table over all clips, with a line for each engine, and what its columns mean."""
+    clips = comparison.clips
+    audio_seconds = sum(clip.seconds for clip in clips)
+    print(f"{len(clips)} clip{'' if len(clips) == 1 else 's'}, {audio_seconds:.0f} s of audio")
+    titles = _titles(CORPUS_HEADER, comparison)
+    rows = [
+        (
+            engine,
+            f"{figures.rtfx:.1f}",
+            f"{figures.rtfx_without_features:.1f}",
+            str(figures.wer or NONE),
+            str(figures.normalised_wer or NONE),
+            str(figures.wer_against_nemo or NONE),
+            NONE
+            if figures.clips_compared is None
+            else f"{figures.clips_differing_from_nemo} of {figures.clips_compared}",
+        )
+        for engine, figures in comparison.figures.items()
+    ]
+    table = _with_figures(titles, rows)
+    print_table(table)
+    source = comparison.reference.name if comparison.reference else "GenAI"
+    print("RTFx: seconds of audio transcribed in one second; larger is faster")
+    print(f"without features: the same without the time of the features; plain ONNX Runtime is given those of {source}")
+    if "WER" in table[0]:
+        print(f"WER: word error rate against the clips' texts, with its {CONFIDENCE} % bootstrap interval over clips")
+        print("normalised WER: without case and punctuation (whisper_normalizer)")
+    if comparison.reference:
+        print(f"against {source}: WER against its text, on clips of one window, without what differs by rule")
+        print(f"clips with other tokens: clips of one window whose tokens differ from those of {source}")
+    if reason := _why_clearly_slower(comparison):
+        print(reason)
+
+
+def _why_clearly_slower(comparison: Comparison) -> str | None:
+    """Why an optimized folder is clearly slower than the exported one in the same runtime; None where it is not."""
+    if len(comparison.folders) < 2 or comparison.folders[0].is_float32:
+        return None
+    optimized, exported = comparison.folders
+    encoder_bytes = sum((exported.path / file).stat().st_size for file in ENCODER.files)
+    for own, other in zip(optimized.engines, exported.engines, strict=True):
+        before, after = (comparison.figures[each.name].rtfx_without_features for each in (other, own))
+        if reason := why_slower(CLEARLY_SLOWER * before, after, encoder_bytes):
+            return reason
+    return None
+
+
+# ---- the verdict
 
 
 def print_and_judge(comparison: Comparison) -> None:

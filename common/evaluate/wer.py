@@ -12,6 +12,7 @@ PARENTHESES = str.maketrans("()", "  ")
 SUSPICIOUS_WER = 60
 CONTEXT = 4  # words shown before and after a change
 MAX_PRINTED_CLIPS = 20  # a person reads no more
+NONE = "–"  # stands for a figure where there is nothing to compare with, and for no words
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class WordErrorRate:
 
 def no_rate(errors: int) -> str:
     """What stands for an error rate where the reference has no words: every error is a word inserted."""
-    return f"– ({errors} inserted)" if errors else "–"
+    return f"{NONE} ({errors} inserted)" if errors else NONE
 
 
 def normalize(text: str) -> str:
@@ -169,7 +170,7 @@ def marked_changes(before: str, after: str) -> list[tuple[str, str]]:
 def changes_text(before: str, after: str) -> str:
     """Two transcripts in one line, `a [old → new] b`; equal words far from any change are cut to an ellipsis."""
     return " ".join(
-        one if one == other else f"[{one or '–'} → {other or '–'}]" for one, other in marked_changes(before, after)
+        one if one == other else f"[{one or NONE} → {other or NONE}]" for one, other in marked_changes(before, after)
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from common.contract import Graph
+from common.evaluate.speed import why_slower
 from common.evaluate.stress import OPTIMIZED
 from common.evaluate.wer import CONFIDENCE, WordErrorRate, marked_changes
 from common.evaluate.word_limit import EvaluatedClip, WordErrors, changed, word_table
@@ -38,7 +39,6 @@ KINDS = ("float32", *PARTS, "graph", "padding")
 _PART = re.compile(rf"(.+)\.({'|'.join(PARTS)})(\..+)?")
 AXIS_MARGIN = 2  # of the 100 units of the axis on which changes of the word error rate are drawn
 WORDS, STRESS = "words on speech", "words where speech is hard"
-SMALL_ENCODER = 100e6  # bytes in float32; the smallest published one has 400 MB
 
 
 # The content
@@ -243,21 +243,6 @@ def verdict(report: dict[str, Any]) -> tuple[bool | None, str]:
     )
 
 
-def why_slower(speed: dict[str, Any] | None, encoder_bytes: int) -> str | None:
-    """Why the optimized encoder is slower than float32, in a sentence; None where it is not, or was not measured.
-
-    speed: as the report has it. encoder_bytes: size of the exported encoder.
-    """
-    if not speed or speed["optimized"]["rtfx"] >= speed["exported"]["rtfx"]:
-        return None
-    if encoder_bytes < SMALL_ENCODER:
-        return (
-            "The optimized encoder is slower than float32, since the matrices of this small model are so small that "
-            "preparing a quantized product takes longer than the product saves."
-        )
-    return "The optimized encoder is slower than float32 on this CPU; docs/benchmarks.md compares the methods."
-
-
 # The page
 
 
@@ -266,12 +251,14 @@ def write_page(path: Path, report: dict[str, Any], clips: list[EvaluatedClip]) -
     differing = changed(clips)
     sides = [side for component in report["components"].values() for side in component.values()]
     passed, reason = verdict(report)
+    speed = report["speed"]
+    encoder_bytes = sum(report["components"][report["encoder"]]["exported"].values())
     page = render(
         "report.html.j2",
         report=report,
         passed=passed,
         reason=reason,
-        why_slower=why_slower(report["speed"], sum(report["components"][report["encoder"]]["exported"].values())),
+        why_slower=speed and why_slower(speed["exported"]["rtfx"], speed["optimized"]["rtfx"], encoder_bytes),
         place_of=_axis(report["evaluation"]) if report["evaluation"] else None,
         kinds=[kind for kind in KINDS if any(side[kind] for side in sides)],
         changes=[(clip, marked_changes(clip.float32, clip.optimized)) for clip in differing[:MAX_SHOWN_CLIPS]],
