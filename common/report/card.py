@@ -5,8 +5,6 @@ The same manifest gives the same bytes. What the manifest does not hold is left 
 
 import itertools
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +21,22 @@ CARD = "README.md"
 NEMO, TRANSFORMERS = Nemo.name, Transformers.name
 
 
-@dataclass(frozen=True)
-class Published:
-    """Licence and languages by the card of a published checkpoint, as Hugging Face writes them."""
-
-    license: str
-    languages: str  # ISO 639-1, separated by spaces
-
-
 V3_LANGUAGES = "bg hr cs da nl en et fi fr de el hu it lv lt mt pl pt ro sk sl es sv ru uk"
-# By the name given as --model_name. Add a checkpoint only from its own card; the licence of every other is left open.
+# Languages (ISO 639-1) of checkpoints that NVIDIA has published under CC-BY-4.0, by the name given as --model_name. Add
+# a checkpoint only from its own card; the licence of every other is left open.
 PUBLISHED = {
-    "nvidia/parakeet-tdt-0.6b-v3": Published("cc-by-4.0", V3_LANGUAGES),
-    "nvidia/parakeet-tdt-0.6b-v2": Published("cc-by-4.0", "en"),
-    "nvidia/parakeet-tdt-1.1b": Published("cc-by-4.0", "en"),
+    "nvidia/parakeet-tdt-0.6b-v3": V3_LANGUAGES,
+    "nvidia/parakeet-tdt-0.6b-v2": "en",
+    "nvidia/parakeet-tdt-1.1b": "en",
 }
-LICENSE_TEXT = {
-    "cc-by-4.0": "These files are an adaptation of it under the same licence, [CC-BY-4.0]"
-    "(https://creativecommons.org/licenses/by/4.0/): give credit to its authors, and say what was changed.",
-    None: "**The licence is not known.** Before you publish this folder, look up the terms of the checkpoint, and fill "
-    "in `license` and `language` at the top of this file.",
-}  # fmt: skip
+LICENSE_KNOWN = (
+    "These files are an adaptation of it under the same licence, [CC-BY-4.0]"
+    "(https://creativecommons.org/licenses/by/4.0/): give credit to its authors, and say what was changed."
+)
+LICENSE_UNKNOWN = (
+    "**The licence is not known.** Before you publish this folder, look up the terms of the checkpoint, and fill in "
+    "`license` and `language` at the top of this file."
+)
 SCRIPTS = {
     "export": "export_parakeet_to_onnx.py",
     "tokenizer": "export_tokenizer.py",
@@ -90,27 +83,25 @@ def model_card(manifest: dict[str, Any], layout: Layout) -> str:
 def front_matter(manifest: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """The keys that Hugging Face reads (huggingface.co/docs/hub/model-cards)."""
     name = _source_name(manifest)
-    published = PUBLISHED.get(name)
-    header: dict[str, Any] = {"license": published.license if published else "other"}
-    if published is None:
-        header["license_name"] = "unknown"
-    else:
-        header["language"] = published.languages.split()
+    header: dict[str, Any] = {"license": "other", "license_name": "unknown"}
+    if name in PUBLISHED:
+        header = {"license": "cc-by-4.0", "language": PUBLISHED[name].split()}
     header |= {"library_name": layout.package, "pipeline_tag": "automatic-speech-recognition"}
+    bits_of_weights = manifest.get("optimize", {}).get("weights_by_bits", {})
+    precisions = ["float16"] if is_float16(manifest) else [f"{bits}-bit" for bits in bits_of_weights]
     if "name" in _source(manifest):
         header["base_model"] = name
-        if is_float16(manifest) or _weights_by_bits(manifest):
+        if precisions:
             header["base_model_relation"] = "quantized"
     tags = ["onnx", "onnxruntime", layout.package, "parakeet", "fastconformer", "tdt", "transducer", "speech"]
-    tags += ["float16"] if is_float16(manifest) else [f"{bits}-bit" for bits in _weights_by_bits(manifest)]
-    return {**header, "tags": tags}
+    return {**header, "tags": tags + precisions}
 
 
 def wer_table(rows: dict[str, dict[str, Any]]) -> str:
-    """A table of engine → `errors`, `words` and the interval `low`, `high` in per cent (common.evaluate.wer)."""
+    """A table of engine → the fields of its WordErrorRate."""
     lines = ["| | WER | 95 % interval | words |", "|---|---|---|---|"]
     for engine, row in rows.items():
-        rate = WordErrorRate(row["errors"], row["words"], row["low"], row["high"])
+        rate = WordErrorRate(**row)
         interval = f"{rate.low:.2f} – {rate.high:.2f} %" if rate.words else "–"
         percent = f"{rate.percent:.2f} %" if rate.words else str(rate)
         lines.append(f"| {engine} | {percent} | {interval} | {rate.words} |")
@@ -119,10 +110,7 @@ def wer_table(rows: dict[str, dict[str, Any]]) -> str:
 
 def _source(manifest: dict[str, Any]) -> dict[str, Any]:
     """Name or file, and SHA-256, of the checkpoint, from the first section of the manifest that records them."""
-    sources: Iterator[dict[str, Any]] = (
-        manifest[section]["source"] for section in SCRIPTS if "source" in manifest.get(section, {})
-    )
-    return next(sources, {})
+    return next((manifest[section]["source"] for section in SCRIPTS if "source" in manifest.get(section, {})), {})
 
 
 def _source_name(manifest: dict[str, Any]) -> str:
@@ -131,47 +119,29 @@ def _source_name(manifest: dict[str, Any]) -> str:
     return str(source.get("name") or source.get("file", "unknown"))
 
 
-def _weights_by_bits(manifest: dict[str, Any]) -> dict[str, int]:
-    weights: dict[str, int] = manifest.get("optimize", {}).get("weights_by_bits", {})
-    return weights
-
-
 def _origin(manifest: dict[str, Any]) -> str:
     name = _source_name(manifest)
     source = _source(manifest)
     link = f"[{name}](https://huggingface.co/{name})" if "name" in source else f"the checkpoint `{name}`"
-    published = PUBLISHED.get(name)
-    made = (
-        f"in the format of Hugging Face {library}" if (library := _library(manifest)) != NEMO else f"made with {NEMO}"
-    )
-    return (
+    library = _library(manifest)
+    made = f"made with {NEMO}" if library == NEMO else f"in the format of Hugging Face {library}"
+    text = (
         f"{link}, a FastConformer-TDT model for speech recognition {made}, as ONNX graphs: encoder, "
         f"prediction network and joint, with tokenizer and configuration. The checkpoint's SHA-256 is "
-        f"`{source.get('sha256', 'not recorded')}`.{_scripts(manifest)}\n\n"
-        f"{LICENSE_TEXT[published.license if published else None]}"
+        f"`{source.get('sha256', 'not recorded')}`."
     )
-
-
-def _scripts(manifest: dict[str, Any]) -> str:
-    section = manifest.get("export", {})
-    scripts = section.get("flags", {}).get("scripts")
-    if not scripts:
-        return ""
-    return (
-        f" The text is in these scripts alone: {scripts}. The {section.get('suppressed_tokens', 0)} tokens with "
-        "letters of others have a bias of −10,000 and are never emitted."
-    )
+    export = manifest.get("export", {})
+    if scripts := export.get("flags", {}).get("scripts"):
+        text += (
+            f" The text is in these scripts alone: {scripts}. The {export.get('suppressed_tokens', 0)} tokens with "
+            "letters of others have a bias of −10,000 and are never emitted."
+        )
+    return f"{text}\n\n{LICENSE_KNOWN if name in PUBLISHED else LICENSE_UNKNOWN}"
 
 
 def _library(manifest: dict[str, Any]) -> str:
     """The library of the checkpoint; folders made by earlier versions, which knew only NeMo, record none."""
     return TRANSFORMERS if _source(manifest).get("format") == TRANSFORMERS else NEMO
-
-
-def _minimum_runtime(manifest: dict[str, Any]) -> str | None:
-    """The oldest ONNX Runtime that runs the graphs; folders made by earlier versions record none."""
-    oldest: str | None = (manifest.get("optimize") or manifest.get("export", {})).get(MINIMUM_RUNTIME)
-    return oldest
 
 
 def _usage(manifest: dict[str, Any], layout: Layout) -> str:
@@ -180,7 +150,8 @@ def _usage(manifest: dict[str, Any], layout: Layout) -> str:
     version = section.get("versions", {}).get(layout.package)
     pinned = f"{package}=={version}" if version else package
     packages = " ".join((pinned, *others))
-    needed = f" (the graphs need ONNX Runtime {oldest} or newer)" if (oldest := _minimum_runtime(manifest)) else ""
+    oldest = (manifest.get("optimize") or section).get(MINIMUM_RUNTIME)  # not recorded by earlier versions
+    needed = f" (the graphs need ONNX Runtime {oldest} or newer)" if oldest else ""
     text = f"In this folder, with `pip install {packages}`{needed}:\n\n```python\n{layout.usage_of('.')}```"
     return "\n\n".join(filter(None, (text, layout.browser_usage())))
 
@@ -219,15 +190,16 @@ def _measured(manifest: dict[str, Any]) -> list[str]:
 
 def _parity(manifest: dict[str, Any]) -> str:
     measured = manifest.get("export", {}).get("parity", {})
-    if not measured:
-        return f"The graphs were not verified against {_library(manifest)}."
     library = _library(manifest)
+    if not measured:
+        return f"The graphs were not verified against {library}."
     lines = [
         f"Largest difference from the modules of {library}, over short and long inputs and batches of unequal lengths,"
         " as exported:",
         "",
+        "| graph | largest difference | of the largest value | comparisons |",
+        "|---|---|---|---|",
     ]
-    lines += ["| graph | largest difference | of the largest value | comparisons |", "|---|---|---|---|"]
     for name, row in measured.items():
         lines.append(f"| `{name}` | {row['max_abs']:.1e} | {row['max_rel']:.1e} | {row['cases']} |")
     return "\n".join(lines)
