@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 # Imported first, so that a package that is missing below is reported in one line (common/__init__.py).
-from common.cli import OPTIMIZE_COMMAND, Parser, Stages, checked_options, run, seconds, size_text
+from common.cli import OPTIMIZE_COMMAND, Parser, Stages, options_of, run, seconds, size_text
 
 # isort: split
 
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    options = checked_options(ExportOptions, args)
+    options = options_of(ExportOptions, args)
     output_dir: Path = args.output_dir
     layouts = layouts_for(options.runtime)
     check_output_dir(output_dir)

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 # Imported first, so that a package that is missing below is reported in one line (common/__init__.py).
-from common.cli import TEST_COMMAND, Parser, checked_options, run
+from common.cli import TEST_COMMAND, Parser, options_of, run
 
 # isort: split
 
@@ -90,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _optimize(command: list[str], args: argparse.Namespace) -> None:
-    options = checked_options(OptimizeOptions, args)
-    stress = checked_options(StressOptions, args)
+    options = options_of(OptimizeOptions, args)
+    stress = options_of(StressOptions, args)
     if stress.stress is not None and options.eval_manifest is None:
         raise ValueError("--stress needs --eval_manifest, the clips to stress the model with")
     tested = optimize(args.model_dir, args.output_dir, options, stress, command, verbose=args.verbose)

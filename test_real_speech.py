@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TextIO
 
 # Imported first, so that a package that is missing below is reported in one line (common/__init__.py).
-from common.cli import MODEL_DIR_HELP, PUBLISH_COMMAND, Parser, checked_options, count, default_model_dir, run
+from common.cli import MODEL_DIR_HELP, PUBLISH_COMMAND, Parser, count, default_model_dir, options_of, run
 
 # isort: split
 
@@ -107,7 +107,7 @@ def _compare_beside_output(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
-    stress = checked_options(StressOptions, args)
+    stress = options_of(StressOptions, args)
     listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
     clips = [ComparedClip.of(clip) for clip in listed]
     subtitles = {suffix: subtitle_paths(path, suffix, clips) for suffix in SUBTITLES if (path := getattr(args, suffix))}

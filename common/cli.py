@@ -18,18 +18,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    class Options(DataclassInstance, Protocol):
-        """A frozen dataclass whose fields have the names of flags."""
-
-        def validate(self) -> None:
-            """Raise ValueError for a value, or a combination of values, that cannot be used."""
-
-    T = TypeVar("T", bound=Options)
+    T = TypeVar("T", bound=DataclassInstance)
 
 Item = TypeVar("Item")
 
@@ -84,11 +78,9 @@ def count(text: str) -> int:
     return int(text)
 
 
-def checked_options(kind: "type[T]", args: argparse.Namespace) -> "T":
-    """The options that the flags give. Raises ValueError as their `validate` does."""
-    options = kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
-    options.validate()
-    return options
+def options_of(kind: "type[T]", args: argparse.Namespace) -> "T":
+    """An object of a dataclass whose fields have the names of flags, with their values. Raises as that class does."""
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:

@@ -76,7 +76,7 @@ def require_free(disk: float, target: Path) -> int:
     existing = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < disk:
-        raise OSError(f"expected {size_text(disk)} of free disk for {target}, got {size_text(free)}; make room")
+        raise OSError(f"{target} needs {size_text(disk)} of free disk, and {size_text(free)} are free; make room")
     return free
 
 
@@ -86,7 +86,8 @@ def state_needs(what: str, memory: float, disk: float, target: Path) -> None:
     what: the name of the input. Raises OSError as require_free does.
     """
     free = require_free(disk, target)
-    print(f"{what}: about {size_text(memory)} of memory, {size_text(disk)} of disk ({size_text(free)} free)")
+    needed = f"about {size_text(memory)} of memory and {size_text(disk)} of disk"
+    print(f"{what} needs {needed}, where {size_text(free)} are free")
 
 
 @contextlib.contextmanager
@@ -224,35 +225,30 @@ def require_file(path: Path, expected: str) -> None:
 def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
     """Raise before the work where an output cannot be written, is one of `inputs`, or is named twice.
 
-    Raises ValueError, or what check_output_file raises.
+    A device or a named pipe can be written to. Raises ValueError, IsADirectoryError, FileNotFoundError or
+    PermissionError.
     """
+    printed = [path for path in outputs if is_standard_output(path)]
+    if len(printed) > 1:
+        raise ValueError(
+            f"only one result can go to the standard output, and both {printed[0]} and {printed[1]} name it"
+        )
     read = [os.path.realpath(path) for path in inputs]
-    for number, path in enumerate(outputs):
-        if any(is_standard_output(path) and is_standard_output(other) for other in outputs[:number]):
-            raise ValueError(f"only one result can go to the standard output, and both {outputs[0]} and {path} name it")
-        if is_standard_output(path):
-            continue
-        check_output_file(path)
+    files = [path for path in outputs if path not in printed]
+    for number, path in enumerate(files):
+        folder = Path(os.path.realpath(path)).parent
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, where a file is to be written; give another name")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder} to write {path} to; make it first")
+        if not os.access(folder if path.is_file() or not path.exists() else path, os.W_OK):
+            raise PermissionError(f"writing to {path} is not permitted; give another name")
         for source in read:
             if _same_file(path, source):
-                raise ValueError(f"expected a file to write, got {path}, which is read ({source}); give another name")
-        for other in outputs[:number]:
+                raise ValueError(f"{path} is read ({source}), so no result can be written there; give another name")
+        for other in files[:number]:
             if _same_file(path, other):
-                raise ValueError(f"expected a file for each result, got {other} and {path}, which are one")
-
-
-def check_output_file(path: Path) -> None:
-    """Raise IsADirectoryError, FileNotFoundError or PermissionError if `path` cannot be written to.
-
-    A device or a named pipe can be written to.
-    """
-    folder = Path(os.path.realpath(path)).parent
-    if path.is_dir():
-        raise IsADirectoryError(f"expected a file to write, got the folder {path}")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"expected a folder for {path}, found no {folder}; make it first")
-    if not os.access(folder if path.is_file() or not path.exists() else path, os.W_OK):
-        raise PermissionError(f"expected a file to write, got {path}, where writing is not permitted")
+                raise ValueError(f"each result needs a file of its own, not {other} and {path}, which are one")
 
 
 def is_standard_output(path: Path) -> bool:
@@ -347,10 +343,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     content = read_json(path, "python export_parakeet_to_onnx.py, after you have deleted it")
-    sections_are_objects = all(isinstance(section, dict) for section in content.values())
-    files = content.get(FILES, {}).values() if sections_are_objects else ()
-    if not sections_are_objects or not all(
-        isinstance(file, dict) and {"bytes", "sha256"} <= set(file) for file in files
+    if not all(isinstance(section, dict) for section in content.values()) or not all(
+        isinstance(file, dict) and {"bytes", "sha256"} <= set(file) for file in content.get(FILES, {}).values()
     ):
         raise ValueError(f"{path} is not a manifest of this project; delete it, or make the folder again")
     return content

@@ -162,7 +162,8 @@ def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> 
                 raise FileNotFoundError(f"{folder} has no {missing}; first run: {command.format(folder)}")
         if is_float16(read_manifest(folder)):
             raise ValueError(
-                f"expected float32 weights to quantize, got {folder}, exported with --precision fp16; export it without"
+                f"{folder} was exported with --precision fp16, and only float32 weights can be quantized; export it "
+                "without"
             )
         verify_files(folder, (*layout.graph_files, *layout.vocabulary))
         layout.check_one_checkpoint(folder)

@@ -277,7 +277,7 @@ def test_offline(user, hub):
 def test_no_room_for_the_download(user, hub):
     hub.size = 10**17
     error = user.rejected()
-    assert "expected 100000000 GB of free disk" in error
+    assert "needs 100000000 GB of free disk" in error
     assert "HF_HUB_CACHE" in error
     assert hub.ranges() == []
 

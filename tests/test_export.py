@@ -58,9 +58,9 @@ def test_other_opsets_are_rejected(opset, tmp_path, capsys):
 def test_options_need_neither_torch_nor_nemo_and_reject_what_is_not_supported():
     program = "import sys, common.export.pipeline; assert not {'torch', 'nemo'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
-    ExportOptions(runtime="genai").validate()
+    ExportOptions(runtime="genai")
     with pytest.raises(ValueError, match="--opset_version must be"):
-        ExportOptions(runtime="genai", opset_version=16).validate()
+        ExportOptions(runtime="genai", opset_version=16)
 
 
 def test_the_folder_holds_these_files_and_the_manifest_its_source(tiny_export):

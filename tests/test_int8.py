@@ -175,7 +175,7 @@ def test_pairs_saturate_on_avx2_unless_the_range_is_reduced():
     weight = np.abs(RNG.standard_normal((K, N), dtype=np.float32)) + 1
     x = rounded = np.full((1, K), 255)  # a row of one loud value, as ReLU leaves it
     cut = {}
-    for bits in (OptimizeOptions().integer_bits, OptimizeOptions(reduce_range=True).integer_bits):
+    for bits in (OptimizeOptions().integer_bits, OptimizeOptions(quant_method="int8", reduce_range=True).integer_bits):
         codes = columns.quantize_columns(weight, bits).codes
         products = rounded[:, :, None] * codes.astype(np.int64)
         pairs = products[:, 0::2] + products[:, 1::2]

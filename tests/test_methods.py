@@ -111,11 +111,11 @@ def test_every_flag_but_the_folders_is_an_option():
 
 def test_options_record_the_flags_that_decide_the_files_and_no_path():
     record = OptimizeOptions(
-        quant_method="hqq", calibration_manifest=Path("/home/me/a"), eval_manifest=Path("b")
+        quant_method="int8", calibration_manifest=Path("/home/me/a"), eval_manifest=Path("b")
     ).record()
     assert json.loads(json.dumps(record)) == record
     assert record == {
-        "quant_method": "hqq", "block_size": 32, "accuracy_level": 4, "decoder_joint_precision": "fp32",
+        "quant_method": "int8", "block_size": 32, "accuracy_level": 4, "decoder_joint_precision": "fp32",
         "weight_bits": 8, "reduce_range": False, "skip_fusion": False, "skip_quantization": False,
         "size_budget_mb": None,
     }  # fmt: skip
@@ -154,25 +154,24 @@ CLASHES = [
 @pytest.mark.parametrize(("flags", "message"), CLASHES)
 def test_flags_that_do_not_go_together(flags, message):
     with pytest.raises(ValueError, match=message):
-        OptimizeOptions(**flags).validate()
+        OptimizeOptions(**flags)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_takes_the_flags_that_it_declares(name):
     kind = METHODS[name]
-    OptimizeOptions(quant_method=name).validate()
+    OptimizeOptions(quant_method=name)
     for ability, flags in (
         (kind.reduces_range, {"reduce_range": True}),
         (4 in kind.weight_bits, {"weight_bits": 4}),
         (kind.calibrates, {"calibration_manifest": CLIPS}),
         (kind.calibrates, {"calibration_manifest": CLIPS, "size_budget_mb": 2.0}),
     ):
-        options = OptimizeOptions(quant_method=name, **flags)
         if ability:
-            options.validate()
+            OptimizeOptions(quant_method=name, **flags)
         else:
             with pytest.raises(ValueError, match=f"--{list(flags)[-1]} (4 )?needs|--calibration_manifest needs"):
-                options.validate()
+                OptimizeOptions(quant_method=name, **flags)
 
 
 def linear_names(encoder) -> list[str]:

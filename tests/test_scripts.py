@@ -384,7 +384,7 @@ def test_batches_transcribe_the_same_in_the_order_of_the_manifest(tiny_export, t
         (("--engines", "nemo"), "--engines needs genai or onnx"),
         (("--engines", "genai", "--timestamps"), "--timestamps needs onnx among --engines"),
         (("--folders", "optimized"), "needs an optimized folder"),
-        (("--srt", "none/a.srt"), "found no"),
+        (("--srt", "none/a.srt"), "there is no folder"),
         (("--json", "-", "--srt", "-"), "only one result can go to the standard output"),
     ],
 )
@@ -681,7 +681,7 @@ class TestResults:
         base = ("--model_dir", place / "models")
         clip = (*base, "--skip_nemo", "--audio", place / "clip.flac")
         manifest = (*base, "--model_name", place / "a.nemo", "--manifest", place / "m.jsonl")
-        read = "which is read"
+        read = "is read ("
         for argv, message in (
             ((*clip, "--json", place / "clip.flac"), read),
             ((*clip, "--srt", place / "models" / ".." / "clip.flac"), read),
@@ -693,7 +693,7 @@ class TestResults:
             ((*manifest, "--json", place / "clip.flac"), read),
             ((*manifest, "--json", place / "a.nemo"), read),
             ((*clip, "--json", place / "out", "--srt", place / "models" / ".." / "out"), "which are one"),
-            ((*clip, "--json", place / "models"), "the folder"),
+            ((*clip, "--json", place / "models"), "is a folder, where a file is to be written"),
         ):
             assert message in rejected(capsys, test_real_speech, *argv)
         assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
@@ -704,7 +704,7 @@ class TestResults:
         shutil.copy(TINY, checkpoint)
         write_locations(folder, folder, checkpoint=checkpoint)
         argv = ("--model_dir", folder, "--audio", CLIP, "--json", checkpoint)
-        assert "which is read" in rejected(capsys, test_real_speech, *argv)
+        assert "is read (" in rejected(capsys, test_real_speech, *argv)
 
     def test_follow_links_and_leave_them(self, tiny_export, tmp_path, capsys):
         (tmp_path / "sub").mkdir()

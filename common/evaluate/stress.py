@@ -11,16 +11,16 @@ import re
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from common.cli import CheckError, Parser, print_table, progress_bar
 from common.evaluate.conditions import CLEAN, KINDS, Condition, Speech, Take, conditions_of
 from common.evaluate.engines import Engine, GenAIEngine, LibraryEngine, OnnxEngine, OpenFolder, Recording
-from common.evaluate.wer import NO_WORDS, NONE, WordCounts, changes_text, normalize, word_counts
+from common.evaluate.wer import NONE, WordCounts, changes_text, normalize, word_counts
 from common.run.audio import Clip
 from common.run.config import RuntimeConfig
 from common.run.decode import Transcript
@@ -49,7 +49,7 @@ class StressOptions:
     stress_dir: Path | None = None  # where the audio of the worst clips is written
     seed: int = 0
 
-    def validate(self) -> None:
+    def __post_init__(self) -> None:
         """Raise ValueError for flags that need --stress, an impossible limit, a seed that NumPy does not accept, and a
         folder that is not empty, in which the audio of two runs would be mixed."""
         if self.stress is None and (self.stress_dir or self.max_lost_words is not None):
@@ -90,10 +90,14 @@ class EmptyCounts:
     clips: int = 0  # whole clips within takes of several
     silent: int = 0  # clips of these during which no token was emitted
 
-    def __add__(self, other: "EmptyCounts") -> "EmptyCounts":
-        return EmptyCounts(
-            self.takes + other.takes, self.empty + other.empty, self.clips + other.clips, self.silent + other.silent
-        )
+
+Counts = TypeVar("Counts", WordCounts, EmptyCounts)
+
+
+def total(counts: Iterable[Counts]) -> Counts:
+    """The sums of the fields of one count or more."""
+    every = list(counts)
+    return type(every[0])(*map(sum, zip(*map(astuple, every), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -306,7 +310,6 @@ def _run_case(test: StressTest, condition: Condition, group: tuple[int, ...]) ->
     for name, made in transcripts.items():
         transcript = " ".join(each.text for each in made)
         clean = " ".join(test.clean[test.whole_of.get(name, name), clip] for clip in group)
-        empty = (_empty_counts(test, take, each) for take, each in zip(takes, made, strict=True))
         yield StressResult(
             condition,
             group,
@@ -314,7 +317,7 @@ def _run_case(test: StressTest, condition: Condition, group: tuple[int, ...]) ->
             transcript,
             clean=word_counts(normalize(clean), normalize(transcript)),
             text=word_counts(normalize(text), normalize(transcript)),
-            windows=sum(empty, EmptyCounts()),
+            windows=total(_empty_counts(test, take, each) for take, each in zip(takes, made, strict=True)),
         )
 
 
@@ -355,24 +358,20 @@ def stress_rows(test: StressTest) -> list[StressRow]:
         own = [each for each in test.results if each.condition is condition and each.engine == engine.name]
         if not own:
             continue
-        text = _sum_counts(each.text for each in own)
-        expected = _sum_counts(baseline[each.case].text for each in own)
+        text = total(each.text for each in own)
+        expected = total(baseline[each.case].text for each in own)
         compared = engine.name != test.baseline and text.words
         rows.append(
             StressRow(
                 condition.name,
                 engine.name,
-                clean=_sum_counts(each.clean for each in own),
+                clean=total(each.clean for each in own),
                 text=text,
-                windows=sum((each.windows for each in own), EmptyCounts()),
+                windows=total(each.windows for each in own),
                 points=text.percent_missed - expected.percent_missed if compared else None,
             )
         )
     return rows
-
-
-def _sum_counts(counts: Iterable[WordCounts]) -> WordCounts:
-    return sum(counts, NO_WORDS)
 
 
 def print_stress(test: StressTest) -> None:
@@ -407,10 +406,10 @@ def _print_seams(test: StressTest, engine: str, whole: str) -> None:
     in_one = {each.case: each.text for each in test.results if each.engine == whole}
     cut = [each.text for each in test.results if each.engine == engine and each.case in in_one]
     if cut:
-        words = _sum_counts(cut)
+        words = total(cut)
         print(
             f"seams of windows of {test.config.window_seconds:g} s: {engine} has {words.errors} of "
-            f"{words.words} words wrong in {len(cut)} joined clips, and {_sum_counts(in_one.values()).errors} where "
+            f"{words.words} words wrong in {len(cut)} joined clips, and {total(in_one.values()).errors} where "
             "each is one window"
         )
 

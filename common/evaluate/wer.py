@@ -73,14 +73,6 @@ class WordCounts:
     def percent_missed(self) -> float:
         return 100 * self.missed / max(self.words, 1)
 
-    def __add__(self, other: "WordCounts") -> "WordCounts":
-        return WordCounts(
-            self.lost + other.lost, self.added + other.added, self.changed + other.changed, self.words + other.words
-        )
-
-
-NO_WORDS = WordCounts(0, 0, 0, 0)
-
 
 def word_counts(reference: str, hypothesis: str) -> WordCounts:
     """Count the words of an alignment with the fewest errors (jiwer)."""

@@ -54,7 +54,7 @@ class ExportOptions:
     skip_verify: bool = False
     scripts: str | None = None  # writing systems that the text may be in, separated by commas; None: any
 
-    def validate(self) -> None:
+    def __post_init__(self) -> None:
         """Raise ValueError naming the flag whose value cannot be used."""
         if not MIN_OPSET <= self.opset_version <= MAX_OPSET:
             raise ValueError(f"--opset_version must be {MIN_OPSET} to {MAX_OPSET}, not {self.opset_version}")

@@ -186,7 +186,7 @@ class OptimizeOptions:
             return None
         return self.method.uncalibrated_advice(self)
 
-    def validate(self) -> None:
+    def __post_init__(self) -> None:
         """Raise ValueError naming a flag that does not go with the others, or has a value that is not possible."""
         if self.narrow:
             self._require_method(
