@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from common.checkpoint import transformers
 from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, find_checkpoint, format_of, recorded_checkpoint
 from common.cli import Parser
-from common.evaluate.text_rules import TextRule, text_rules, transformers_text_rules
+from common.evaluate.text_rules import TextRule, text_rules
 from common.evaluate.words import Pieces, timed_words
 from common.export.scripts import suppress, suppressed_ids
 from common.folder import CHECKPOINT, EXPORTED, FILES, MANIFEST, is_float16, read_location, read_manifest
@@ -82,17 +82,18 @@ class LibraryEngine(Engine):
         self.with_times = with_times
 
     def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
-        return [self._transcribe_one(recording) for recording in recordings]
-
-    def _transcribe_one(self, recording: Recording) -> Transcript:
-        features = recording.features
-        made, seconds = timed(self.reference.transcribe, features)
-        return replace(
-            made,
-            seconds=recording.features_seconds + seconds,
-            features_seconds=recording.features_seconds,
-            words=self.reference.words(features) if self.with_times else None,
-        )
+        transcripts = []
+        for recording in recordings:
+            made, seconds = timed(self.reference.transcribe, recording.features)
+            transcripts.append(
+                replace(
+                    made,
+                    seconds=recording.features_seconds + seconds,
+                    features_seconds=recording.features_seconds,
+                    words=self.reference.words(recording.features) if self.with_times else None,
+                )
+            )
+        return transcripts
 
 
 @dataclass(eq=False)
@@ -323,19 +324,17 @@ def load_reference(
     else:
         checkpoint = recorded_checkpoint(folder.path)
     known = format_of(checkpoint)
-    is_transformers = known is transformers
     model = known.load_model(checkpoint)
     scripts = read_manifest(folder.path).get("export", {}).get("flags", {}).get("scripts")
     suppress(model.joint, suppressed_ids(checkpoint, scripts))  # as in the folder
-    reference: Reference = Transformers(model) if is_transformers else Nemo(model)
+    reference: Reference = Transformers(model) if known is transformers else Nemo(model)
     if reference.model.decoder.blank_idx != folder.config.blank_id:
         raise ValueError(
             f"{folder.path} was exported from another checkpoint than {checkpoint}, which has another vocabulary; give "
             "another --model_name"
         )
     reference.transcribe(reference.features(folder.noise()))
-    rules = transformers_text_rules if is_transformers else text_rules
-    return LibraryEngine(reference, rules(reference.sentencepiece_model), with_times=with_times)
+    return LibraryEngine(reference, text_rules(reference.sentencepiece_model, reference.name), with_times=with_times)
 
 
 def timed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, float]:

@@ -24,32 +24,28 @@ class TextRule:
     exported: Callable[[str], str] = unchanged
 
 
-def text_rules(sentencepiece_model: bytes) -> tuple[TextRule, ...]:
-    """How NeMo's text differs from GenAI's for the same tokens, in the order in which the rules are applied.
+def text_rules(sentencepiece_model: bytes, library: str = "NeMo") -> tuple[TextRule, ...]:
+    """How the text of the reference, NeMo or transformers, differs from GenAI's for the same tokens, in the order in
+    which the rules are applied.
 
-    `sentencepiece_model` is the checkpoint's own. The rules are those of decode_tokens_to_str_with_strip_punctuation in
-    nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0; docs/tdt.md lists them.
+    `sentencepiece_model` is the checkpoint's own. The rules for NeMo are those of
+    decode_tokens_to_str_with_strip_punctuation in nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0;
+    docs/tdt.md lists them. transformers leaves out special tokens, but a mark is such a token only where the
+    checkpoint's tokenizer.json says so.
     """
     proto = _parsed(sentencepiece_model)
     spellings = [_spelling(piece.piece) for piece in proto.pieces if _is_mark(piece)]
+    marks = TextRule(f"{library} shows marks such as <|en|>", _remover("|".join(spellings) or "(?!)"))
+    spaces = TextRule(f"{library} keeps spaces at both ends", str.strip, str.strip)
+    if library != "NeMo":
+        return marks, spaces
     # NeMo may have deleted the space after ` ⁇ `, if a punctuation mark followed.
     unknown = " ?" + re.escape(proto.trainer_spec.unk_surface.strip()) + " ?"
     return (
-        TextRule("NeMo shows marks such as <|en|>", _remover("|".join(spellings) or "(?!)")),
+        marks,
         TextRule(f"NeMo shows{proto.trainer_spec.unk_surface}for <unk>", _remover(unknown)),
-        TextRule("NeMo keeps spaces at both ends", str.strip, str.strip),
+        spaces,
         TextRule("NeMo deletes the space before punctuation", _close_up, _close_up),
-    )
-
-
-def transformers_text_rules(sentencepiece_model: bytes) -> tuple[TextRule, ...]:
-    """How transformers' text differs from GenAI's: it leaves out special tokens, but a mark is such a token only where
-    the checkpoint's tokenizer.json says so."""
-    proto = _parsed(sentencepiece_model)
-    spellings = [_spelling(piece.piece) for piece in proto.pieces if _is_mark(piece)]
-    return (
-        TextRule("transformers shows marks such as <|en|>", _remover("|".join(spellings) or "(?!)")),
-        TextRule("transformers keeps spaces at both ends", str.strip, str.strip),
     )
 
 

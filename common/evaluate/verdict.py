@@ -75,11 +75,13 @@ def _print_transcript(clip: ComparedClip, engine: str) -> None:
 
 def _print_engines(comparison: Comparison, clip: ComparedClip) -> None:
     """A table of all engines' transcripts of a clip on which they differ, and why they may."""
+    reference = comparison.reference.name if comparison.reference else None
     rows = [
         (
             engine,
-            NONE if clip.text is None else clip_percent(clip.text, made.text),
-            percent_against_reference(comparison, clip, engine),
+            NONE if clip.text is None else _clip_percent(clip.text, made.text),
+            # against the reference's own text; a difference by rule is no error
+            NONE if reference in (None, engine) else _clip_percent(*comparison.comparable_texts(clip, engine)),
             made.text,
         )
         for engine, made in clip.transcripts.items()
@@ -99,17 +101,10 @@ def _with_figures(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
     return list(zip(*columns, strict=True))
 
 
-def clip_percent(reference: str, transcript: str) -> str:
+def _clip_percent(reference: str, transcript: str) -> str:
     """Word error rate of one clip in per cent, as written."""
     errors, words = word_errors(reference, transcript)
     return f"{100 * errors / words:.1f}" if words else no_rate(errors)
-
-
-def percent_against_reference(comparison: Comparison, clip: ComparedClip, engine: str) -> str:
-    """The word error rate of one clip against the reference's own text; a difference by rule is no error."""
-    if comparison.reference is None or engine == comparison.reference.name:
-        return NONE
-    return clip_percent(*comparison.comparable_texts(clip, engine))
 
 
 def clip_notes(comparison: Comparison, clip: ComparedClip) -> list[str]:

@@ -19,8 +19,8 @@ from common.evaluate.wer import (
     empty_warning,
     high_error_warning,
     normalize,
+    word_counts,
     word_error_rate,
-    word_errors,
 )
 from common.layouts import LAYOUTS
 from common.quantize.fidelity import sqnr_db
@@ -88,9 +88,7 @@ class EvaluatedClip:
     def errors(self) -> tuple[int, int]:
         """Word errors of float32 and of the optimized model, without case and punctuation."""
         text = normalize(self.text)
-        float32, _ = word_errors(text, normalize(self.float32))
-        optimized, _ = word_errors(text, normalize(self.optimized))
-        return float32, optimized
+        return word_counts(text, normalize(self.float32)).errors, word_counts(text, normalize(self.optimized)).errors
 
 
 @dataclass(frozen=True)
@@ -153,24 +151,22 @@ def _name(path: Path, manifest: Path) -> str:
 
 def word_table(clips: list[EvaluatedClip], write: Callable[[str], str] = normalize) -> list[WordErrors]:
     """Error rates over all clips, then by language where clips have one; `write` is applied to texts to compare."""
-    langs = sorted({clip.lang for clip in clips if clip.lang is not None})
-    return [
-        _word_errors(None, clips, write),
-        *(_word_errors(lang, [clip for clip in clips if clip.lang == lang], write) for lang in langs),
-    ]
-
-
-def _word_errors(lang: str | None, clips: list[EvaluatedClip], write: Callable[[str], str]) -> WordErrors:
-    texts = [write(clip.text) for clip in clips]
-    float32 = [write(clip.float32) for clip in clips]
-    optimized = [write(clip.optimized) for clip in clips]
-    return WordErrors(
-        lang,
-        len(clips),
-        word_error_rate(texts, float32),
-        word_error_rate(texts, optimized),
-        word_error_rate(texts, optimized, float32),
-    )
+    table = []
+    for lang in (None, *sorted({clip.lang for clip in clips if clip.lang is not None})):
+        own = [clip for clip in clips if lang in (None, clip.lang)]
+        texts = [write(clip.text) for clip in own]
+        float32 = [write(clip.float32) for clip in own]
+        optimized = [write(clip.optimized) for clip in own]
+        table.append(
+            WordErrors(
+                lang,
+                len(own),
+                word_error_rate(texts, float32),
+                word_error_rate(texts, optimized),
+                word_error_rate(texts, optimized, float32),
+            )
+        )
+    return table
 
 
 def changed(clips: list[EvaluatedClip]) -> list[EvaluatedClip]:

@@ -9,7 +9,7 @@ The published loops of NeMo and GenAI differ in one case: a blank whose best dur
 frame for ever. See `BlankZero`.
 
 How sure a decoding is of its tokens is measured as in NeMo (asr/parts/utils/asr_confidence_utils.py 3.0.0), from the
-log probabilities of a step: over the tokens with the blank, or over the durations.
+log probabilities of a step over the tokens with the blank.
 """
 
 import math
@@ -94,8 +94,6 @@ class Step:
     duration: int  # frames to advance
     margin: float  # logits; the lead of token or duration over the second best, the smaller of the two
     blank_zero: bool  # whether it was a blank with duration 0, where the two loops differ
-    log_prob: float = 0.0  # of the token, natural logarithm
-    duration_log_prob: float = 0.0  # of the duration
     confidence: Confidence | None = None  # of a token that is emitted
 
 
@@ -178,19 +176,8 @@ def greedy_tdt_decode(
                 emitted[i] = token
                 symbols[i] += 1
             margin = min(token_margin, duration_margin)
-            log_probs, duration_log_probs = log_softmax(row[:num_tokens]), log_softmax(row[num_tokens:])
-            hypotheses[i].steps.append(
-                Step(
-                    frames[i],
-                    token,
-                    duration,
-                    margin,
-                    is_blank_zero,
-                    float(log_probs[token]),
-                    float(duration_log_probs[index]),
-                    None if is_blank else confidence_of(log_probs),
-                )
-            )
+            confidence = None if is_blank else confidence_of(log_softmax(row[:num_tokens]))
+            hypotheses[i].steps.append(Step(frames[i], token, duration, margin, is_blank_zero, confidence))
             if duration == 0 and symbols[i] == config.max_symbols:
                 duration = 1
             if duration > 0:
