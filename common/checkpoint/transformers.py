@@ -6,12 +6,16 @@ Its files are untrusted input. Before a tensor is read, it is checked that
     the weights   are one file, or shards beside an index, that the safetensors library accepts (no offset overlaps, no
                   byte is left over), with exactly the tensors that the index gives to each shard, and in all of them
                   exactly the tensors and shapes of the network that the config describes, in a float type of at most
-                  32 bits
+                  32 bits or packed as ternary.py reads them; beside them only known heads (HEADS), which are left out
+
+A checkpoint may come without a feature extractor (moondream/parakeet-ultra): then its numbers are transformers' own
+defaults for the mel bins of its encoder.
 
 Nothing of the folder is executed, and transformers' own loaders, which may download and run code, are not used: the
 network is built from the numbers of the config, and the tensors are mapped. NeMo is not imported.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import NOT_LOADED, hub, require_device
+from common.checkpoint import NOT_LOADED, hub, require_device, ternary
 from common.checkpoint.tokenizer_json import sentencepiece_model
 
 NAME = "transformers"  # as --checkpoint_format takes it
@@ -33,6 +37,9 @@ FEATURE_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 WEIGHT_FILES = (WEIGHTS, INDEX)
 ARCHITECTURE = "ParakeetForTDT"
+MODEL_TYPE = "parakeet_tdt"  # the same in a config that names no architecture
+# Tensors that are no part of ParakeetForTDT and are left out: moondream's voice activity detector.
+HEADS = ("vad_head.",)
 
 FLOATS = ("F32", "F16", "BF16")
 FLOAT32_BYTES = 4
@@ -72,9 +79,11 @@ def download(name: str, revision: str, *, cached_only: bool) -> Path:
     config is not that of a ParakeetForTDT, and as hub.download does.
     """
     config = hub.download(name, CONFIG, revision, cached_only=cached_only)
-    _read_config(config.parent)  # before gigabytes are downloaded
+    content = _read_config(config.parent)  # before gigabytes are downloaded
     commit = config.parent.name
-    for group in (FEATURE_FILES, TOKENIZER_FILES):
+    with contextlib.suppress(hub.NotInRepositoryError):
+        _download_first(name, FEATURE_FILES, commit, cached_only=cached_only)
+    for group in (TOKENIZER_FILES, *([(ternary.DESCRIPTION,)] if ternary.MODULES_KEY in content else [])):
         _download_first(name, group, commit, cached_only=cached_only)
     for shard in shards(_download_first(name, WEIGHT_FILES, commit, cached_only=cached_only)):
         _download_first(name, (shard,), commit, cached_only=cached_only)
@@ -89,19 +98,38 @@ def _download_first(name: str, group: Sequence[str], commit: str, *, cached_only
             return hub.download(name, file, commit, cached_only=cached_only)
         except hub.NotInRepositoryError:
             continue
-    raise ValueError(
-        f"expected {' or '.join(group)} beside {CONFIG} of {name} on Hugging Face, found none: it is not a whole "
-        f"checkpoint of the format {NAME}"
-    )
+    raise hub.NotInRepositoryError(f"no {' or '.join(group)} beside {CONFIG} of {name}: it is not a whole checkpoint")
 
 
 def files(checkpoint: Path) -> list[Path]:
-    """The files of a checkpoint: config, feature extractor, tokenizer, weights.
+    """The files of a checkpoint: config, feature extractor if it has one, tokenizer, description of ternary weights if
+    it has any, weights.
 
     Raises ValueError where a file is missing, or is a link to somewhere else, and as `shards` does.
     """
-    others = (_first_file(checkpoint, group) for group in ((CONFIG,), FEATURE_FILES, TOKENIZER_FILES))
-    return [*others, *_weight_files(checkpoint)]
+    groups = [(CONFIG,), TOKENIZER_FILES]
+    if _has_feature_extractor(checkpoint):
+        groups.insert(1, FEATURE_FILES)
+    if ternary.MODULES_KEY in _read_config(checkpoint):
+        groups.append((ternary.DESCRIPTION,))
+    return [*(_first_file(checkpoint, group) for group in groups), *_weight_files(checkpoint)]
+
+
+def _has_feature_extractor(checkpoint: Path) -> bool:
+    return any((checkpoint / name).exists() for name in FEATURE_FILES)
+
+
+def notes(checkpoint: Path) -> list[str]:
+    """What a user should know of how the checkpoint is read: what it lacks, and what of it is left out."""
+    found = []
+    if not _has_feature_extractor(checkpoint):
+        mels = _read_features(checkpoint)["feature_size"]
+        found.append(f"no feature extractor: transformers' own numbers for {mels} mel bins are used")
+    if heads := sorted(name for name in _stored_header(checkpoint) if name.startswith(HEADS)):
+        found.append(f"left out, since they are no part of {ARCHITECTURE}: {', '.join(heads)}")
+    if modules := _ternary_modules(checkpoint):
+        found.append(f"{len(modules)} matrices are ternary, with a scale for {modules[0].group} columns of a row")
+    return found
 
 
 def _weight_files(checkpoint: Path) -> list[Path]:
@@ -161,12 +189,12 @@ def check(checkpoint: Path) -> None:
     files(checkpoint)
     _read_config(checkpoint)
     _read_features(checkpoint)
-    _read_header(_weight_files(checkpoint))
+    _read_header(checkpoint)
 
 
 def loaded_bytes(checkpoint: Path) -> int:
-    """Bytes of the weights in float32, the type in which they are used, whatever type they are stored in."""
-    header = _read_header(_weight_files(checkpoint))
+    """Bytes of the weights in float32, the type in which they are used, whatever form they are stored in."""
+    header = _read_header(checkpoint)
     return sum(FLOAT32_BYTES * math.prod(shape) for _, shape in header.values())
 
 
@@ -186,12 +214,13 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
     path = _first_file(checkpoint, (CONFIG,))
     config = _read_json(path)
     architectures = config.get("architectures")
-    if architectures != [ARCHITECTURE]:
+    is_tdt = architectures == [ARCHITECTURE] or (architectures is None and config.get("model_type") == MODEL_TYPE)
+    if not is_tdt:
         raise ValueError(
             f"not a TDT model: expected architectures [{ARCHITECTURE!r}] in {path}, got {architectures!r}; pass a "
             "Parakeet-TDT checkpoint"
         )
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ValueError(f"expected the weights of {checkpoint} as they were trained, got quantized ones; {NOT_LOADED}")
     _check_no_code(config, path)
     encoder = config.get("encoder_config")
@@ -209,7 +238,13 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_features(checkpoint: Path) -> dict[str, Any]:
-    """The numbers of the feature extractor. Raises ValueError where it is not a ParakeetFeatureExtractor."""
+    """The numbers of the feature extractor; of a checkpoint without one, the mel bins of its encoder, for which
+    transformers has the other numbers. Raises ValueError where it is not a ParakeetFeatureExtractor."""
+    if not _has_feature_extractor(checkpoint):
+        mels = _read_config(checkpoint)["encoder_config"].get("num_mel_bins")
+        if not isinstance(mels, int):
+            raise ValueError(f"expected num_mel_bins in {checkpoint / CONFIG}, got {mels!r}; download it again")
+        return {"feature_size": mels}
     path = _first_file(checkpoint, FEATURE_FILES)
     content = _read_json(path)
     _check_no_code(content, path)
@@ -236,12 +271,35 @@ def _check_no_code(content: object, path: Path) -> None:
 Header = Mapping[str, tuple[str, tuple[int, ...]]]  # name → type as safetensors spells it, shape
 
 
-def _read_header(weights: Sequence[Path]) -> Header:
+def _read_header(checkpoint: Path) -> Header:
+    """The tensors of the network that the weights stand for; no tensor is read. Heads are left out, and a packed matrix
+    has its unpacked shape. Raises ValueError as _stored_header and ternary.py do, and for a type that is not known."""
+    path = _first_file(checkpoint, WEIGHT_FILES)
+    header = ternary.without_packing(_stored_header(checkpoint), _ternary_modules(checkpoint), path)
+    for name, (dtype, _) in header.items():
+        if dtype not in FLOATS and not name.endswith(COUNTER):
+            raise ValueError(
+                f"{name} in {path} has the type {dtype}, a packing that is not known; only {', '.join(FLOATS)} and the "
+                f"ternary weights of {ternary.DESCRIPTION} can be read: get the model's float16 weights"
+            )
+    return {name: tensor for name, tensor in header.items() if not name.startswith(HEADS)}
+
+
+def _ternary_modules(checkpoint: Path) -> list[ternary.TernaryModule]:
+    """The matrices that are stored packed; none for a checkpoint whose config lists none."""
+    config = _read_config(checkpoint)
+    if ternary.MODULES_KEY not in config:
+        return []
+    path = _first_file(checkpoint, (ternary.DESCRIPTION,))
+    return ternary.read_modules(path, _read_json(path), config)
+
+
+def _stored_header(checkpoint: Path) -> Header:
     """What model.safetensors, or the shards of an index, hold; no tensor is read.
 
     Raises ValueError where the library does not accept a file, or a shard holds other tensors than the index says.
     """
-    first, *parts = weights
+    first, *parts = _weight_files(checkpoint)
     if first.name == WEIGHTS:
         return _read_file_header(first)
     listed = _weight_map(first)
@@ -264,15 +322,9 @@ def _read_file_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(path, framework="np") as weights:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118  not a mapping
-            header = {name: (str(one.get_dtype()), tuple(one.get_shape())) for name, one in slices.items()}
+            return {name: (str(one.get_dtype()), tuple(one.get_shape())) for name, one in slices.items()}
     except (SafetensorError, OSError, OverflowError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); download it again") from None
-    for name, (dtype, _) in header.items():
-        if dtype not in FLOATS and not name.endswith(COUNTER):
-            raise ValueError(
-                f"expected {' or '.join(FLOATS)} as the type of {name} in {path}, got {dtype}; {NOT_LOADED}"
-            )
-    return header
 
 
 def _check_tensors(header: Header, expected: Mapping[str, Any], path: Path) -> None:
@@ -335,8 +387,11 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
     except Exception as error:  # transformers raises whatever its checks and torch's constructors raise
         raise ValueError(f"{checkpoint / CONFIG} cannot be built: {error}") from error
     expected = network.state_dict()
-    _check_tensors(_read_header(weights), expected, weights[0])
+    _check_tensors(_read_header(checkpoint), expected, weights[0])
     state = _read_tensors(weights, device)
+    for module in _ternary_modules(checkpoint):
+        qweight, scales = (state.pop(f"{module.name}{part}") for part in (ternary.QWEIGHT, ternary.SCALES))
+        state[f"{module.name}.weight"] = ternary.unpack(module, qweight, scales)
     wrong = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if wrong:
         raise ValueError(
@@ -349,7 +404,10 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
 
 
 def _read_tensors(weights: Sequence[Path], device: str) -> dict[str, Any]:
-    """Every tensor of model.safetensors or of the shards, in float32; mapped from disk if it is stored as float32."""
+    """The tensors of model.safetensors or of the shards, in float32, mapped from disk if they are stored so.
+
+    Packed ones stay as they are; heads, and the counters of batch normalisations, which nothing uses, are left out.
+    """
     from safetensors import safe_open
 
     state = {}
@@ -357,6 +415,8 @@ def _read_tensors(weights: Sequence[Path], device: str) -> dict[str, Any]:
         if path.name != INDEX:
             with safe_open(path, framework="pt", device=device) as file:
                 for name in file.keys():  # noqa: SIM118  not a mapping
-                    tensor = file.get_tensor(name)
-                    state[name] = tensor.float() if tensor.is_floating_point() else tensor
+                    if not name.startswith(HEADS) and not name.endswith(COUNTER):
+                        tensor = file.get_tensor(name)
+                        is_number = tensor.is_floating_point() and not name.endswith(ternary.SCALES)
+                        state[name] = tensor.float() if is_number else tensor
     return state
