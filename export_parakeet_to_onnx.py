@@ -26,15 +26,7 @@ from common.cli import OPTIMIZE_COMMAND, Parser, Stages, options_of, run, second
 # isort: split
 
 from common.checkpoint import require_device
-from common.checkpoint.find import (
-    FORMAT_HELP,
-    FORMAT_NAMES,
-    MODEL_NAME_HELP,
-    checkpoint_bytes,
-    find_checkpoint,
-    format_of,
-    source_record,
-)
+from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, MODEL_NAME_HELP, find_checkpoint
 from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
 from common.checkpoint.spec import ModelSpec
 from common.export import pipeline
@@ -95,12 +87,13 @@ def _export(args: argparse.Namespace) -> None:
     clips = pipeline.find_clips(SPEECH) if options.is_float16 else []
     require_device(options.device)
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
-    known = format_of(checkpoint)
-    title = f"{checkpoint.name} ({size_text(checkpoint_bytes(checkpoint))})"
-    loaded = known.loaded_bytes(checkpoint)
+    for note in checkpoint.notes:
+        print(f"{checkpoint.path.name}: {note}", flush=True)
+    title = f"{checkpoint.path.name} ({size_text(checkpoint.size)})"
+    loaded = checkpoint.loaded_bytes
     state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded), output_dir)
     vocabularies = exported_vocabularies(checkpoint, layouts.values())
-    source = source_record(checkpoint, args.model_name, revision=args.revision)
+    source = checkpoint.record()
     kept = {name: layout.kept_by_export(output_dir / name, source) for name, layout in layouts.items()}
     removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
     suppressed = suppressed_ids(checkpoint, options.scripts)
@@ -114,8 +107,8 @@ def _export(args: argparse.Namespace) -> None:
         for folder in (graphs, float32):
             folder.mkdir(exist_ok=True)
 
-        stages.begin(f"checkpoint {checkpoint.name}")
-        model = known.load_model(checkpoint, options.device, scratch)
+        stages.begin(f"checkpoint {checkpoint.path.name}")
+        model = checkpoint.load_model(options.device, scratch)
         suppress(model.joint, suppressed)
         spec = ModelSpec.of(model)
         window = Window.of_seconds(
@@ -142,7 +135,7 @@ def _export(args: argparse.Namespace) -> None:
             folder = staging / name
             layout.write(folder, graphs, spec, window, options.device, vocabularies.get(layout.runtime, {}))
             # A checkpoint of the Hub needs no path, since it is found again by its name and commit.
-            write_locations(folder, output_dir / name, checkpoint=checkpoint if "file" in source else None)
+            write_locations(folder, output_dir / name, checkpoint=None if checkpoint.name else checkpoint.path)
             oldest = minimum_runtime(folder / graph.file for graph in layout.graphs)
             section = {"source": source, "flags": options.record(), **results, MINIMUM_RUNTIME: oldest}
             manifest, _ = kept[name]

@@ -30,7 +30,7 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer
 
-from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, MODEL_NAME_HELP, find_checkpoint, format_of, source_record
+from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, MODEL_NAME_HELP, find_checkpoint
 from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
 from common.checkpoint.tokenizer import (
     SPACE,
@@ -83,9 +83,9 @@ def _export(args: argparse.Namespace) -> None:
     stages = Stages(2, verbose=args.verbose)
     stages.begin("tokenizer")
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
-    model = format_of(checkpoint).read_tokenizer(checkpoint)
+    model = checkpoint.read_tokenizer()
     proto = parse_model(model)
-    source = source_record(checkpoint, args.model_name, revision=args.revision)
+    source = checkpoint.record()
     check_tokenizer_for_graphs(folder, source, len(proto.pieces) + 1)
     content = tokenizer_json(proto)
     sequences = [ids for length in (1, 32) for ids in probe_sequences(proto, length)]

@@ -20,7 +20,7 @@ import export_tokenizer
 import optimize_encoder
 import test_real_speech
 from common.checkpoint import hub as hub_module
-from common.checkpoint.find import find_checkpoint, recorded_checkpoint, source_record
+from common.checkpoint.find import find_checkpoint, recorded_checkpoint
 from common.checkpoint.hub import DEFAULT_MODEL, file_digest, hub_name
 from common.cli import size_text
 from tests.helpers import CLIPS, ROOT, TINY, shard
@@ -347,7 +347,7 @@ def test_a_checkpoint_is_hashed_once(monkeypatch, tmp_path):
     path = tmp_path / "copy.nemo"
     shutil.copy(TINY, path)
     for _ in range(3):
-        record = source_record(find_checkpoint(str(path)), str(path))
+        record = find_checkpoint(str(path)).record()
     assert record == {"file": "copy.nemo", "format": "nemo", "sha256": hashlib.sha256(CONTENT).hexdigest()}
     assert read == [path]
     with path.open("ab") as file:
@@ -467,7 +467,7 @@ class TestForms:
         # The folder records the checkpoint, which is found again for the reference of a comparison.
         (user.folder / "again" / "manifest.json").write_text(json.dumps({"export": {"source": source}}))
         folder = user.cache / "models--owner--new" / "snapshots" / COMMIT
-        assert recorded_checkpoint(user.folder / "again") == folder
+        assert recorded_checkpoint(user.folder / "again").path == folder
         user.set_offline(offline=False)
         user.set_endpoint(NOWHERE)
         user.succeeded("--output_dir", "third", model="owner/new")

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.random_checkpoint import write_checkpoint
 from common.checkpoint import find
-from common.checkpoint.find import checkpoint_bytes, find_checkpoint, format_of, source_record
+from common.checkpoint.find import find_checkpoint
 from common.checkpoint.nemo import load_model, read_config, require_tdt
 from common.checkpoint.spec import ModelSpec, _feature_differences
 from common.layouts.genai import audio_processor_config, check_genai_supports, genai_config
@@ -263,28 +263,27 @@ def test_other_families_are_rejected(change, tmp_path):
 class TestFormats:
     def test_a_folder_without_a_checkpoint_is_named(self, tmp_path):
         shutil.copy(TINY, tmp_path / "one.nemo")
-        assert find_checkpoint(str(tmp_path)) == tmp_path / "one.nemo"
+        assert find_checkpoint(str(tmp_path)).path == tmp_path / "one.nemo"
         shutil.copy(TINY, tmp_path / "two.nemo")
         with pytest.raises(IsADirectoryError, match="which has neither; name the file"):
             find_checkpoint(str(tmp_path))
         with pytest.raises(FileNotFoundError, match="got nothing at"):
             find_checkpoint(str(tmp_path / "three.nemo"))
-        with pytest.raises(IsADirectoryError, match="which has neither"):
-            format_of(tmp_path)
 
     def test_all_files_are_in_the_size_and_in_the_digest(self, tiny_transformers):
         """The digest is that of what `sha256sum config.json … model.safetensors` prints."""
         names = ("config.json", "processor_config.json", "tokenizer.json", "model.safetensors")
         digests = {name: hashlib.sha256((tiny_transformers / name).read_bytes()).hexdigest() for name in names}
         printed = "".join(f"{digests[name]}  {name}\n" for name in names)
-        assert source_record(tiny_transformers, str(tiny_transformers)) == {
+        converted, bundled = find_checkpoint(str(tiny_transformers)), find_checkpoint(str(TINY))
+        assert converted.record() == {
             "file": tiny_transformers.name,
             "sha256": hashlib.sha256(printed.encode()).hexdigest(),
             "format": "transformers",
         }
-        assert checkpoint_bytes(tiny_transformers) == sum((tiny_transformers / name).stat().st_size for name in names)
-        assert checkpoint_bytes(TINY) == TINY.stat().st_size
-        assert source_record(TINY, str(TINY)) == {
+        assert converted.size == sum((tiny_transformers / name).stat().st_size for name in names)
+        assert bundled.size == TINY.stat().st_size
+        assert bundled.record() == {
             "file": TINY.name,
             "sha256": hashlib.sha256(TINY.read_bytes()).hexdigest(),
             "format": "nemo",
@@ -293,5 +292,14 @@ class TestFormats:
     def test_the_formats_have_the_same_functions(self):
         assert find.FORMAT_NAMES == ("nemo", "transformers")
         needed = {name for name in vars(find.CheckpointFormat) if not name.startswith("_")}
-        assert {"locate", "download", "files", "loaded_bytes", "check", "read_tokenizer", "load_model"} <= needed
+        assert {
+            "locate",
+            "download",
+            "files",
+            "loaded_bytes",
+            "notes",
+            "check",
+            "read_tokenizer",
+            "load_model",
+        } <= needed
         assert all(needed <= vars(known).keys() for known in find.FORMATS)

@@ -22,7 +22,7 @@ import test_real_speech
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.transformers_checkpoint import convert, save_processor
 from common.checkpoint import nemo, transformers
-from common.checkpoint.find import checkpoint_bytes, find_checkpoint, format_of
+from common.checkpoint.find import find_checkpoint
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import parse_model, tokenizer_config, tokenizer_json, vocab_text
 from common.checkpoint.tokenizer_json import sentencepiece_model
@@ -114,7 +114,7 @@ def test_random_checkpoints_have_the_same_graphs_in_both_formats(topology, tmp_p
     options, specs = ExportOptions(runtime="genai"), []
     for checkpoint, target, known in ((source, tmp_path / "a", nemo), (folder, tmp_path / "b", transformers)):
         target.mkdir()
-        assert format_of(checkpoint) is known
+        assert find_checkpoint(str(checkpoint)).format is known
         model = known.load_model(checkpoint)
         specs.append(ModelSpec.of(model))
         references = export_graphs(model, target, options)
@@ -211,9 +211,10 @@ def test_which_of_two_forms_is_taken(tiny_transformers, tmp_path, capsys):
     both = tmp_path / "both"
     shutil.copytree(tiny_transformers, both)
     shutil.copy(TINY, both / "model.nemo")
-    assert find_checkpoint(str(both)) == find_checkpoint(str(both), None, "nemo") == both / "model.nemo"
-    assert find_checkpoint(str(both), None, "transformers") == both
-    assert find_checkpoint(str(tiny_transformers)) == tiny_transformers
+    assert find_checkpoint(str(both)) == find_checkpoint(str(both), None, "nemo")
+    assert find_checkpoint(str(both)).path == both / "model.nemo"
+    assert find_checkpoint(str(both), None, "transformers").path == both
+    assert find_checkpoint(str(tiny_transformers)).path == tiny_transformers
     argv = ["--output_dir", tmp_path / "out", "--model_name"]
     error = rejected(capsys, export_tokenizer, *argv, tiny_transformers, "--checkpoint_format", "nemo")
     assert "there is no checkpoint of --checkpoint_format nemo at" in error
@@ -237,7 +238,7 @@ def test_shards_and_half_precision_are_the_same_weights(tiny_transformers, tmp_p
         path.unlink()
     ParakeetForTDT.from_pretrained(tiny_transformers, dtype=torch.bfloat16).save_pretrained(half)
     assert len(transformers.files(sharded)) > 5
-    assert checkpoint_bytes(half) < 0.6 * checkpoint_bytes(tiny_transformers)
+    assert find_checkpoint(str(half)).size < 0.6 * find_checkpoint(str(tiny_transformers)).size
     for folder, rounding in ((sharded, torch.float32), (half, torch.bfloat16)):
         transformers.check(folder)
         found = transformers.load_model(folder).network.state_dict()
@@ -366,7 +367,7 @@ def a_pickle_under_that_name(folder):
     torch.save({NAME: torch.zeros(3)}, folder / "model.safetensors")
 
 
-@case("as the type of", "got I32")
+@case("has the type I32, a packing that is not known")
 def a_type_that_is_no_float(folder):
     edit_tensors(folder, lambda tensors: tensors.update({NAME: tensors[NAME].int()}))
 

@@ -8,6 +8,7 @@ import pytest
 import export_parakeet_to_onnx
 import test_real_speech
 from common.checkpoint import nemo
+from common.checkpoint.find import find_checkpoint
 from common.checkpoint.tokenizer import Piece, parse_model
 from common.contract import DECODER, ENCODER, JOINT
 from common.export.scripts import ids_of_other_scripts, suppress, suppressed_ids
@@ -64,7 +65,7 @@ def test_only_their_logits_change(own_model, tmp_path):
     import torch
 
     model = nemo.load_model(TINY)
-    ids = suppressed_ids(TINY, "latin")
+    ids = suppressed_ids(find_checkpoint(str(TINY)), "latin")
     with torch.no_grad():
         model.joint.joint_net[-1].bias[ids] += 60  # so loud that they would be emitted
     for folder in (tmp_path / "any", tmp_path / "latin"):
@@ -103,7 +104,7 @@ def test_an_export_in_one_script(own_model, tiny_export, tmp_path, capsys):
     assert export_parakeet_to_onnx.main(argv) == 0
     manifest = read_manifest(folder)
     assert manifest["export"]["flags"]["scripts"] == "greek"
-    ids = suppressed_ids(TINY, "greek")
+    ids = suppressed_ids(find_checkpoint(str(TINY)), "greek")
     assert manifest["export"]["suppressed_tokens"] == len(ids)
     assert f"in these scripts alone: greek. The {len(ids)} tokens" in model_card(manifest, GENAI)
     genai = GenAI(folder)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +34,9 @@ class CheckpointFormat(Protocol):
     def loaded_bytes(self, checkpoint: Path) -> int:
         """Bytes of the weights in float32, in which they are used; to estimate memory."""
 
+    def notes(self, checkpoint: Path) -> list[str]:
+        """What a user should know of how the checkpoint is read: what it lacks, and what of it is left out."""
+
     def check(self, checkpoint: Path) -> None:
         """Raise ValueError unless the checkpoint is complete and safe to unpack."""
 
@@ -50,7 +54,65 @@ FORMATS: tuple[CheckpointFormat, ...] = (nemo, transformers)  # the preferred on
 FORMAT_NAMES = tuple(known.NAME for known in FORMATS)
 
 
-def find_checkpoint(model_name: str, revision: str | None = None, checkpoint_format: str | None = None) -> Path:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint at the place where it was found."""
+
+    path: Path  # a .nemo file, or the folder of a checkpoint of transformers
+    format: CheckpointFormat
+    name: str | None = None  # on Hugging Face
+    revision: str = DEFAULT_REVISION  # of `name`, as it was asked for
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(path.stat().st_size for path in self.format.files(self.path))
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of its weights in float32, in which they are used; to estimate memory."""
+        return self.format.loaded_bytes(self.path)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its only file, or of the list that `sha256sum` prints of its files."""
+        files = self.format.files(self.path)
+        if len(files) == 1:
+            return file_digest(files[0])
+        lines = "".join(f"{file_digest(path)}  {path.name}\n" for path in files)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of how it is read: what it lacks, and what of it is left out."""
+        return self.format.notes(self.path)
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest has of it as `source`.
+
+        This is its Hugging Face `name`, the `revision` asked for and the `commit` used, or the name of its `file`; its
+        `sha256`; its `format`; and its `notes`, if it has any. The path is not published (write_locations in
+        common/folder.py).
+        """
+        if self.name is None:
+            place: dict[str, Any] = {"file": self.path.name}
+        else:
+            place = {"name": self.name, "revision": self.revision, "commit": commit_of(self.path)}
+        record = {**place, "sha256": self.digest, "format": self.format.NAME}
+        if notes := self.notes:
+            record["notes"] = notes
+        return record
+
+    def read_tokenizer(self) -> bytes:
+        """Its SentencePiece model, without building the network. Raises ValueError where it has none."""
+        return self.format.read_tokenizer(self.path)
+
+    def load_model(self, device: str = "cpu", scratch: Path | None = None) -> Any:
+        """The model, as `load_model` of its format gives it."""
+        return self.format.load_model(self.path, device, scratch)
+
+
+def find_checkpoint(model_name: str, revision: str | None = None, checkpoint_format: str | None = None) -> Checkpoint:
     """The checkpoint for a path or a Hugging Face name (`owner/model`), downloaded if need be, and checked.
 
     revision: a branch, tag or commit on Hugging Face. checkpoint_format: the name of the only format to take; without
@@ -64,17 +126,13 @@ def find_checkpoint(model_name: str, revision: str | None = None, checkpoint_for
     elif revision is not None:
         raise ValueError(f"--revision is for a name on Hugging Face, got the path {model_name}; leave it out")
     else:
-        checkpoint = _at(Path(model_name), checkpoint_format)
-    format_of(checkpoint).check(checkpoint)
+        path = Path(model_name)
+        located = _at(path, checkpoint_format)
+        if located is None:
+            raise _nothing_at(path, checkpoint_format)
+        checkpoint = located
+    checkpoint.format.check(checkpoint.path)
     return checkpoint
-
-
-def format_of(checkpoint: Path) -> CheckpointFormat:
-    """The format of a checkpoint. Raises OSError where there is none at that path."""
-    for known in FORMATS:
-        if known.locate(checkpoint) == checkpoint:
-            return known
-    raise _nothing_at(checkpoint)
 
 
 def _formats(name: str | None) -> list[CheckpointFormat]:
@@ -82,20 +140,20 @@ def _formats(name: str | None) -> list[CheckpointFormat]:
     return [known for known in FORMATS if name in (None, known.NAME)]
 
 
-def _at(path: Path, checkpoint_format: str | None) -> Path:
-    """The checkpoint at a path that a user gave."""
+def _at(path: Path, checkpoint_format: str | None) -> Checkpoint | None:
+    """The checkpoint at a path in the preferred format that it has."""
     for known in _formats(checkpoint_format):
-        if checkpoint := known.locate(path):
-            return checkpoint
+        if found := known.locate(path):
+            return Checkpoint(found, known)
+    return None
+
+
+def _nothing_at(path: Path, checkpoint_format: str | None) -> OSError:
     if checkpoint_format:
-        raise FileNotFoundError(
+        return FileNotFoundError(
             f"there is no checkpoint of --checkpoint_format {checkpoint_format} at {path}; leave the flag out, or name "
             "another path"
         )
-    raise _nothing_at(path)
-
-
-def _nothing_at(path: Path) -> OSError:
     if path.is_dir():
         return IsADirectoryError(
             f"expected a .nemo file, a folder with config.json and model.safetensors, or a Hugging Face name, got the "
@@ -106,7 +164,7 @@ def _nothing_at(path: Path) -> OSError:
     )
 
 
-def _on_hub(name: str, revision: str, checkpoint_format: str | None) -> Path:
+def _on_hub(name: str, revision: str, checkpoint_format: str | None) -> Checkpoint:
     """The checkpoint of a repository in the preferred format that it has.
 
     Where Hugging Face cannot be reached, in the preferred one that is complete in the local cache.
@@ -115,7 +173,8 @@ def _on_hub(name: str, revision: str, checkpoint_format: str | None) -> Path:
     unreachable: ConnectionError | None = None
     for known in _formats(checkpoint_format):
         try:
-            return known.download(name, revision, cached_only=unreachable is not None)
+            path = known.download(name, revision, cached_only=unreachable is not None)
+            return Checkpoint(path, known, name, revision)
         except NotInRepositoryError as error:
             missing.append(str(error))
         except ConnectionError as error:
@@ -123,34 +182,7 @@ def _on_hub(name: str, revision: str, checkpoint_format: str | None) -> Path:
     raise unreachable or ValueError(f"Hugging Face has {' and '.join(missing)}; check --model_name")
 
 
-def checkpoint_bytes(checkpoint: Path) -> int:
-    """Bytes of the files of a checkpoint."""
-    return sum(path.stat().st_size for path in format_of(checkpoint).files(checkpoint))
-
-
-def checkpoint_digest(checkpoint: Path) -> str:
-    """SHA-256 of the only file of a checkpoint, or of the list that `sha256sum` prints of its files."""
-    files = format_of(checkpoint).files(checkpoint)
-    if len(files) == 1:
-        return file_digest(files[0])
-    lines = "".join(f"{file_digest(path)}  {path.name}\n" for path in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def source_record(checkpoint: Path, model_name: str, *, revision: str | None = None) -> dict[str, Any]:
-    """The record, in a manifest, of a checkpoint that was found by `model_name`.
-
-    The record has its Hugging Face `name`, the `revision` asked for and the `commit` used, or the name of its `file`;
-    its `sha256`; and its `format`. The path is not published (write_locations in common/folder.py).
-    """
-    digest = {"sha256": checkpoint_digest(checkpoint), "format": format_of(checkpoint).NAME}
-    name = hub_name(model_name)
-    if name is None:
-        return {"file": checkpoint.name, **digest}
-    return {"name": name, "revision": revision or DEFAULT_REVISION, "commit": commit_of(checkpoint), **digest}
-
-
-def recorded_checkpoint(folder: Path) -> Path:
+def recorded_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint that a model folder's manifest names.
 
     Raises FileNotFoundError where the manifest or the checkpoint is missing, ValueError where it has changed since.
@@ -160,19 +192,22 @@ def recorded_checkpoint(folder: Path) -> Path:
         raise FileNotFoundError(
             f"the manifest of {folder} does not name a checkpoint to compare with; pass --model_name or --skip_nemo"
         )
+    # Folders made by earlier versions, which had one format only, record no format.
+    recorded_format = source.get("format", nemo.NAME)
     if "name" in source:
-        # Folders made by earlier versions, which had one format only, record no format.
-        checkpoint = find_checkpoint(source["name"], source.get("commit"), source.get("format", nemo.NAME))
+        checkpoint = find_checkpoint(source["name"], source.get("commit"), recorded_format)
     else:
-        checkpoint = read_location(folder, CHECKPOINT) or folder / source.get("file", "its checkpoint")
-    if not checkpoint.exists():
-        raise FileNotFoundError(
-            f"expected the checkpoint that {folder} records, got nothing at {checkpoint}; pass --model_name or "
-            "--skip_nemo"
-        )
-    if checkpoint_digest(checkpoint) != source["sha256"]:
+        path = read_location(folder, CHECKPOINT) or folder / source.get("file", "its checkpoint")
+        located = _at(path, recorded_format)
+        if located is None:
+            raise FileNotFoundError(
+                f"expected the checkpoint that {folder} records, got nothing at {path}; pass --model_name or "
+                "--skip_nemo"
+            )
+        checkpoint = located
+    if checkpoint.digest != source["sha256"]:
         raise ValueError(
-            f"expected the checkpoint that {folder} was exported from, got another file at {checkpoint}; pass "
+            f"expected the checkpoint that {folder} was exported from, got another file at {checkpoint.path}; pass "
             "--model_name"
         )
     return checkpoint

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import NOT_LOADED, hub, require_device
+from common.checkpoint import NOT_LOADED, hub
 from common.checkpoint.archive import (
     CONFIG_MEMBER,
     WEIGHTS_MEMBER,
@@ -52,6 +52,11 @@ def files(checkpoint: Path) -> list[Path]:
 def loaded_bytes(checkpoint: Path) -> int:
     """Bytes of the weights in memory, which are nearly all of the file."""
     return checkpoint.stat().st_size
+
+
+def notes(checkpoint: Path) -> list[str]:
+    """Nothing: all of a checkpoint is read."""
+    return []
 
 
 def check(checkpoint: Path) -> None:
@@ -110,10 +115,8 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
     """Build the NeMo model in evaluation mode. Weights are mapped from disk, not copied over random ones.
 
     NeMo unpacks the checkpoint into a temporary folder, in `scratch` if that is given, else where there is room. Raises
-    ValueError for a checkpoint that is not TDT, does not fit its config or is unsafe, or a device that torch cannot
-    use; OSError where there is no room.
+    ValueError for a checkpoint that is not TDT, does not fit its config or is unsafe; OSError where there is no room.
     """
-    require_device(device)
     require_tdt(checkpoint)
     with open_archive(checkpoint) as archive:
         check_weights(archive)
@@ -229,11 +232,11 @@ def _folder_with_room(size: int) -> Path:
 
 
 @contextlib.contextmanager
-def _temporary_files_in(folder: Path | None) -> Iterator[None]:
+def _temporary_files_in(folder: Path) -> Iterator[None]:
     """Let NeMo, which has no option for it, unpack into `folder`; the next run removes what a killed run leaves."""
     saved = tempfile.tempdir
     try:
-        tempfile.tempdir = saved if folder is None else str(folder)
+        tempfile.tempdir = str(folder)
         yield
     finally:
         tempfile.tempdir = saved

@@ -135,7 +135,8 @@ def without_packing(
 def unpack(module: TernaryModule, qweight: "Tensor", scales: "Tensor") -> "Tensor":
     """The weight of a matrix in float32, from its tensors of the shapes that `stored` gives.
 
-    Raises ValueError for a byte that is not five ternary digits, or a scale that is not finite.
+    scales may be in any float type. Raises ValueError for a byte that is not five ternary digits, or a scale that is
+    not finite.
     """
     import torch
 
@@ -147,13 +148,9 @@ def unpack(module: TernaryModule, qweight: "Tensor", scales: "Tensor") -> "Tenso
         )
     if not torch.isfinite(scales).all():
         raise ValueError(f"{module.name}{SCALES} has values that are not finite; download it again")
-    digits = torch.from_numpy(_digits_of_bytes()).to(qweight.device)[qweight.long()]  # [out, bytes, 5]
-    signs = digits.flatten(1)[:, : module.columns].float() - PACKING["code_offset"]
+    digits_of_byte = torch.from_numpy(np.arange(256)[:, None] // 3 ** np.arange(DIGITS) % 3)  # [256, 5]
+    digits = digits_of_byte.to(qweight.device, torch.float32)[qweight.long()].flatten(1)  # [out, in and unused]
+    signs = digits[:, : module.columns] - PACKING["code_offset"]
     groups = signs.reshape(module.rows, -1, module.group)
     weight: Tensor = (groups * scales.float()[..., None]).reshape(module.weight_shape)
     return weight
-
-
-def _digits_of_bytes() -> np.ndarray:
-    """The base-3 digits of each byte, the least significant first: [256, 5] uint8."""
-    return (np.arange(256)[:, None] // 3 ** np.arange(DIGITS) % 3).astype(np.uint8)

@@ -21,10 +21,11 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import NOT_LOADED, hub, require_device, ternary
+from common.checkpoint import NOT_LOADED, hub, ternary
 from common.checkpoint.tokenizer_json import sentencepiece_model
 
 NAME = "transformers"  # as --checkpoint_format takes it
@@ -79,7 +80,7 @@ def download(name: str, revision: str, *, cached_only: bool) -> Path:
     config is not that of a ParakeetForTDT, and as hub.download does.
     """
     config = hub.download(name, CONFIG, revision, cached_only=cached_only)
-    content = _read_config(config.parent)  # before gigabytes are downloaded
+    content = _read_config(config)  # before gigabytes are downloaded
     commit = config.parent.name
     with contextlib.suppress(hub.NotInRepositoryError):
         _download_first(name, FEATURE_FILES, commit, cached_only=cached_only)
@@ -101,56 +102,97 @@ def _download_first(name: str, group: Sequence[str], commit: str, *, cached_only
     raise hub.NotInRepositoryError(f"no {' or '.join(group)} beside {CONFIG} of {name}: it is not a whole checkpoint")
 
 
+Header = Mapping[str, tuple[str, tuple[int, ...]]]  # name → type as safetensors spells it, shape
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What the files of a checkpoint say, apart from the values of its tensors."""
+
+    files: list[Path]  # all that are read, in a fixed order
+    config: dict[str, Any]
+    features: dict[str, Any]  # arguments of the feature extractor
+    tokenizer: Path
+    weights: list[Path]  # model.safetensors, or the index and its shards
+    modules: list[ternary.TernaryModule]  # matrices that are stored packed
+    header: Header  # the tensors of the network that the weights stand for
+    notes: list[str]
+
+
+def _read(checkpoint: Path) -> _Contents:
+    """Read the folder of a checkpoint, except the values of its tensors, and check that it is whole and safe.
+
+    Raises ValueError where a file is missing, damaged, of another model, or a link to somewhere else.
+    """
+    config_file = _first_file(checkpoint, (CONFIG,))
+    config = _read_config(config_file)
+    found = [config_file]
+    notes = []
+    if any((checkpoint / name).exists() for name in FEATURE_FILES):
+        found.append(_first_file(checkpoint, FEATURE_FILES))
+        features = _read_features(found[-1])
+    else:
+        features = {"feature_size": _whole_number(config["encoder_config"], "num_mel_bins", config_file)}
+        notes.append(
+            f"no feature extractor: transformers' own numbers for {features['feature_size']} mel bins are used"
+        )
+    tokenizer = _first_file(checkpoint, TOKENIZER_FILES)
+    found.append(tokenizer)
+    modules = []
+    if ternary.MODULES_KEY in config:
+        found.append(_first_file(checkpoint, (ternary.DESCRIPTION,)))
+        modules = ternary.read_modules(found[-1], _read_json(found[-1]), config)
+    first = _first_file(checkpoint, WEIGHT_FILES)
+    parts = [_first_file(checkpoint, (name,)) for name in shards(first)]
+    header = ternary.without_packing(_read_header(first, parts), modules, first)
+    _check_types(header, first)
+    if heads := sorted(name for name in header if name.startswith(HEADS)):
+        notes.append(f"left out, since they are no part of {ARCHITECTURE}: {', '.join(heads)}")
+    if modules:
+        notes.append(f"{len(modules)} matrices are ternary, with a scale for {modules[0].group} columns of a row")
+    return _Contents(
+        files=[*found, first, *parts],
+        config=config,
+        features=features,
+        tokenizer=tokenizer,
+        weights=[first, *parts],
+        modules=modules,
+        header={name: tensor for name, tensor in header.items() if name not in heads},
+        notes=notes,
+    )
+
+
 def files(checkpoint: Path) -> list[Path]:
     """The files of a checkpoint: config, feature extractor if it has one, tokenizer, description of ternary weights if
-    it has any, weights.
-
-    Raises ValueError where a file is missing, or is a link to somewhere else, and as `shards` does.
-    """
-    groups = [(CONFIG,), TOKENIZER_FILES]
-    if _has_feature_extractor(checkpoint):
-        groups.insert(1, FEATURE_FILES)
-    if ternary.MODULES_KEY in _read_config(checkpoint):
-        groups.append((ternary.DESCRIPTION,))
-    return [*(_first_file(checkpoint, group) for group in groups), *_weight_files(checkpoint)]
-
-
-def _has_feature_extractor(checkpoint: Path) -> bool:
-    return any((checkpoint / name).exists() for name in FEATURE_FILES)
+    it has any, weights. Raises ValueError as `check` does."""
+    return _read(checkpoint).files
 
 
 def notes(checkpoint: Path) -> list[str]:
     """What a user should know of how the checkpoint is read: what it lacks, and what of it is left out."""
-    found = []
-    if not _has_feature_extractor(checkpoint):
-        mels = _read_features(checkpoint)["feature_size"]
-        found.append(f"no feature extractor: transformers' own numbers for {mels} mel bins are used")
-    if heads := sorted(name for name in _stored_header(checkpoint) if name.startswith(HEADS)):
-        found.append(f"left out, since they are no part of {ARCHITECTURE}: {', '.join(heads)}")
-    if modules := _ternary_modules(checkpoint):
-        found.append(f"{len(modules)} matrices are ternary, with a scale for {modules[0].group} columns of a row")
-    return found
+    return _read(checkpoint).notes
 
 
-def _weight_files(checkpoint: Path) -> list[Path]:
-    """model.safetensors, or the index and its shards. Raises as `files` does."""
-    first = _first_file(checkpoint, WEIGHT_FILES)
-    return [first, *(_first_file(checkpoint, (name,)) for name in shards(first))]
+def check(checkpoint: Path) -> None:
+    """Raise ValueError unless the folder holds a whole and safe checkpoint of ParakeetForTDT."""
+    _read(checkpoint)
+
+
+def loaded_bytes(checkpoint: Path) -> int:
+    """Bytes of the weights in float32, the type in which they are used, whatever form they are stored in."""
+    return sum(FLOAT32_BYTES * math.prod(shape) for _, shape in _read(checkpoint).header.values())
 
 
 def _first_file(checkpoint: Path, names: Sequence[str]) -> Path:
     path = next((checkpoint / name for name in names if (checkpoint / name).is_file()), None)
     if path is None:
-        raise ValueError(f"expected {' or '.join(names)} in {checkpoint}, {_what_else(checkpoint, names)}")
+        found = "found none; download the checkpoint again"
+        if WEIGHTS in names and (checkpoint / "pytorch_model.bin").exists():
+            found = "got a pickle, which may run code; save the model again with safe_serialization"
+        raise ValueError(f"expected {' or '.join(names)} in {checkpoint}, {found}")
     if not _is_inside(path, checkpoint):
         raise ValueError(f"expected {path.name} itself in {checkpoint}, got a link to a place outside; {NOT_LOADED}")
     return path
-
-
-def _what_else(checkpoint: Path, names: Sequence[str]) -> str:
-    if WEIGHTS in names and (checkpoint / "pytorch_model.bin").exists():
-        return "got a pickle, which may run code; save the model again with safe_serialization"
-    return "found none; download the checkpoint again"
 
 
 def shards(path: Path) -> list[str]:
@@ -184,20 +226,6 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def check(checkpoint: Path) -> None:
-    """Raise ValueError unless the folder holds a whole and safe checkpoint of ParakeetForTDT."""
-    files(checkpoint)
-    _read_config(checkpoint)
-    _read_features(checkpoint)
-    _read_header(checkpoint)
-
-
-def loaded_bytes(checkpoint: Path) -> int:
-    """Bytes of the weights in float32, the type in which they are used, whatever form they are stored in."""
-    header = _read_header(checkpoint)
-    return sum(FLOAT32_BYTES * math.prod(shape) for _, shape in header.values())
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file. Raises ValueError where it is damaged or not a mapping."""
     try:
@@ -209,19 +237,29 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_config(checkpoint: Path) -> dict[str, Any]:
+def _whole_number(config: Mapping[str, Any], key: str, path: Path) -> int:
+    """The value of a key of the config at `path`. Raises ValueError where it is not a whole number."""
+    value = config.get(key)
+    if not isinstance(value, int):
+        raise ValueError(f"expected a whole number as {key} in {path}, got {value!r}; download it again")
+    return value
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     """config.json. Raises ValueError unless it describes a ParakeetForTDT that can be built."""
-    path = _first_file(checkpoint, (CONFIG,))
     config = _read_json(path)
     architectures = config.get("architectures")
     is_tdt = architectures == [ARCHITECTURE] or (architectures is None and config.get("model_type") == MODEL_TYPE)
     if not is_tdt:
+        kind = f"model_type {config.get('model_type')!r}" if architectures is None else repr(architectures)
         raise ValueError(
-            f"not a TDT model: expected architectures [{ARCHITECTURE!r}] in {path}, got {architectures!r}; pass a "
-            "Parakeet-TDT checkpoint"
+            f"not a TDT model: expected architectures [{ARCHITECTURE!r}] in {path}, got {kind}; pass a Parakeet-TDT "
+            "checkpoint"
         )
     if config.get("quantization_config") is not None:
-        raise ValueError(f"expected the weights of {checkpoint} as they were trained, got quantized ones; {NOT_LOADED}")
+        raise ValueError(
+            f"expected the weights of {path.parent} as they were trained, got quantized ones; {NOT_LOADED}"
+        )
     _check_no_code(config, path)
     encoder = config.get("encoder_config")
     if not isinstance(encoder, dict):
@@ -237,15 +275,8 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
     return config
 
 
-def _read_features(checkpoint: Path) -> dict[str, Any]:
-    """The numbers of the feature extractor; of a checkpoint without one, the mel bins of its encoder, for which
-    transformers has the other numbers. Raises ValueError where it is not a ParakeetFeatureExtractor."""
-    if not _has_feature_extractor(checkpoint):
-        mels = _read_config(checkpoint)["encoder_config"].get("num_mel_bins")
-        if not isinstance(mels, int):
-            raise ValueError(f"expected num_mel_bins in {checkpoint / CONFIG}, got {mels!r}; download it again")
-        return {"feature_size": mels}
-    path = _first_file(checkpoint, FEATURE_FILES)
+def _read_features(path: Path) -> dict[str, Any]:
+    """The numbers of the feature extractor. Raises ValueError where it is not a ParakeetFeatureExtractor."""
     content = _read_json(path)
     _check_no_code(content, path)
     features = content if path.name == FEATURE_FILES[0] else content.get("feature_extractor")
@@ -268,39 +299,22 @@ def _check_no_code(content: object, path: Path) -> None:
             _check_no_code(value, path)
 
 
-Header = Mapping[str, tuple[str, tuple[int, ...]]]  # name → type as safetensors spells it, shape
-
-
-def _read_header(checkpoint: Path) -> Header:
-    """The tensors of the network that the weights stand for; no tensor is read. Heads are left out, and a packed matrix
-    has its unpacked shape. Raises ValueError as _stored_header and ternary.py do, and for a type that is not known."""
-    path = _first_file(checkpoint, WEIGHT_FILES)
-    header = ternary.without_packing(_stored_header(checkpoint), _ternary_modules(checkpoint), path)
+def _check_types(header: Header, path: Path) -> None:
+    """Raise ValueError for a tensor of a type that is not known. header: the tensors of `path`, unpacked."""
     for name, (dtype, _) in header.items():
         if dtype not in FLOATS and not name.endswith(COUNTER):
             raise ValueError(
                 f"{name} in {path} has the type {dtype}, a packing that is not known; only {', '.join(FLOATS)} and the "
                 f"ternary weights of {ternary.DESCRIPTION} can be read: get the model's float16 weights"
             )
-    return {name: tensor for name, tensor in header.items() if not name.startswith(HEADS)}
 
 
-def _ternary_modules(checkpoint: Path) -> list[ternary.TernaryModule]:
-    """The matrices that are stored packed; none for a checkpoint whose config lists none."""
-    config = _read_config(checkpoint)
-    if ternary.MODULES_KEY not in config:
-        return []
-    path = _first_file(checkpoint, (ternary.DESCRIPTION,))
-    return ternary.read_modules(path, _read_json(path), config)
-
-
-def _stored_header(checkpoint: Path) -> Header:
-    """What model.safetensors, or the shards of an index, hold; no tensor is read.
+def _read_header(first: Path, parts: Sequence[Path]) -> Header:
+    """What model.safetensors holds, or the shards `parts` of the index `first`; no tensor is read.
 
     Raises ValueError where the library does not accept a file, or a shard holds other tensors than the index says.
     """
-    first, *parts = _weight_files(checkpoint)
-    if first.name == WEIGHTS:
+    if not parts:
         return _read_file_header(first)
     listed = _weight_map(first)
     header: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -351,11 +365,8 @@ def read_tokenizer(checkpoint: Path) -> bytes:
     tokenizer = _first_file(checkpoint, TOKENIZER_FILES)
     if tokenizer.suffix != ".json":
         return tokenizer.read_bytes()
-    blank = _read_config(checkpoint).get("blank_token_id")
-    if not isinstance(blank, int):
-        raise ValueError(
-            f"expected a whole number as blank_token_id in {checkpoint / CONFIG}, got {blank!r}; download it again"
-        )
+    config_file = _first_file(checkpoint, (CONFIG,))
+    blank = _whole_number(_read_config(config_file), "blank_token_id", config_file)
     content = _read_json(tokenizer)
     try:
         return sentencepiece_model(content, blank)
@@ -367,46 +378,45 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
     """transformers' ParakeetForTDT in float32, in evaluation mode, with the parts that NeMo's models have.
 
     Weights are mapped from disk where they are float32. `scratch` is not needed. Raises ValueError for a checkpoint
-    that does not fit its config or is unsafe, or a device that torch cannot use.
+    that does not fit its config or is unsafe.
     """
-    require_device(device)
-    check(checkpoint)
+    contents = _read(checkpoint)
     import torch
 
     from common.checkpoint.transformers_model import ParakeetModel, build
 
-    config = _read_config(checkpoint)
-    features = _read_features(checkpoint)
-    weights = _weight_files(checkpoint)
+    config = contents.config
     try:
         network, extractor = build(
             {key: config[key] for key in MODEL_KEYS if key in config},
             {key: config["encoder_config"][key] for key in ENCODER_KEYS if key in config["encoder_config"]},
-            features,
+            contents.features,
         )
     except Exception as error:  # transformers raises whatever its checks and torch's constructors raise
         raise ValueError(f"{checkpoint / CONFIG} cannot be built: {error}") from error
     expected = network.state_dict()
-    _check_tensors(_read_header(checkpoint), expected, weights[0])
-    state = _read_tensors(weights, device)
-    for module in _ternary_modules(checkpoint):
+    _check_tensors(contents.header, expected, contents.weights[0])
+    state = _read_tensors(contents.weights, device)
+    for module in contents.modules:
         qweight, scales = (state.pop(f"{module.name}{part}") for part in (ternary.QWEIGHT, ternary.SCALES))
         state[f"{module.name}.weight"] = ternary.unpack(module, qweight, scales)
     wrong = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if wrong:
         raise ValueError(
-            f"{weights[0]}: {wrong[0]} and {len(wrong) - 1} more of its tensors hold values that are not finite"
+            f"{contents.weights[0]}: {wrong[0]} and {len(wrong) - 1} more of its tensors hold values that are not "
+            "finite"
         )
     counters = {name: torch.zeros((), dtype=torch.int64, device=device) for name in expected if name.endswith(COUNTER)}
     network.load_state_dict(counters | state, assign=True)
-    tokenizer = _first_file(checkpoint, TOKENIZER_FILES)
-    return ParakeetModel(network, extractor, tokenizer).to(device).eval().requires_grad_(requires_grad=False)
+    model = ParakeetModel(network, extractor, contents.tokenizer).to(device)
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def _read_tensors(weights: Sequence[Path], device: str) -> dict[str, Any]:
     """The tensors of model.safetensors or of the shards, in float32, mapped from disk if they are stored so.
 
-    Packed ones stay as they are; heads, and the counters of batch normalisations, which nothing uses, are left out.
+    The bytes of packed ones stay as they are. Heads, and the counters of batch normalisations, which nothing uses, are
+    left out.
     """
     from safetensors import safe_open
 
@@ -417,6 +427,5 @@ def _read_tensors(weights: Sequence[Path], device: str) -> dict[str, Any]:
                 for name in file.keys():  # noqa: SIM118  not a mapping
                     if not name.startswith(HEADS) and not name.endswith(COUNTER):
                         tensor = file.get_tensor(name)
-                        is_number = tensor.is_floating_point() and not name.endswith(ternary.SCALES)
-                        state[name] = tensor.float() if is_number else tensor
+                        state[name] = tensor.float() if tensor.is_floating_point() else tensor
     return state

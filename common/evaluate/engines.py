@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from common.checkpoint import transformers
-from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, find_checkpoint, format_of, recorded_checkpoint
+from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, find_checkpoint, recorded_checkpoint
 from common.cli import Parser
 from common.evaluate.text_rules import TextRule, text_rules
 from common.evaluate.words import Pieces, timed_words
@@ -323,15 +323,14 @@ def load_reference(
         checkpoint = find_checkpoint(model_name, checkpoint_format=checkpoint_format)
     else:
         checkpoint = recorded_checkpoint(folder.path)
-    known = format_of(checkpoint)
-    model = known.load_model(checkpoint)
+    model = checkpoint.load_model()
     scripts = read_manifest(folder.path).get("export", {}).get("flags", {}).get("scripts")
     suppress(model.joint, suppressed_ids(checkpoint, scripts))  # as in the folder
-    reference: Reference = Transformers(model) if known is transformers else Nemo(model)
+    reference: Reference = Transformers(model) if checkpoint.format is transformers else Nemo(model)
     if reference.model.decoder.blank_idx != folder.config.blank_id:
         raise ValueError(
-            f"{folder.path} was exported from another checkpoint than {checkpoint}, which has another vocabulary; give "
-            "another --model_name"
+            f"{folder.path} was exported from another checkpoint than {checkpoint.path}, which has another vocabulary; "
+            "give another --model_name"
         )
     reference.transcribe(reference.features(folder.noise()))
     return LibraryEngine(reference, text_rules(reference.sentencepiece_model, reference.name), with_times=with_times)

@@ -5,12 +5,11 @@ no logit outweighs costs nothing when the model runs, and it works in every runt
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from common.checkpoint.find import format_of
+from common.checkpoint.find import Checkpoint
 from common.checkpoint.tokenizer import Piece, parse_model, special_ids
 
 SUPPRESSED = "suppressed_tokens"  # in the manifest: how many tokens --scripts suppresses
@@ -20,7 +19,7 @@ SHARED = ("Zyyy", "Zinh", "Zzzz")
 LETTERS = ("L", "M")  # of Unicode's general categories: letters, and the marks that some scripts write vowels with
 
 
-def suppressed_ids(checkpoint: Path, scripts: str | None) -> list[int]:
+def suppressed_ids(checkpoint: Checkpoint, scripts: str | None) -> list[int]:
     """Ids of the tokens with letters of other scripts than `scripts`, names separated by commas; none if it is None.
 
     Marks, bytes, the unknown piece and the blank are never among them. Raises ValueError for a script that the
@@ -28,7 +27,7 @@ def suppressed_ids(checkpoint: Path, scripts: str | None) -> list[int]:
     """
     if scripts is None:
         return []
-    proto = parse_model(format_of(checkpoint).read_tokenizer(checkpoint))
+    proto = parse_model(checkpoint.read_tokenizer())
     return ids_of_other_scripts(proto, scripts.split(","))
 
 

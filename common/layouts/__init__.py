@@ -7,7 +7,7 @@ with several hard links. So in the order of writing GenAI's folder is the first 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from common.checkpoint.find import format_of
+from common.checkpoint.find import Checkpoint
 from common.checkpoint.tokenizer import parse_model
 from common.cli import EXPORT_COMMAND
 from common.folder import MANIFEST, read_manifest
@@ -63,7 +63,7 @@ def check_same_layouts(folder: Path, planned: Mapping[str, Layout]) -> None:
         read_manifest(folder / name)  # where it is another project's, this raises before the work instead of after
 
 
-def exported_vocabularies(checkpoint: Path, layouts: Iterable[Layout]) -> dict[str, Mapping[str, str]]:
+def exported_vocabularies(checkpoint: Checkpoint, layouts: Iterable[Layout]) -> dict[str, Mapping[str, str]]:
     """Runtime → content of the vocabulary's files, by name, for the layouts whose vocabulary the export writes.
 
     Raises ValueError where a runtime would misread the checkpoint's tokens.
@@ -71,5 +71,5 @@ def exported_vocabularies(checkpoint: Path, layouts: Iterable[Layout]) -> dict[s
     writing = [layout for layout in layouts if layout.exports_vocabulary]
     if not writing:
         return {}
-    proto = parse_model(format_of(checkpoint).read_tokenizer(checkpoint))
+    proto = parse_model(checkpoint.read_tokenizer())
     return {layout.runtime: layout.vocabulary_texts(proto) for layout in writing}
