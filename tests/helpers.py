@@ -364,3 +364,19 @@ def shard(folder: Path) -> dict:
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return index
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    """Change the content of a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def edit_tensors(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change the tensors in a folder of transformers that has one file of weights."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")

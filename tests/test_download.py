@@ -422,7 +422,7 @@ def test_nothing_that_is_published_has_folder_names_of_the_machine(tmp_path, mon
     assert test_real_speech.main(["--model_dir", str(optimized), "--audio", str(CLIPS[0])]) == 0
     out = capsys.readouterr().out
     assert "GenAI onnx_models " in out
-    assert "\n  NeMo " in out
+    assert "\nNeMo " in out
 
 
 class TestForms:

@@ -35,7 +35,7 @@ from common.layouts.genai import GENAI
 from common.report.card import model_card
 from common.run.genai import GenAI
 from common.run.reference import Transformers
-from tests.helpers import CLIPS, ROOT, SMALL, TINY, rejected, shard, trained
+from tests.helpers import CLIPS, ROOT, SMALL, TINY, edit_json, edit_tensors, rejected, shard, trained
 
 pytestmark = pytest.mark.slow  # the fixture imports transformers and converts the checkpoint
 
@@ -303,12 +303,6 @@ def case(*expected: str):
     return register
 
 
-def edit(path: Path, change) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    change(content)
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
 def edit_header(path: Path, change) -> None:
     data = path.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
@@ -316,14 +310,6 @@ def edit_header(path: Path, change) -> None:
     change(header)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
-
-
-def edit_tensors(folder: Path, change) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 NAME = "encoder.layers.0.conv.depthwise_conv.weight"
@@ -451,12 +437,12 @@ def a_pickle_alone(folder):
 @case("code of its own (auto_map)")
 def code_in_the_config(folder):
     (folder / "model.py").write_text(f"open({str(folder.parent / 'canary')!r}, 'w')")
-    edit(folder / "config.json", lambda config: config.update(auto_map={"AutoModel": "model.ParakeetForTDT"}))
+    edit_json(folder / "config.json", lambda config: config.update(auto_map={"AutoModel": "model.ParakeetForTDT"}))
 
 
 @case("code of its own (auto_map)")
 def code_in_the_processor(folder):
-    edit(
+    edit_json(
         folder / "processor_config.json",
         lambda config: config["feature_extractor"].update(auto_map={"AutoFeatureExtractor": "model.X"}),
     )
@@ -493,42 +479,44 @@ def a_config_that_is_a_list(folder):
 
 @case("not a TDT model", "ParakeetForCTC")
 def another_family(folder):
-    edit(folder / "config.json", lambda config: config.update(architectures=["ParakeetForCTC"]))
+    edit_json(folder / "config.json", lambda config: config.update(architectures=["ParakeetForCTC"]))
 
 
 @case("got quantized ones")
 def quantized_weights(folder):
-    edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"}))
+    edit_json(
+        folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"})
+    )
 
 
 @case("att_context_size", "not supported")
 def an_encoder_for_streaming(folder):
-    edit(folder / "config.json", lambda config: config["encoder_config"].update(att_context_size=[70, 13]))
+    edit_json(folder / "config.json", lambda config: config["encoder_config"].update(att_context_size=[70, 13]))
 
 
 @case("cannot be built")
 def a_width_that_is_a_word(folder):
-    edit(folder / "config.json", lambda config: config["encoder_config"].update(hidden_size="wide"))
+    edit_json(folder / "config.json", lambda config: config["encoder_config"].update(hidden_size="wide"))
 
 
 @case("expected blank_token_id to be 8192, got 5")
 def a_blank_in_the_vocabulary(folder):
-    edit(folder / "config.json", lambda config: config.update(blank_token_id=5))
+    edit_json(folder / "config.json", lambda config: config.update(blank_token_id=5))
 
 
 @case("hidden_act", "not supported")
 def an_activation_of_its_own(folder):
-    edit(folder / "config.json", lambda config: config["encoder_config"].update(hidden_act="xielu"))
+    edit_json(folder / "config.json", lambda config: config["encoder_config"].update(hidden_act="xielu"))
 
 
 @case("feature_size of the feature extractor")
 def features_of_another_size(folder):
-    edit(folder / "processor_config.json", lambda config: config["feature_extractor"].update(feature_size=80))
+    edit_json(folder / "processor_config.json", lambda config: config["feature_extractor"].update(feature_size=80))
 
 
 @case("do_normalize false")
 def features_that_are_not_normalised(folder):
-    edit(folder / "processor_config.json", lambda config: config["feature_extractor"].update(do_normalize=False))
+    edit_json(folder / "processor_config.json", lambda config: config["feature_extractor"].update(do_normalize=False))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -564,7 +552,7 @@ def test_tokenizers_that_cannot_be_used(name, tiny_transformers, tmp_path, capsy
     change, expected = TOKENIZERS[name]
     folder = tmp_path / "in"
     shutil.copytree(tiny_transformers, folder)
-    edit(folder / "tokenizer.json", change)
+    edit_json(folder / "tokenizer.json", change)
     error = rejected(capsys, export_tokenizer, "--model_name", folder, "--output_dir", tmp_path / "out")
     assert expected in error, error
 
