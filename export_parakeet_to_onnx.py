@@ -26,8 +26,7 @@ from common.cli import OPTIMIZE_COMMAND, Parser, Stages, options_of, run, second
 # isort: split
 
 from common.checkpoint import require_device
-from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, MODEL_NAME_HELP, find_checkpoint
-from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
+from common.checkpoint.find import add_checkpoint_flags, find_checkpoint
 from common.checkpoint.spec import ModelSpec
 from common.export import pipeline
 from common.export.pipeline import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
@@ -57,10 +56,8 @@ are never emitted (any)"""
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
+    add_checkpoint_flags(parser)
     add = parser.add_argument
-    add("--model_name", default=DEFAULT_MODEL, help=MODEL_NAME_HELP)
-    add("--revision", help=REVISION_HELP)
-    add("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
     add("--output_dir", type=Path, default=Path("onnx_models"), help="folder to write (./%(default)s)")
     add("--runtime", choices=(*LAYOUTS, ALL), default=GENAI.runtime, help=RUNTIME_HELP)
     add("--opset_version", type=int, default=MIN_OPSET, help=OPSET_HELP)

@@ -30,8 +30,7 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer
 
-from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, MODEL_NAME_HELP, find_checkpoint
-from common.checkpoint.hub import DEFAULT_MODEL, REVISION_HELP
+from common.checkpoint.find import add_checkpoint_flags, find_checkpoint
 from common.checkpoint.tokenizer import (
     SPACE,
     Piece,
@@ -63,9 +62,7 @@ DISK_FACTOR = 4
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model_name", default=DEFAULT_MODEL, help=MODEL_NAME_HELP)
-    parser.add_argument("--revision", help=REVISION_HELP)
-    parser.add_argument("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
+    add_checkpoint_flags(parser)
     parser.add_argument(
         "--output_dir", type=Path, default=Path("onnx_models"), help="model folder to write to (./%(default)s)"
     )

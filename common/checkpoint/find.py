@@ -1,5 +1,6 @@
 """Which checkpoint a name or a path stands for, in which format it is, and how a manifest records it."""
 
+import argparse
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +8,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.checkpoint import nemo, transformers
-from common.checkpoint.hub import DEFAULT_REVISION, NotInRepositoryError, commit_of, file_digest, hub_name
+from common.checkpoint.hub import (
+    DEFAULT_MODEL,
+    DEFAULT_REVISION,
+    NotInRepositoryError,
+    commit_of,
+    file_digest,
+    hub_name,
+)
 from common.folder import CHECKPOINT, read_location, read_manifest
 
 MODEL_NAME_HELP = "Hugging Face name, .nemo file, or folder of a transformers checkpoint (%(default)s)"
+REVISION_HELP = f"branch, tag or commit on Hugging Face ({DEFAULT_REVISION}); the commit used is in manifest.json"
 FORMAT_HELP = "the format to use where a repository or a folder has both (nemo, if it is there)"
 
 
@@ -110,6 +119,13 @@ class Checkpoint:
     def load_model(self, device: str = "cpu", scratch: Path | None = None) -> Any:
         """The model, as `load_model` of its format gives it."""
         return self.format.load_model(self.path, device, scratch)
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags whose values `find_checkpoint` takes."""
+    parser.add_argument("--model_name", default=DEFAULT_MODEL, help=MODEL_NAME_HELP)
+    parser.add_argument("--revision", help=REVISION_HELP)
+    parser.add_argument("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
 
 
 def find_checkpoint(model_name: str, revision: str | None = None, checkpoint_format: str | None = None) -> Checkpoint:

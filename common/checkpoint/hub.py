@@ -18,7 +18,6 @@ from common.folder import DISK_ERRORS, require_free, sha256
 
 DEFAULT_MODEL = "nvidia/parakeet-tdt-0.6b-v3"
 DEFAULT_REVISION = "main"
-REVISION_HELP = f"branch, tag or commit on Hugging Face ({DEFAULT_REVISION}); the commit used is in manifest.json"
 HUB_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(.*)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -102,20 +101,15 @@ def download(name: str, file: str, revision: str, *, cached_only: bool = False) 
         if planned.will_download:
             size = planned.file_size or 0  # bytes
             print(f"downloading {file}, {size_text(size)}, of commit {planned.commit_hash}", flush=True)
-            _require_room(size, Path(constants.HF_HUB_CACHE))
+            try:
+                require_free(size, Path(constants.HF_HUB_CACHE))  # huggingface_hub would only warn
+            except OSError as error:
+                raise OSError(f"{error}, {ANOTHER_DISK}") from None
         elif not COMMIT.fullmatch(revision):
             print(f"{file} is in the local cache, of commit {planned.commit_hash}", flush=True)
         path = Path(hf_hub_download(name, file, revision=revision, local_files_only=cached_only))
     _check_content(name, path)
     return path
-
-
-def _require_room(size: int, cache: Path) -> None:
-    """Raise OSError where the disk of the cache has less than `size` bytes free; huggingface_hub would only warn."""
-    try:
-        require_free(size, cache)
-    except OSError as error:
-        raise OSError(f"{error}, {ANOTHER_DISK}") from None
 
 
 def _check_content(name: str, path: Path) -> None:
