@@ -84,10 +84,10 @@ def _export(args: argparse.Namespace) -> None:
     clips = pipeline.find_clips(SPEECH) if options.is_float16 else []
     require_device(options.device)
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
-    for note in checkpoint.notes:
+    for note in checkpoint.contents.notes:
         print(f"{checkpoint.path.name}: {note}", flush=True)
     title = f"{checkpoint.path.name} ({size_text(checkpoint.size)})"
-    loaded = checkpoint.loaded_bytes
+    loaded = checkpoint.contents.loaded_bytes
     state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded), output_dir)
     vocabularies = exported_vocabularies(checkpoint, layouts.values())
     source = checkpoint.record()

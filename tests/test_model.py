@@ -295,10 +295,7 @@ class TestFormats:
         assert {
             "locate",
             "download",
-            "files",
-            "loaded_bytes",
-            "notes",
-            "check",
+            "inspect",
             "read_tokenizer",
             "load_model",
         } <= needed

@@ -86,9 +86,9 @@ def test_weights_are_those_that_were_written(form, forms, tiny_transformers):
 @pytest.mark.parametrize("form", FILES)
 def test_notes_and_memory(form, forms, tiny_transformers):
     checkpoint = find_checkpoint(str(forms[form]))
-    assert checkpoint.notes == notes_of(form, tiny_transformers)
-    assert checkpoint.record()["notes"] == checkpoint.notes
-    assert checkpoint.loaded_bytes == find_checkpoint(str(tiny_transformers)).loaded_bytes
+    assert checkpoint.contents.notes == notes_of(form, tiny_transformers)
+    assert checkpoint.record()["notes"] == checkpoint.contents.notes
+    assert checkpoint.contents.loaded_bytes == find_checkpoint(str(tiny_transformers)).contents.loaded_bytes
     assert "notes" not in find_checkpoint(str(tiny_transformers)).record()
 
 

@@ -237,18 +237,17 @@ def test_shards_and_half_precision_are_the_same_weights(tiny_transformers, tmp_p
     for path in (*half.glob("model-*"), half / "model.safetensors.index.json"):
         path.unlink()
     ParakeetForTDT.from_pretrained(tiny_transformers, dtype=torch.bfloat16).save_pretrained(half)
-    assert len(transformers.files(sharded)) > 5
+    assert len(transformers.inspect(sharded).files) > 5
     assert find_checkpoint(str(half)).size < 0.6 * find_checkpoint(str(tiny_transformers)).size
     for folder, rounding in ((sharded, torch.float32), (half, torch.bfloat16)):
-        transformers.check(folder)
         found = transformers.load_model(folder).network.state_dict()
         assert found.keys() == whole.keys()
         for name, tensor in found.items():
             expected = whole[name].to(rounding).float() if whole[name].is_floating_point() else whole[name]
             assert torch.equal(tensor, expected), name
-        assert transformers.loaded_bytes(folder) == transformers.loaded_bytes(tiny_transformers)
+        assert transformers.inspect(folder).loaded_bytes == transformers.inspect(tiny_transformers).loaded_bytes
     floats = sum(4 * tensor.numel() for tensor in whole.values())
-    assert transformers.loaded_bytes(half) == pytest.approx(floats, rel=0.001)
+    assert transformers.inspect(half).loaded_bytes == pytest.approx(floats, rel=0.001)
 
 
 # ---- tokenizers

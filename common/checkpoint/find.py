@@ -2,12 +2,11 @@
 
 import argparse
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.checkpoint import nemo, transformers
+from common.checkpoint import Contents, nemo, transformers
 from common.checkpoint.hub import (
     DEFAULT_MODEL,
     DEFAULT_REVISION,
@@ -37,17 +36,8 @@ class CheckpointFormat(Protocol):
         Raises NotInRepositoryError where the repository has no checkpoint of this format, and as hub.download does.
         """
 
-    def files(self, checkpoint: Path) -> Sequence[Path]:
-        """The files of a checkpoint, in a fixed order."""
-
-    def loaded_bytes(self, checkpoint: Path) -> int:
-        """Bytes of the weights in float32, in which they are used; to estimate memory."""
-
-    def notes(self, checkpoint: Path) -> list[str]:
-        """What a user should know of how the checkpoint is read: what it lacks, and what of it is left out."""
-
-    def check(self, checkpoint: Path) -> None:
-        """Raise ValueError unless the checkpoint is complete and safe to unpack."""
+    def inspect(self, checkpoint: Path) -> Contents:
+        """What the checkpoint holds. Raises ValueError unless it is complete and safe to unpack."""
 
     def read_tokenizer(self, checkpoint: Path) -> bytes:
         """Its SentencePiece model, without building the network. Raises ValueError where it has none."""
@@ -65,36 +55,27 @@ FORMAT_NAMES = tuple(known.NAME for known in FORMATS)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint at the place where it was found."""
+    """A checkpoint that has been found and checked."""
 
     path: Path  # a .nemo file, or the folder of a checkpoint of transformers
     format: CheckpointFormat
+    contents: Contents
     name: str | None = None  # on Hugging Face
     revision: str = DEFAULT_REVISION  # of `name`, as it was asked for
 
     @property
     def size(self) -> int:
         """Bytes of its files."""
-        return sum(path.stat().st_size for path in self.format.files(self.path))
-
-    @property
-    def loaded_bytes(self) -> int:
-        """Bytes of its weights in float32, in which they are used; to estimate memory."""
-        return self.format.loaded_bytes(self.path)
+        return sum(path.stat().st_size for path in self.contents.files)
 
     @property
     def digest(self) -> str:
         """SHA-256 of its only file, or of the list that `sha256sum` prints of its files."""
-        files = self.format.files(self.path)
+        files = self.contents.files
         if len(files) == 1:
             return file_digest(files[0])
         lines = "".join(f"{file_digest(path)}  {path.name}\n" for path in files)
         return hashlib.sha256(lines.encode()).hexdigest()
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know of how it is read: what it lacks, and what of it is left out."""
-        return self.format.notes(self.path)
 
     def record(self) -> dict[str, Any]:
         """What a manifest has of it as `source`.
@@ -107,10 +88,8 @@ class Checkpoint:
             place: dict[str, Any] = {"file": self.path.name}
         else:
             place = {"name": self.name, "revision": self.revision, "commit": commit_of(self.path)}
-        record = {**place, "sha256": self.digest, "format": self.format.NAME}
-        if notes := self.notes:
-            record["notes"] = notes
-        return record
+        notes = {"notes": list(self.contents.notes)} if self.contents.notes else {}
+        return {**place, "sha256": self.digest, "format": self.format.NAME, **notes}
 
     def read_tokenizer(self) -> bytes:
         """Its SentencePiece model, without building the network. Raises ValueError where it has none."""
@@ -138,16 +117,13 @@ def find_checkpoint(model_name: str, revision: str | None = None, checkpoint_for
     """
     name = hub_name(model_name)
     if name is not None:
-        checkpoint = _on_hub(name, revision or DEFAULT_REVISION, checkpoint_format)
-    elif revision is not None:
+        return _on_hub(name, revision or DEFAULT_REVISION, checkpoint_format)
+    if revision is not None:
         raise ValueError(f"--revision is for a name on Hugging Face, got the path {model_name}; leave it out")
-    else:
-        path = Path(model_name)
-        located = _at(path, checkpoint_format)
-        if located is None:
-            raise _nothing_at(path, checkpoint_format)
-        checkpoint = located
-    checkpoint.format.check(checkpoint.path)
+    path = Path(model_name)
+    checkpoint = _at(path, checkpoint_format)
+    if checkpoint is None:
+        raise _nothing_at(path, checkpoint_format)
     return checkpoint
 
 
@@ -157,10 +133,10 @@ def _formats(name: str | None) -> list[CheckpointFormat]:
 
 
 def _at(path: Path, checkpoint_format: str | None) -> Checkpoint | None:
-    """The checkpoint at a path in the preferred format that it has."""
+    """The checkpoint at a path in the preferred format that it has; None where nothing is there."""
     for known in _formats(checkpoint_format):
         if found := known.locate(path):
-            return Checkpoint(found, known)
+            return Checkpoint(found, known, known.inspect(found))
     return None
 
 
@@ -190,11 +166,12 @@ def _on_hub(name: str, revision: str, checkpoint_format: str | None) -> Checkpoi
     for known in _formats(checkpoint_format):
         try:
             path = known.download(name, revision, cached_only=unreachable is not None)
-            return Checkpoint(path, known, name, revision)
         except NotInRepositoryError as error:
             missing.append(str(error))
         except ConnectionError as error:
             unreachable = unreachable or error
+        else:
+            return Checkpoint(path, known, known.inspect(path), name, revision)
     raise unreachable or ValueError(f"Hugging Face has {' and '.join(missing)}; check --model_name")
 
 
@@ -214,7 +191,10 @@ def recorded_checkpoint(folder: Path) -> Checkpoint:
         checkpoint = find_checkpoint(source["name"], source.get("commit"), recorded_format)
     else:
         path = read_location(folder, CHECKPOINT) or folder / source.get("file", "its checkpoint")
-        located = _at(path, recorded_format)
+        try:
+            located = _at(path, recorded_format)
+        except ValueError:  # when it was exported, it was whole
+            raise _changed(folder, path) from None
         if located is None:
             raise FileNotFoundError(
                 f"expected the checkpoint that {folder} records, got nothing at {path}; pass --model_name or "
@@ -222,8 +202,11 @@ def recorded_checkpoint(folder: Path) -> Checkpoint:
             )
         checkpoint = located
     if checkpoint.digest != source["sha256"]:
-        raise ValueError(
-            f"expected the checkpoint that {folder} was exported from, got another file at {checkpoint.path}; pass "
-            "--model_name"
-        )
+        raise _changed(folder, checkpoint.path)
     return checkpoint
+
+
+def _changed(folder: Path, path: Path) -> ValueError:
+    return ValueError(
+        f"expected the checkpoint that {folder} was exported from, got another file at {path}; pass --model_name"
+    )

@@ -76,11 +76,15 @@ def _digest(path: Path, size: int, changed: int) -> str:
     return sha256(path)
 
 
-def is_cached(name: str, file: str, commit: str) -> bool:
-    """Whether the local cache has the file of a repository at a commit."""
+def is_cached(name: str, file: str, commit: str) -> bool | None:
+    """Whether the local cache has the file of a repository at a commit; None where it may have to be downloaded.
+
+    The cache also remembers which files Hugging Face has not found at that commit: for these it is False.
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(name, file, revision=commit), str)
+    found = try_to_load_from_cache(name, file, revision=commit)
+    return None if found is None else isinstance(found, str)
 
 
 def download(name: str, file: str, revision: str, *, cached_only: bool = False) -> Path:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import NOT_LOADED, hub
+from common.checkpoint import NOT_LOADED, Contents, hub
 from common.checkpoint.archive import (
     CONFIG_MEMBER,
     WEIGHTS_MEMBER,
@@ -44,25 +44,12 @@ def download(name: str, revision: str, *, cached_only: bool) -> Path:
     return hub.download(name, f"{name.split('/')[1]}.nemo", revision, cached_only=cached_only)
 
 
-def files(checkpoint: Path) -> list[Path]:
-    """The files of a checkpoint: the one archive."""
-    return [checkpoint]
-
-
-def loaded_bytes(checkpoint: Path) -> int:
-    """Bytes of the weights in memory, which are nearly all of the file."""
-    return checkpoint.stat().st_size
-
-
-def notes(checkpoint: Path) -> list[str]:
-    """Nothing: all of a checkpoint is read."""
-    return []
-
-
-def check(checkpoint: Path) -> None:
-    """Raise ValueError unless the file is a complete NeMo checkpoint that is safe to unpack."""
+def inspect(checkpoint: Path) -> Contents:
+    """What the file holds. Raises ValueError unless it is a complete NeMo checkpoint that is safe to unpack."""
     with open_archive(checkpoint):
         pass
+    # Nearly all of the file are weights.
+    return Contents(files=[checkpoint], loaded_bytes=checkpoint.stat().st_size, notes=[])
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ Nothing of the folder is executed, and transformers' own loaders, which may down
 network is built from the numbers of the config, and the tensors are mapped. NeMo is not imported.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import NOT_LOADED, hub, ternary
+from common.checkpoint import NOT_LOADED, Contents, hub, ternary
 from common.checkpoint.tokenizer_json import sentencepiece_model
 
 NAME = "transformers"  # as --checkpoint_format takes it
@@ -82,44 +81,56 @@ def download(name: str, revision: str, *, cached_only: bool) -> Path:
     config = hub.download(name, CONFIG, revision, cached_only=cached_only)
     content = _read_config(config)  # before gigabytes are downloaded
     commit = config.parent.name
-    with contextlib.suppress(hub.NotInRepositoryError):
-        _download_first(name, FEATURE_FILES, commit, cached_only=cached_only)
-    for group in (TOKENIZER_FILES, *([(ternary.DESCRIPTION,)] if ternary.MODULES_KEY in content else [])):
-        _download_first(name, group, commit, cached_only=cached_only)
-    for shard in shards(_download_first(name, WEIGHT_FILES, commit, cached_only=cached_only)):
-        _download_first(name, (shard,), commit, cached_only=cached_only)
+    _download_first(name, FEATURE_FILES, commit, cached_only=cached_only)
+    _download_one_of(name, TOKENIZER_FILES, commit, cached_only=cached_only)
+    if ternary.MODULES_KEY in content:
+        _download_one_of(name, (ternary.DESCRIPTION,), commit, cached_only=cached_only)
+    for shard in shards(_download_one_of(name, WEIGHT_FILES, commit, cached_only=cached_only)):
+        _download_one_of(name, (shard,), commit, cached_only=cached_only)
     return config.parent
 
 
-def _download_first(name: str, group: Sequence[str], commit: str, *, cached_only: bool) -> Path:
-    """The first of these files that the repository has at a commit; without a request where one is in the cache."""
-    cached = [file for file in group if hub.is_cached(name, file, commit)]
-    for file in cached or group:
+def _download_one_of(name: str, group: Sequence[str], commit: str, *, cached_only: bool) -> Path:
+    """Like _download_first. Raises ValueError where the repository has none of the files."""
+    path = _download_first(name, group, commit, cached_only=cached_only)
+    if path is None:
+        raise ValueError(
+            f"expected {' or '.join(group)} beside {CONFIG} of {name} on Hugging Face, found none: it is not a whole "
+            f"checkpoint of the format {NAME}"
+        )
+    return path
+
+
+def _download_first(name: str, group: Sequence[str], commit: str, *, cached_only: bool) -> Path | None:
+    """The first of these files that the repository has at a commit, or None.
+
+    There is no request where the cache has one, or where it is known of all that the repository lacks them.
+    """
+    known = {file: hub.is_cached(name, file, commit) for file in group}
+    for file in [file for file in group if known[file]] or [file for file in group if known[file] is None]:
         try:
             return hub.download(name, file, commit, cached_only=cached_only)
         except hub.NotInRepositoryError:
             continue
-    raise hub.NotInRepositoryError(f"no {' or '.join(group)} beside {CONFIG} of {name}: it is not a whole checkpoint")
+    return None
 
 
 Header = Mapping[str, tuple[str, tuple[int, ...]]]  # name → type as safetensors spells it, shape
 
 
 @dataclass(frozen=True)
-class _Contents:
+class FolderContents(Contents):
     """What the files of a checkpoint say, apart from the values of its tensors."""
 
-    files: list[Path]  # all that are read, in a fixed order
     config: dict[str, Any]
     features: dict[str, Any]  # arguments of the feature extractor
     tokenizer: Path
     weights: list[Path]  # model.safetensors, or the index and its shards
     modules: list[ternary.TernaryModule]  # matrices that are stored packed
     header: Header  # the tensors of the network that the weights stand for
-    notes: list[str]
 
 
-def _read(checkpoint: Path) -> _Contents:
+def inspect(checkpoint: Path) -> FolderContents:
     """Read the folder of a checkpoint, except the values of its tensors, and check that it is whole and safe.
 
     Raises ValueError where a file is missing, damaged, of another model, or a link to somewhere else.
@@ -150,37 +161,18 @@ def _read(checkpoint: Path) -> _Contents:
         notes.append(f"left out, since they are no part of {ARCHITECTURE}: {', '.join(heads)}")
     if modules:
         notes.append(f"{len(modules)} matrices are ternary, with a scale for {modules[0].group} columns of a row")
-    return _Contents(
+    header = {name: tensor for name, tensor in header.items() if name not in heads}
+    return FolderContents(
         files=[*found, first, *parts],
+        loaded_bytes=sum(FLOAT32_BYTES * math.prod(shape) for _, shape in header.values()),
+        notes=notes,
         config=config,
         features=features,
         tokenizer=tokenizer,
         weights=[first, *parts],
         modules=modules,
-        header={name: tensor for name, tensor in header.items() if name not in heads},
-        notes=notes,
+        header=header,
     )
-
-
-def files(checkpoint: Path) -> list[Path]:
-    """The files of a checkpoint: config, feature extractor if it has one, tokenizer, description of ternary weights if
-    it has any, weights. Raises ValueError as `check` does."""
-    return _read(checkpoint).files
-
-
-def notes(checkpoint: Path) -> list[str]:
-    """What a user should know of how the checkpoint is read: what it lacks, and what of it is left out."""
-    return _read(checkpoint).notes
-
-
-def check(checkpoint: Path) -> None:
-    """Raise ValueError unless the folder holds a whole and safe checkpoint of ParakeetForTDT."""
-    _read(checkpoint)
-
-
-def loaded_bytes(checkpoint: Path) -> int:
-    """Bytes of the weights in float32, the type in which they are used, whatever form they are stored in."""
-    return sum(FLOAT32_BYTES * math.prod(shape) for _, shape in _read(checkpoint).header.values())
 
 
 def _first_file(checkpoint: Path, names: Sequence[str]) -> Path:
@@ -380,7 +372,7 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
     Weights are mapped from disk where they are float32. `scratch` is not needed. Raises ValueError for a checkpoint
     that does not fit its config or is unsafe.
     """
-    contents = _read(checkpoint)
+    contents = inspect(checkpoint)
     import torch
 
     from common.checkpoint.transformers_model import ParakeetModel, build
