@@ -483,6 +483,21 @@ class TestForms:
         error = user.rejected(model="owner/none")
         assert "expected model.safetensors or model.safetensors.index.json beside config.json of owner/none" in error
 
+    def test_the_published_form_of_redux(self, user, hub, tiny_transformers, tmp_path):
+        """It has no feature extractor, which is asked for once and then known to be missing, offline too."""
+        from benchmarks.published_forms import write_form
+
+        folder = write_form("redux", tiny_transformers, tmp_path / "form")
+        self.publish(hub, "owner/redux", {path.name: path.read_bytes() for path in folder.iterdir()})
+        user.succeeded(model="owner/redux")
+        assert hub.fetched() == {"config.json", "tokenizer.json", "ternary.json", "model.safetensors"}
+        assert len(user.source()["notes"]) == 3
+        hub.asked.clear()
+        user.set_offline(offline=True)
+        user.succeeded("--output_dir", "again", model="owner/redux")
+        assert not hub.asked
+        assert user.source("again") == user.source()
+
     def test_the_shards_that_an_index_names(self, user, hub, tiny_transformers, tmp_path):
         folder = tmp_path / "sharded"
         shutil.copytree(tiny_transformers, folder)
