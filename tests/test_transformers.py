@@ -198,8 +198,7 @@ def test_transformers_is_the_reference_row(tiny_transformers, converted_export, 
     assert "4 transcripts with the tokens of transformers also have its text, letter for letter" in output
     assert "clips left out: 2 to whose words transformers gives no times" in output
     assert "NeMo" not in output
-    rows = [line.split()[0] for line in output.splitlines() if line.startswith("  ")]
-    assert rows.count("transformers") == 2
+    assert output.count("\ntransformers ") == 1  # its row of the table of engines
     reference = Transformers(transformers.load_model(tiny_transformers))
     features = reference.features(GenAI(converted_export).config.read_audio(CLIPS[0]))
     made, traced = reference.transcribe(features), reference.trace(features)
