@@ -63,7 +63,9 @@ def _test(args: argparse.Namespace) -> None:
     stages.end("GenAI, tokenizer.json and vocab.txt give one text, also after encoding it")
 
     stages.begin("plain ONNX Runtime")
-    check_same_tokens(tokens, OnnxRuntime(folder).transcribe(genai.features(samples)).tokens)
+    expected = OnnxRuntime(folder).transcribe(genai.features(samples)).tokens
+    if tokens != expected:
+        raise CheckError(f"expected the tokens of plain ONNX Runtime, {expected}, got {tokens} from GenAI")
     stages.end(f"gives the same {len(tokens)} tokens")
 
 
@@ -101,12 +103,6 @@ def spell(pieces: list[str]) -> str:
         elif not re.fullmatch(r"▁?(<.+>|\[.+\])", piece):
             raw += piece.replace("▁", " ").encode()
     return raw.decode("utf-8", errors="replace")
-
-
-def check_same_tokens(tokens: list[int], expected: list[int]) -> None:
-    """Raise CheckError showing both sequences where they differ."""
-    if tokens != expected:
-        raise CheckError(f"expected the tokens of plain ONNX Runtime, {expected}, got {tokens} from GenAI")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from common.contract import PARITY_TOLERANCE
 from common.evaluate.compare import ComparedClip, Comparison, Difference, first_difference
 from common.evaluate.engines import Engine, labels
 from common.evaluate.verdict import judge_tokens, print_corpus, transcribe_and_print
-from common.evaluate.wer import normalize, word_changes, word_error_rate, word_errors
+from common.evaluate.wer import marked_changes, normalize, word_error_rate, word_errors
 from common.run.decode import Hypothesis, Step, TimedWord, Transcript
 from tests.helpers import folder_of_engines
 
@@ -67,10 +67,10 @@ def test_a_rise_is_judged_on_the_same_draws():
     assert word_error_rate(texts, texts, before).percent == -25
 
 
-def test_word_changes():
-    assert word_changes("a b c", "a x c d") == [("a", "a"), ("b", "x"), ("c", "c"), ("", "d")]
-    assert word_changes("a  b", "") == [("a b", "")]
-    assert word_changes("", "") == []
+def test_marked_changes():
+    assert marked_changes("a b c", "a x c d") == [("a", "a"), ("b", "x"), ("c", "c"), ("", "d")]
+    assert marked_changes("a  b", "") == [("a b", "")]
+    assert marked_changes("", "") == []
 
 
 def emitted(tokens, frames):
@@ -196,7 +196,6 @@ def printed(capsys, *engines, texts=(None, None)):
     folder.engines = engines
     folder.onnx_engine, folder.genai = None, None
     folder.config.read_clip = lambda clip: np.zeros(16_000, np.float32)
-    folder.config.fits_one_window = lambda seconds: True
     clips = [ComparedClip(Path(name), text=text) for name, text in zip(("a.wav", "b.wav"), texts, strict=True)]
     comparison = Comparison(clips=clips, folders=[folder], reference=None)
     transcribe_and_print(comparison, print_times=False)

@@ -189,7 +189,7 @@ class Comparison:
         for clip in self.clips:
             samples = self.config.read_clip(clip)
             clip.seconds = len(samples) / self.config.sample_rate
-            clip.one_window = self.config.fits_one_window(clip.seconds)
+            clip.one_window = clip.seconds <= self.config.window_seconds
             clips.append(clip)
             recordings.append(Recording(samples, features_by))
             if not in_batches or sum(each.seconds for each in clips) >= POOL_SECONDS or clip is self.clips[-1]:

@@ -295,7 +295,7 @@ def _run_case(test: StressTest, condition: Condition, group: tuple[int, ...]) ->
     """The engines' results, one after the other."""
     takes = test.takes(condition, group)
     recordings = [Recording(take.samples, test.features_by) for take in takes]
-    is_long = all(not test.config.fits_one_window(len(take.samples) / test.config.sample_rate) for take in takes)
+    is_long = all(len(take.samples) > test.config.chunk for take in takes)
     transcripts: dict[str, list[Transcript]] = {}
     for engine in test.engines:
         if engine.name in test.whole_of and not is_long:

@@ -126,15 +126,6 @@ def _counts(references: list[str], hypotheses: list[str]) -> np.ndarray:
     return np.array([word_errors(*pair) for pair in zip(references, hypotheses, strict=True)])
 
 
-def word_changes(before: str, after: str) -> list[tuple[str, str]]:
-    """Align two transcripts word by word: pairs of runs of words, which are equal or replace each other."""
-    one, other = before.split(), after.split()
-    return [
-        (" ".join(one[own.start : own.stop]), " ".join(other[its.start : its.stop]))
-        for own, its, _ in word_runs(one, other)
-    ]
-
-
 def word_runs(one: Sequence[str], other: Sequence[str]) -> list[tuple[range, range, bool]]:
     """Align words, none of which has a space, with the fewest errors (jiwer): runs as positions in each sequence, and
     whether they are equal."""
@@ -150,13 +141,18 @@ def word_runs(one: Sequence[str], other: Sequence[str]) -> list[tuple[range, ran
 
 
 def marked_changes(before: str, after: str) -> list[tuple[str, str]]:
-    """Pairs of runs of words of two transcripts; equal words far from any change are cut to an ellipsis."""
-    runs = word_changes(before, after)
-    last = len(runs) - 1
-    return [
-        (shown, shown) if one == other and (shown := _shortened(one, first=i == 0, last=i == last)) else (one, other)
-        for i, (one, other) in enumerate(runs)
-    ]
+    """Align two transcripts word by word: pairs of runs of words, which are equal or replace each other. Equal words
+    far from any change are cut to an ellipsis."""
+    one, other = before.split(), after.split()
+    runs = word_runs(one, other)
+    changes = []
+    for number, (own, its, is_equal) in enumerate(runs):
+        if is_equal:
+            shown = _shortened(one[own.start : own.stop], first=number == 0, last=number == len(runs) - 1)
+            changes.append((shown, shown))
+        else:
+            changes.append((" ".join(one[own.start : own.stop]), " ".join(other[its.start : its.stop])))
+    return changes
 
 
 def changes_text(before: str, after: str) -> str:
@@ -173,9 +169,9 @@ def empty_warning(engine: str, texts: Iterable[str]) -> str | None:
     return f"warning: every transcript of {engine} is empty, so its word errors mean nothing"
 
 
-def _shortened(words: str, *, first: bool, last: bool) -> str:
+def _shortened(words: Sequence[str], *, first: bool, last: bool) -> str:
     """The ends of an equal run that are near a change."""
-    split = words.split()
     begin = 0 if first else CONTEXT
     end = 0 if last else CONTEXT
-    return words if len(split) <= begin + end + 1 else " ".join([*split[:begin], "…", *split[len(split) - end :]])
+    near = words if len(words) <= begin + end + 1 else [*words[:begin], "…", *words[len(words) - end :]]
+    return " ".join(near)

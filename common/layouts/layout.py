@@ -212,7 +212,7 @@ class Layout(ABC):
                 f"the graphs in {folder} are from {name_in(graphs)}, its tokenizer is from {name_in(tokenizer)}; run: "
                 f"{tokenizer_command(folder)}"
             )
-        self.check_sizes(folder, MAPPED(folder, self.graphs[-1]).output_width)
+        self.check_sizes(folder, MAPPED(folder, self.graphs[-1]).session.get_outputs()[0].shape[-1])
 
     def check_sizes(self, folder: Path, width: int) -> None:
         """Raise ValueError where the vocabulary in `folder` cannot be that of a last graph with `width` logits."""

@@ -88,10 +88,6 @@ class RuntimeConfig:
         """Samples of the shortest clip that has features."""
         return MIN_FRAMES * self.hop_length
 
-    def fits_one_window(self, seconds: float) -> bool:
-        """Whether a clip of that length is encoded in one run, as NeMo encodes every clip."""
-        return seconds * self.sample_rate <= self.chunk
-
     def check_clips(self, clips: Iterable[Clip]) -> float:
         """The length of all clips together in seconds, according to the headers of their files.
 

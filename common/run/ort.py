@@ -73,11 +73,6 @@ class OrtGraph:
         outputs: list[np.ndarray] = self.session.run(self.graph.output_names, named)
         return outputs
 
-    @property
-    def output_width(self) -> int:
-        """The size of the first output's last axis."""
-        return int(self.session.get_outputs()[0].shape[-1])
-
     def noise(self, vocabulary: int, **sizes: int) -> list[np.ndarray]:
         """Inputs on which to compare two graphs: noise, tokens below `vocabulary`, whole lengths.
 

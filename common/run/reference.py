@@ -166,7 +166,7 @@ class Transformers(Reference):
         frames = (durations.cumsum(0) - durations).tolist()
         steps = [pair for pair in zip(made.sequences[0].tolist(), frames, strict=True) if pair[0] != blank]
         tokens = [token for token, _ in steps]
-        return Transcript(tokens, self._text(tokens), frames=[frame for _, frame in steps])
+        return Transcript(tokens, str(self._tokenizer.decode(tokens)), frames=[frame for _, frame in steps])
 
     def words(self, features: np.ndarray) -> None:
         """None: transformers gives times of tokens only, and those are compared together with the tokens."""
@@ -179,9 +179,6 @@ class Transformers(Reference):
 
         path = self.model.tokenizer_file
         return Tokenizer.from_file(str(path)) if path.suffix == ".json" else SentencePieceProcessor(str(path))
-
-    def _text(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens))
 
 
 def features_of(model: Any, samples: np.ndarray) -> np.ndarray:
