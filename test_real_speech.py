@@ -109,7 +109,7 @@ def _compare_beside_output(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     stress = options_of(StressOptions, args)
     listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
-    clips = [ComparedClip.of(clip) for clip in listed]
+    clips = [ComparedClip(**vars(clip)) for clip in listed]
     subtitles = {suffix: subtitle_paths(path, suffix, clips) for suffix in SUBTITLES if (path := getattr(args, suffix))}
     page_with_times = args.html and ONNX_ENGINE in args.engines and args.stress is None
     with_times = bool(args.timestamps or subtitles or page_with_times)

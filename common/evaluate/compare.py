@@ -11,7 +11,7 @@ logits are nearly equal. Such a difference is excused, and so is one where the r
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 from common.contract import PARITY_TOLERANCE
 from common.evaluate.engines import Engine, LibraryEngine, OpenFolder, Recording
@@ -103,11 +103,6 @@ class ComparedClip(Clip):
     one_window: bool = True  # whether the encoder is given the whole clip at once, as the reference's is
     transcripts: dict[str, Transcript] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)  # of float32 engines from their reference
-
-    @classmethod
-    def of(cls, clip: Clip) -> Self:
-        """`clip`, without transcripts as yet."""
-        return cls(**vars(clip))
 
 
 @dataclass(frozen=True)

@@ -88,18 +88,16 @@ class RuntimeConfig:
         """Samples of the shortest clip that has features."""
         return MIN_FRAMES * self.hop_length
 
-    def check_clips(self, clips: Iterable[Clip]) -> float:
-        """The length of all clips together in seconds, according to the headers of their files.
+    def check_clips(self, clips: Iterable[Clip]) -> None:
+        """Check clips by the headers of their files, before the work.
 
-        Called before the work: raises as check_audio does for a clip that is missing, too short or outside of its file,
-        and names its line of the manifest. Warns of whole files that are not as long as the manifest says.
+        Raises as check_audio does for a clip that is missing, too short or outside of its file, and names its line of
+        the manifest. Warns of whole files that are not as long as the manifest says.
         """
-        total = 0.0
         others: list[Clip] = []
         for clip in clips:
             with clip.located():
                 seconds = check_audio(clip, self.sample_rate, self.min_samples)
-            total += seconds
             if clip.stated_length is not None and abs(clip.stated_length - seconds) > SEGMENT_TOLERANCE:
                 others.append(clip)
         if others:
@@ -107,7 +105,6 @@ class RuntimeConfig:
                 f"{others[0].line} and {len(others) - 1} other lines give a duration that is not the file's, and no "
                 "offset; the whole files are taken. To cut the files, add an offset of 0 to the lines"
             )
-        return total
 
     def read_audio(self, path: Path) -> np.ndarray:
         """The samples of a whole file, as read_clip returns them."""
