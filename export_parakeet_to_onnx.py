@@ -19,6 +19,7 @@ import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Imported first, so that a package that is missing below is reported in one line (common/__init__.py).
 from common.cli import OPTIMIZE_COMMAND, Parser, Stages, options_of, run, seconds, size_text
@@ -34,9 +35,10 @@ from common.export.scripts import SUPPRESSED, suppress, suppressed_ids
 from common.folder import MANIFEST, check_output_dir, staged_folder, state_needs, write_locations, write_manifest
 from common.layouts import ALL, LAYOUTS, check_same_layouts, exported_vocabularies, layouts_for
 from common.layouts.genai import GENAI
-from common.layouts.layout import Layout, Window
+from common.layouts.layout import Layout
 from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime
 from common.report.card import CARD, write_card
+from common.run.config import RuntimeConfig
 from common.run.reference import features_of
 
 SPEECH = Path(__file__).resolve().parent / "samples"  # 40 s of speech, on which --precision fp16 measures values
@@ -108,23 +110,27 @@ def _export(args: argparse.Namespace) -> None:
         model = checkpoint.load_model(options.device, scratch)
         suppress(model.joint, suppressed)
         spec = ModelSpec.of(model)
-        window = Window.of_seconds(
-            spec, options.chunk_seconds, options.left_context_seconds, options.right_context_seconds
-        )
+        window = options.window(spec)
         for layout in layouts.values():
             layout.check(spec, partial(features_of, model))
         stages.end(*pipeline.model_summary(model, spec))
 
         stages.begin("export")
         references = pipeline.export_graphs(model, float32, options)
+        speech = []
         if options.is_float16:  # values are measured on speech, which is read and transcribed by GenAI's configuration
             GENAI.write_configs(float32, spec, window, options.device)
-        speech = [pipeline.speech_features(model, float32, clip) for clip in clips]
+            config = RuntimeConfig.read(float32)
+            speech = [features_of(model, config.read_audio(clip)) for clip in clips]
         stages.end(*pipeline.graph_sizes(float32))
         del model
         gc.collect()  # NeMo's modules refer to each other; the model is half of the memory in use
 
-        results = pipeline.verify_and_convert(float32, graphs, references, speech, stages)
+        parity = pipeline.verify_graphs(float32, references, stages)
+        results: dict[str, Any] = {"parity": parity}
+        if options.is_float16:
+            converted = pipeline.convert_to_float16(float32, graphs, references, speech, stages)
+            results = {**converted, "float32_parity": parity}
         if options.scripts:
             results[SUPPRESSED] = len(suppressed)
         for name, layout in layouts.items():

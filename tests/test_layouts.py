@@ -27,7 +27,7 @@ from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.evaluate.speed import Speed
 from common.folder import CHECKPOINT, MANIFEST, read_location, read_manifest, staged_folder, verify_files
 from common.layouts import LAYOUTS, genai_folder, layout_of, layouts_in, views
-from common.layouts.genai import GENAI, check_genai_supports
+from common.layouts.genai import GENAI
 from common.layouts.layout import Layout
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX, SHERPA_ONNX_GRAPHS
@@ -247,7 +247,7 @@ def test_a_checkpoint_that_a_runtime_cannot_compute_is_rejected_by_name(runtime,
     with pytest.raises(ValueError, match=re.escape(named)):
         LAYOUTS[runtime].check(other, features)
     if "unsupported_features" not in change:
-        check_genai_supports(other)
+        GENAI.check(other, features)
 
 
 def test_a_hotword_changes_a_transcript_of_sherpa_onnx(exported, tmp_path):
@@ -376,7 +376,7 @@ class ToyLayout(Layout):
         pass
 
     def configs(self, spec, window, device):
-        return {"toy.json": json.dumps({"blank": spec.blank_id, "chunk": window.chunk}).encode()}
+        return {"toy.json": json.dumps({"blank": spec.blank_id, "chunk": window["chunk_samples"]}).encode()}
 
 
 class RejectingLayout(ToyLayout):

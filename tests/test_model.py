@@ -13,8 +13,9 @@ from common.checkpoint import find
 from common.checkpoint.find import find_checkpoint
 from common.checkpoint.nemo import load_model, read_config, require_tdt
 from common.checkpoint.spec import ModelSpec, _feature_differences
-from common.layouts.genai import audio_processor_config, check_genai_supports, genai_config
-from common.layouts.layout import NO_SYMBOL_LIMIT, Window
+from common.export.pipeline import ExportOptions
+from common.layouts.genai import GENAI, audio_processor_config, genai_config
+from common.layouts.layout import NO_SYMBOL_LIMIT
 from common.run.genai import GenAI
 from common.run.reference import Nemo
 from tests.helpers import SMALL, TINY, ctc_only, plain_rnnt, rewrite_config, rewrite_weights
@@ -25,6 +26,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def spec(tiny_model):
     return ModelSpec.of(tiny_model)
+
+
+def window(spec, chunk: float, left: float, right: float) -> dict[str, int]:
+    options = ExportOptions(
+        runtime="genai", chunk_seconds=chunk, left_context_seconds=left, right_context_seconds=right
+    )
+    return options.window(spec)
 
 
 def test_spec_of_the_bundled_checkpoint(spec):
@@ -40,7 +48,7 @@ def test_spec_of_the_bundled_checkpoint(spec):
 
 def test_genai_config(spec, tiny_export):
     found = json.loads((tiny_export / "genai_config.json").read_text())
-    assert found == genai_config(spec, Window.of_seconds(spec, 60, 10, 2))
+    assert found == genai_config(spec, window(spec, 60, 10, 2))
     model = found["model"]
     assert (model["chunk_samples"], model["left_context_samples"], model["right_context_samples"]) == (
         960_000, 160_000, 32_000,
@@ -49,7 +57,7 @@ def test_genai_config(spec, tiny_export):
     assert model["blank_id"] == model["eos_token_id"] == 8192
     assert model["decoder"]["num_hidden_layers"] == 2
     assert model["encoder"]["inputs"] == {"audio_features": "audio_signal", "input_lengths": "length"}
-    cuda = genai_config(spec, Window(1280, 0, 0), "cuda")["model"]
+    cuda = genai_config(spec, {}, "cuda")["model"]
     provider = {"cudnn_conv_algo_search": "HEURISTIC"}
     assert cuda["encoder"]["session_options"]["provider_options"] == [{"cuda": provider}]
     assert cuda["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
@@ -72,8 +80,8 @@ def test_no_symbol_limit_is_not_zero(spec):
     import dataclasses
 
     unlimited = dataclasses.replace(spec, max_symbols=None)
-    assert genai_config(unlimited, Window(1280, 0, 0))["model"]["max_symbols_per_step"] == NO_SYMBOL_LIMIT
-    assert genai_config(spec, Window(1280, 0, 0))["model"]["max_symbols_per_step"] == 10
+    assert genai_config(unlimited, {})["model"]["max_symbols_per_step"] == NO_SYMBOL_LIMIT
+    assert genai_config(spec, {})["model"]["max_symbols_per_step"] == 10
 
 
 def test_audio_processor_config(spec):
@@ -82,15 +90,15 @@ def test_audio_processor_config(spec):
 
 
 def test_window_in_whole_encoder_frames(spec):
-    assert Window.of_seconds(spec, 6, 10, 2) == Window(96_000, 160_000, 32_000)
-    assert Window.of_seconds(spec, 0.08, 0, 0) == Window(1280, 0, 0)
+    assert list(window(spec, 6, 10, 2).values()) == [96_000, 160_000, 32_000]
+    assert list(window(spec, 0.08, 0, 0).values()) == [1280, 0, 0]
     for flag, seconds in (
         ("chunk_seconds", (6.05, 10, 2)), ("left_context_seconds", (6, 0.5, 2)),
         ("right_context_seconds", (6, 10, 0.01)),
         ("chunk_seconds", (0, 10, 2)), ("left_context_seconds", (6, -0.08, 2)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"--{flag} must be a whole number of encoder frames of 0.08 s"):
-            Window.of_seconds(spec, *seconds)
+            window(spec, *seconds)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,7 @@ def test_features_that_genai_cannot_compute_are_named(option, named, spec):
     assert len(differences) == 1
     assert named in differences[0]
     with pytest.raises(ValueError, match=r"differ: .*" + named.split()[0]):
-        check_genai_supports(dataclasses.replace(spec, unsupported_features=differences))
+        GENAI.check(dataclasses.replace(spec, unsupported_features=differences), features=lambda samples: samples)
 
 
 @pytest.mark.parametrize("durations", [(1, 2, 3), (0, 1, 0), (0,), (2, 0)])
@@ -129,7 +137,7 @@ def test_durations_that_genai_cannot_decode(durations, spec):
     import dataclasses
 
     with pytest.raises(ValueError, match="durations"):
-        check_genai_supports(dataclasses.replace(spec, durations=durations))
+        GENAI.check(dataclasses.replace(spec, durations=durations), features=lambda samples: samples)
 
 
 WINDOW, FILTER_BANK = "preprocessor.featurizer.window", "preprocessor.featurizer.fb"

@@ -10,7 +10,6 @@ float16 and back, it clips weights, and it needs all of them in memory. Here wei
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -184,75 +183,54 @@ class _Probes:
         return node.outputs[0]
 
 
-@dataclass
-class Conversion:
-    """How the operators of one graph were converted, each with the largest value measured in it."""
+def convert(source: Path, target: Path, graph: Graph, ranges: Ranges) -> tuple[dict[str, Any], int]:
+    """Write `graph` of the float32 folder `source` into `target`, in float16 where its `ranges` allow that.
 
-    overflowing: dict[str, float] = field(default_factory=dict)  # left in float32: name → largest value
-    exact: list[str] = field(default_factory=list)  # left in float32: integer arithmetic, sums of unknown precision
-    converted: dict[str, float] = field(default_factory=dict)  # now in float16: operator's type → largest value
-    operators: int = 0  # that compute with floats
-
-    @property
-    def kept_float32(self) -> int:
-        return len(self.overflowing) + len(self.exact)
-
-    def record(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {
-            "limit": LIMIT,
-            "kept_float32": _four_digits(self.overflowing),
-            "kept_exact": self.exact,
-            "max_abs": _four_digits(self.converted),
-        }
-
-
-def _four_digits(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.4g}") for name, value in values.items()}
-
-
-def convert(source: Path, target: Path, graph: Graph, ranges: Ranges) -> Conversion:
-    """Write `graph` of the float32 folder `source` into `target`, in float16 where its `ranges` allow that."""
+    Returns the record for the manifest, and the number of operators that compute in float16.
+    """
     model = load_typed(source / graph.file)
-    exact = _exact_operators(model)
-    conversion = Conversion()
+    counting = _exact_operators(model)
+    exact: list[str] = []  # left in float32: integer arithmetic, sums of unknown precision
+    overflowing: dict[str, float] = {}  # left in float32: name → largest value
+    largest: dict[str, float] = {}  # in float16: operator's type → largest value
+    converted = 0
     casts = _Casts(model, convert_weights=True)
     for node in list(model.graph):
-        if any(value.dtype == ir.DataType.FLOAT for value in float_values(node)):
-            _set_dtype(node, _chosen_dtype(node, exact, ranges, conversion), casts)
+        if all(value.dtype != ir.DataType.FLOAT for value in float_values(node)):
+            continue
+        name = name_of(node)
+        dtype = ir.DataType.FLOAT
+        if node in counting:
+            exact.append(name)
+        elif not ranges[name] < LIMIT:  # written so that NaN is not below it either
+            overflowing[name] = ranges[name]
+        else:
+            dtype = ir.DataType.FLOAT16
+            largest[node.op_type] = max(largest.get(node.op_type, 0.0), ranges[name])
+            converted += 1
+        casts.cast_inputs(node, dtype)
+        for output in node.outputs:
+            if output.dtype == ir.DataType.FLOAT:
+                output.dtype = dtype
+        if node.op_type == "Cast" and node.outputs[0].dtype in FLOATS:
+            node.attributes["to"] = ir.AttrInt64("to", dtype)
     _restore_outputs(model, casts)
     model.graph.sort()
     _forget_types(model)
     for graph_pass in (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass()):
         model = graph_pass(model).model
     save_model(model, target / graph.file)
-    return conversion
+    record = {
+        "limit": LIMIT,
+        "kept_float32": _four_digits(overflowing),
+        "kept_exact": exact,
+        "max_abs": _four_digits(largest),
+    }
+    return record, converted
 
 
-def _chosen_dtype(node: ir.Node, exact: set[ir.Node], ranges: Ranges, conversion: Conversion) -> ir.DataType:
-    """The type in which `node` is to compute, which is also recorded in `conversion`."""
-    name = name_of(node)
-    conversion.operators += 1
-    if node in exact:
-        conversion.exact.append(name)
-        return ir.DataType.FLOAT
-    if not ranges[name] < LIMIT:  # written so that NaN is not below it either
-        conversion.overflowing[name] = ranges[name]
-        return ir.DataType.FLOAT
-    conversion.converted[node.op_type] = max(conversion.converted.get(node.op_type, 0.0), ranges[name])
-    return ir.DataType.FLOAT16
-
-
-def _set_dtype(node: ir.Node, dtype: ir.DataType, casts: "_Casts") -> None:
-    """Let `node` compute in the float type `dtype`, with casts before its inputs where they are of the other type."""
-    for index, value in enumerate(node.inputs):
-        if value is not None and value.dtype in FLOATS and value.dtype != dtype:
-            node.replace_input_with(index, casts.cast(value, dtype))
-    for output in node.outputs:
-        if output.dtype == ir.DataType.FLOAT:
-            output.dtype = dtype
-    if node.op_type == "Cast" and node.outputs[0].dtype in FLOATS:
-        node.attributes["to"] = ir.AttrInt64("to", dtype)
+def _four_digits(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.4g}") for name, value in values.items()}
 
 
 def _restore_outputs(model: ir.Model, casts: "_Casts") -> None:
@@ -291,16 +269,13 @@ def _exact_operators(model: ir.Model) -> set[ir.Node]:
                 source is not None and source in exact and source.op_type not in PERIODIC for source in sources
             )
         elif node.op_type == "Cast":
-            counts = _is_integer(node.inputs[0])
+            dtype = input_of(node, 0).dtype
+            counts = dtype is not None and dtype.is_integer()
         else:
             counts = not values  # an operator without float inputs, whose output type is an attribute
         if counts:
             exact.add(node)
     return exact
-
-
-def _is_integer(value: ir.Value | None) -> bool:
-    return value is not None and value.dtype is not None and value.dtype.is_integer()
 
 
 class EmulatedGraph(OrtGraph):
@@ -319,9 +294,7 @@ class EmulatedGraph(OrtGraph):
 
 def _compute_in_float32(node: ir.Node, casts: "_Casts") -> None:
     """Convert the float16 inputs of `node` to float32, and round its results to float16 for those that use them."""
-    for index, value in enumerate(node.inputs):
-        if value is not None and value.dtype == ir.DataType.FLOAT16:
-            node.replace_input_with(index, casts.cast(value, ir.DataType.FLOAT))
+    casts.cast_inputs(node, ir.DataType.FLOAT)
     for value in node.outputs:
         if value.dtype == ir.DataType.FLOAT16:
             users = list(value.uses())
@@ -350,6 +323,12 @@ class _Casts:
             make = self._weight if self.convert_weights and value.is_initializer() else self._node
             self.made[key] = make(value, dtype, name)
         return self.made[key]
+
+    def cast_inputs(self, node: ir.Node, dtype: ir.DataType) -> None:
+        """Cast the inputs of `node` that are of the other float type to `dtype`."""
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype in FLOATS and value.dtype != dtype:
+                node.replace_input_with(index, self.cast(value, dtype))
 
     def _node(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
         node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)], name=f"{name}.Cast")

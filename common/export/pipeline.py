@@ -14,8 +14,6 @@ from common.checkpoint.spec import ModelSpec
 from common.cli import Stages, size_text
 from common.contract import GRAPHS, Graph
 from common.export.parity import CASES, LONG_CASE_MAX_PARAMETERS, Case, check_graph
-from common.run.config import RuntimeConfig
-from common.run.reference import features_of
 
 FP32 = "fp32"
 FP16 = "fp16"
@@ -75,6 +73,29 @@ class ExportOptions:
         conversion = 1 + len(GRAPHS) if self.is_float16 else 0
         return 2 + len(GRAPHS) + conversion
 
+    def window(self, spec: ModelSpec) -> dict[str, int]:
+        """How a clip is cut for the encoder, in samples, under the names that genai_config.json has for them.
+
+        Raises ValueError unless each length is a whole number of encoder frames: the runtime divides by integers, and
+        a remainder would shift every later seam.
+        """
+        lengths = {
+            "chunk": self.chunk_seconds,
+            "left_context": self.left_context_seconds,
+            "right_context": self.right_context_seconds,
+        }
+        samples = {}
+        for name, seconds in lengths.items():
+            exact = seconds * spec.sample_rate
+            frame = spec.frame_samples
+            if exact < (frame if name == "chunk" else 0) or abs(exact / frame - round(exact / frame)) > 1e-6:
+                raise ValueError(
+                    f"--{name}_seconds must be a whole number of encoder frames of {frame / spec.sample_rate:g} s; the "
+                    f"one nearest to {seconds:g} is {max(round(exact / frame), 1) * frame / spec.sample_rate:g}"
+                )
+            samples[f"{name}_samples"] = round(exact)
+        return samples
+
     def memory_bytes(self, weight_bytes: int) -> float:
         """Peak memory of exporting a checkpoint whose weights have that size in float32."""
         verifies_long_case = not self.skip_verify and weight_bytes <= LONG_CASE_MAX_PARAMETERS * FLOAT32_BYTES
@@ -101,14 +122,14 @@ def export_graphs(model: Any, folder: Path, options: ExportOptions) -> Reference
 
     Raises ValueError where the model has a part that cannot be exported.
     """
-    from common.export.wrappers import WRAPPERS, export_graph
+    from common.export.wrappers import WRAPPERS, Encoder, export_graph
 
     references = {}
     for graph in GRAPHS:
         module = getattr(model, graph.name)
         wrapper = WRAPPERS[graph](module)
-        if options.is_float16:
-            wrapper.for_float16()
+        if options.is_float16 and isinstance(wrapper, Encoder):  # for a GPU, on which every operator costs time
+            wrapper.blocks = 1
         export_graph(wrapper, graph, folder, options.opset_version)
         if not options.skip_verify:
             references[graph] = CASES[graph](module, wrapper.example_inputs)
@@ -141,19 +162,6 @@ def verify_graphs(folder: Path, references: References, stages: Stages) -> dict[
     return records
 
 
-def verify_and_convert(
-    float32: Path, target: Path, references: References, speech: Sequence[np.ndarray], stages: Stages
-) -> dict[str, Any]:
-    """Verify the graphs of the folder `float32`; where `target` is another folder, convert them to float16 into it.
-
-    speech: as convert_to_float16 takes it. Returns the manifest's record; raises ParityError as verify_graphs does.
-    """
-    parity = verify_graphs(float32, references, stages)
-    if target == float32:
-        return {"parity": parity}
-    return {**convert_to_float16(float32, target, references, speech, stages), "float32_parity": parity}
-
-
 def find_clips(folder: Path) -> list[Path]:
     """The audio files in `folder` and below. Raises FileNotFoundError if there are none."""
     clips = sorted(path for path in folder.rglob("*") if path.suffix in AUDIO_SUFFIXES)
@@ -162,11 +170,6 @@ def find_clips(folder: Path) -> list[Path]:
             f"--precision fp16 measures on the audio in {folder}, which has none; restore that folder"
         )
     return clips
-
-
-def speech_features(model: Any, folder: Path, clip: Path) -> np.ndarray:
-    """The model's own features of an audio file, [M, T], read as genai_config.json in `folder` says."""
-    return features_of(model, RuntimeConfig.read(folder).read_audio(clip))
 
 
 def convert_to_float16(
@@ -191,12 +194,9 @@ def convert_to_float16(
     float16: dict[str, Any] = {}
     for graph in GRAPHS:
         stages.begin(f"{graph.file} in float16")
-        conversion = convert(source, target, graph, ranges[graph.name])
-        float16[graph.file] = conversion.record()
-        fields = [
-            f"{conversion.kept_float32} of {conversion.operators} operators stay float32",
-            _size(target, graph),
-        ]
+        float16[graph.file], converted = convert(source, target, graph, ranges[graph.name])
+        kept = len(float16[graph.file]["kept_float32"]) + len(float16[graph.file]["kept_exact"])
+        fields = [f"{kept} of {kept + converted} operators stay float32", _size(target, graph)]
         if graph in references:
             parity[graph.file] = check_graph(target, graph, references[graph], float16=True).record()
             rounded = check_graph(target, graph, references[graph], EmulatedGraph, float16=True)

@@ -41,9 +41,6 @@ class Wrapper(nn.Module):
     weights_as_inputs: ClassVar[bool] = False  # whether the exporter sees the weights as graph inputs: see export_graph
     example_inputs: Callable[..., tuple[Tensor, ...]]  # sizes, each with a default → inputs of `forward`
 
-    def for_float16(self) -> None:
-        """Switch to the form for a graph that is converted to float16, which is for GPUs."""
-
 
 class Encoder(Wrapper):
     """NeMo's ConformerEncoder for whole utterances. Raises ValueError naming what it does not support."""
@@ -76,10 +73,6 @@ class Encoder(Wrapper):
         for layer in self.layers:
             x = layer(x, positions, blocks, keep)
         return self.projection(x).transpose(1, 2), length
-
-    def for_float16(self) -> None:
-        """Use one block of attention, since every operator costs time on a GPU."""
-        self.blocks = 1
 
     def _attention_bias(self, keep: Tensor, length: Tensor) -> Tensor:
         """What is added to the scores, [B, 1, 1 or S, S]: 0 for a frame that is attended to, else MASKED_SCORE.

@@ -12,15 +12,7 @@ from common.checkpoint.spec import ModelSpec
 from common.cli import EXPORT_COMMAND, TOKENIZER_COMMAND
 from common.contract import AUDIO_PROCESSOR_CONFIG, DECODER, ENCODER, GENAI_CONFIG, GRAPHS, JOINT, TOKENIZER_FILES
 from common.folder import json_text, read_json
-from common.layouts.layout import (
-    NO_SYMBOL_LIMIT,
-    Features,
-    Layout,
-    Window,
-    name_in,
-    source_in,
-    tokenizer_command,
-)
+from common.layouts.layout import NO_SYMBOL_LIMIT, Features, Layout, name_in, source_in, tokenizer_command
 from common.layouts.log_mel import check_log_mel
 from common.run.config import RuntimeConfig
 
@@ -38,18 +30,8 @@ TOKEN_SESSION = {"intra_op_num_threads": 2, "session.intra_op.allow_spinning": "
 CUDA_ENCODER_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}
 
 
-def check_genai_supports(spec: ModelSpec) -> None:
-    """Raise ValueError naming what ONNX Runtime GenAI's parakeet_tdt cannot compute of this checkpoint."""
-    if spec.durations[0] != 0 or min(spec.durations[1:], default=0) < 1:
-        raise ValueError(
-            f"durations {list(spec.durations)}: ONNX Runtime GenAI forbids index 0 after a blank and takes every other "
-            "index to advance, so the first must be 0 and the rest positive"
-        )
-    check_log_mel("ONNX Runtime GenAI", spec.unsupported_features)
-
-
-def genai_config(spec: ModelSpec, window: Window, device: str = "cpu") -> dict[str, Any]:
-    """The content of genai_config.json.
+def genai_config(spec: ModelSpec, window: Mapping[str, int], device: str = "cpu") -> dict[str, Any]:
+    """The content of genai_config.json. window: chunk_samples, left_context_samples and right_context_samples.
 
     The joint uses the decoder's session options. Providers named in a section of its own would not be registered
     (Config::Config in src/config.cpp fills in only those of the encoder and decoder), and it would run on the CPU.
@@ -83,9 +65,7 @@ def genai_config(spec: ModelSpec, window: Window, device: str = "cpu") -> dict[s
             "log_eps": spec.log_guard,
             "norm_eps": spec.norm_eps,
             "subsampling_factor": spec.subsampling_factor,
-            "chunk_samples": window.chunk,
-            "left_context_samples": window.left,
-            "right_context_samples": window.right,
+            **window,
             "speech": {"config_filename": AUDIO_PROCESSOR_CONFIG},
             **sections,
         },
@@ -145,10 +125,15 @@ print(tokenizer.decode(generator.get_sequence(0)))
 """
 
     def check(self, spec: ModelSpec, features: Features) -> None:
-        """Raise ValueError as check_genai_supports does."""
-        check_genai_supports(spec)
+        """Raise ValueError naming what ONNX Runtime GenAI's parakeet_tdt cannot compute of this checkpoint."""
+        if spec.durations[0] != 0 or min(spec.durations[1:], default=0) < 1:
+            raise ValueError(
+                f"durations {list(spec.durations)}: ONNX Runtime GenAI forbids index 0 after a blank and takes every "
+                "other index to advance, so the first must be 0 and the rest positive"
+            )
+        check_log_mel("ONNX Runtime GenAI", spec.unsupported_features)
 
-    def configs(self, spec: ModelSpec, window: Window, device: str) -> Mapping[str, bytes]:
+    def configs(self, spec: ModelSpec, window: Mapping[str, int], device: str) -> Mapping[str, bytes]:
         """genai_config.json and audio_processor_config.json."""
         contents = {
             GENAI_CONFIG: genai_config(spec, window, device),

@@ -17,7 +17,6 @@ compared: the vocabulary in each file, and the logits of the last graph.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,34 +42,6 @@ REPORT_FILES = ("optimization_report.json", "optimization_report.html")
 Features = Callable[[np.ndarray], np.ndarray]  # samples [N] → the features of the checkpoint's library, valid: [M, T]
 
 
-@dataclass(frozen=True)
-class Window:
-    """How a clip is cut for the encoder: `chunk` samples are decoded, with `left` and `right` samples of context."""
-
-    chunk: int
-    left: int
-    right: int
-
-    @classmethod
-    def of_seconds(cls, spec: ModelSpec, chunk: float, left: float, right: float) -> "Window":
-        """The window of these lengths in seconds.
-
-        Raises ValueError unless each is a whole number of encoder frames: the runtime divides by integers, and a
-        remainder would shift every later seam.
-        """
-        samples = {}
-        for name, seconds in (("chunk", chunk), ("left_context", left), ("right_context", right)):
-            exact = seconds * spec.sample_rate
-            frame = spec.frame_samples
-            if exact < (frame if name == "chunk" else 0) or abs(exact / frame - round(exact / frame)) > 1e-6:
-                raise ValueError(
-                    f"--{name}_seconds must be a whole number of encoder frames of {frame / spec.sample_rate:g} s; the "
-                    f"one nearest to {seconds:g} is {max(round(exact / frame), 1) * frame / spec.sample_rate:g}"
-                )
-            samples[name] = round(exact)
-        return cls(samples["chunk"], samples["left_context"], samples["right_context"])
-
-
 class Layout(ABC):
     """One runtime's model folder."""
 
@@ -90,8 +61,8 @@ class Layout(ABC):
         Raises ValueError naming what the runtime cannot compute, CheckError where a graph of the features is wrong.
         """
 
-    def configs(self, spec: ModelSpec, window: Window, device: str) -> Mapping[str, bytes]:
-        """The files that the runtime reads beside graphs and vocabulary, by name."""
+    def configs(self, spec: ModelSpec, window: Mapping[str, int], device: str) -> Mapping[str, bytes]:
+        """The files that the runtime reads beside graphs and vocabulary, by name. window: of ExportOptions.window."""
         return {}
 
     def encoder_metadata(self, spec: ModelSpec) -> Mapping[str, str]:
@@ -172,7 +143,7 @@ class Layout(ABC):
         folder: Path,
         exported: Path,
         spec: ModelSpec,
-        window: Window,
+        window: Mapping[str, int],
         device: str,
         vocabulary: Mapping[str, str],
     ) -> None:
@@ -187,7 +158,7 @@ class Layout(ABC):
         for name, text in vocabulary.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
-    def write_configs(self, folder: Path, spec: ModelSpec, window: Window, device: str) -> None:
+    def write_configs(self, folder: Path, spec: ModelSpec, window: Mapping[str, int], device: str) -> None:
         """Write what the runtime reads beside graphs and vocabulary into `folder`."""
         for name, content in self.configs(spec, window, device).items():
             (folder / name).write_bytes(content)

@@ -10,7 +10,7 @@ from pathlib import Path
 from common.checkpoint.spec import ModelSpec
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.folder import json_text
-from common.layouts.layout import NO_SYMBOL_LIMIT, Features, Layout, Window
+from common.layouts.layout import NO_SYMBOL_LIMIT, Features, Layout
 from common.layouts.log_mel import FIXED_FEATURES, check_features, check_fixed, log_mel_graph
 
 ONNX_ASR_CONFIG = "config.json"
@@ -72,7 +72,7 @@ print(model.recognize(samples.mean(axis=1), sample_rate=sample_rate))
         check_fixed(spec, "onnx-asr", FEATURES)
         check_features(feature_file(spec), log_mel_graph(spec), spec, features)
 
-    def configs(self, spec: ModelSpec, window: Window, device: str) -> Mapping[str, bytes]:
+    def configs(self, spec: ModelSpec, window: Mapping[str, int], device: str) -> Mapping[str, bytes]:
         """config.json, and the graph of the features for programs that read onnx-asr's folders."""
         content = {
             "model_type": "nemo-conformer-tdt",
