@@ -29,6 +29,7 @@ from common.cli import OPTIMIZE_COMMAND, Parser, Stages, options_of, run, second
 from common.checkpoint import require_device
 from common.checkpoint.find import add_checkpoint_flags, find_checkpoint
 from common.checkpoint.spec import ModelSpec
+from common.contract import GRAPHS
 from common.export import pipeline
 from common.export.pipeline import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
 from common.export.scripts import SUPPRESSED, suppress, suppressed_ids
@@ -100,7 +101,7 @@ def _export(args: argparse.Namespace) -> None:
     with staged_folder(output_dir, removed) as staging:
         scratch = staging.parent
         # The exported graphs go into the folder of the layout that has them as they are, where it is asked for.
-        own = [staging / name for name, layout in layouts.items() if layout.has_exported_graphs]
+        own = [staging / name for name, layout in layouts.items() if layout.graphs == GRAPHS]
         graphs = own[0] if own else scratch / "graphs"
         float32 = scratch / "float32" if options.is_float16 else graphs
         for folder in (graphs, float32):

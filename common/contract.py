@@ -35,10 +35,6 @@ class Tensor:
         """The name of the tensor in the graph that a View is made from."""
         return self.of or self.name
 
-    def dynamic_axes(self) -> dict[int, str]:
-        """Axis index → symbolic name, for the axes whose size a caller chooses."""
-        return {i: DYNAMIC_AXES[axis] for i, axis in enumerate(self.axes) if axis in DYNAMIC_AXES}
-
 
 @dataclass(frozen=True)
 class Graph:
@@ -70,14 +66,13 @@ class Graph:
         return [tensor.name for tensor in self.outputs]
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        """Tensor name → dynamic axes, in the form that torch.onnx.export expects."""
-        return {tensor.name: tensor.dynamic_axes() for tensor in (*self.inputs, *self.outputs)}
+        """Tensor name → axis index → symbolic name, for the axes whose size a caller chooses.
 
-    def name_maps(self) -> dict[str, dict[str, str]]:
-        """The `inputs` and `outputs` maps of the graph's section in genai_config.json."""
+        This is the form that torch.onnx.export expects.
+        """
         return {
-            "inputs": {tensor.genai_key: tensor.name for tensor in self.inputs},
-            "outputs": {tensor.genai_key: tensor.name for tensor in self.outputs},
+            tensor.name: {i: DYNAMIC_AXES[axis] for i, axis in enumerate(tensor.axes) if axis in DYNAMIC_AXES}
+            for tensor in (*self.inputs, *self.outputs)
         }
 
 

@@ -34,7 +34,7 @@ def save_model(model: ir.Model, path: Path) -> None:
     between them; without this order a 4-bit encoder of 0.6B had 5 MB of padding.
     """
     initializers = model.graph.initializers
-    for name in sorted(initializers, key=lambda name: -tensor_bytes(initializers[name])):
+    for name in sorted(initializers, key=lambda name: -tensor_of(initializers[name]).nbytes):
         initializers[name] = initializers.pop(name)
     ir.save(
         model,
@@ -43,11 +43,6 @@ def save_model(model: ir.Model, path: Path) -> None:
         size_threshold_bytes=EXTERNAL_DATA_THRESHOLD,
         alignment=EXTERNAL_DATA_ALIGNMENT,
     )
-
-
-def tensor_bytes(value: ir.Value) -> int:
-    """Bytes of an initializer's tensor."""
-    return 0 if value.const_value is None else value.const_value.nbytes
 
 
 def data_bytes(sizes: Iterable[int]) -> int:

@@ -232,8 +232,8 @@ def optimize_folder(
     ratio = compare(folder.source, folder.staging, floor, layout.encoder)
     stages.end(_ratio_text(ratio, is_quantized=bool(encoder.stored)))
     tokens = _quantize_tokens(folder, run)
-    for file in layout.files_in(folder.source):
-        if not (folder.staging / file).exists():
+    for file in (*layout.files, *layout.optional_files):
+        if (folder.source / file).is_file() and not (folder.staging / file).exists():
             shutil.copyfile(folder.source / file, folder.staging / file)
 
     clips, table, stressed = _evaluate(folder, run) if run.clips and layout.measures_speech else ([], [], [])
@@ -261,9 +261,10 @@ def optimize_folder(
     report["verdict"] = {"checks": checks(report)}
     write_json(folder.staging / REPORT_JSON, report)
     write_page(folder.staging / REPORT_HTML, report, clips)
-    if options.method:
-        for file, name in layout.second_names(options.method.name).items():
-            write_second_name(folder.staging, file, name)
+    if options.method and layout.second_name:
+        for graph in layout.graphs:
+            name = layout.second_name.format(name=graph.name, method=options.method.name)
+            write_second_name(folder.staging, graph.file, name)
     write_manifest(folder.staging, folder.manifest, "optimize", section)
     write_card(folder.staging, folder.target, layout)
     checkpoint = read_location(folder.source, CHECKPOINT)
@@ -286,7 +287,7 @@ def _quantize_tokens(folder: Folder, run: Run) -> QuantizedTokenGraphs:
         return QuantizedTokenGraphs()
     layout, vocabulary = folder.layout, folder.layout.vocabulary_size(folder.source)
     run.stages.begin("decoder and joint, int8")
-    tokens = quantize_token_graphs(folder.readable, folder.staging, layout.token_graphs, vocabulary, run.options)
+    tokens = quantize_token_graphs(folder.readable, folder.staging, layout.graphs[1:], vocabulary, run.options)
     run.stages.end(*(f"{name} SQNR {ratio:.1f} dB" for name, ratio in tokens.sqnr_db.items()))
     return tokens
 

@@ -26,7 +26,7 @@ from common.cli import CheckError
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.evaluate.speed import Speed
 from common.folder import CHECKPOINT, MANIFEST, read_location, read_manifest, staged_folder, verify_files
-from common.layouts import LAYOUTS, genai_folder, layout_of, layouts_in, views
+from common.layouts import LAYOUTS, genai_folder, layouts_in, views
 from common.layouts.genai import GENAI
 from common.layouts.layout import Layout
 from common.layouts.onnx_asr import ONNX_ASR
@@ -72,8 +72,8 @@ def test_every_runtime_has_its_folder_and_they_share_the_weights(exported):
     assert sorted(path.name for path in exported.iterdir()) == sorted(LAYOUTS)
     for name, layout in LAYOUTS.items():
         files = sorted(path.name for path in (exported / name).iterdir() if path.is_file())
-        assert files == sorted((*layout.files_in(exported / name), MANIFEST, CARD))
-        assert ("nemo128.onnx" in files) == (layout is ONNX_ASR)
+        features = ["nemo128.onnx"] if layout is ONNX_ASR else []
+        assert files == sorted((*layout.files, *features, MANIFEST, CARD))
         assert verify_files(exported / name, layout.files) == len(layout.files)
         manifest = read_manifest(exported / name)["export"]
         assert manifest["source"]["file"] == TINY.name
@@ -114,7 +114,7 @@ def test_an_optimized_folder_for_several_runtimes_shares_its_weights(exported, o
     for name, layout in LAYOUTS.items():
         assert verify_files(optimized / name, layout.files) == len(layout.files)
         assert read_manifest(optimized / name)["optimize"]["flags"]["quant_method"] == "int8"
-        for graph in layout.token_graphs:  # an 8-bit LSTM, an 8-bit joint, or both
+        for graph in layout.graphs[1:]:  # an 8-bit LSTM, an 8-bit joint, or both
             assert (optimized / name / graph.data_file).stat().st_size < (
                 exported / name / graph.data_file
             ).stat().st_size
@@ -340,12 +340,12 @@ def test_the_usage_runs_and_is_documented(runtime, exported, nemo_texts, tmp_pat
     page, folder = documented.get(runtime, ("docs/runtimes.md", f"onnx_models_all/{runtime}"))
     text = (ROOT / page).read_text(encoding="utf-8")
     assert f"`pip install {' '.join(LAYOUTS[runtime].packages)}`" in text
-    assert LAYOUTS[runtime].usage_of(folder) in text
+    assert LAYOUTS[runtime].usage.format(folder=folder, audio="audio.wav") in text
     samples, sample_rate = soundfile.read(CLIPS[0], dtype="float32")
     samples = samples[: len(samples) // 160 * 160]
     stereo = np.stack([1.5 * samples, 0.5 * samples], axis=1)
     soundfile.write(tmp_path / "audio.wav", stereo, sample_rate, subtype="FLOAT")
-    done = run_python(LAYOUTS[runtime].usage_of(str(exported / runtime), str(tmp_path / "audio.wav")))
+    done = run_python(LAYOUTS[runtime].usage.format(folder=exported / runtime, audio=tmp_path / "audio.wav"))
     assert done.stdout.strip() == nemo_texts[0], done.stderr
 
 
@@ -401,7 +401,7 @@ def test_a_layout_of_its_own_kind_needs_nothing_but_its_entry(toy, tiny_export, 
     assert optimize_encoder.main(["--model_dir", str(tmp_path / "out"), "--output_dir", str(tmp_path / "small")]) == 0
     for folder in (tmp_path / "out", tmp_path / "small"):
         assert layouts_in(folder) == {"toy": toy}
-        assert layout_of(folder / "toy") is toy
+        assert layouts_in(folder / "toy") == {"": toy}
         assert verify_files(folder / "toy", toy.files) == len(toy.files)
         assert json.loads((folder / "toy" / "toy.json").read_text()) == {"blank": 8192, "chunk": 60 * 16000}
         assert len((folder / "toy" / "pieces.txt").read_text(encoding="utf-8").splitlines()) == 8193
@@ -439,4 +439,4 @@ def test_a_checkpoint_that_a_new_layout_does_not_accept_leaves_no_folder(tmp_pat
 
 def test_every_layout_has_a_name_and_a_last_graph_of_its_own():
     assert [layout.runtime for layout in LAYOUTS.values()] == list(LAYOUTS)
-    assert len({layout.marker for layout in LAYOUTS.values()}) == len(LAYOUTS)
+    assert len({layout.graphs[-1].name for layout in LAYOUTS.values()}) == len(LAYOUTS)

@@ -27,15 +27,14 @@ def layouts_for(runtime: str) -> dict[str, Layout]:
     return dict(LAYOUTS) if runtime == ALL else {runtime: LAYOUTS[runtime]}
 
 
-def layout_of(folder: Path) -> Layout:
-    """The layout of one model folder; GenAI's for a folder without graphs."""
-    return next((layout for layout in LAYOUTS.values() if (folder / layout.marker).is_file()), GENAI)
-
-
 def layouts_in(folder: Path) -> dict[str, Layout]:
-    """Subfolder → layout, for a folder exported for several runtimes; "" → layout for a model folder."""
+    """Subfolder → layout, for a folder exported for several runtimes; "" → layout for a model folder.
+
+    A model folder is recognized by its last graph; one without graphs is GenAI's.
+    """
     found = {name: layout for name, layout in LAYOUTS.items() if (folder / name / layout.encoder.file).is_file()}
-    return found or {"": layout_of(folder)}
+    own = (layout for layout in LAYOUTS.values() if (folder / layout.graphs[-1].file).is_file())
+    return found or {"": next(own, GENAI)}
 
 
 def genai_folder(folder: Path) -> Path:

@@ -37,7 +37,12 @@ def genai_config(spec: ModelSpec, window: Mapping[str, int], device: str = "cpu"
     (Config::Config in src/config.cpp fills in only those of the encoder and decoder), and it would run on the CPU.
     """
     sections: dict[str, dict[str, Any]] = {
-        graph.genai_section: {"filename": graph.file, **graph.name_maps()} for graph in GRAPHS
+        graph.genai_section: {
+            "filename": graph.file,
+            "inputs": {tensor.genai_key: tensor.name for tensor in graph.inputs},
+            "outputs": {tensor.genai_key: tensor.name for tensor in graph.outputs},
+        }
+        for graph in GRAPHS
     }
     for graph, options in ((ENCODER, ENCODER_SESSION), (DECODER, TOKEN_SESSION)):
         sections[graph.genai_section]["session_options"] = dict(options)
@@ -107,6 +112,7 @@ class GenAILayout(Layout):
 
     runtime = "genai"
     packages = ("onnxruntime-genai",)
+    cuda_packages = ("onnxruntime-genai-cuda",)
     graphs = GRAPHS
     config_files = (GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG)
     vocabulary = ("vocab.txt", *(file for file in TOKENIZER_FILES if file != "vocab.txt"))
@@ -141,10 +147,6 @@ print(tokenizer.decode(generator.get_sequence(0)))
         }
         return {name: json_text(content).encode() for name, content in contents.items()}
 
-    def packages_for(self, device: str) -> tuple[str, ...]:
-        """The package of GenAI for `device`."""
-        return ("onnxruntime-genai-cuda",) if device == "cuda" else self.packages
-
     def check_sizes(self, folder: Path, width: int) -> None:
         """Raise ValueError where genai_config.json or the tokenizer has another number of tokens than the joint."""
         config = RuntimeConfig.read(folder)
@@ -154,15 +156,6 @@ print(tokenizer.decode(generator.get_sequence(0)))
                 f"{GENAI_CONFIG} in {folder} has {tokens} tokens and {len(config.durations)} durations, {JOINT.file} "
                 f"{width} logits: they are of different checkpoints; run: {EXPORT_COMMAND.format(folder)}"
             )
-        for file, size in self._tokenizer_sizes(folder).items():
-            if size != tokens:
-                raise ValueError(
-                    f"the graphs in {folder} have {tokens} tokens, blank included, {file} has {size}: they are of "
-                    f"different checkpoints; run: {tokenizer_command(folder)}"
-                )
-
-    def _tokenizer_sizes(self, folder: Path) -> dict[str, int]:
-        """Tokens, blank included, in each file that lists them; a copied folder may lack vocab.txt."""
         path = folder / "tokenizer.json"
         content = read_json(path, TOKENIZER_COMMAND.format(folder))
         try:
@@ -171,9 +164,14 @@ print(tokenizer.decode(generator.get_sequence(0)))
             raise ValueError(
                 f"{path} is not a Unigram tokenizer of this project ({error!r}); run: {tokenizer_command(folder)}"
             ) from None
-        if (folder / "vocab.txt").is_file():
+        if (folder / "vocab.txt").is_file():  # a copied folder may lack it
             sizes["vocab.txt"] = self.vocabulary_size(folder)
-        return sizes
+        for file, size in sizes.items():
+            if size != tokens:
+                raise ValueError(
+                    f"the graphs in {folder} have {tokens} tokens, blank included, {file} has {size}: they are of "
+                    f"different checkpoints; run: {tokenizer_command(folder)}"
+                )
 
 
 GENAI = GenAILayout()

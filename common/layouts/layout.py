@@ -27,8 +27,8 @@ from common.checkpoint import nemo
 from common.checkpoint.hub import hub_name
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import tokens_text
-from common.cli import EXPORT_COMMAND, TOKENIZER_COMMAND, Command
-from common.contract import GENAI_CONFIG, GRAPHS, Graph, View
+from common.cli import EXPORT_COMMAND, OPTIMIZE_COMMAND, TOKENIZER_COMMAND, Command
+from common.contract import GENAI_CONFIG, Graph, View
 from common.folder import CHECKPOINT, FILES, read_location, read_manifest
 from common.run.ort import MAPPED
 
@@ -36,7 +36,6 @@ from common.run.ort import MAPPED
 NO_SYMBOL_LIMIT = 2**31 - 1
 # The most durations that a TDT may have (published ones have 5); with more, the vocabulary is of another model.
 MAX_DURATIONS = 32
-OPTIMIZE_COMMAND = Command("python optimize_encoder.py --model_dir {} --output_dir {}")
 REPORT_FILES = ("optimization_report.json", "optimization_report.html")
 
 Features = Callable[[np.ndarray], np.ndarray]  # samples [N] → the features of the checkpoint's library, valid: [M, T]
@@ -47,12 +46,14 @@ class Layout(ABC):
 
     runtime: ClassVar[str]  # the value of --runtime, and the name of the subfolder where a folder holds several
     packages: ClassVar[tuple[str, ...]]  # on PyPI, the runtime first: what `usage` needs and pip does not bring along
-    graphs: ClassVar[tuple[Graph, ...]]  # the encoder, then those that run once a token
+    cuda_packages: ClassVar[tuple[str, ...]] = ()  # instead of these, where others run on CUDA
+    graphs: ClassVar[tuple[Graph, ...]]  # the encoder, then those that run once a token, the last named as in no other
     config_files: ClassVar[tuple[str, ...]] = ()
     optional_files: ClassVar[tuple[str, ...]] = ()  # that folders of some checkpoints have
+    second_name: ClassVar[str] = ""  # of a graph {name}.onnx that is quantized by {method}; where empty, it has none
     vocabulary: ClassVar[tuple[str, ...]]  # the first file has a line for each token
     vocabulary_command: ClassVar[Command] = EXPORT_COMMAND  # that writes these files; {} stands for the folder
-    usage: ClassVar[str]  # Python that transcribes a file; {folder} and {audio} stand for the paths
+    usage: ClassVar[str]  # Python that transcribes a file, its channels averaged; {folder} and {audio} are the paths
 
     @abstractmethod
     def check(self, spec: ModelSpec, features: Features) -> None:
@@ -73,14 +74,6 @@ class Layout(ABC):
         """The content of `vocabulary`, by file; called where the export writes these files."""
         return {self.vocabulary[0]: tokens_text(proto)}
 
-    def second_names(self, method: str) -> Mapping[str, str]:
-        """Graph's file → the name under which the runtime finds it where it is quantized by `method`."""
-        return {}
-
-    def packages_for(self, device: str) -> tuple[str, ...]:
-        """`packages`, for a folder that runs on `device`, cpu or cuda."""
-        return self.packages
-
     def browser_usage(self) -> str:
         """Markdown for the model card: how the folder runs in a browser; empty where it does not."""
         return ""
@@ -95,15 +88,6 @@ class Layout(ABC):
         return self.graphs[0]
 
     @property
-    def token_graphs(self) -> tuple[Graph, ...]:
-        return self.graphs[1:]
-
-    @property
-    def has_exported_graphs(self) -> bool:
-        """Whether the graphs are the exported ones, not views of them."""
-        return self.graphs == GRAPHS
-
-    @property
     def exports_vocabulary(self) -> bool:
         """Whether the vocabulary is written with the graphs, not by export_tokenizer.py."""
         return self.vocabulary_command == EXPORT_COMMAND
@@ -114,25 +98,12 @@ class Layout(ABC):
         return GENAI_CONFIG in self.config_files
 
     @property
-    def marker(self) -> str:
-        """The file by which a folder of this layout is recognized: no other layout has one of that name."""
-        return self.graphs[-1].file
-
-    @property
     def graph_files(self) -> tuple[str, ...]:
         return tuple(file for graph in self.graphs for file in graph.files)
 
     @property
     def files(self) -> tuple[str, ...]:
         return (*self.graph_files, *self.config_files, *self.vocabulary)
-
-    def files_in(self, folder: Path) -> tuple[str, ...]:
-        """The files of a model folder, with those that not every checkpoint has."""
-        return (*self.files, *(name for name in self.optional_files if (folder / name).is_file()))
-
-    def usage_of(self, folder: str, audio: str = "audio.wav") -> str:
-        """Python that transcribes the file `audio`, its channels averaged, with the model in `folder`."""
-        return self.usage.format(folder=folder, audio=audio)
 
     def vocabulary_size(self, folder: Path) -> int:
         """V, blank included, of the model in `folder`."""
@@ -152,8 +123,14 @@ class Layout(ABC):
         exported: the folder of the exported graphs. vocabulary: as vocabulary_texts returns it. Raises CheckError where
         a view does not compute what its source does.
         """
+        from common.layouts.views import check_view, write_view  # needs onnx_ir, which readers of a folder do not
+
         folder.mkdir(exist_ok=True)
-        self._write_views(folder, exported, spec)
+        for graph in self.graphs:
+            if isinstance(graph, View):
+                metadata = self.encoder_metadata(spec) if graph is self.encoder else {}
+                write_view(graph, exported, folder, metadata)
+                check_view(graph, exported, folder, spec.vocab_size)
         self.write_configs(folder, spec, window, device)
         for name, text in vocabulary.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
@@ -162,16 +139,6 @@ class Layout(ABC):
         """Write what the runtime reads beside graphs and vocabulary into `folder`."""
         for name, content in self.configs(spec, window, device).items():
             (folder / name).write_bytes(content)
-
-    def _write_views(self, folder: Path, exported: Path, spec: ModelSpec) -> None:
-        """Write the graphs that are views of exported ones, and check each."""
-        from common.layouts.views import check_view, write_view  # needs onnx_ir, which readers of a folder do not
-
-        for graph in self.graphs:
-            if isinstance(graph, View):
-                metadata = self.encoder_metadata(spec) if graph is self.encoder else {}
-                write_view(graph, exported, folder, metadata)
-                check_view(graph, exported, folder, spec.vocab_size)
 
     def check_one_checkpoint(self, folder: Path) -> None:
         """Raise ValueError where parts of `folder` come from different checkpoints, FileNotFoundError where one is
@@ -218,7 +185,7 @@ def check_same_checkpoint(folder: Path, exported: Path) -> None:
     optimized = source_in(folder, "export")
     source = source_in(exported, "export")
     if optimized and source and optimized["sha256"] != source["sha256"]:
-        command = OPTIMIZE_COMMAND.format(exported, folder)
+        command = Command(f"{OPTIMIZE_COMMAND} --output_dir {{}}").format(exported, folder)
         raise ValueError(
             f"{folder} was optimized from graphs of {name_in(optimized)}, but {exported} now has graphs of "
             f"{name_in(source)}; run: {command}"

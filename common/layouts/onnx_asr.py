@@ -55,6 +55,7 @@ class OnnxAsrLayout(Layout):
     packages = ("onnx-asr", "onnxruntime", "soundfile")
     graphs = ONNX_ASR_GRAPHS
     config_files = (ONNX_ASR_CONFIG,)
+    second_name = "{name}.{method}.onnx"
     optional_files = ("nemo80.onnx", "nemo128.onnx")  # which of them is by the number of mel bins
     vocabulary = ("vocab.txt",)
     usage = """\
@@ -81,10 +82,6 @@ print(model.recognize(samples.mean(axis=1), sample_rate=sample_rate))
             "max_tokens_per_step": NO_SYMBOL_LIMIT if spec.max_symbols is None else spec.max_symbols,
         }
         return {ONNX_ASR_CONFIG: json_text(content).encode(), feature_file(spec): log_mel_graph(spec)}
-
-    def second_names(self, method: str) -> Mapping[str, str]:
-        """NAME.METHOD.onnx for each graph."""
-        return {graph.file: f"{graph.name}.{method}.onnx" for graph in self.graphs}
 
     def browser_usage(self) -> str:
         """BROWSER_PAGE, and how to serve it."""

@@ -146,13 +146,15 @@ def _library(manifest: dict[str, Any]) -> str:
 
 def _usage(manifest: dict[str, Any], layout: Layout) -> str:
     section = manifest.get("export", {})
-    package, *others = layout.packages_for(section.get("flags", {}).get("device", "cpu"))
+    on_cuda = section.get("flags", {}).get("device") == "cuda"
+    package, *others = layout.cuda_packages if on_cuda and layout.cuda_packages else layout.packages
     version = section.get("versions", {}).get(layout.package)
     pinned = f"{package}=={version}" if version else package
     packages = " ".join((pinned, *others))
     oldest = (manifest.get("optimize") or section).get(MINIMUM_RUNTIME)  # not recorded by earlier versions
     needed = f" (the graphs need ONNX Runtime {oldest} or newer)" if oldest else ""
-    text = f"In this folder, with `pip install {packages}`{needed}:\n\n```python\n{layout.usage_of('.')}```"
+    usage = layout.usage.format(folder=".", audio="audio.wav")
+    text = f"In this folder, with `pip install {packages}`{needed}:\n\n```python\n{usage}```"
     return "\n\n".join(filter(None, (text, layout.browser_usage())))
 
 
