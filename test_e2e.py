@@ -13,7 +13,6 @@ import re
 from pathlib import Path
 
 from common.cli import MODEL_DIR_HELP, CheckError, Parser, Stages, default_model_dir, run
-from common.contract import GRAPH_FILES, TOKENIZER_FILES
 from common.folder import verify_files
 from common.layouts import genai_folder
 from common.layouts.genai import GENAI
@@ -39,7 +38,7 @@ def _test(args: argparse.Namespace) -> None:
     folder = genai_folder(args.model_dir or default_model_dir())
     stages = Stages(4, verbose=args.verbose)
     stages.begin(f"GenAI loads {folder}")
-    listed = verify_files(folder, (*GRAPH_FILES, *TOKENIZER_FILES))
+    listed = verify_files(folder, (*GENAI.graph_files, *GENAI.vocabulary))
     GENAI.check_one_checkpoint(folder)
     samples = RuntimeConfig.read(folder).read_audio(args.audio)
     genai = GenAI(folder)

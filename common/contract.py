@@ -131,7 +131,6 @@ JOINT = Graph(
     "joiner",
 )
 GRAPHS = (ENCODER, DECODER, JOINT)
-GRAPH_FILES = tuple(file for graph in GRAPHS for file in graph.files)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 GENAI_CONFIG = "genai_config.json"
 AUDIO_PROCESSOR_CONFIG = "audio_processor_config.json"

@@ -26,9 +26,8 @@ from common.checkpoint.find import find_checkpoint
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import parse_model, tokenizer_config, tokenizer_json, vocab_text
 from common.checkpoint.tokenizer_json import sentencepiece_model
-from common.cli import Stages
-from common.contract import GRAPH_FILES, GRAPHS, TOKENIZER_FILES
-from common.export.parity import ParityError
+from common.cli import CheckError, Stages
+from common.contract import GRAPHS
 from common.export.pipeline import ExportOptions, export_graphs, verify_graphs
 from common.folder import read_manifest
 from common.layouts.genai import GENAI
@@ -74,7 +73,7 @@ def of_transformers(tiny_transformers):
 
 
 def test_the_bundled_checkpoint_has_the_same_graphs_and_tokenizer_in_both_formats(converted_export, tiny_export):
-    for name in (*GRAPH_FILES, *TOKENIZER_FILES, "genai_config.json", "audio_processor_config.json"):
+    for name in GENAI.files:
         assert (converted_export / name).read_bytes() == (tiny_export / name).read_bytes(), name
 
 
@@ -119,7 +118,7 @@ def test_random_checkpoints_have_the_same_graphs_in_both_formats(topology, tmp_p
         specs.append(ModelSpec.of(model))
         references = export_graphs(model, target, options)
     assert specs[0] == specs[1]
-    for name in GRAPH_FILES:
+    for name in GENAI.graph_files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     capsys.readouterr()
     verify_graphs(tmp_path / "b", references, Stages(len(GRAPHS)))
@@ -140,7 +139,7 @@ def test_a_graph_that_differs_from_transformers_is_an_error(tiny_transformers, t
         graph: CASES[graph](module, WRAPPERS[graph](module).example_inputs)
         for graph, module in ((GRAPHS[2], model.joint),)
     }
-    with pytest.raises(ParityError, match=r"joint.onnx differs from transformers by 1.0e-02 absolute"):
+    with pytest.raises(CheckError, match=r"joint.onnx differs from transformers by 1.0e-02 absolute"):
         verify_graphs(tmp_path, references, Stages(3))
 
 

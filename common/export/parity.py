@@ -31,10 +31,6 @@ LENGTHS = ENCODER.output_names[1]
 ExampleInputs = Callable[..., tuple["torch.Tensor", ...]]
 
 
-class ParityError(CheckError):
-    """A graph differs from the checkpoint's library by more than the tolerance."""
-
-
 @dataclass
 class Parity:
     """The largest difference of all comparisons so far, absolute and relative to the reference's largest value.
@@ -50,9 +46,9 @@ class Parity:
     cases: int = 0
 
     def add(self, name: str, actual: np.ndarray, expected: np.ndarray) -> None:
-        """Record one comparison. Raises ParityError beyond the tolerance; a NaN on either side always exceeds it."""
+        """Record one comparison. Raises CheckError beyond the tolerance; a NaN on either side always exceeds it."""
         if actual.shape != expected.shape:
-            raise ParityError(f"{name} has an output of shape {actual.shape}, {self.library} one of {expected.shape}")
+            raise CheckError(f"{name} has an output of shape {actual.shape}, {self.library} one of {expected.shape}")
         error = float(np.max(np.abs(actual - expected), initial=0.0))
         error = error if np.isfinite(error) else float("inf")
         self.max_abs = max(self.max_abs, error)
@@ -60,7 +56,7 @@ class Parity:
         self.cases += 1
         if (self.max_rel > FLOAT16_TOLERANCE) if self.float16 else (self.max_abs > PARITY_TOLERANCE):
             kind, tolerance = ("relative", FLOAT16_TOLERANCE) if self.float16 else ("absolute", PARITY_TOLERANCE)
-            raise ParityError(
+            raise CheckError(
                 f"{name} differs from {self.library} by {self.max_abs:.1e} absolute, {self.max_rel:.1e} relative; "
                 f"expected at most {tolerance:.0e} {kind}: the export is wrong, please report it"
             )
@@ -152,7 +148,7 @@ CASES: dict[Graph, Callable[[Any, ExampleInputs], list[Case]]] = {
 def check_graph(
     folder: Path, graph: Graph, cases: Sequence[Case], open_graph: OpenGraph = MAPPED, *, float16: bool = False
 ) -> Parity:
-    """Run `graph` of a folder on the inputs of `cases` and compare its outputs with the library's. Raises ParityError.
+    """Run `graph` of a folder on the inputs of `cases` and compare its outputs with the library's. Raises CheckError.
 
     Where the cases have lengths, the graph's must equal them, and the valid frames alone are compared. A graph with
     states continues from its own, so that a wrong state also shows in what follows.
@@ -166,7 +162,7 @@ def check_graph(
         states = [outputs[tensor.name] for tensor in graph.outputs if "L" in tensor.axes]
         lengths = case.expected.get(LENGTHS)
         if lengths is not None and outputs[LENGTHS].tolist() != lengths.tolist():
-            raise ParityError(
+            raise CheckError(
                 f"{LENGTHS} of {graph.file} are {outputs[LENGTHS].tolist()}, in {case.library} {lengths.tolist()}: the "
                 "export is wrong, please report it"
             )

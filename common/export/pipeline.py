@@ -148,7 +148,7 @@ def _size(folder: Path, graph: Graph) -> str:
 def verify_graphs(folder: Path, references: References, stages: Stages) -> dict[str, Any]:
     """Run the float32 graphs in ONNX Runtime and compare them with NeMo. Graph's file → record for the manifest.
 
-    Raises ParityError for a graph that differs by more than the tolerance.
+    Raises CheckError for a graph that differs by more than the tolerance.
     """
     records = {}
     for graph in GRAPHS:
@@ -179,7 +179,7 @@ def convert_to_float16(
 
     source: holds genai_config.json as well. speech: features [M, T] on which the values inside the graphs are measured.
     Each graph is verified as ONNX Runtime runs it on the CPU, and as a GPU that rounds each result to float16 would.
-    Raises ParityError as verify_graphs does.
+    Raises CheckError as verify_graphs does.
     """
     from common.export.float16 import LARGEST_FLOAT16, LIMIT, EmulatedGraph, convert, measure_ranges
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from common.checkpoint.spec import ModelSpec
 from common.cli import EXPORT_COMMAND, TOKENIZER_COMMAND
-from common.contract import AUDIO_PROCESSOR_CONFIG, DECODER, ENCODER, GENAI_CONFIG, GRAPHS, JOINT, TOKENIZER_FILES
+from common.contract import AUDIO_PROCESSOR_CONFIG, DECODER, ENCODER, GENAI_CONFIG, GRAPHS, JOINT
 from common.folder import json_text, read_json
 from common.layouts.layout import NO_SYMBOL_LIMIT, Features, Layout, name_in, source_in, tokenizer_command
 from common.layouts.log_mel import check_log_mel
@@ -115,7 +115,7 @@ class GenAILayout(Layout):
     cuda_packages = ("onnxruntime-genai-cuda",)
     graphs = GRAPHS
     config_files = (GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG)
-    vocabulary = ("vocab.txt", *(file for file in TOKENIZER_FILES if file != "vocab.txt"))
+    vocabulary = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
     vocabulary_command = TOKENIZER_COMMAND
     usage = """\
 import onnxruntime_genai as og
