@@ -124,8 +124,7 @@ def log_mel_graph(spec: ModelSpec) -> bytes:
     T is 1 + N // hop, and features after features_lens are 0. The checkpoint's features must not differ in any of the
     ways that ModelSpec.unsupported_features lists.
     """
-    import onnx  # not needed by readers of a folder
-    from librosa.filters import mel
+    from librosa.filters import mel  # these are not needed by readers of a folder
     from onnx import numpy_helper, parser
 
     bins = mel(sr=spec.sample_rate, n_fft=spec.fft_size, n_mels=spec.num_mels)  # [M, F]
@@ -146,7 +145,6 @@ def log_mel_graph(spec: ModelSpec) -> bytes:
     text = GRAPH.format(mels=spec.num_mels, hop=spec.hop_length, pad=spec.win_length // 2)
     model = parser.parse_model(text)
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in tensors.items())
-    onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString())
 
 
