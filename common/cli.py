@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and the flag --verbose."""
 
     def __init__(self, description: str) -> None:
-        accept_any_text()  # --help is printed before `run` is called
+        accept_any_text()
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--verbose", action="store_true", help="show the libraries' own log and full tracebacks")
 
@@ -90,7 +90,6 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     of this program or of a library and gives 1. --verbose prints the traceback. An output that is closed early ends the
     script without a message, with the status that a shell gives for SIGPIPE.
     """
-    accept_any_text()
     if not args.verbose:
         quiet_libraries()
     try:

@@ -201,11 +201,10 @@ def _open_folder(layout: Layout, name: str, source: Path, target: Path, staging:
         raise ValueError(f"{source / name} was written again while it was being read; run this again")
 
 
-def _calibrate(folder: Folder, run: Run, clips: list[Clip]) -> Calibrated | None:
-    """Fit the encoder's weights to speech, once for the folders of all runtimes; None where they stay float32."""
+def _calibrate(folder: Folder, run: Run, clips: list[Clip]) -> Calibrated:
+    """Fit the encoder's weights to speech, once for the folders of all runtimes."""
     method = run.options.method
-    if method is None:
-        return None
+    assert method is not None, "--calibration_manifest needs a method"
     run.stages.begin("calibration")
     speech = read_speech(folder.source, clips)
     calibrated = method.calibrate(folder.encoder, speech.batches, run.options)
@@ -241,7 +240,7 @@ def optimize_folder(
         speed = _measure_speed(folder, stages)
     else:
         stages.begin("speed")
-        stages.end(f"as measured on the encoder for {speed['runtime']}")
+        stages.end(f"measured above, on the encoder for {speed['runtime']}")
 
     stages.begin("report")
     section = _manifest_section(folder, encoder, options, ratio, tokens, table)
@@ -327,7 +326,7 @@ def _measure_speed(folder: Folder, stages: Stages) -> dict[str, Any] | None:
         return None
     before, after = speeds
     memory = [size_text(each.peak_memory) for each in speeds if each.peak_memory]
-    rates = f"encoder RTFx {before.rtfx:.1f} → {after.rtfx:.1f}"
+    rates = f"encoder RTFx {before.rtfx:.1f} → {after.rtfx:.1f} (seconds of audio encoded in one second)"
     stages.end(rates, *([f"peak memory {' → '.join(memory)}"] if memory else []))
     sides = {"exported": asdict(before), "optimized": asdict(after)}
     speed = {**sides, "runtime": folder.layout.runtime, "audio_seconds": AUDIO_SECONDS, **machine()}

@@ -264,8 +264,7 @@ def run_stress(
     worst = worst_results(test)
     print_worst(test, worst)
     if options.stress_dir:
-        paths = write_worst(options.stress_dir, test, worst)
-        print(f"wrote the audio of the worst clips, {len(paths)} files, to {options.stress_dir}")
+        write_worst(options.stress_dir, test, worst)
     return test
 
 
@@ -284,10 +283,10 @@ def _outlook(test: StressTest) -> str:
     expected = audio * seconds / durations[0]
     left_out = [each.name for each in conditions_of(test.kinds) if not each.possible(test.speech)]
     return (
-        f"stress: {len(test.conditions)} conditions of {len(durations)} clips, {audio / 60:.1f} min of audio for each "
-        f"of {len(engines)} engines, about "
+        f"{len(durations)} clips under {len(test.conditions)} conditions are {audio / 60:.1f} min of audio for each of "
+        f"{len(engines)} engines, which takes about "
         + (f"{expected:.0f} s" if expected < 100 else f"{expected / 60:.0f} min")
-        + (f"; left out, since they need several clips: {', '.join(left_out)}" if left_out else "")
+        + (f"; these conditions need several clips and are left out: {', '.join(left_out)}" if left_out else "")
     )
 
 
@@ -439,12 +438,11 @@ def print_worst(test: StressTest, worst: Sequence[StressResult]) -> None:
         print(f"  {number}. {each.condition.name}, {test.name_of(each.group)}: {shown}")
 
 
-def write_worst(folder: Path, test: StressTest, worst: Sequence[StressResult]) -> list[Path]:
-    """The audio of the worst results as WAV, made again from the seed: a file for each take. Returns the paths."""
+def write_worst(folder: Path, test: StressTest, worst: Sequence[StressResult]) -> None:
+    """Write the audio of the worst results as WAV, made again from the seed: a file for each take."""
     import soundfile
 
     folder.mkdir(exist_ok=True)
-    paths = []
     for number, each in enumerate(worst, 1):
         takes = test.takes(each.condition, each.group)
         clip = test.clips[each.group[0]].label
@@ -452,8 +450,7 @@ def write_worst(folder: Path, test: StressTest, worst: Sequence[StressResult]) -
         for piece, take in enumerate(takes, 1):
             path = folder / f"{name}{f'_{piece}' if len(takes) > 1 else ''}.wav"
             soundfile.write(path, take.samples, test.config.sample_rate, subtype="FLOAT")
-            paths.append(path)
-    return paths
+    print(f"wrote the audio of the {len(worst)} worst clips to {folder}")
 
 
 def judge_stress(test: StressTest, limit: float | None) -> None:

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,17 +54,6 @@ class ShownRow:
     errors: tuple[int, int] | None = None  # and the number of words of the text, both without case and punctuation
 
 
-@dataclass(frozen=True)
-class ShownClip:
-    """One clip with its rows, the baseline's first."""
-
-    name: str
-    seconds: float
-    audio: str  # data URI
-    wave: str  # path of an SVG, of WAVE_COLUMNS by 2
-    rows: list[ShownRow]
-
-
 def comparison_page(title: str, comparison: Comparison) -> str:
     """The page of a comparison of engines. The clips are read again, one at a time. Raises as read_clip does."""
     seconds = sum(clip.seconds for clip in comparison.clips)
@@ -93,14 +83,14 @@ def stress_page(title: str, test: StressTest) -> str:
 def clips_page(
     title: str,
     about: str,
-    clips: Sequence[ShownClip],
+    clips: Sequence[dict[str, Any]],
     *,
     figures: Mapping[str, EngineFigures] | None = None,
     reliability: Mapping[tuple[str, str], list[Bin]] | None = None,
     stress: Sequence[StressRow] = (),
     baseline: str = "",
 ) -> str:
-    """The HTML of a page. about: the clips, in a sentence.
+    """The HTML of a page. about: the clips, in a sentence. clips: as shown_clip gives each.
 
     figures: over all clips, by engine. reliability: by engine and measure of confidence. baseline: of the stress test.
     """
@@ -110,7 +100,7 @@ def clips_page(
         title=title,
         about=about,
         clips=clips,
-        has_confidence=any(word.confidence is not None for clip in clips for row in clip.rows for word in row.words),
+        has_confidence=any(word.confidence is not None for clip in clips for row in clip["rows"] for word in row.words),
         figures=figures,
         reliability=reliability,
         stress=stress,
@@ -169,12 +159,18 @@ def _words(transcript: Transcript, frame_seconds: float) -> list[ShownWord]:
     ]
 
 
-def shown_clip(name: str, samples: np.ndarray, rate: int, rows: list[ShownRow]) -> ShownClip:
-    """A clip of mono samples [N]; rate: in Hz."""
-    return ShownClip(name, len(samples) / rate, audio_uri(samples, rate), wave_path(samples), rows)
+def shown_clip(name: str, samples: np.ndarray, rate: int, rows: list[ShownRow]) -> dict[str, Any]:
+    """What the page shows of a clip of mono samples [N] at `rate` in Hz. rows: the baseline's first."""
+    return {
+        "name": name,
+        "seconds": len(samples) / rate,
+        "audio": audio_uri(samples, rate),
+        "wave": wave_path(samples),
+        "rows": rows,
+    }
 
 
-def _compared(clip: ComparedClip, comparison: Comparison) -> ShownClip:
+def _compared(clip: ComparedClip, comparison: Comparison) -> dict[str, Any]:
     """A clip of a comparison; the baseline is its text, else the transcript of the first engine, the reference's where
     there is one."""
     config = comparison.config
@@ -185,7 +181,7 @@ def _compared(clip: ComparedClip, comparison: Comparison) -> ShownClip:
     return shown_clip(clip.label, config.read_clip(clip), config.sample_rate, rows)
 
 
-def _stressed(result: StressResult, test: StressTest) -> ShownClip:
+def _stressed(result: StressResult, test: StressTest) -> dict[str, Any]:
     """A result of a stress test: the takes one after the other, and all engines' transcripts of them."""
     takes = [take.samples for take in test.takes(result.condition, result.group)]
     name = f"{result.condition.name}: {test.name_of(result.group)}"

@@ -109,7 +109,20 @@ def _count_bytes(
         assert tensor is not None, "an initializer has a value"
         part = _PART.fullmatch(name)
         owner, kind = (part[1], part[2]) if part and part[1] in stored else (name, "float32")
-        row = rows.setdefault(owner, _row(graph, owner, list(tensor.shape.numpy()), stored.get(owner)))
+        weight = stored.get(owner)
+        row = rows.setdefault(
+            owner,
+            {
+                "graph": graph.name,
+                "name": owner,
+                "shape": list(tensor.shape.numpy()),
+                "bits": weight.form.bits if weight else None,
+                "block": weight.form.block if weight else None,
+                "bytes_before": 0,
+                "bytes_after": 0,
+                "weight_error": _short(weight.error) if weight else None,
+            },
+        )
         row[key] += tensor.nbytes
         sizes[kind] += tensor.nbytes
         if isinstance(tensor, ir.ExternalTensor):
@@ -119,19 +132,6 @@ def _count_bytes(
     sizes["graph"] = (folder / graph.file).stat().st_size - inline
     sizes["padding"] = (folder / graph.data_file).stat().st_size - mapped
     return sizes
-
-
-def _row(graph: Graph, name: str, shape: list[int], stored: Stored | None) -> dict[str, Any]:
-    return {
-        "graph": graph.name,
-        "name": name,
-        "shape": shape,
-        "bits": stored.form.bits if stored else None,
-        "block": stored.form.block if stored else None,
-        "bytes_before": 0,
-        "bytes_after": 0,
-        "weight_error": _short(stored.error) if stored else None,
-    }
 
 
 def _role(name: str, graphs: tuple[Graph, ...]) -> str:
