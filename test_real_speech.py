@@ -54,7 +54,7 @@ from common.evaluate.text_rules import ids_of_other_words
 from common.evaluate.verdict import judge_times, print_and_judge, print_corpus, transcribe_and_print
 from common.evaluate.wer import MAX_PRINTED_CLIPS
 from common.evaluate.words import SUBTITLES, subtitle_paths
-from common.folder import check_outputs, json_text, printing_beside, write_output
+from common.folder import check_outputs, json_text, output_path, printing_beside, write_output
 from common.layouts import genai_folder
 from common.report.clips_page import comparison_page, stress_page
 from common.run.audio import Clip, read_clips
@@ -80,12 +80,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     clips = parser.add_mutually_exclusive_group()
     clips.add_argument("--audio", type=Path, nargs="+", default=[SAMPLE], help="clips (samples/jfk.wav)")
     clips.add_argument("--manifest", type=Path, help=MANIFEST_HELP)
-    add("--json", type=Path, metavar="FILE", help=JSON_HELP)
+    add("--json", type=output_path, metavar="FILE", help=JSON_HELP)
     add("--batch_size", type=count, default=1, help="clips that plain ONNX Runtime takes at a time (%(default)s)")
     add("--timestamps", action="store_true", help=TIMESTAMPS_HELP)
-    add("--html", type=Path, metavar="FILE", help=HTML_HELP)
+    add("--html", type=output_path, metavar="FILE", help=HTML_HELP)
     for suffix in SUBTITLES:
-        add(f"--{suffix}", type=Path, metavar="PATH", help=SUBTITLE_HELP)
+        add(f"--{suffix}", type=output_path, metavar="PATH", help=SUBTITLE_HELP)
     add_stress_flags(parser)
     args = parser.parse_args(argv)
     check_engine_flags(parser, args)
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compare_beside_output(args: argparse.Namespace) -> None:
-    with printing_beside(path for path in (args.json, args.html, args.srt, args.vtt) if path) as stdout:
+    with printing_beside((args.json, args.html, args.srt, args.vtt)) as stdout:
         _compare(args, stdout)
 
 

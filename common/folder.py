@@ -211,6 +211,16 @@ def fsync(path: Path) -> None:
 # Files that a user names
 
 
+def output_path(text: str) -> Path:
+    """The value of a flag that names a file to write: STANDARD_OUTPUT for `-` and for other names of the standard
+    output, which are /dev/stdout and the file of `> FILE`."""
+    path = Path(text)
+    try:
+        return STANDARD_OUTPUT if os.path.samestat(path.stat(), os.fstat(1)) else path
+    except OSError:  # nothing there as yet, or no standard output
+        return path
+
+
 def require_file(path: Path, expected: str) -> None:
     """Raise FileNotFoundError where there is nothing at `path`, ValueError where it is not a regular file.
 
@@ -228,13 +238,10 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
     A device or a named pipe can be written to. Raises ValueError, IsADirectoryError, FileNotFoundError or
     PermissionError.
     """
-    printed = [path for path in outputs if is_standard_output(path)]
-    if len(printed) > 1:
-        raise ValueError(
-            f"only one result can go to the standard output, and both {printed[0]} and {printed[1]} name it"
-        )
+    if outputs.count(STANDARD_OUTPUT) > 1:
+        raise ValueError("only one result can go to the standard output; give the others names of files")
     read = [os.path.realpath(path) for path in inputs]
-    files = [path for path in outputs if path not in printed]
+    files = [path for path in outputs if path != STANDARD_OUTPUT]
     for number, path in enumerate(files):
         folder = Path(os.path.realpath(path)).parent
         if path.is_dir():
@@ -251,20 +258,12 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
                 raise ValueError(f"each result needs a file of its own, not {other} and {path}, which are one")
 
 
-def is_standard_output(path: Path) -> bool:
-    """Whether `path` is `-`, or another name of the standard output: /dev/stdout, or the file of `> FILE`."""
-    try:
-        return path == STANDARD_OUTPUT or os.path.samestat(path.stat(), os.fstat(1))
-    except OSError:  # nothing there as yet, or no standard output
-        return False
-
-
 @contextlib.contextmanager
-def printing_beside(results: Iterable[Path]) -> Iterator[TextIO]:
+def printing_beside(results: Collection[Path | None]) -> Iterator[TextIO]:
     """Redirect printing to the error output where one of `results` goes to the standard output, which a program may
     read. Yields the standard output."""
     stdout = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr if any(map(is_standard_output, results)) else stdout):
+    with contextlib.redirect_stdout(sys.stderr if STANDARD_OUTPUT in results else stdout):
         yield stdout
 
 
@@ -283,7 +282,7 @@ def write_output(path: Path, content: str, stdout: TextIO) -> None:
 
     A symbolic link is kept, and the file that it points to is replaced.
     """
-    if is_standard_output(path):
+    if path == STANDARD_OUTPUT:
         stdout.flush()
         stdout.buffer.write(content.encode())
         stdout.buffer.flush()

@@ -113,7 +113,7 @@ def test_output_path_is_a_file(script, capsys, tmp_path, tiny_export):
     (tmp_path / "taken").write_text("mine")
     source = ("--model_dir", tiny_export) if script is optimize_encoder else ("--model_name", TINY)
     for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        assert "got the file" in rejected(capsys, script, *source, "--output_dir", path)
+        assert "is a file, where a folder is to be written" in rejected(capsys, script, *source, "--output_dir", path)
     assert (tmp_path / "taken").read_text() == "mine"
 
 

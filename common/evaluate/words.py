@@ -26,7 +26,7 @@ from pathlib import Path
 from common.checkpoint.tokenizer import SPACE
 from common.cli import TOKENIZER_COMMAND
 from common.evaluate.wer import normalize, word_runs
-from common.folder import is_standard_output, read_json
+from common.folder import STANDARD_OUTPUT, read_json
 from common.run.audio import Clip
 from common.run.decode import Confidence, Step, TimedWord
 
@@ -192,7 +192,7 @@ def subtitle_paths(path: Path, suffix: str, clips: Sequence[Clip]) -> list[Path]
     """
     if len(clips) == 1:
         return [path]
-    if is_standard_output(path) or (path.exists() and not path.is_dir()):
+    if path == STANDARD_OUTPUT or (path.exists() and not path.is_dir()):
         raise ValueError(f"the subtitles of {len(clips)} clips need a folder, and {path} is none; name a folder")
     path.mkdir(exist_ok=True)
     return [path / f"{clip.path.stem}{f'_{clip.offset:g}s' if clip.segment else ''}.{suffix}" for clip in clips]
