@@ -95,7 +95,7 @@ def test_window_in_whole_encoder_frames(spec):
     for flag, seconds in (
         ("chunk_seconds", (6.05, 10, 2)), ("left_context_seconds", (6, 0.5, 2)),
         ("right_context_seconds", (6, 10, 0.01)),
-        ("chunk_seconds", (0, 10, 2)), ("left_context_seconds", (6, -0.08, 2)),
+        ("chunk_seconds", (1e-9, 10, 2)), ("left_context_seconds", (6, -0.08, 2)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"--{flag} must be a whole number of encoder frames of 0.08 s"):
             window(spec, *seconds)
