@@ -32,6 +32,7 @@ from tokenizers import Tokenizer
 
 from common.checkpoint.find import add_checkpoint_flags, find_checkpoint
 from common.checkpoint.tokenizer import (
+    PROBE_LENGTHS,
     SPACE,
     Piece,
     parse_model,
@@ -85,7 +86,7 @@ def _export(args: argparse.Namespace) -> None:
     source = checkpoint.record()
     check_tokenizer_for_graphs(folder, source, len(proto.pieces) + 1)
     content = tokenizer_json(proto)
-    sequences = [ids for length in (1, 32) for ids in probe_sequences(proto, length)]
+    sequences = [ids for length in PROBE_LENGTHS for ids in probe_sequences(proto, length)]
     check_decoding(model, content, sequences)
     stages.end(*_counts(content), f"{len(sequences)} sequences decode like SentencePiece")
 

@@ -4,6 +4,7 @@ The stand-ins are the bundled checkpoint in both forms (benchmarks/published_for
 from the codes and scales that were packed, not from what is read back.
 """
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 import export_parakeet_to_onnx
 import export_tokenizer
 import test_real_speech
-from benchmarks.published_forms import FILES, GROUP, MODULES, ternary, write_form
+from benchmarks.published_forms import FILES, GROUP, MODULES, stored, ternary, vad_head, write_form
 from common.checkpoint.find import find_checkpoint
 from common.checkpoint.ternary import TernaryModule, unpack
 from common.folder import read_manifest
@@ -60,6 +61,33 @@ def test_digits_are_read_least_significant_first():
     scales = torch.tensor([[0.5], [2.0]], dtype=torch.float16)
     weight = unpack(TernaryModule("m", rows=2, columns=7, group=7, is_convolution=False), qweight, scales)
     assert weight.tolist() == [[-0.5, 0, 0.5, 0.5, -0.5, 0.5, 0], [2, 2, 2, 2, 2, -2, -2]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "size"), [("ultra", 1_255_353_386), ("redux", 177_774_490)])
+def test_the_weights_of_the_stand_ins_have_the_published_size_at_the_full_topology(form, size):
+    """Bytes of model.safetensors on Hugging Face, from the names, types and shapes of the tensors alone."""
+    from transformers import ParakeetForTDT, ParakeetTDTConfig
+
+    encoder = {"num_mel_bins": 128, "attention_bias": False, "convolution_bias": False, "scale_input": False}
+    with torch.device("meta"):
+        network = ParakeetForTDT(ParakeetTDTConfig(encoder_config=encoder, vocab_size=8193, blank_token_id=8192))
+    tensors = {}
+    for name, tensor in (network.state_dict() | vad_head(network.config.encoder_config.hidden_size)).items():
+        module = name.removesuffix(".weight")
+        if form == "redux" and module.endswith(MODULES):
+            rows, columns = tensor.shape[:2]
+            tensors[f"{module}.qweight"] = torch.empty(rows, -(-columns // 5), dtype=torch.uint8, device="meta")
+            tensors[f"{module}.scales"] = torch.empty(rows, columns // GROUP, dtype=torch.float16, device="meta")
+        else:
+            tensors[name] = stored(name, tensor)
+    header, end = {}, 0
+    for name, tensor in sorted(tensors.items(), key=lambda named: (-named[1].element_size(), named[0])):
+        start, end = end, end + tensor.nbytes
+        kind = {torch.float32: "F32", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"))
+    assert 8 + -(-len(text) // 8) * 8 + end == size  # the header is padded to whole groups of 8 bytes
 
 
 @pytest.mark.parametrize("form", FILES)

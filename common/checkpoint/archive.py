@@ -76,11 +76,6 @@ def _checked_members(path: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarI
     return members
 
 
-def unpacked_bytes(archive: Archive) -> int:
-    """Bytes of the unpacked files."""
-    return sum(member.size for member in archive.members.values())
-
-
 def read_member(archive: Archive, name: str) -> bytes:
     """The content of a file. Raises ValueError where the archive does not hold it."""
     member = archive.members.get(posixpath.normpath(name))

@@ -23,7 +23,6 @@ from common.checkpoint.archive import (
     open_archive,
     parse_config,
     read_member,
-    unpacked_bytes,
 )
 from common.cli import size_text
 
@@ -107,7 +106,7 @@ def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = Non
     require_tdt(checkpoint)
     with open_archive(checkpoint) as archive:
         check_weights(archive)
-        scratch = scratch or _folder_with_room(unpacked_bytes(archive))
+        scratch = scratch or _folder_with_room(sum(member.size for member in archive.members.values()))
     return _restore(checkpoint, device, scratch)
 
 

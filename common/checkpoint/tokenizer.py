@@ -35,6 +35,7 @@ MARK = re.compile(rf"{SPACE}?(<.+>|\[.+\])", re.DOTALL)  # the spelling of a use
 WHITE_SPACE = set(string.whitespace)  # of ASCII: the characters at which sherpa-onnx splits and trims a line
 LAST_BYTE_BPE = 0xC6  # the largest byte of icefall's byte-level pieces, which are spelt up to U+01BF
 UTF8_LENGTHS = ((0x80, 0x800), (0x800, 0xD800), (0x10000, 0x110000))  # code points of 2, 3, 4 bytes
+PROBE_LENGTHS = (1, 32)  # ids that are decoded together where two readers are compared
 SIX_BYTES_READ_AS_ONE = re.compile(rb"...([0-9A-F]{2}).", re.DOTALL)
 
 
@@ -209,14 +210,9 @@ def probe_sequences(proto: ModelProto, length: int, seed: int = 0) -> list[list[
     if not proto.normalizer_spec.remove_extra_whitespaces:
         return sequences
     special = set(special_ids(proto))
-    spaces = _space_ids(proto)
-    return [_without_leading(spaces, sequence, special) for sequence in sequences]
-
-
-def _space_ids(proto: ModelProto) -> set[int]:
-    """Ids of the lone space and of pieces that begin with several spaces."""
     pieces = enumerate(piece.piece for piece in proto.pieces)
-    return {index for index, text in pieces if text == SPACE or text.startswith(2 * SPACE)}
+    spaces = {index for index, text in pieces if text == SPACE or text.startswith(2 * SPACE)}
+    return [_without_leading(spaces, sequence, special) for sequence in sequences]
 
 
 def _without_leading(spaces: set[int], sequence: list[int], special: set[int]) -> list[int]:

@@ -20,11 +20,10 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer
 
-from common.checkpoint.tokenizer import Piece, parse_model, probe_sequences, special_ids
+from common.checkpoint.tokenizer import PROBE_LENGTHS, Piece, parse_model, probe_sequences, special_ids
 
 MODELS = ("BPE", "Unigram")
 BYTES = {f"<0x{value:02X}>" for value in range(256)}
-PROBE_LENGTHS = (1, 32)  # ids that are decoded together
 
 
 def sentencepiece_model(content: dict[str, Any], blank_id: int) -> bytes:
@@ -47,8 +46,12 @@ def _model(content: dict[str, Any], blank_id: int) -> ModelProto:
     if model["type"] not in MODELS:
         raise ValueError(f"expected a tokenizer of type {' or '.join(MODELS)}, got {model['type']!r}")
     unigram = model["type"] == "Unigram"
-    scores = dict(enumerate(score for _, score in model["vocab"])) if unigram else {}
-    names = {index: name for index, (name, _) in enumerate(model["vocab"])} if unigram else _by_id(model["vocab"])
+    if unigram:  # pieces and their scores, in id order
+        scores = dict(enumerate(score for _, score in model["vocab"]))
+        names = {index: name for index, (name, _) in enumerate(model["vocab"])}
+    else:  # the id of each piece
+        scores = {}
+        names = {index: name for name, index in model["vocab"].items()}
     names |= {index: token["content"] for index, token in added.items()}
     missing = next((index for index in range(blank_id) if index not in names), None)
     if missing is not None or any(index > blank_id for index in names):
@@ -64,10 +67,6 @@ def _model(content: dict[str, Any], blank_id: int) -> ModelProto:
         proto.pieces.add(piece=names[index], score=score, type=kind)
     _set_specs(proto, content, unigram=unigram)
     return proto
-
-
-def _by_id(vocab: dict[str, int]) -> dict[int, str]:
-    return {index: name for name, index in vocab.items()}
 
 
 def _type(name: str, token: dict[str, Any] | None, unknown: str | None, *, has_bytes: bool) -> int:
