@@ -88,7 +88,7 @@ def _export(args: argparse.Namespace) -> None:
     require_device(options.device)
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
     for note in checkpoint.contents.notes:
-        print(f"{checkpoint.path.name}: {note}", flush=True)
+        print(f"{checkpoint.name or checkpoint.path.name}: {note}", flush=True)
     title = f"{checkpoint.path.name} ({size_text(checkpoint.size)})"
     loaded = checkpoint.contents.loaded_bytes
     state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded), output_dir)
