@@ -40,11 +40,11 @@ from common.cli import MODEL_DIR_HELP, PUBLISH_COMMAND, Parser, count, default_m
 
 from common.evaluate.compare import ComparedClip, Comparison
 from common.evaluate.engines import (
+    ENGINES,
     GENAI_ENGINE,
     NEMO_ENGINE,
     ONNX_ENGINE,
     add_engine_flags,
-    check_engine_flags,
     input_files,
     load_reference,
     open_folders,
@@ -88,7 +88,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{suffix}", type=output_path, metavar="PATH", help=SUBTITLE_HELP)
     add_stress_flags(parser)
     args = parser.parse_args(argv)
-    check_engine_flags(parser, args)
+    if args.engines is None:  # GenAI only on request, since it doubles the time of a stress test
+        args.engines = frozenset(ENGINES) - ({GENAI_ENGINE} if args.stress is not None else set())
+    args.engines -= {NEMO_ENGINE} if args.skip_nemo else set()
+    if args.model_name and NEMO_ENGINE not in args.engines:
+        parser.error("--model_name needs nemo among --engines")
+    if not args.engines:
+        parser.error("--engines needs genai or onnx where --skip_nemo is given")
+    if args.checkpoint_format and not args.model_name:
+        parser.error("--checkpoint_format needs --model_name")
     with_times = [f"--{name}" for name in ("timestamps", *SUBTITLES) if getattr(args, name)]
     if with_times and args.stress is not None:
         parser.error(f"{with_times[0]} cannot be combined with --stress")

@@ -197,21 +197,22 @@ class Comparison:
         The decisions of plain ONNX Runtime are not needed afterwards and are dropped.
         """
         for folder in self.float32_folders:
-            for engine, difference, hypothesis in self._compare(clip, recording, folder):
+            for engine, expected, actual in self._pairs_to_compare(clip, recording, folder):
+                difference = first_difference(expected, actual)
                 # Only the reference's own decisions excuse a difference: where a broken graph gives equal logits, each
                 # of its decisions is a near tie.
                 if difference and difference.excuse and self.reference:
-                    own = first_difference(hypothesis, self.reference.reference.trace(recording.features))
+                    own = first_difference(actual, self.reference.reference.trace(recording.features))
                     difference = replace(difference, excuse=own.excuse if own else None)
                 if difference:
-                    clip.differences[engine.name] = difference
+                    clip.differences.setdefault(engine.name, difference)
         for name, transcript in clip.transcripts.items():
             clip.transcripts[name] = replace(transcript, hypothesis=None)
 
-    def _compare(
+    def _pairs_to_compare(
         self, clip: ComparedClip, recording: Recording, folder: OpenFolder
-    ) -> Iterator[tuple[Engine, Difference | None, Hypothesis]]:
-        """Yield each engine of a folder that may differ, with its difference and its decisions.
+    ) -> Iterator[tuple[Engine, Transcript | Hypothesis, Transcript | Hypothesis]]:
+        """Yield each engine of a folder that may differ, with two decodings that must be equal.
 
         GenAI computes its own features, so it is compared with plain ONNX Runtime on those features by GenAI's rule,
         and that result with the reference. Without a reference, a clip in a batch is also compared with itself alone.
@@ -222,7 +223,7 @@ class Comparison:
         traced = clip.transcripts[onnx.name].hypothesis if onnx else None
         reference = clip.transcripts[self.reference.name] if self.reference and clip.one_window else None
         if onnx and traced and reference:
-            yield onnx, first_difference(reference, traced), traced
+            yield onnx, reference, traced
         if not genai or not (traced or reference):
             return
         made = clip.transcripts[genai.name]
@@ -230,12 +231,11 @@ class Comparison:
             return
         alone = traced if onnx and not self.reference and onnx.batch_size == 1 else None  # on GenAI's features
         own = alone or folder.onnx.transcribe(folder.genai.features(recording.samples))
-        difference = first_difference(own, made)
-        if reference and difference is None:
-            difference = first_difference(reference, own)
-        yield genai, difference, own
+        yield genai, own, made
+        if reference:
+            yield genai, reference, own
         if onnx and traced and not self.reference:
-            yield onnx, first_difference(own, traced), traced
+            yield onnx, own, traced
 
     @cached_property
     def figures(self) -> dict[str, EngineFigures]:

@@ -281,7 +281,7 @@ def engine_names(text: str) -> frozenset[str]:
 
 
 def add_engine_flags(parser: Parser) -> None:
-    """Add --engines, --folders and the flags for the reference's checkpoint. `check_engine_flags` completes them."""
+    """Add --engines, --folders and the flags for the reference's checkpoint."""
     parser.add_argument("--engines", type=engine_names, metavar="LIST",
                         help=f"engines to run, separated by commas ({','.join(ENGINES)}; with --stress nemo,onnx); "
                              "onnx without nemo is given the features of GenAI, which is loaded for them")  # fmt: skip
@@ -292,19 +292,6 @@ def add_engine_flags(parser: Parser) -> None:
     reference.add_argument("--model_name", help="checkpoint of the reference (the one in manifest.json)")
     reference.add_argument("--skip_nemo", action="store_true", help="do without NeMo, which is then not even imported")
     parser.add_argument("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
-
-
-def check_engine_flags(parser: Parser, args: argparse.Namespace) -> None:
-    """Set `args.engines` to the engines that run. Ends the script where flags do not go together."""
-    if args.engines is None:  # GenAI only on request, since it doubles the time of a stress test
-        args.engines = frozenset(ENGINES) - ({GENAI_ENGINE} if args.stress is not None else set())
-    args.engines -= {NEMO_ENGINE} if args.skip_nemo else set()
-    if args.model_name and NEMO_ENGINE not in args.engines:
-        parser.error("--model_name needs nemo among --engines")
-    if not args.engines:
-        parser.error("--engines needs genai or onnx where --skip_nemo is given")
-    if args.checkpoint_format and not args.model_name:
-        parser.error("--checkpoint_format needs --model_name")
 
 
 def load_reference(
