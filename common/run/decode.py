@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -69,6 +69,12 @@ class Prediction:
 Predict = Callable[[Sequence[int], Sequence[Any]], Sequence[Prediction]]
 # join(encoder frames [B, D], prediction outputs, B of them) → logits [B, V+K]
 Join = Callable[[np.ndarray, Sequence[np.ndarray]], np.ndarray]
+
+
+class Frames(Protocol):
+    """Encoder frames by number, each [D]: an array [S, D], or an object that computes them when they are asked for."""
+
+    def __getitem__(self, frame: int, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -137,11 +143,11 @@ class Transcript:
 
 
 def greedy_tdt_decode(
-    encoded: Sequence[np.ndarray], ends: Sequence[Sequence[int]], predict: Predict, join: Join, config: DecodingConfig
+    encoded: Sequence[Frames], ends: Sequence[Sequence[int]], predict: Predict, join: Join, config: DecodingConfig
 ) -> list[Hypothesis]:
     """Decode utterances together.
 
-    encoded: [S, D] of each utterance, or [B, S, D] padded.
+    encoded: [S, D] of each utterance, or [B, S, D] padded. The frames of an utterance are asked for in order.
     ends: for each utterance, the frames at which its windows end, in ascending order, the last of them its length; at
         the end of a window, what is left of a duration is dropped.
 

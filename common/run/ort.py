@@ -4,9 +4,11 @@
 follows the greedy rule of either NeMo or GenAI. It shares no code with GenAI, so that each of the two checks the other.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -14,7 +16,7 @@ import onnxruntime as ort
 from common.cli import EXPORT_COMMAND, progress_bar
 from common.contract import DECODER, ENCODER, JOINT, Graph
 from common.run.config import MIN_WINDOWS_OF_BAR, RuntimeConfig, Window, windows
-from common.run.decode import BlankZero, DecodingConfig, Hypothesis, Prediction, greedy_tdt_decode
+from common.run.decode import BlankZero, DecodingConfig, Frames, Hypothesis, Prediction, greedy_tdt_decode
 
 ERRORS_AND_WORSE = 3  # a severity of OrtLoggingLevel
 
@@ -138,7 +140,8 @@ class OnnxRuntime:
         """`transcribe` for each clip, in batches of similar length, which need the least padding; in the order given.
 
         Memory is proportional to `batch_size` times the longest clip of a batch, or the window where that is shorter.
-        The encoder frames of a batch are kept until it is decoded, which is 0.2 GB for an hour of audio at D = 1024.
+        The encoder frames of a batch of several clips are kept until the batch is decoded, which is 0.2 GB for an hour
+        of audio at D = 1024; of a clip that is transcribed alone, two windows are kept.
         """
         by_length = sorted(range(len(features)), key=lambda clip: features[clip].shape[1])
         results: dict[int, Hypothesis] = {}
@@ -151,24 +154,47 @@ class OnnxRuntime:
     def _transcribe_batch(
         self, features: Sequence[np.ndarray], rule: BlankZero, *, whole: bool = False
     ) -> list[Hypothesis]:
-        """Cut the clips into windows, encode as many windows at once as there are clips, and decode them together."""
-        config = self.config
-        cuts = [[Window(0, one.shape[1], 0, None)] if whole else [*windows(config, one.shape[1])] for one in features]
+        """Cut the clips into windows, and decode them together."""
+        cuts = [
+            [Window(0, one.shape[1], 0, None)] if whole else [*windows(self.config, one.shape[1])] for one in features
+        ]
+        if len(features) == 1:
+            count = len(cuts[0])
+            with progress_bar(total=count, task="windows", unit="window", shown=count >= MIN_WINDOWS_OF_BAR) as bar:
+                frames = _WindowFrames(cuts[0], lambda window: self._encode_window(features[0], window, bar))
+                return self._decode([frames], [frames.ends], rule)
+        parts = self._encode_together(features, cuts)
+        return self._decode(
+            [np.concatenate(own) for own in parts],
+            [np.cumsum([len(part) for part in own]).tolist() for own in parts],
+            rule,
+        )
+
+    def _encode_window(self, features: np.ndarray, window: Window, bar: Any) -> np.ndarray:
+        """Encode one window of features [M, T] → those of its encoder frames that are decoded, [S, D]."""
+        (frames,) = self.encode([features[:, window.begin : window.end]])
+        bar.update()
+        return frames[window.start : window.stop]
+
+    def _encode_together(
+        self, features: Sequence[np.ndarray], cuts: Sequence[Sequence[Window]]
+    ) -> list[list[np.ndarray]]:
+        """The encoder frames of all windows of each clip; as many windows are encoded at once as there are clips."""
         numbered = [(clip, window) for clip, own in enumerate(cuts) for window in own]
         numbered.sort(key=lambda each: each[1].end - each[1].begin)
         encoded: dict[tuple[int, Window], np.ndarray] = {}
-        is_long = len(features) == 1 and len(numbered) >= MIN_WINDOWS_OF_BAR
-        with progress_bar(total=len(numbered), task="windows", unit="window", shown=is_long) as bar:
-            for first in range(0, len(numbered), len(features)):
-                group = numbered[first : first + len(features)]
-                runs = self.encode([features[clip][:, window.begin : window.end] for clip, window in group])
-                for (clip, window), run in zip(group, runs, strict=True):
-                    encoded[clip, window] = run[window.start : window.stop]
-                bar.update(len(group))
-        parts = [[encoded.pop((clip, window)) for window in own] for clip, own in enumerate(cuts)]
+        for first in range(0, len(numbered), len(features)):
+            group = numbered[first : first + len(features)]
+            runs = self.encode([features[clip][:, window.begin : window.end] for clip, window in group])
+            for (clip, window), run in zip(group, runs, strict=True):
+                encoded[clip, window] = run[window.start : window.stop]
+        return [[encoded[clip, window] for window in own] for clip, own in enumerate(cuts)]
+
+    def _decode(self, frames: Sequence[Frames], ends: Sequence[Sequence[int]], rule: BlankZero) -> list[Hypothesis]:
+        config = self.config
         return greedy_tdt_decode(
-            [np.concatenate(own) for own in parts],
-            [np.cumsum([len(part) for part in own]).tolist() for own in parts],
+            frames,
+            ends,
             self.predict,
             self.join,
             DecodingConfig(
@@ -193,3 +219,30 @@ class OnnxRuntime:
     def join(self, frames: np.ndarray, outputs: Sequence[np.ndarray]) -> np.ndarray:
         """Encoder frames [B, D] and the prediction output [1, H] of each → logits [B, V+K]."""
         return self.joint(frames[:, None], np.array(outputs))[0][:, 0, 0]
+
+
+class _WindowFrames:
+    """The encoder frames of a clip, by number.
+
+    A window is encoded when its first frame is asked for, and the window before it is then dropped, since the decoding
+    loop only moves forward.
+    """
+
+    def __init__(self, cuts: Sequence[Window], encode: Callable[[Window], np.ndarray]) -> None:
+        self._cuts = cuts
+        self._encode = encode
+        # The last window is encoded first, since only its output shows how many frames it has, and it is kept.
+        self._last = encode(cuts[-1])
+        lengths = [window.stop - window.start for window in cuts[:-1] if window.stop is not None] + [len(self._last)]
+        self.ends: list[int] = np.cumsum(lengths).tolist()  # frames at which the windows end
+        self._current = len(cuts) - 1
+        self._frames = self._last
+
+    def __getitem__(self, frame: int) -> np.ndarray:
+        number = bisect_right(self.ends, frame)
+        if number != self._current:
+            is_last = number == len(self._cuts) - 1
+            self._frames = self._last if is_last else self._encode(self._cuts[number])
+            self._current = number
+        encoded: np.ndarray = self._frames[frame - (self.ends[number - 1] if number else 0)]
+        return encoded
