@@ -328,9 +328,15 @@ def without(*files: str):
 
 UNUSABLE = {
     "no folder": (shutil.rmtree, "export_parakeet_to_onnx.py --output_dir"),
-    "no encoder": (without("encoder.onnx"), "expected encoder.onnx in"),
-    "no encoder data": (without("encoder.onnx.data"), "expected encoder.onnx.data in"),
-    "no config": (without("genai_config.json"), "expected genai_config.json in"),
+    "no encoder": (without("encoder.onnx"), "has no encoder.onnx; first run: python export_parakeet_to_onnx.py"),
+    "no encoder data": (
+        without("encoder.onnx.data"),
+        "has no encoder.onnx.data; first run: python export_parakeet_to_onnx.py",
+    ),
+    "no config": (
+        without("genai_config.json"),
+        "has no genai_config.json; first run: python export_parakeet_to_onnx.py",
+    ),
     "no tokenizer": (without("tokenizer.json", "vocab.txt"), "export_tokenizer.py --output_dir"),
     "no onnx": (lambda folder: (folder / "encoder.onnx").write_text("no graph"), "encoder.onnx is truncated"),
     "no onnx, unlisted": (

@@ -201,7 +201,8 @@ def test_end_to_end(tiny_export, capsys):
     assert test_e2e.main(["--model_dir", str(tiny_export)]) == 0
     output = capsys.readouterr().out
     assert "We have 13 black fans." in output
-    assert output.count("\n") == 4
+    assert re.findall(r"^\[\d/4\]", output, re.M) == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert output.count("\n") == 8  # a stage has two lines
 
 
 def test_end_to_end_shows_both_sequences_when_they_differ(tiny_export, tmp_path, capsys, monkeypatch):
@@ -293,7 +294,7 @@ def test_a_quick_look_on_another_machine(tiny_export, tmp_path):
         cwd=place, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "my.wav  2.6 s  We have 13 black fans.\n" in done.stdout
+    assert "my.wav  1.9 s  We have 13 black fans.\n" in done.stdout
     assert re.search(r"^GenAI models .*\nONNX Runtime models ", done.stdout, re.M)
     assert (place / "my.srt").read_text().endswith("We have 13 black fans.\n")
 

@@ -4,6 +4,7 @@ Verification compares logits. Tokens are compared elsewhere, on trained weights,
 """
 
 import json
+import shutil
 
 import pytest
 
@@ -11,11 +12,12 @@ import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
 from benchmarks.random_checkpoint import write_checkpoint
-from common.export.float16 import EmulatedGraph
+from common.contract import GRAPHS
+from common.export.float16 import EmulatedGraph, convert, measure_ranges
 from common.quantize.fidelity import sqnr_db
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime
-from tests.helpers import REDUCED, SAMPLES, SMALL, TOPOLOGIES
+from tests.helpers import BIT_DB, REDUCED, SAMPLES, SMALL, TOPOLOGIES
 
 pytestmark = pytest.mark.slow
 
@@ -57,5 +59,13 @@ def test_every_script_runs_on_every_topology(topology, tmp_path, capsys):
     assert optimize_encoder.main(["--verbose", "--model_dir", str(exported), *flags]) == 0, capsys.readouterr().err
     assert f"input channels of {6 * SMALL['n_layers']} weights scaled" in capsys.readouterr().out
     (expected,) = OnnxRuntime(exported).encode([features])
+    (actual,) = OnnxRuntime(fitted).encode([features])
+    assert sqnr_db(expected, actual) > 30 - BIT_DB
+
+    ranges = measure_ranges(exported, [features])
+    shutil.copyfile(exported / "genai_config.json", tmp_path / "genai_config.json")
+    for graph in GRAPHS:
+        record, converted = convert(exported, tmp_path, graph, ranges[graph.name])
+        assert converted, record
     (actual,) = OnnxRuntime(tmp_path, EmulatedGraph).encode([features])
     assert sqnr_db(expected, actual) > 40
