@@ -56,9 +56,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "(%(default)s)")  # fmt: skip
     add("--weight_bits", type=int, choices=sorted({bits for method in methods for bits in method.weight_bits}),
         default=OptimizeOptions.weight_bits,
-        help=f"for {with_bits}: bits of a weight in the file. 4 is half the size of 8 and runs as fast: the runtime "
-             "unpacks the weights once, when it loads them (ONNX Runtime 1.23 or newer). Give "
-             "--calibration_manifest as well (%(default)s)")  # fmt: skip
+        help=f"for {with_bits}: bits of a weight in the file. 4, of int8 alone, is half the size of 8 and runs as "
+             "fast: the runtime unpacks the weights once, when it loads them (ONNX Runtime 1.23 or newer). Give "
+             "--calibration_manifest as well. 2 is for ternary checkpoints such as parakeet-redux, and an error for "
+             "others: exact, fast with int8, small in memory with rtn (ONNX Runtime 1.24 or newer); int8 gives "
+             "ternary weights 2 bits without it as well (%(default)s)")  # fmt: skip
     add("--reduce_range", action="store_true",
         help="int8 with weights of 7 bits, for a CPU without VNNI (AVX2 before 2021), where sums of larger products "
              "overflow")  # fmt: skip

@@ -184,8 +184,8 @@ MINIMUM_RUNTIME = "minimum_onnxruntime"  # in manifest.json
 Version = tuple[int, int]
 # By opset of ONNX's own operators (onnxruntime.ai/docs/reference/compatibility.html). The operators of ONNX Runtime
 # that are used here are older, except for the product with weights of a few bits.
-OPSETS: dict[int, Version] = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18)}
-MATMUL_NBITS: dict[int, Version] = {4: (1, 17), 8: (1, 22)}  # by bits
+OPSETS: dict[int, Version] = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18), 25: (1, 24)}
+MATMUL_NBITS: dict[int, Version] = {2: (1, 24), 4: (1, 17), 8: (1, 22)}  # by bits
 INT4: Version = (1, 23)  # 1.22 has no Cast of 4-bit integers
 INT4_TYPES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 

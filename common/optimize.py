@@ -38,7 +38,7 @@ from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime, of_one_name, save_m
 from common.quantize.calibration import read_speech
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare, reduce_range_advice
 from common.quantize.methods import Calibrated, OptimizeOptions
-from common.quantize.rewrite import OptimizedEncoder, optimize_graph
+from common.quantize.rewrite import OptimizedEncoder, check_ternary, optimize_graph
 from common.quantize.tokens import QuantizedTokenGraphs, quantize_token_graphs
 from common.report.card import write_card
 from common.report.report import (
@@ -205,6 +205,7 @@ def _calibrate(folder: Folder, run: Run, clips: list[Clip]) -> Calibrated:
     """Fit the encoder's weights to speech, once for the folders of all runtimes."""
     method = run.options.method
     assert method is not None, "--calibration_manifest needs a method"
+    check_ternary(folder.encoder, run.options)
     run.stages.begin("calibration")
     speech = read_speech(folder.source, clips)
     calibrated = method.calibrate(folder.encoder, speech.batches, run.options)

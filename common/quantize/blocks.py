@@ -1,13 +1,14 @@
-"""Weights of 4 and 8 bits in blocks, for ONNX Runtime's MatMulNBits: the methods rtn, k_quant_mixed and hqq.
+"""Weights of 2, 4 and 8 bits in blocks, for ONNX Runtime's MatMulNBits: the methods rtn, k_quant_mixed and hqq.
 
 A weight W [K, N] is cut along K into blocks that share a scale and a zero point; W ≈ scale · (code - zero point).
 In the functions here each block is a column of x [block, n], so a sum over every block adds long rows, which is fast.
 
 A method differs from the others in how it finds scales and zero points: by a Fitter, a function that fits one slab of
-blocks, x [block, n]. Rounding with these then gives the codes.
+blocks, x [block, n]. Rounding with these then gives the codes. Weights that are ternary in groups need no Fitter: the
+codes 1, 2 and 3 of 2 bits are exact.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,8 @@ import onnx_ir as ir
 from common.contract import MICROSOFT, EncoderWeight, Role
 from common.onnx_io import add_initializer, input_of, load, shape_of
 from common.quantize.calibration import Product, SizeModel, smallest_plan, spend, visit_products
-from common.quantize.methods import Calibrated, Format, OptimizeOptions, Plan, QuantMethod, Replace
-from common.quantize.rewrite import plan_encoder
+from common.quantize.methods import TERNARY_BITS, Calibrated, Format, OptimizeOptions, Plan, QuantMethod, Replace
+from common.quantize.rewrite import plan_encoder, quantizable
 from common.quantize.rounding import (
     TINY,
     Fit,
@@ -36,6 +37,7 @@ from common.quantize.rounding import (
     sum_of_products,
     symmetric_scales,
 )
+from common.quantize.ternary import signs_and_sizes
 
 LOW, HIGH = BITS = (4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # weights; those that ONNX Runtime's CPU kernels support (1.32)
@@ -78,6 +80,13 @@ def quantize_blocks(weight: np.ndarray, bits: int, block: int, fit: Fitter) -> P
             power += power_of(x)
             noise += power_of(np.subtract(x, np.multiply(steps, scale, out=steps), out=x))
     return _packed(codes, scales, None if symmetric else zeros, bits, noise / power if power else 0.0)
+
+
+def ternary_blocks(weight: np.ndarray, group: int) -> Packed:
+    """A weight [K, N] that is ternary in groups of `group` rows, without loss: a block is a group."""
+    signs, sizes = signs_and_sizes(weight, group)
+    codes = (signs + 2 ** (TERNARY_BITS - 1)).astype(np.uint8)
+    return _packed(codes, sizes.astype(np.float32), None, TERNARY_BITS, 0.0)
 
 
 def _packed(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int, error: float) -> Packed:
@@ -176,13 +185,13 @@ def _least_squares(x: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack two 4-bit codes into a byte along axis 1, the even one in the low half; 8-bit codes stay as they are.
-    [·, k, N] → [·, ⌈k/2⌉, N]"""
-    if bits == 8:
-        return codes
-    low, high = codes[:, 0::2], codes[:, 1::2]
-    packed = low.copy()
-    packed[:, : high.shape[1]] |= high << 4
+    """Pack codes of 2 or 4 bits into bytes along axis 1, the first code in the lowest bits; 8-bit codes stay as they
+    are. [·, k, N] → [·, ⌈k·bits/8⌉, N]"""
+    per_byte = 8 // bits
+    packed = codes[:, 0::per_byte].copy()
+    for place in range(1, per_byte):
+        later = codes[:, place::per_byte]
+        packed[:, : later.shape[1]] |= later << (bits * place)
     return packed
 
 
@@ -200,16 +209,22 @@ EIGHT_BIT_ROLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class BlockMethod(QuantMethod):
-    """4 bits for every weight; the codes of a block are found by `fit`."""
+    """4 bits for every weight; the codes of a block are found by `fit`. Where the user says that weights are ternary,
+    they have 2 bits, and the few others 8, so that as little as possible is lost."""
 
     fit: Fitter
     uses_blocks: bool = True
     unfused_gain_on_cpu: str = "6 to 10 %"  # of the time of an encoder in 4 bits: see rewrite.fuse
 
     def plan(self, weights: Mapping[str, EncoderWeight], options: OptimizeOptions) -> Plan:
-        return dict.fromkeys(weights, Format(LOW, options.block_size))
+        return dict.fromkeys(weights, Format(HIGH if options.insists_on_ternary else LOW, options.block_size))
+
+    def ternary_format(self, group: int, options: OptimizeOptions) -> Format | None:
+        return Format(TERNARY_BITS, group) if options.insists_on_ternary else None
 
     def pack(self, weight: np.ndarray, form: Format) -> Packed:
+        if form.bits == TERNARY_BITS:
+            return ternary_blocks(weight, block_of(form))
         return quantize_blocks(weight, form.bits, block_of(form), self.fit)
 
     def replace(self, model: ir.Model, options: OptimizeOptions) -> Replace:
@@ -225,6 +240,9 @@ class BlockMethod(QuantMethod):
         (K, N), block = shape, block_of(form)
         blocks = ceil_div(K, block)
         return N * blocks * block * form.bits // 8, 4 * N * blocks, N * ceil_div(blocks * form.bits, 8)
+
+    def runs_as(self, bits: Collection[int]) -> str:
+        return "ternary weights, exact in 2 bits, which products read as they are" if TERNARY_BITS in bits else ""
 
 
 def block_of(form: Format) -> int:
@@ -269,7 +287,7 @@ class MixedBlockMethod(BlockMethod):
         budget = sizes.total(rule) if options.size_budget_mb is None else options.size_budget_mb * 1e6
         smallest_plan(sizes, rule, low, budget)  # raises ValueError before the long work begins
         fitted = fit_widths(encoder, batches, options.block_size)
-        plan = spend(sizes, fitted.sensitivity, low, high, budget)
+        plan = spend(sizes, fitted.sensitivity, rule, low, high, budget)
         weights = {name: fitted.packed[name][form.bits] for name, form in plan.items()}
         return Calibrated(plan, weights, fitted.factors, fitted.sensitivity)
 
@@ -298,11 +316,17 @@ def fit_widths(encoder: Path, batches: Sequence[np.ndarray], block: int) -> Fitt
         fitted.packed[product.name] = dict(zip(BITS, packed, strict=True))
         fitted.sensitivity[product.name] = product.damages(dict(zip(BITS, became, strict=True)))
 
-    fitted.factors.update(visit_products(encoder, batches, visit, measures=True))
+    scaled = quantizable(load(encoder))
+    fitted.factors.update(visit_products(encoder, batches, visit, scaled=scaled, measures=True))
     return fitted
 
 
-RTN = BlockMethod(name="rtn", fit=rtn, help="4 bits, rounded to nearest with a searched scale")
+RTN = BlockMethod(
+    name="rtn",
+    fit=rtn,
+    weight_bits=(TERNARY_BITS,),
+    help="4 bits, rounded to nearest with a searched scale",
+)
 K_QUANT_MIXED = MixedBlockMethod(
     name="k_quant_mixed",
     fit=k_quant,

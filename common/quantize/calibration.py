@@ -132,18 +132,20 @@ def visit_products(
     batches: Sequence[np.ndarray],
     visit: Callable[[Product], np.ndarray | None],
     *,
+    scaled: Collection[str],
     measures: bool,
 ) -> dict[str, np.ndarray]:
     """Call `visit` with each product of a quantizable weight of the float32 graph at `encoder`, in graph order.
 
     batches: features [B, M, T]. If `visit` returns a weight [K, N], the speech goes on with it as well as with the
     exact weights, side by side: the moments of later products are of the inputs after it, and `missing` is what they
-    have to make up for. Returns the row factors [K, 1] of the weights whose input channels are scaled, by name.
+    have to make up for. Returns the row factors [K, 1] of the weights whose input channels are scaled, by name: those
+    of `scaled` that follow a normalization.
 
     measures: whether `visit` calls `damages`, and returns None, rather than a weight. A progress bar and an estimate of
     the time assume so.
     """
-    segments, weights, rows = _cut(encoder)
+    segments, weights, rows = _cut(encoder, scaled)
     exact = rounded = [_inputs(batch) for batch in batches]
     part = len(batches) // 2  # clips of middling length
     start = time.perf_counter()
@@ -225,8 +227,9 @@ class _Segment:
         return {name: value for name, value in {**values, **made}.items() if name in self.later}
 
 
-def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The segments of the graph, its quantizable weights (mapped), and the `row_powers` of those that have any."""
+def _cut(path: Path, scaled: Collection[str]) -> tuple[list[_Segment], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The segments of the graph, its quantizable weights (mapped), and the `row_powers` of those of `scaled` that have
+    any."""
     model = load(path)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.ShapeInferencePass()(model)  # a segment's inputs need types
@@ -252,7 +255,7 @@ def _cut(path: Path) -> tuple[list[_Segment], dict[str, np.ndarray], dict[str, n
         x = name_of(input_of(nodes[begin], 0)) if weight else ""
         residual = _residual(nodes[begin], before) if weight else None
         segments.append(_Segment(weight, x, residual, takes, gives, later, _session(model, takes, gives)))
-    rows = row_powers(model, products)  # before the weights are mapped, since it unmaps what it has read
+    rows = row_powers(model, scaled)  # before the weights are mapped, since it unmaps what it has read
     weights = {name: tensor_of(graph.initializers[name]).numpy() for name in products}
     return segments, weights, rows
 
@@ -331,9 +334,10 @@ class SizeModel:
         return self.method.stored_bytes(shape_of(self.model.graph.initializers[name]), form)
 
 
-def smallest_plan(sizes: SizeModel, weights: Iterable[str], low: Format, budget: float) -> Plan:
-    """All weights in the format `low`. Raises ValueError if that takes more than `budget` bytes."""
-    plan = dict.fromkeys(weights, low)
+def smallest_plan(sizes: SizeModel, plan: Plan, low: Format, budget: float) -> Plan:
+    """The weights of `plan` in the format `low`, but for those that have fewer bits already. Raises ValueError if that
+    takes more than `budget` bytes."""
+    plan = {name: form if form.bits < low.bits else low for name, form in plan.items()}
     smallest = sizes.total(plan)
     if not smallest <= budget:
         or_block = "" if low.block is None else " or --block_size"
@@ -344,13 +348,13 @@ def smallest_plan(sizes: SizeModel, weights: Iterable[str], low: Format, budget:
     return plan
 
 
-def spend(sizes: SizeModel, damage: Sensitivity, low: Format, high: Format, budget: float) -> Plan:
-    """The format `low` for all weights, and `high` where that removes most damage per byte, as long as everything fits
-    into `budget` bytes. Raises ValueError as `smallest_plan` does."""
-    plan = dict(smallest_plan(sizes, damage, low, budget))
-    extra = {name: sum(sizes.bytes_of(name, high)) - sum(sizes.bytes_of(name, low)) for name in plan}
-    gain = {name: (damage[name][low.bits] - damage[name][high.bits]) / extra[name] for name in plan}
-    for name in sorted(plan, key=gain.__getitem__, reverse=True):
+def spend(sizes: SizeModel, damage: Sensitivity, plan: Plan, low: Format, high: Format, budget: float) -> Plan:
+    """The `smallest_plan`, and `high` where that removes most damage per byte, as long as everything fits into `budget`
+    bytes. damage: of the weights that may have either. Raises ValueError as `smallest_plan` does."""
+    plan = dict(smallest_plan(sizes, plan, low, budget))
+    extra = {name: sum(sizes.bytes_of(name, high)) - sum(sizes.bytes_of(name, low)) for name in damage}
+    gain = {name: (damage[name][low.bits] - damage[name][high.bits]) / extra[name] for name in damage}
+    for name in sorted(damage, key=gain.__getitem__, reverse=True):
         richer = {**plan, name: high}
         if sizes.total(richer) <= budget:
             plan = richer

@@ -12,6 +12,13 @@ ONNX Runtime 1.32, 2 cores with AVX-512 VNNI). Dividing by them before DynamicQu
 
 W may be stored in 4 bits, as an INT4 tensor that a Cast turns into int8. ONNX Runtime computes a Cast of a constant
 once, when a session is created, so the same products run (1.23 or newer; older versions have no such Cast).
+
+The int8 codes of a W that is ternary in groups (ternary.py) are −c, 0 and c in each group of a column, so they are
+stored as an INT2 tensor and one int8 multiplier c for each group, without loss:
+
+    INT2 [K/g, g, N] → Cast → · c [K/g, 1, N] → Reshape → int8 W [K, N]
+
+This too is computed once, when a session is created (ONNX Runtime 1.24 or newer; 1.23 does not load such a graph).
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -27,9 +34,19 @@ from common.contract import MICROSOFT, EncoderWeight, Role, encoder_weight
 from common.onnx_io import add_initializer, input_of, load, shared_initializer
 from common.quantize.calibration import Product, SizeModel, smallest_plan, spend, visit_products
 from common.quantize.columns import LOW_BITS, column_bytes, fit_columns, quantize_columns
-from common.quantize.methods import Calibrated, Format, OptimizeOptions, Plan, QuantMethod, Replace, Sensitivity
-from common.quantize.rewrite import constant_factor, plan_encoder
-from common.quantize.rounding import TINY, InputMoments, Packed
+from common.quantize.methods import (
+    TERNARY_BITS,
+    Calibrated,
+    Format,
+    OptimizeOptions,
+    Plan,
+    QuantMethod,
+    Replace,
+    Sensitivity,
+)
+from common.quantize.rewrite import constant_factor, plan_encoder, scalable
+from common.quantize.rounding import TINY, InputMoments, Packed, ceil_div
+from common.quantize.ternary import signs_and_sizes
 
 CODES = 255  # largest uint8
 # The code that stands for 0, chosen by what is known about the range of a row: codes below it stand for negative
@@ -47,20 +64,23 @@ EVEN_ROWS_ROLES = (Role.ATTENTION_POSITION_SINE, Role.ATTENTION_POSITION_COSINE)
 # whose own error is far larger than that of their inputs: 19.60 dB with it, 19.57 dB without.
 TWO_TERM_ROLES = (Role.CONVOLUTION_EXPAND, Role.CONVOLUTION_PROJECT)
 # Operators whose newer versions only accept more types, or have new attributes whose defaults keep the old meaning
-# (onnx's changelog, opsets 18 to 21).
+# (onnx's changelog, opsets 18 to 25).
 SAME_MEANING = (
-    "Cast", "Constant", "ConstantOfShape", "DequantizeLinear", "Equal", "Flatten", "Identity", "Pad", "QuantizeLinear",
-    "Reshape", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze",
+    "Cast", "Constant", "ConstantOfShape", "Conv", "Cos", "DequantizeLinear", "Equal", "Flatten", "Identity",
+    "InstanceNormalization", "Pad", "QuantizeLinear", "Reshape", "Shape", "Sin", "Size", "Squeeze", "Transpose",
+    "Unsqueeze",
 )  # fmt: skip
 AXES_BECAME_INPUT = ("ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd")  # in opset 18
 INT4_OPSET, INT4_IR_VERSION = 21, 10  # the first with 4-bit integers
+INT2_OPSET, INT2_IR_VERSION = 25, 13  # the first with 2-bit integers
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerMethod(QuantMethod):
-    """4 or 8 bits for every weight, or what a size budget gives each; 7 instead of 8 where the range is reduced."""
+    """4 or 8 bits for every weight, or what a size budget gives each; 7 instead of 8 where the range is reduced.
+    Weights that are ternary in groups have 2 bits in the file."""
 
-    weight_bits: tuple[int, ...] = (4, 8)
+    weight_bits: tuple[int, ...] = (TERNARY_BITS, 4, 8)
     reduces_range: bool = True
     calibrates: bool = True
     fused_on_cpu: bool = False  # SkipLayerNormalization takes a larger share of the time of this faster encoder
@@ -69,8 +89,11 @@ class IntegerMethod(QuantMethod):
     def plan(self, weights: Mapping[str, EncoderWeight], options: OptimizeOptions) -> Plan:
         return dict.fromkeys(weights, Format(options.weight_bits if options.narrow else options.integer_bits))
 
+    def ternary_format(self, group: int, options: OptimizeOptions) -> Format | None:
+        return Format(TERNARY_BITS, group, options.integer_bits)
+
     def pack(self, weight: np.ndarray, form: Format) -> Packed:
-        return quantize_columns(weight, form.bits)
+        return quantize_columns(weight, form.product_bits or form.bits)
 
     def replace(self, model: ir.Model, options: OptimizeOptions) -> Replace:
         rewriter = _Rewriter(model)
@@ -82,29 +105,36 @@ class IntegerMethod(QuantMethod):
         return put
 
     def stored_bytes(self, shape: tuple[int, ...], form: Format) -> tuple[int, ...]:
+        if form.bits == TERNARY_BITS:
+            (K, N), group = shape, _group_of(form)
+            return ceil_div(K * N * TERNARY_BITS, 8), K // group * N, 4 * N
         return column_bytes(shape, form.bits)
 
     def calibrate(self, encoder: Path, batches: Sequence[np.ndarray], options: OptimizeOptions) -> Calibrated:
         """Fit the columns of each weight to its inputs after the weights before it were quantized. With a size budget,
-        the damage of 4 bits is measured first, and 8 bits go where they remove most of it. Raises ValueError for a
-        budget that is exceeded even with 4 bits for every weight."""
+        the damage of 4 bits is measured first, and 8 bits go where they remove most of it. Ternary weights stay as they
+        are. Raises ValueError for a budget that is exceeded even with 4 bits for every weight."""
         plan = plan_encoder(load(encoder), self, options)
         sensitivity: Sensitivity | None = None
         if options.size_budget_mb is not None:
             low, high = Format(LOW_BITS), Format(options.integer_bits)
             sizes, budget = SizeModel(load(encoder), encoder.stat().st_size, self), options.size_budget_mb * 1e6
             smallest_plan(sizes, plan, low, budget)  # raises ValueError before the long work begins
-            sensitivity = _measure(encoder, batches, (low.bits, high.bits))
-            plan = spend(sizes, sensitivity, low, high, budget)
+            sensitivity = _measure(encoder, batches, (low.bits, high.bits), plan)
+            plan = spend(sizes, sensitivity, plan, low, high, budget)
         weights: dict[str, Packed] = {}
 
         def visit(product: Product) -> np.ndarray:
-            inputs, bits = InputMoments.strongest_first(product.moments), plan[product.name].bits
+            form = plan[product.name]
+            if form.bits == TERNARY_BITS:
+                packed = weights[product.name] = self.pack(product.weight, form)
+                return np.asarray(packed.codes * packed.scales)
+            inputs, bits = InputMoments.strongest_first(product.moments), form.bits
             packed, became = fit_columns(product.weight, bits, inputs, product.factors, product.missing)
             weights[product.name] = packed
             return became
 
-        factors = visit_products(encoder, batches, visit, measures=False)
+        factors = visit_products(encoder, batches, visit, scaled=scalable(plan), measures=False)
         return Calibrated(plan, weights, factors, sensitivity)
 
     def uncalibrated_advice(self, options: OptimizeOptions) -> str | None:
@@ -116,30 +146,44 @@ class IntegerMethod(QuantMethod):
         )
 
     def runs_as(self, bits: Collection[int]) -> str:
-        if LOW_BITS not in bits:
-            return "products of 8-bit integers"
-        return (
-            "4 bits in the file, products of 8-bit integers when it runs: ONNX Runtime 1.23 or newer unpacks them once"
-        )
+        products = "products of 8-bit integers"
+        if TERNARY_BITS in bits:
+            others = ", and others in 4" if LOW_BITS in bits else ""
+            return (
+                f"ternary weights, 2 bits in the file{others}, {products} when it runs: ONNX Runtime 1.24 or newer "
+                "unpacks them once"
+            )
+        if LOW_BITS in bits:
+            return f"4 bits in the file, {products} when it runs: ONNX Runtime 1.23 or newer unpacks them once"
+        return products
 
 
-def _measure(encoder: Path, batches: Sequence[np.ndarray], widths: Iterable[int]) -> Sensitivity:
-    """The damage of each weight by itself in each of these widths."""
+def _measure(encoder: Path, batches: Sequence[np.ndarray], widths: Iterable[int], plan: Plan) -> Sensitivity:
+    """The damage of each weight of the plan that is not ternary, by itself, in each of these widths."""
     sensitivity: dict[str, Mapping[int, float]] = {}
 
     def visit(product: Product) -> None:
+        if plan[product.name].bits == TERNARY_BITS:
+            return
         inputs = InputMoments.strongest_first(product.moments)
         became = {bits: fit_columns(product.weight, bits, inputs, product.factors)[1] for bits in widths}
         sensitivity[product.name] = product.damages(became)
 
-    visit_products(encoder, batches, visit, measures=True)
+    visit_products(encoder, batches, visit, scaled=scalable(plan), measures=True)
     return sensitivity
+
+
+def _group_of(form: Format) -> int:
+    """The rows that share a multiplier, of a ternary weight."""
+    assert form.block is not None, "the format of a ternary weight has a group"
+    return form.block
 
 
 INT8 = IntegerMethod(
     name="int8",
     help="8 bits and integer products; the fastest and the most exact, 1.6 times as large as rtn, and with "
-    "--weight_bits 4 the smallest; its graph is not fused for a CPU, where that would make it slower",
+    "--weight_bits 4 the smallest; ternary weights have 2 bits in the file without further loss; its graph is not "
+    "fused for a CPU, where that would make it slower",
 )
 
 
@@ -200,12 +244,23 @@ class _Rewriter:
 
     def _codes(self, name: str, codes: np.ndarray, form: Format, tape: Tape) -> ir.Value:
         """The codes of the weight in int8, as the product needs them."""
-        if form.bits != LOW_BITS:
-            return self.constant(f"{name}.codes", codes)
-        lift_opset(self.model, INT4_OPSET, INT4_IR_VERSION)
+        if form.bits == LOW_BITS:
+            lift_opset(self.model, INT4_OPSET, INT4_IR_VERSION)
+            return self._unpacked(name, codes, ir.DataType.INT4, tape)
+        if form.bits == TERNARY_BITS:
+            lift_opset(self.model, INT2_OPSET, INT2_IR_VERSION)
+            signs, sizes = signs_and_sizes(codes, _group_of(form))
+            multipliers = self.constant(f"{name}.scales.groups", sizes[:, None])
+            groups = tape.op("Mul", [self._unpacked(name, signs, ir.DataType.INT2, tape), multipliers])
+            K, N = codes.shape
+            return tape.op("Reshape", [groups, self.constant(f"int8.shape_{K}_{N}", np.array([K, N]))])
+        return self.constant(f"{name}.codes", codes)
+
+    def _unpacked(self, name: str, codes: np.ndarray, dtype: ir.DataType, tape: Tape) -> ir.Value:
+        """These codes in int8, from a tensor of fewer bits in the file."""
         stored = self.graph.initializers.get(f"{name}.codes")
         if stored is None:
-            stored = add_initializer(self.graph, int4_tensor(f"{name}.codes", codes))
+            stored = add_initializer(self.graph, packed_tensor(f"{name}.codes", codes, dtype))
         return tape.op("Cast", [stored], {"to": ir.DataType.INT8}, name=f"{name}.unpacked")
 
     def _one_scale(self, x: ir.Value, node: ir.Node) -> tuple[ir.Value, ...]:
@@ -256,12 +311,17 @@ class _Rewriter:
         return self.constant(f"int8.zero_point_{code}", np.array(code, np.uint8))
 
 
-def int4_tensor(name: str, codes: np.ndarray) -> ir.TensorProtocol:
-    """Whole numbers -8 … 7 of any shape as a tensor of 4 bits each: two a byte, low half first (onnx.proto)."""
-    halves = codes.astype(np.int8).view(np.uint8).reshape(-1) & 0xF
-    packed = np.resize(halves, halves.size + halves.size % 2)
-    packed[halves.size :] = 0
-    return ir.PackedTensor(packed[::2] | packed[1::2] << 4, ir.DataType.INT4, shape=codes.shape, name=name)
+def packed_tensor(name: str, codes: np.ndarray, dtype: ir.DataType) -> ir.TensorProtocol:
+    """Whole numbers of any shape as a tensor of INT4 (−8 … 7) or INT2 (−2 … 1): two or four a byte, the first one in
+    the lowest bits (onnx.proto)."""
+    bits = int(8 * dtype.itemsize)
+    per_byte = 8 // bits
+    parts = codes.astype(np.int8).view(np.uint8).reshape(-1) & (2**bits - 1)
+    packed = np.zeros(ceil_div(parts.size, per_byte), np.uint8)
+    for place in range(per_byte):
+        part = parts[place::per_byte]
+        packed[: part.size] |= part << (bits * place)
+    return ir.PackedTensor(packed, dtype, shape=codes.shape, name=name)
 
 
 def lift_opset(model: ir.Model, opset: int, ir_version: int) -> None:
@@ -278,7 +338,7 @@ def lift_opset(model: ir.Model, opset: int, ir_version: int) -> None:
         return
     for node in model.graph:
         if node.domain == "" and _version(node, imports[""]) != _version(node, opset):
-            _lift(model.graph, node)
+            _lift(model.graph, node, opset)
     imports[""] = opset
 
 
@@ -287,8 +347,8 @@ def _version(node: ir.Node, opset: int) -> int:
     return defs.get_schema(node.op_type, opset, "").since_version
 
 
-def _lift(graph: ir.Graph, node: ir.Node) -> None:
-    """Rewrite a node for opset 21, whether its version is from before opset 18 or later."""
+def _lift(graph: ir.Graph, node: ir.Node, opset: int) -> None:
+    """Rewrite a node for opset 21 or 25, whether its version is from before opset 18 or later."""
     if node.op_type in AXES_BECAME_INPUT:
         if axes := node.attributes.pop("axes", None):
             numbers = axes.as_ints()
@@ -300,7 +360,7 @@ def _lift(graph: ir.Graph, node: ir.Node) -> None:
             node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
     elif node.op_type not in SAME_MEANING:
         raise ValueError(
-            f"4-bit weights need opset {INT4_OPSET}, but {node.op_type} cannot be lifted; export the encoder again "
+            f"weights of 2 or 4 bits need opset {opset}, but {node.op_type} cannot be lifted; export the encoder again "
             f"with --opset_version {INT4_OPSET}"
         )
 

@@ -20,6 +20,7 @@ from common.contract import EncoderWeight
 from common.quantize.rounding import Packed
 
 TOKEN_PRECISIONS = ("fp32", "int8")
+TERNARY_BITS = 2  # of a weight in the file whose columns are ternary in groups: see ternary.py
 # Not recorded as flags: of the clip lists the checksums are recorded, and the limit is in the report.
 NOT_RECORDED = ("calibration_manifest", "eval_manifest", "max_wer_increase")
 
@@ -30,6 +31,7 @@ class Format:
 
     bits: int
     block: int | None = None  # weights that share a scale; None: a column, or no scale at all
+    product_bits: int | None = None  # of a weight when it is multiplied, where these are more than in the file
 
 
 Plan = Mapping[str, Format]  # weight name → its format; a weight that is not in it stays float32
@@ -80,6 +82,10 @@ class QuantMethod(ABC):
     @abstractmethod
     def plan(self, weights: Mapping[str, EncoderWeight], options: "OptimizeOptions") -> Plan:
         """The format of each weight, without calibration. weights: of one encoder, by name, in graph order."""
+
+    def ternary_format(self, group: int, options: "OptimizeOptions") -> Format | None:
+        """The format of a weight that is ternary in groups of `group` rows; None: that of any other weight."""
+        return None
 
     @abstractmethod
     def pack(self, weight: np.ndarray, form: Format) -> Packed:
@@ -145,13 +151,20 @@ class OptimizeOptions:
         return self.decoder_joint_precision == TOKEN_PRECISIONS[1]
 
     @property
+    def insists_on_ternary(self) -> bool:
+        """Whether the matrices of the encoder's layers have to be ternary."""
+        return self.weight_bits == TERNARY_BITS
+
+    @property
     def narrow(self) -> bool:
-        """Whether the weights of integer products have fewer bits in the file than when they are multiplied."""
-        return self.weight_bits != OptimizeOptions.weight_bits
+        """Whether the weights of integer products have fewer bits in the file than when they are multiplied, ternary
+        or not."""
+        return self.weight_bits not in (OptimizeOptions.weight_bits, TERNARY_BITS)
 
     @property
     def integer_bits(self) -> int:
-        """Bits of the weights of integer products when they are multiplied, and in the file unless they are narrow."""
+        """Bits of the weights of integer products when they are multiplied, and in the file unless they are narrow or
+        ternary."""
         return 7 if self.reduce_range else 8
 
     @property
@@ -164,6 +177,8 @@ class OptimizeOptions:
         """How the encoder's weights are stored, in one line of output, such as `rtn, block 32`; None for float32."""
         if self.method is None:
             return None
+        if self.insists_on_ternary:
+            return f"{self.method.name}, ternary"
         return f"{self.method.name}, block {self.block_size}" if self.method.uses_blocks else self.method.name
 
     def fuses(self, device: str) -> bool:
@@ -188,7 +203,7 @@ class OptimizeOptions:
 
     def __post_init__(self) -> None:
         """Raise ValueError naming a flag that does not go with the others, or has a value that is not possible."""
-        if self.narrow:
+        if self.weight_bits != OptimizeOptions.weight_bits:
             self._require_method(
                 f"--weight_bits {self.weight_bits}", lambda method: self.weight_bits in method.weight_bits
             )

@@ -7,6 +7,8 @@ channel of a LayerNormalization's output is divided by a factor, and the row of 
 is multiplied by it, so that channels differ less in magnitude. The function stays the same, and nothing is added to the
 graph: the factors go into the normalization's own scale and bias.
 
+Weights that are ternary in groups are left alone (ternary.py).
+
 Weights are mapped, never loaded as a whole: a pass holds one tensor for each thread, and the quantized results.
 """
 
@@ -24,7 +26,7 @@ from onnx.external_data_helper import load_external_data_for_tensor, uses_extern
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from common.cli import Stages, progress, size_text
-from common.contract import MICROSOFT, encoder_weights
+from common.contract import MICROSOFT, encoder_weight, encoder_weights
 from common.onnx_io import (
     add_initializer,
     computed_from,
@@ -36,8 +38,17 @@ from common.onnx_io import (
     release,
     tensor_of,
 )
-from common.quantize.methods import Calibrated, Format, OptimizeOptions, Plan, QuantMethod, Sensitivity
+from common.quantize.methods import (
+    TERNARY_BITS,
+    Calibrated,
+    Format,
+    OptimizeOptions,
+    Plan,
+    QuantMethod,
+    Sensitivity,
+)
 from common.quantize.rounding import Packed
+from common.quantize.ternary import GROUPS, ternary_group
 
 MIN_WEIGHTS = 4096  # a matrix smaller than this (16 kB) gains less than its extra tensors cost
 # Where the scale is among the inputs, by operator; the bias follows it.
@@ -77,8 +88,10 @@ def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated
     """Fuse and quantize the float32 encoder at `path`, exported for `device`, in two of `stages`.
 
     calibrated: from `QuantMethod.calibrate`, of the same checkpoint; None without speech.
-    Raises ValueError where the encoder has no float32 matrix, or one whose role is not declared.
+    Raises ValueError where the encoder has no float32 matrix, or one whose role is not declared, and as `check_ternary`
+    does.
     """
+    check_ternary(path, options)
     stages.begin("fusion")
     model, fused = fuse(path) if options.fuses(device) else (load(path), Counter[str]())
     stages.end(_fusion_text(fused, options, device), details=[f"{len(model.graph)} nodes"])
@@ -89,7 +102,7 @@ def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated
     initializers, method = model.graph.initializers, options.method
     if method:
         plan = calibrated.plan if calibrated else plan_encoder(model, method, options)
-        factors = calibrated.factors if calibrated else factors_without_speech(model, plan)
+        factors = calibrated.factors if calibrated else factors_without_speech(model, scalable(plan))
         fold(model, factors)
     float32_bytes = sum(tensor_of(value).nbytes for name, value in initializers.items() if name not in plan)
     if method:
@@ -146,7 +159,35 @@ def plan_encoder(model: ir.Model, method: QuantMethod, options: OptimizeOptions)
     large = quantizable(model)
     if not large:
         raise ValueError("this encoder has no float32 matrices to quantize; is it optimized already?")
-    return method.plan({name: weights[name] for name in large}, options)
+    plan = dict(method.plan({name: weights[name] for name in large}, options))
+    if method.ternary_format(GROUPS[0], options) is None:
+        return plan
+    for name in large:
+        group = computed_from(model.graph.initializers[name], ternary_group)
+        if group is not None and (form := method.ternary_format(group, options)):
+            plan[name] = form
+    return plan
+
+
+def check_ternary(path: Path, options: OptimizeOptions) -> None:
+    """Raise ValueError naming the first matrix of the layers of the encoder at `path` that is not ternary, where
+    `options` say that they all are. Matrices before and after the layers may be others."""
+    if not options.insists_on_ternary:
+        return
+    model = load(path)
+    for name in quantizable(model):
+        if encoder_weight(name).layer is None:
+            continue
+        if computed_from(model.graph.initializers[name], ternary_group) is None:
+            raise ValueError(
+                f"--weight_bits {TERNARY_BITS} is for ternary checkpoints such as parakeet-redux, and {name} has more "
+                f"values than −m, 0 and m in {GROUPS[0]} rows of a column; leave --weight_bits out"
+            )
+
+
+def scalable(plan: Plan) -> list[str]:
+    """The weights of a plan whose rows may be scaled: all but the ternary ones, whose groups have one magnitude."""
+    return [name for name, form in plan.items() if form.bits != TERNARY_BITS]
 
 
 def matrices(model: ir.Model) -> dict[str, list[ir.Node]]:
