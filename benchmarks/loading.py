@@ -25,7 +25,7 @@ from benchmarks.bench import machine, peak_memory, process
 from common.cli import size_text
 from common.contract import ENCODER
 from common.onnx_io import add_initializer, input_of, load, shape_of, tensor_of
-from common.quantize.int8 import int4_tensor
+from common.quantize.int8 import packed_tensor
 from common.run.ort import open_session
 
 ROUNDS = 5
@@ -51,7 +51,8 @@ def joined(source: Path, target: Path) -> None:
             groups.setdefault(shape_of(stored), []).append(node)
     for i, nodes in enumerate(groups.values()):
         weights = [tensor_of(input_of(node, 0)).numpy() for node in nodes]
-        whole = add_initializer(model.graph, int4_tensor(f"joined.{i}", np.concatenate(weights)))
+        stacked = packed_tensor(f"joined.{i}", np.concatenate(weights), ir.DataType.INT4)
+        whole = add_initializer(model.graph, stacked)
         cast = ir.Node("", "Cast", [whole], [ir.AttrInt64("to", ir.DataType.INT8)])
         attributes = [ir.AttrInt64("axis", 0), ir.AttrInt64("num_outputs", len(nodes))]
         split = ir.Node("", "Split", [cast.outputs[0]], attributes, num_outputs=len(nodes))

@@ -153,6 +153,21 @@ def tiny_export(made_once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def redux_export(made_once, tiny_transformers) -> Path:
+    """The bundled checkpoint with ternary matrices, in the published form of parakeet-redux, exported with its
+    tokenizer."""
+    from benchmarks.published_forms import write_form
+
+    def export(folder: Path) -> None:
+        checkpoint = write_form("redux", tiny_transformers, folder.with_name("redux"))
+        argv = ["--model_name", str(checkpoint), "--output_dir", str(folder)]
+        assert export_parakeet_to_onnx.main([*argv, "--skip_verify"]) == 0
+        assert export_tokenizer.main(argv) == 0
+
+    return made_once("onnx_models_redux", export)
+
+
+@pytest.fixture(scope="session")
 def tiny_runtimes(made_once) -> Path:
     """The bundled checkpoint exported with a subfolder for each runtime."""
     return made_once("onnx_models_all", lambda folder: export_for_every_runtime(TINY, folder))

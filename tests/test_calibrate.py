@@ -173,7 +173,7 @@ def test_a_budget_goes_where_the_damage_per_byte_is(tiny_export, tmp_path, calib
     swapped = {name: true[other] for name, other in zip(order, order[::-1], strict=True)}
     ratios = []
     for damage in (swapped, true):
-        plan = spend(sizes, damage, Format(4, BLOCK), Format(8, BLOCK), budget)
+        plan = spend(sizes, damage, rule, Format(4, BLOCK), Format(8, BLOCK), budget)
         assert 0.95 * budget < sizes.total(plan) <= budget
         folder = quantized(tiny_export, tmp_path / "out", plan, calibration)
         assert sum(path.stat().st_size for path in folder.iterdir()) <= budget

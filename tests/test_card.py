@@ -184,7 +184,9 @@ def graph(opset, operator="Identity", dtype=TensorProto.FLOAT, domain="", **attr
         (graph(21), "1.18"),
         (graph(17, "MatMulNBits", domain="com.microsoft", bits=4), "1.17"),
         (graph(20, "MatMulNBits", domain="com.microsoft", bits=8), "1.22"),
+        (graph(17, "MatMulNBits", domain="com.microsoft", bits=2), "1.24"),
         (graph(21, dtype=TensorProto.INT4), "1.23"),
+        (graph(25, dtype=TensorProto.INT2), "1.24"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -193,7 +195,7 @@ def test_the_oldest_onnxruntime_is_that_of_the_newest_part(model, expected, tmp_
         onnx.save(content, tmp_path / name)
     assert minimum_runtime(sorted(tmp_path.iterdir())) == expected
     onnx.save(graph(30), tmp_path / "c.onnx")
-    with pytest.raises(ValueError, match=r"expected 17, 18, 19, 20, 21 as the opset of .*c.onnx, got 30"):
+    with pytest.raises(ValueError, match=r"expected 17, 18, 19, 20, 21, 25 as the opset of .*c.onnx, got 30"):
         minimum_runtime(sorted(tmp_path.iterdir()))
 
 

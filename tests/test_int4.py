@@ -22,7 +22,7 @@ from common.folder import MANIFEST
 from common.onnx_io import load, save_model
 from common.quantize import INT8, columns
 from common.quantize.fidelity import compare, sqnr_db
-from common.quantize.int8 import INT4_IR_VERSION, INT4_OPSET, int4_tensor, lift_opset
+from common.quantize.int8 import INT4_IR_VERSION, INT4_OPSET, lift_opset, packed_tensor
 from common.quantize.methods import Format, OptimizeOptions
 from common.quantize.rewrite import quantizable, quantize_weights
 from common.quantize.rounding import SORTED_DAMPING, InputMoments, Packed
@@ -76,7 +76,7 @@ def fitted_columns(weight: np.ndarray, bits: int, x: np.ndarray) -> Packed:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 4), (7, 3), (16,), (0,)])
 def test_packed_codes_are_what_onnx_reads(shape, tmp_path):
     codes = RNG.integers(-8, 8, shape).astype(np.int8)
-    tensor = int4_tensor("w", codes)
+    tensor = packed_tensor("w", codes, ir.DataType.INT4)
     assert tensor.nbytes == -(-codes.size // 2)
     proto = ir.to_proto(tensor)
     assert proto.data_type == TensorProto.INT4
@@ -84,7 +84,8 @@ def test_packed_codes_are_what_onnx_reads(shape, tmp_path):
 
 
 def test_every_code_is_at_its_place():
-    assert int4_tensor("w", np.array([[-8, 7, 0], [-1, 1, 3]])).tobytes() == bytes([0x78, 0xF0, 0x31])
+    codes = np.array([[-8, 7, 0], [-1, 1, 3]])
+    assert packed_tensor("w", codes, ir.DataType.INT4).tobytes() == bytes([0x78, 0xF0, 0x31])
 
 
 @pytest.mark.parametrize("name", MATRICES)

@@ -1,0 +1,365 @@
+"""Weights that are ternary in groups: found by their values, stored in 2 bits, multiplied as int8 or as they are."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import optimize_encoder
+from common.contract import ENCODER, EncoderWeight, Role, encoder_weight
+from common.folder import MANIFEST
+from common.onnx_io import load, save_model
+from common.quantize import INT8, RTN, rewrite
+from common.quantize.blocks import ternary_blocks
+from common.quantize.calibration import SizeModel, smallest_plan, spend
+from common.quantize.fidelity import sqnr_db
+from common.quantize.int8 import INT2_IR_VERSION, INT2_OPSET, packed_tensor
+from common.quantize.methods import Format, OptimizeOptions, Plan
+from common.quantize.rewrite import check_ternary, matrices, plan_encoder, quantizable, quantize_weights
+from common.quantize.ternary import ternary_group
+from common.report.card import CARD
+from common.run.ort import OrtGraph
+from tests.helpers import SAMPLES, dequantize, rejected
+
+RNG = np.random.default_rng(11)
+NAME = "layers.0.attention.query.weight"
+TWO_TERMS = "layers.0.convolution.expand.weight"  # whose product int8 runs a second time, on what rounding left
+EVEN_ROWS = "layers.0.attention.position_sine.weight"  # whose inputs share one scale
+K, N = 256, 48
+
+
+def ternary_weight(group: int = 128, rows: int = K, columns: int = N) -> np.ndarray:
+    """−m, 0 and m [rows, columns], with an m for each group that differs by up to a factor of 50."""
+    signs = RNG.integers(-1, 2, (rows // group, group, columns))
+    sizes = RNG.uniform(0.01, 0.5, (rows // group, 1, columns)).astype(np.float16)
+    return (signs * sizes).reshape(rows, columns).astype(np.float32)
+
+
+# ---- detection
+
+
+@pytest.mark.parametrize("group", [128, 64])
+def test_a_weight_is_ternary_by_its_values_and_not_with_one_that_is_off(group):
+    weight = ternary_weight(group)
+    assert ternary_group(weight) == group
+    for row, column in ((0, 0), (group, 7), (K - 1, N - 1)):
+        off = weight.copy()
+        off[row, column] = np.nextafter(np.float32(0.75) * np.abs(weight).max(), np.float32(1))
+        assert ternary_group(off) is None
+        off[row, column] = np.nan
+        assert ternary_group(off) is None
+    nearly = weight.copy()
+    largest = np.argmax(np.abs(weight[:, 0]))
+    nearly[largest, 0] = np.nextafter(weight[largest, 0], 0)  # the last bit of one of them
+    assert ternary_group(nearly) is None
+
+
+def test_larger_groups_are_found_first_and_weights_without_whole_groups_are_not_ternary():
+    weight = ternary_weight(128)
+    assert ternary_group(np.sign(weight)) == 128  # one magnitude everywhere is ternary in any groups
+    assert ternary_group(weight[:192]) == 64
+    assert ternary_group(weight[:200]) is None
+    assert ternary_group(RNG.standard_normal((K, N), dtype=np.float32)) is None
+    weight[:, 3] = 0
+    assert ternary_group(weight) == 128
+
+
+# ---- tensors
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 4, 4), (7, 3), (0,)])
+def test_packed_codes_are_what_onnx_reads(shape):
+    codes = RNG.integers(-2, 2, shape).astype(np.int8)
+    tensor = packed_tensor("w", codes, ir.DataType.INT2)
+    assert tensor.nbytes == -(-codes.size // 4)
+    proto = ir.to_proto(tensor)
+    assert proto.data_type == TensorProto.INT2
+    np.testing.assert_array_equal(numpy_helper.to_array(proto).astype(np.int8), codes)
+
+
+def test_every_code_is_at_its_place():
+    assert packed_tensor("w", np.array([[-1, 0, 1], [-2, 1, 1]]), ir.DataType.INT2).tobytes() == bytes([0x93, 0x05])
+
+
+# ---- graphs
+
+
+def toy(name: str, weight: np.ndarray, opset: int = 17) -> ir.Model:
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", name], ["product"]), helper.make_node("Mul", ["product", "half"], ["y"])],
+        "toy",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", 6, len(weight)])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", 6, "N"])],
+        [numpy_helper.from_array(weight, name), numpy_helper.from_array(np.array(0.5, np.float32), "half")],
+    )
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8))
+
+
+def quantized(model: ir.Model, form: Format, options: OptimizeOptions) -> onnx.ModelProto:
+    assert options.method is not None
+    quantize_weights(model, dict.fromkeys(quantizable(model), form), options.method, options, {})
+    return ir.to_proto(model)
+
+
+def run(proto: onnx.ModelProto, x: np.ndarray, *, folded: bool = True) -> np.ndarray:
+    session = ort.SessionOptions()
+    session.log_severity_level = 3
+    level = ort.GraphOptimizationLevel
+    session.graph_optimization_level = level.ORT_ENABLE_ALL if folded else level.ORT_DISABLE_ALL
+    return ort.InferenceSession(proto.SerializeToString(), session).run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+@pytest.mark.parametrize("name", [NAME, TWO_TERMS, EVEN_ROWS])
+@pytest.mark.parametrize(("flags", "bits"), [({}, 8), ({"reduce_range": True}, 7)], ids=["8 bits", "7 bits"])
+def test_the_product_is_that_of_int8_bit_for_bit(name, flags, bits, opset):
+    group = 64 if name == EVEN_ROWS else 128
+    weight, x = ternary_weight(group), RNG.standard_normal((2, 6, K), dtype=np.float32)
+    options = OptimizeOptions(quant_method="int8", **flags)
+    form = INT8.ternary_format(group, options)
+    assert form == Format(2, group, bits)
+    small = quantized(toy(name, weight, opset), form, options)
+    large = quantized(toy(name, weight, opset), Format(bits), options)
+    assert (small.opset_import[0].version, small.ir_version) == (INT2_OPSET, INT2_IR_VERSION) == (25, 13)
+    assert large.opset_import[0].version == opset
+    onnx.checker.check_model(small, full_check=True)
+    for folded in (True, False):
+        np.testing.assert_array_equal(run(small, x, folded=folded), run(large, x, folded=folded))
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in small.graph.initializer}
+    codes, multipliers = constants[f"{name}.codes"], constants[f"{name}.scales.groups"]
+    assert codes.shape == (K // group, group, N)
+    assert multipliers.shape == (K // group, 1, N)
+    assert multipliers.max(axis=0).tolist() == [[2 ** (bits - 1) - 1] * N]  # the largest group of each column
+    became = codes.astype(np.float32) * multipliers * constants[f"{name}.scales.product"] * 2  # which include the half
+    assert sqnr_db(weight, became.reshape(K, N)) > {8: 42, 7: 36}[bits]
+
+
+def test_ternary_weights_beside_4_bits_overflow_on_no_cpu():
+    options = OptimizeOptions(quant_method="int8", weight_bits=4)
+    assert INT8.ternary_format(128, options) == Format(2, 128, 7)
+
+
+@pytest.mark.parametrize("group", [128, 64])
+def test_blocks_of_two_bits_are_exact(group):
+    weight = ternary_weight(group)
+    packed = ternary_blocks(weight, group)
+    assert packed.codes.shape == (N, K // group, group // 4)
+    assert packed.error == 0
+    np.testing.assert_array_equal(dequantize(packed, K, 2), weight)
+    options = OptimizeOptions(quant_method="rtn", weight_bits=2, accuracy_level=0)
+    proto = quantized(toy(NAME, weight), RTN.ternary_format(group, options), options)
+    rows = np.zeros((1 + (K - 1) // 6, 6, K), np.float32)
+    rows.reshape(-1, K)[:K] = np.eye(K)  # each product is one row of the weight
+    np.testing.assert_array_equal(run(proto, rows).reshape(-1, N)[:K], weight / 2)
+
+
+# ---- plans
+
+
+def test_a_matrix_that_is_not_ternary_is_named(tmp_path):
+    options = OptimizeOptions(quant_method="int8", weight_bits=2)
+    weight = ternary_weight()
+    save_model(toy(NAME, weight), tmp_path / "encoder.onnx")
+    check_ternary(tmp_path / "encoder.onnx", options)
+    weight[100, 5] = 0.7
+    save_model(toy(NAME, weight), tmp_path / "encoder.onnx")
+    with pytest.raises(ValueError, match=f"--weight_bits 2 .* {re.escape(NAME)} .*; leave --weight_bits out"):
+        check_ternary(tmp_path / "encoder.onnx", options)
+    check_ternary(tmp_path / "encoder.onnx", OptimizeOptions(quant_method="int8"))
+    save_model(toy("subsampling.out.weight", weight), tmp_path / "encoder.onnx")
+    check_ternary(tmp_path / "encoder.onnx", options)  # outside the layers
+
+
+@pytest.mark.parametrize("method", ["int8", "rtn"])
+def test_other_checkpoints_do_not_have_two_bits(method, tiny_export, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--quant_method", method, "--weight_bits", "2"]
+    error = rejected(capsys, optimize_encoder, "--model_dir", tiny_export, "--output_dir", out, *flags)
+    assert "layers.0.feed_forward1.expand.weight has more values than −m, 0 and m" in error
+    assert not out.exists()
+
+
+def planned(folder: Path, **flags) -> Plan:
+    options = OptimizeOptions(**flags)
+    assert options.method is not None
+    return plan_encoder(load(folder / ENCODER.file), options.method, options)
+
+
+def test_plans_by_flags(redux_export, tiny_export):
+    """Ternary weights have 2 bits where the method stores them so; positions have groups of 64."""
+    for flags, ternary_bits, other in (
+        ({"quant_method": "int8"}, 8, Format(8)),
+        ({"quant_method": "int8", "weight_bits": 2}, 8, Format(8)),
+        ({"quant_method": "int8", "weight_bits": 4}, 7, Format(4)),
+        ({"quant_method": "int8", "reduce_range": True}, 7, Format(7)),
+        ({"quant_method": "rtn", "weight_bits": 2}, None, Format(8, 32)),
+    ):
+        plan = planned(redux_export, **flags)
+        groups = Counter(plan.values())
+        assert groups == {Format(2, 128, ternary_bits): 50, Format(2, 64, ternary_bits): 10, other: 1}
+        assert {encoder_weight(name).role for name, form in plan.items() if form.block == 64} == {
+            Role.ATTENTION_POSITION_SINE,
+            Role.ATTENTION_POSITION_COSINE,
+        }
+        assert next(name for name, form in plan.items() if form == other) == "subsampling.out.weight"
+    for flags in ({"quant_method": "rtn"}, {"quant_method": "k_quant_mixed"}, {"quant_method": "hqq"}):
+        assert not any(form.bits == 2 for form in planned(redux_export, **flags).values())
+    assert set(planned(tiny_export, quant_method="int8").values()) == {Format(8)}
+
+
+def test_a_budget_leaves_ternary_weights_as_they_are(redux_export):
+    path = redux_export / ENCODER.file
+    model = load(path)
+    plan = planned(redux_export, quant_method="int8")
+    sizes = SizeModel(model, path.stat().st_size, INT8)
+    other = "subsampling.out.weight"
+    smallest = smallest_plan(sizes, plan, Format(4), 10e6)
+    assert smallest == {**plan, other: Format(4)}
+    assert spend(sizes, {other: {4: 0.1, 8: 0.01}}, plan, Format(4), Format(8), 10e6) == plan
+    budget = sizes.total(smallest) + 1
+    assert spend(sizes, {other: {4: 0.1, 8: 0.01}}, plan, Format(4), Format(8), budget) == smallest
+    with pytest.raises(ValueError, match="is too small"):
+        smallest_plan(sizes, plan, Format(4), 0.3e6)
+
+
+# ---- folders
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / MANIFEST).read_text())["optimize"]
+
+
+@pytest.fixture(scope="module")
+def small(optimized, redux_export) -> Path:
+    """The ternary checkpoint, optimized with int8."""
+    return optimized("--quant_method", "int8", source=redux_export)
+
+
+def encode(folder: Path) -> list[np.ndarray]:
+    features = np.random.default_rng(0).standard_normal((2, 128, 333), dtype=np.float32)
+    return OrtGraph(folder, ENCODER)(features, np.array([333, 200]))
+
+
+def test_the_output_is_that_of_int8_bit_for_bit(redux_export, small, tmp_path):
+    """The same weights in plain int8, without a factor for any row."""
+    model = load(redux_export / ENCODER.file)
+    quantize_weights(model, dict.fromkeys(quantizable(model), Format(8)), INT8, OptimizeOptions(), {})
+    save_model(model, tmp_path / ENCODER.file)
+    for one, other in zip(encode(small), encode(tmp_path), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert sqnr_db(encode(redux_export)[0], encode(small)[0]) > 30
+
+
+def test_detection_turned_off_gives_8_bits(redux_export, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewrite, "ternary_group", lambda weight: None)
+    assert set(planned(redux_export, quant_method="int8").values()) == {Format(8)}
+
+
+def test_what_runs_is_folded(small, tmp_path):
+    """The graph that ONNX Runtime runs multiplies by int8 constants, and has the same operators as plain int8."""
+    level = ort.GraphOptimizationLevel
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / ENCODER.file)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", ENCODER.data_file)
+
+    def dumped(chosen: ort.GraphOptimizationLevel) -> onnx.GraphProto:
+        options.graph_optimization_level = chosen
+        ort.InferenceSession(small / ENCODER.file, options, providers=["CPUExecutionProvider"])
+        return onnx.load(tmp_path / ENCODER.file, load_external_data=False).graph
+
+    raw = dumped(level.ORT_DISABLE_ALL)
+    shaped = {node.output[0] for node in raw.node if node.op_type == "Reshape"}
+    assert sum(node.input[1] in shaped for node in raw.node if node.op_type == "MatMulIntegerToFloat") >= 60
+    runs = dumped(level.ORT_ENABLE_ALL)
+    constants = {tensor.name: tensor for tensor in runs.initializer}
+    products = [node for node in runs.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(products) == 71  # with the second terms of ten
+    assert {constants[node.input[1]].data_type for node in products} == {TensorProto.INT8}
+    assert not any(tensor.data_type == TensorProto.INT2 for tensor in runs.initializer)
+    assert not any(node.name.endswith(".unpacked") for node in runs.node)
+
+
+def test_the_file_holds_a_quarter_of_a_byte_a_weight(small):
+    proto = onnx.load(small / ENCODER.file)
+    codes = [tensor for tensor in proto.graph.initializer if tensor.name.endswith(".codes")]
+    assert Counter(tensor.data_type for tensor in codes) == {TensorProto.INT2: 60, TensorProto.INT8: 1}
+    ternary = sum(int(np.prod(tensor.dims)) for tensor in codes if tensor.data_type == TensorProto.INT2)
+    sizes = json.loads((small / "optimization_report.json").read_text())["components"]["encoder"]["optimized"]
+    others = sum(int(np.prod(tensor.dims)) for tensor in codes if tensor.data_type == TensorProto.INT8)
+    assert sizes["codes"] == ternary // 4 + others
+    assert sum(sizes.values()) == sum((small / file).stat().st_size for file in ENCODER.files)
+
+
+def test_manifest_report_and_card_say_it(small):
+    record = record_of(small)
+    words = (
+        "ternary weights, 2 bits in the file, products of 8-bit integers when it runs: ONNX Runtime 1.24 or newer "
+        "unpacks them once"
+    )
+    assert record["weights_by_bits"] == {"2": 60, "8": 1}
+    assert record["runs_as"] == words
+    assert record["minimum_onnxruntime"] == "1.24"
+    text = (small / CARD).read_text()
+    assert "60 at 2 bits, 1 at 8 bits" in text
+    assert words[1:] in text
+    assert "(the graphs need ONNX Runtime 1.24 or newer)" in text
+    assert "- 2-bit" in text
+    assert words in (small / "optimization_report.html").read_text()
+    rows = json.loads((small / "optimization_report.json").read_text())["tensors"]
+    row = next(row for row in rows if row["name"] == "layers.0.feed_forward1.project.weight")
+    assert (row["bits"], row["block"], row["shape"]) == (2, 128, [512, 128])
+    assert 0 < row["weight_error"] < 1e-4
+    assert row["bytes_after"] == 512 * 128 // 4 + 512 // 128 * 128 + 4 * 128  # codes, multipliers, scales
+
+
+def test_two_bits_in_blocks_lose_nothing_but_in_the_other_matrix(optimized, redux_export):
+    folder = optimized("--weight_bits", "2", "--accuracy_level", "0", source=redux_export)
+    record = record_of(folder)
+    assert record["method"] == "rtn, ternary"
+    assert record["weights_by_bits"] == {"2": 60, "8": 1}
+    assert record["runs_as"].startswith("ternary weights, exact in 2 bits")
+    assert record["minimum_onnxruntime"] == "1.24"
+    products = [node for node in load(folder / ENCODER.file).graph if node.op_type == "MatMulNBits"]
+    widths = Counter((node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()) for node in products)
+    assert widths == {(2, 128): 50, (2, 64): 10, (8, 32): 1}
+    assert sqnr_db(encode(redux_export)[0], encode(folder)[0]) > 50
+    errors = [
+        row["weight_error"]
+        for row in json.loads((folder / "optimization_report.json").read_text())["tensors"]
+        if row["bits"] == 2
+    ]
+    assert errors == [0] * 60
+
+
+def test_calibration_fits_only_what_is_not_ternary(optimized, redux_export, small):
+    """Ternary weights, and the normalizations before them, are what they are without calibration."""
+    fitted = optimized(
+        "--quant_method", "int8", "--calibration_manifest", SAMPLES / "manifest.jsonl", source=redux_export
+    )
+    assert record_of(fitted)["weights_by_bits"] == {"2": 60, "8": 1}
+    models = [load(folder / ENCODER.file) for folder in (small, fitted, redux_export)]
+    plain, calibrated, exported = (
+        {name: value.const_value.numpy() for name, value in model.graph.initializers.items()} for model in models
+    )
+    different = {name for name in plain if not np.array_equal(plain[name], calibrated[name])}
+    assert {name.removesuffix(".codes").removesuffix(".scales") for name in different} == {"subsampling.out.weight"}
+    norms = [name for name in exported if "norm" in name]
+    assert len(norms) >= 50
+    for name in norms:
+        np.testing.assert_array_equal(calibrated[name], exported[name])
+
+
+def test_every_matrix_of_the_layers_is_ternary_in_the_export(redux_export):
+    """What the export does to the checkpoint keeps the groups, so detection needs no flag."""
+    model = load(redux_export / ENCODER.file)
+    for name in matrices(model):
+        group = ternary_group(model.graph.initializers[name].const_value.numpy())
+        assert (group is None) == (encoder_weight(name) == EncoderWeight(Role.SUBSAMPLING_OUT))
