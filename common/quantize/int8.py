@@ -72,8 +72,8 @@ SAME_MEANING = (
 )  # fmt: skip
 AXES_BECAME_INPUT = ("ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd")  # in opset 18
 # Of ternary weights beside others in 4 bits: sums of products then overflow on no CPU (columns.py), without
-# --reduce_range. Their multipliers lose little by that: on noise through a small ternary checkpoint 41.2 dB, with 8 bits
-# 41.5 dB.
+# --reduce_range. Their multipliers lose little by that: on noise, a small ternary checkpoint has 41.2 dB, and 41.5 dB
+# with multipliers of 8 bits.
 SAFE_BITS = 7
 INT4_OPSET, INT4_IR_VERSION = 21, 10  # the first with 4-bit integers
 INT2_OPSET, INT2_IR_VERSION = 25, 13  # the first with 2-bit integers
