@@ -1,4 +1,4 @@
-"""Make an exported encoder small and fast: fuse its graph, then store its weights in 4 or 8 bits.
+"""Make an exported encoder small and fast: fuse its graph, then store its weights in 2, 4 or 8 bits.
 
 In: a folder of export_parakeet_to_onnx.py that export_tokenizer.py has completed.
 Out: a second folder, complete by itself, whose encoder has fused operators and quantized weights. The configuration is

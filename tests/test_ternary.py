@@ -337,6 +337,7 @@ def test_two_bits_in_blocks_lose_nothing_but_in_the_other_matrix(optimized, redu
         if row["bits"] == 2
     ]
     assert errors == [0] * 60
+    assert (folder / "optimization_report.html").read_text().count("<td>exact</td>") == 60
 
 
 def test_calibration_fits_only_what_is_not_ternary(optimized, redux_export, small):

@@ -282,5 +282,7 @@ def _axis(evaluation: dict[str, Any]) -> Callable[[float], float]:
 
 
 def _decibels(error: float | None) -> str:
-    """A relative error as a signal to error ratio in dB; a dash where there is no error."""
-    return f"{-10 * math.log10(error):.1f}" if error else "–"
+    """A relative error as a signal to error ratio in dB; `exact` for no error, and a dash where none was measured."""
+    if error is None:
+        return "–"
+    return f"{-10 * math.log10(error):.1f}" if error else "exact"
