@@ -153,18 +153,22 @@ def tiny_export(made_once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def redux_export(made_once, tiny_transformers) -> Path:
-    """The bundled checkpoint with ternary matrices, in the published form of parakeet-redux, exported with its
-    tokenizer."""
+def redux_runtimes(made_once, tiny_transformers) -> Path:
+    """The bundled checkpoint with ternary matrices, in the published form of parakeet-redux, exported with a subfolder
+    for each runtime."""
     from benchmarks.published_forms import write_form
 
     def export(folder: Path) -> None:
         checkpoint = write_form("redux", tiny_transformers, folder.with_name("redux"))
-        argv = ["--model_name", str(checkpoint), "--output_dir", str(folder)]
-        assert export_parakeet_to_onnx.main([*argv, "--skip_verify"]) == 0
-        assert export_tokenizer.main(argv) == 0
+        export_for_every_runtime(checkpoint, folder)
 
     return made_once("onnx_models_redux", export)
+
+
+@pytest.fixture(scope="session")
+def redux_export(redux_runtimes) -> Path:
+    """The same, for GenAI."""
+    return redux_runtimes / "genai"
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import posixpath
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,7 +15,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import yaml
+from onnx import helper
 from sentencepiece import SentencePieceTrainer
 
 import export_parakeet_to_onnx
@@ -306,6 +310,55 @@ print(json.dumps(texts))
 def run_python(program: str, *argv: object, **options: Any) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", program, *map(str, argv)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
+
+
+GENAI_PROGRAM = """
+import json, sys
+from pathlib import Path
+from common.run.genai import GenAI
+
+folder, *clips = sys.argv[1:]
+genai = GenAI(Path(folder))
+print(json.dumps([genai.transcribe(genai.config.read_audio(Path(clip))) for clip in clips]))
+"""
+ONNX_ASR_PROGRAM = """
+import json, sys
+import onnx_asr, soundfile
+
+folder, *clips = sys.argv[1:]
+model = onnx_asr.load_model("nemo-conformer-tdt", folder)
+print(json.dumps([model.recognize(*soundfile.read(clip, dtype="float32")[:1], sample_rate=16000) for clip in clips]))
+"""
+PROGRAMS = {
+    "genai": (GENAI_PROGRAM, "encoder.onnx"),
+    "onnx-asr": (ONNX_ASR_PROGRAM, "encoder-model.onnx"),
+    "sherpa-onnx": (SHERPA_PROGRAM, "encoder.onnx"),
+}
+
+
+def profiled(runtime: str, folder: Path, scratch: Path, level: int) -> tuple[list, list[dict]]:
+    """The transcripts of a runtime, and the events of its encoder's session. Where ORT_LOAD_CONFIG_FROM_MODEL is set,
+    ONNX Runtime reads a session's options from the model, whichever library it is built into."""
+    shutil.copytree(folder, scratch / "model")
+    program, file = PROGRAMS[runtime]
+    proto = onnx.load(scratch / "model" / file, load_external_data=False)
+    options = {"enable_profiling": 1, "graph_optimization_level": level}
+    helper.set_model_props(
+        proto,
+        {prop.key: prop.value for prop in proto.metadata_props}
+        | {"ort_config": json.dumps({"session_options": options})},
+    )
+    onnx.save(proto, scratch / "model" / file)
+    environment = {**os.environ, "ORT_LOAD_CONFIG_FROM_MODEL": "1", "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-c", program, str(scratch / "model"), *map(str, CLIPS)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, cwd=scratch, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    profiles = list(scratch.glob("*.json"))
+    assert profiles, "no session was profiled"
+    events = [event for path in profiles for event in json.loads(path.read_text())]
+    return json.loads(done.stdout.splitlines()[-1]), [event for event in events if event["cat"] == "Node"]
 
 
 def runtime_texts(layout: Layout, folder: Path) -> list[str]:

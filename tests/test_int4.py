@@ -1,10 +1,7 @@
 """int8 products of weights that the file stores in 4 bits: the tensors, the graph, the runtimes, the size budget."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -30,7 +27,7 @@ from common.report.card import CARD
 from common.run.audio import read_clips
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
-from tests.helpers import CLIPS, MATRICES, SAMPLES, SHERPA_PROGRAM, printed_by
+from tests.helpers import CLIPS, MATRICES, PROGRAMS, SAMPLES, printed_by, profiled
 
 RNG = np.random.default_rng(5)
 SAMPLE_LIST = SAMPLES / "manifest.jsonl"
@@ -311,55 +308,6 @@ def test_what_runs_is_folded_and_can_be_saved(plain, tmp_path):
     assert sum(node.input[1] in casts for node in raw.graph.node if node.op_type == "MatMulIntegerToFloat") == 61
     x, length = RNG.standard_normal((1, 128, 300), dtype=np.float32), np.array([300])
     np.testing.assert_array_equal(*(OrtGraph(folder, ENCODER)(x, length)[0] for folder in (plain, tmp_path)))
-
-
-GENAI_PROGRAM = """
-import json, sys
-from pathlib import Path
-from common.run.genai import GenAI
-
-folder, *clips = sys.argv[1:]
-genai = GenAI(Path(folder))
-print(json.dumps([genai.transcribe(genai.config.read_audio(Path(clip))) for clip in clips]))
-"""
-ONNX_ASR_PROGRAM = """
-import json, sys
-import onnx_asr, soundfile
-
-folder, *clips = sys.argv[1:]
-model = onnx_asr.load_model("nemo-conformer-tdt", folder)
-print(json.dumps([model.recognize(*soundfile.read(clip, dtype="float32")[:1], sample_rate=16000) for clip in clips]))
-"""
-PROGRAMS = {
-    "genai": (GENAI_PROGRAM, "encoder.onnx"),
-    "onnx-asr": (ONNX_ASR_PROGRAM, "encoder-model.onnx"),
-    "sherpa-onnx": (SHERPA_PROGRAM, "encoder.onnx"),
-}
-
-
-def profiled(runtime: str, folder: Path, scratch: Path, level: int) -> tuple[list, list[dict]]:
-    """The transcripts of a runtime, and the events of its encoder's session. Where ORT_LOAD_CONFIG_FROM_MODEL is set,
-    ONNX Runtime reads a session's options from the model, whichever library it is built into."""
-    shutil.copytree(folder, scratch / "model")
-    program, file = PROGRAMS[runtime]
-    proto = onnx.load(scratch / "model" / file, load_external_data=False)
-    options = {"enable_profiling": 1, "graph_optimization_level": level}
-    helper.set_model_props(
-        proto,
-        {prop.key: prop.value for prop in proto.metadata_props}
-        | {"ort_config": json.dumps({"session_options": options})},
-    )
-    onnx.save(proto, scratch / "model" / file)
-    environment = {**os.environ, "ORT_LOAD_CONFIG_FROM_MODEL": "1", "PYTHONPATH": str(Path.cwd())}
-    command = [sys.executable, "-c", program, str(scratch / "model"), *map(str, CLIPS)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, cwd=scratch, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    profiles = list(scratch.glob("*.json"))
-    assert profiles, "no session was profiled"
-    events = [event for path in profiles for event in json.loads(path.read_text())]
-    return json.loads(done.stdout.splitlines()[-1]), [event for event in events if event["cat"] == "Node"]
 
 
 @pytest.mark.slow

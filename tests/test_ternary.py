@@ -26,7 +26,7 @@ from common.quantize.rewrite import check_ternary, matrices, plan_encoder, quant
 from common.quantize.ternary import ternary_group
 from common.report.card import CARD
 from common.run.ort import OrtGraph
-from tests.helpers import SAMPLES, dequantize, rejected
+from tests.helpers import CLIPS, PROGRAMS, SAMPLES, dequantize, profiled, rejected
 
 RNG = np.random.default_rng(11)
 NAME = "layers.0.attention.query.weight"
@@ -237,9 +237,14 @@ def record_of(folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def small(optimized, redux_export) -> Path:
-    """The ternary checkpoint, optimized with int8."""
-    return optimized("--quant_method", "int8", source=redux_export)
+def small_runtimes(optimized, redux_runtimes) -> Path:
+    """The ternary checkpoint, optimized with int8, with a subfolder for each runtime."""
+    return optimized("--quant_method", "int8", source=redux_runtimes)
+
+
+@pytest.fixture(scope="module")
+def small(small_runtimes) -> Path:
+    return small_runtimes / "genai"
 
 
 def encode(folder: Path) -> list[np.ndarray]:
@@ -285,6 +290,23 @@ def test_what_runs_is_folded(small, tmp_path):
     assert {constants[node.input[1]].data_type for node in products} == {TensorProto.INT8}
     assert not any(tensor.data_type == TensorProto.INT2 for tensor in runs.initializer)
     assert not any(node.name.endswith(".unpacked") for node in runs.node)
+
+
+@pytest.mark.parametrize("runtime", PROGRAMS)
+def test_every_runtime_unpacks_the_weights_once(runtime, small_runtimes, tmp_path):
+    """In each runtime's own ONNX Runtime no Cast of a weight runs. With optimization switched off they do run, and the
+    result is the same."""
+    texts, unpacked = {}, {}
+    for level in (99, 0):  # ORT_ENABLE_ALL, ORT_DISABLE_ALL
+        scratch = tmp_path / str(level)
+        scratch.mkdir()
+        texts[level], events = profiled(runtime, small_runtimes / runtime, scratch, level)
+        operators = Counter(event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time"))
+        assert operators["MatMulIntegerToFloat"] >= 71 * len(CLIPS)
+        unpacked[level] = {event["name"] for event in events if ".unpacked" in event["name"]}
+    assert texts[99] == texts[0]
+    assert unpacked[99] == set()
+    assert len(unpacked[0]) >= 60
 
 
 def test_the_file_holds_a_quarter_of_a_byte_a_weight(small):
