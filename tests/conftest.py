@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,9 +167,9 @@ def redux_runtimes(made_once, tiny_transformers) -> Path:
 
 
 @pytest.fixture(scope="session")
-def redux_export(redux_runtimes) -> Path:
-    """The same, for GenAI."""
-    return redux_runtimes / "genai"
+def redux_export(made_once, redux_runtimes) -> Path:
+    """The same, for GenAI: a copy, since the runtimes share files by hard links, which onnx_ir does not read."""
+    return made_once("onnx_models_redux_genai", lambda folder: shutil.copytree(redux_runtimes / "genai", folder))
 
 
 @pytest.fixture(scope="session")
