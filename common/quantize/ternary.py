@@ -1,8 +1,9 @@
 """Weights W [K, N] that are ternary in groups: in each column, groups of 128 rows hold only −m, 0 and m, each with its
 own m. Checkpoints such as parakeet-redux are trained so, and their export to float32 keeps every value.
 
-Such weights are found by their values, and stored without loss in 2 bits. They are not rounded, scaled or fitted in any
-other way, since a factor for a row, or an error that later rows make up for, would leave groups with more values.
+Such weights are found by their values, and stored in 2 bits: exactly in blocks of MatMulNBits, and for integer products
+with m rounded to 8 bits. They are not scaled or fitted, since a factor for a row, or an error that later rows make up
+for, would leave groups with more values.
 
 The matrices of relative positions have groups of 64 rows: the export takes sines and cosines apart, which alternate in
 the checkpoint (layers.py, RelativeAttention).
