@@ -20,14 +20,15 @@ from common.run.reference import Nemo, Transformers
 CARD = "README.md"
 NEMO, TRANSFORMERS = Nemo.name, Transformers.name
 
-
 V3_LANGUAGES = "bg hr cs da nl en et fi fr de el hu it lv lt mt pl pt ro sk sl es sv ru uk"
-# Languages (ISO 639-1) of checkpoints that NVIDIA has published under CC-BY-4.0, by the name given as --model_name. Add
-# a checkpoint only from its own card; the licence of every other is left open.
+# Languages (ISO 639-1) of checkpoints that are published under CC-BY-4.0, by the name given as --model_name. Add a
+# checkpoint only from its own card; the licence of every other is left open.
 PUBLISHED = {
     "nvidia/parakeet-tdt-0.6b-v3": V3_LANGUAGES,
     "nvidia/parakeet-tdt-0.6b-v2": "en",
     "nvidia/parakeet-tdt-1.1b": "en",
+    "moondream/parakeet-ultra": V3_LANGUAGES,
+    "moondream/parakeet-redux": V3_LANGUAGES,
 }
 LICENSE_KNOWN = (
     "These files are an adaptation of it under the same licence, [CC-BY-4.0]"
