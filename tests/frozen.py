@@ -35,7 +35,7 @@ EXPORTS = {  # name → (checkpoint, flags)
     "nemo/all": ("tiny", ["--runtime", "all"]),
     "nemo/verified": ("tiny", ["--chunk_seconds", "30.08", "--opset_version", "18"]),
     "nemo/fp16": ("tiny", ["--runtime", "all", "--precision", "fp16", "--skip_verify"]),
-    "nemo/cuda-less scripts": ("tiny", ["--scripts", "latin", "--skip_verify"]),
+    "nemo/one script": ("tiny", ["--scripts", "latin", "--skip_verify"]),
     "transformers/all": ("transformers", ["--runtime", "all", "--skip_verify"]),
     "random/all": ("hybrid TDT-CTC", ["--runtime", "all", "--skip_verify"]),
     "random/fp16": ("biases", ["--precision", "fp16", "--skip_verify"]),

@@ -304,9 +304,9 @@ def test_the_first_transcript_waits_for_genai_alone(tiny_export, capsys, monkeyp
     shown = []
 
     class Late(engines.OnnxRuntime):
-        def __init__(self, folder):
+        def __init__(self, folder, *args):
             shown.append(capsys.readouterr().out)
-            super().__init__(folder)
+            super().__init__(folder, *args)
 
     monkeypatch.setattr(engines, "OnnxRuntime", Late)
     assert test_real_speech.main(["--model_dir", str(tiny_export), "--audio", CLIP, "--skip_nemo"]) == 0
@@ -329,7 +329,7 @@ def test_the_engines_and_folders_chosen_are_those_that_run(flags, names, tiny_op
     for name in ("GenAI", "OnnxRuntime"):
         kind = getattr(engines, name)
         monkeypatch.setattr(
-            engines, name, lambda path, kind=kind: loaded.append((kind.__name__, path.name)) or kind(path)
+            engines, name, lambda path, *args, kind=kind: loaded.append((kind.__name__, path.name)) or kind(path, *args)
         )
     argv = ["--model_dir", str(tiny_optimized), "--audio", CLIP, *flags, "--json", str(tmp_path / "found.json")]
     assert test_real_speech.main(argv) == 0
