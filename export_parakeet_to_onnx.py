@@ -16,7 +16,7 @@ subfolder for each runtime.
 import argparse
 import gc
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from common.cli import OPTIMIZE_COMMAND, Parser, Stages, options_of, run, second
 # isort: split
 
 from common.checkpoint import require_device
-from common.checkpoint.find import add_checkpoint_flags, find_checkpoint
+from common.checkpoint.find import Checkpoint, add_checkpoint_flags, find_checkpoint
 from common.checkpoint.spec import ModelSpec
 from common.contract import GRAPHS
 from common.export import pipeline
@@ -96,44 +96,15 @@ def _export(args: argparse.Namespace) -> None:
     source = checkpoint.record()
     kept = {name: layout.kept_by_export(output_dir / name, source) for name, layout in layouts.items()}
     removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
-    suppressed = suppressed_ids(checkpoint, options.scripts)
     stages = Stages(options.stages + len(layouts), verbose=args.verbose)
     with staged_folder(output_dir, removed) as staging:
-        scratch = staging.parent
         # The exported graphs go into the folder of the layout that has them as they are, where it is asked for.
         own = [staging / name for name, layout in layouts.items() if layout.graphs == GRAPHS]
+        scratch = staging.parent
         graphs = own[0] if own else scratch / "graphs"
-        float32 = scratch / "float32" if options.is_float16 else graphs
-        for folder in (graphs, float32):
-            folder.mkdir(exist_ok=True)
-
-        stages.begin(f"checkpoint {checkpoint.path.name}")
-        model = checkpoint.load_model(options.device, scratch)
-        suppress(model.joint, suppressed)
-        spec = ModelSpec.of(model)
+        graphs.mkdir(exist_ok=True)
+        spec, results = _export_graphs(checkpoint, layouts.values(), options, graphs, scratch, clips, stages)
         window = options.window(spec)
-        for layout in layouts.values():
-            layout.check(spec, partial(features_of, model))
-        stages.end(*pipeline.model_summary(model, spec))
-
-        stages.begin("export")
-        references = pipeline.export_graphs(model, float32, options)
-        speech = []
-        if options.is_float16:  # values are measured on speech, which is read and transcribed by GenAI's configuration
-            GENAI.write_configs(float32, spec, window, options.device)
-            config = RuntimeConfig.read(float32)
-            speech = [features_of(model, config.read_audio(clip)) for clip in clips]
-        stages.end(*pipeline.graph_sizes(float32))
-        del model
-        gc.collect()  # NeMo's modules refer to each other; the model is half of the memory in use
-
-        parity = pipeline.verify_graphs(float32, references, stages)
-        results: dict[str, Any] = {"parity": parity}
-        if options.is_float16:
-            converted = pipeline.convert_to_float16(float32, graphs, references, speech, stages)
-            results = {**converted, "float32_parity": parity}
-        if options.scripts:
-            results[SUPPRESSED] = len(suppressed)
         for name, layout in layouts.items():
             stages.begin(f"{name or layout.runtime}: configuration and manifest")
             folder = staging / name
@@ -154,6 +125,53 @@ def _export(args: argparse.Namespace) -> None:
         "--checkpoint_format": args.checkpoint_format,
     }
     print(f"wrote {output_dir}; {next_step(output_dir, layouts, named, is_float16=options.is_float16)}")
+
+
+def _export_graphs(
+    checkpoint: Checkpoint,
+    layouts: Collection[Layout],
+    options: ExportOptions,
+    graphs: Path,
+    scratch: Path,
+    clips: Sequence[Path],
+    stages: Stages,
+) -> tuple[ModelSpec, dict[str, Any]]:
+    """Export the checkpoint into the folder `graphs` and verify it; float16 graphs are made of others in `scratch`.
+
+    clips: speech on which the values of float16 graphs are measured. Returns the numbers of the checkpoint, and what
+    was measured, for the manifest.
+    """
+    float32 = scratch / "float32" if options.is_float16 else graphs
+    float32.mkdir(exist_ok=True)
+    suppressed = suppressed_ids(checkpoint, options.scripts)
+    stages.begin(f"checkpoint {checkpoint.path.name}")
+    model = checkpoint.load_model(options.device, scratch)
+    suppress(model.joint, suppressed)
+    spec = ModelSpec.of(model)
+    window = options.window(spec)
+    for layout in layouts:
+        layout.check(spec, partial(features_of, model))
+    stages.end(*pipeline.model_summary(model, spec))
+
+    stages.begin("export")
+    references = pipeline.export_graphs(model, float32, options)
+    speech = []
+    if options.is_float16:  # values are measured on speech, which is read and transcribed by GenAI's configuration
+        GENAI.write_configs(float32, spec, window, options.device)
+        config = RuntimeConfig.read(float32)
+        speech = [features_of(model, config.read_audio(clip)) for clip in clips]
+    stages.end(*pipeline.graph_sizes(float32))
+    del model
+    gc.collect()  # NeMo's modules refer to each other; the model is half of the memory in use
+
+    parity = pipeline.verify_graphs(float32, references, stages)
+    results: dict[str, Any] = {"parity": parity}
+    if options.is_float16:
+        converted = pipeline.convert_to_float16(float32, graphs, references, speech, stages)
+        results = {**converted, "float32_parity": parity}
+    if options.scripts:
+        results[SUPPRESSED] = len(suppressed)
+    return spec, results
 
 
 def next_step(

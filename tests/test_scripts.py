@@ -27,7 +27,7 @@ from common.cli import PUBLISH_COMMAND
 from common.evaluate import engines
 from common.folder import write_locations
 from common.quantize import METHODS
-from tests.helpers import ROOT, SAMPLES, TINY, WITHOUT_SPEED, ctc_only, plain_rnnt, rejected, rewrite_config
+from tests.helpers import MANIFEST, ROOT, SAMPLES, TINY, WITHOUT_SPEED, ctc_only, plain_rnnt, rejected, rewrite_config
 
 SCRIPTS = {
     module.__name__: module
@@ -312,6 +312,30 @@ def test_the_first_transcript_waits_for_genai_alone(tiny_export, capsys, monkeyp
     assert test_real_speech.main(["--model_dir", str(tiny_export), "--audio", CLIP, "--skip_nemo"]) == 0
     assert len(shown) == 1
     assert shown[0].endswith("We have 13 black fans.\n")
+
+
+@pytest.mark.slow
+def test_an_optimized_encoder_of_zeros_has_its_own_figures(tiny_runtimes, tmp_path, capsys):
+    """After --runtime all, both compared folders are called `genai`; neither may be shown with the figures of the
+    other."""
+    optimized = tmp_path / "optimized"
+    assert optimize_encoder.main(["--model_dir", str(tiny_runtimes), "--output_dir", str(optimized)]) == 0
+    data = optimized / "genai" / "encoder.onnx.data"
+    content = np.zeros(data.stat().st_size, np.uint8)
+    data.unlink()  # which may have a second name
+    content.tofile(data)
+    argv = ["--model_dir", str(optimized / "genai"), "--manifest", str(MANIFEST), "--skip_nemo"]
+    assert test_real_speech.main([*argv, "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["engines"]
+    exported = f"{tiny_runtimes.name}/genai"
+    assert list(found) == [
+        *("GenAI optimized/genai", "ONNX Runtime optimized/genai"),
+        *(f"GenAI {exported}", f"ONNX Runtime {exported}"),
+    ]
+    errors = {engine: figures["normalised_wer"]["errors"] for engine, figures in found.items()}
+    words = found["GenAI optimized/genai"]["normalised_wer"]["words"]
+    assert errors["GenAI optimized/genai"] == errors["ONNX Runtime optimized/genai"] >= words
+    assert errors[f"GenAI {exported}"] == errors[f"ONNX Runtime {exported}"] < words / 10
 
 
 @pytest.mark.parametrize(

@@ -172,10 +172,10 @@ def test_a_difference_in_words(difference, text, capsys):
 
 def test_folders_of_one_name_have_labels_of_their_own():
     """As after --runtime all, where each folder ends in the name of its runtime."""
-    both = [Path("/work/optimized/genai"), Path("/work/exported/genai")]
+    both = [Path("/home/me/optimized/genai"), Path("/home/me/exported/genai")]
     assert labels(both) == ["optimized/genai", "exported/genai"]
     assert labels([Path("/one/models/genai"), Path("/two/models/genai")]) == ["one/models/genai", "two/models/genai"]
-    assert labels([Path("/work/optimized"), Path("/work/exported")]) == ["optimized", "exported"]
+    assert labels([Path("/home/me/optimized"), Path("/home/me/exported")]) == ["optimized", "exported"]
     assert labels(both[:1]) == ["genai"]
 
 
