@@ -145,6 +145,11 @@ CLASHES = [
         "--weight_bits 4 needs no reduction",
     ),
     ({"size_budget_mb": 2.0, "quant_method": "k_quant_mixed"}, "needs --calibration_manifest"),
+    (
+        {"block_size": 128, "quant_method": "int8"},
+        "--block_size 128 needs --quant_method rtn or k_quant_mixed or hqq, not int8",
+    ),
+    ({"accuracy_level": 0, "quant_method": "int8"}, "--accuracy_level 0 needs --quant_method rtn"),
     ({"max_wer_increase": 1.0}, "needs --eval_manifest"),
     ({"max_wer_increase": float("nan"), "eval_manifest": CLIPS}, "not nan"),
     ({"max_wer_increase": float("inf"), "eval_manifest": CLIPS}, "not inf"),
@@ -162,6 +167,7 @@ def test_each_method_takes_the_flags_that_it_declares(name):
     kind = METHODS[name]
     OptimizeOptions(quant_method=name)
     for ability, flags in (
+        (kind.uses_blocks, {"block_size": 64}),
         (kind.reduces_range, {"reduce_range": True}),
         (4 in kind.weight_bits, {"weight_bits": 4}),
         (kind.calibrates, {"calibration_manifest": CLIPS}),
@@ -170,7 +176,7 @@ def test_each_method_takes_the_flags_that_it_declares(name):
         if ability:
             OptimizeOptions(quant_method=name, **flags)
         else:
-            with pytest.raises(ValueError, match=f"--{list(flags)[-1]} (4 )?needs|--calibration_manifest needs"):
+            with pytest.raises(ValueError, match=f"--{list(flags)[-1]} (4 |64 )?needs|--calibration_manifest needs"):
                 OptimizeOptions(quant_method=name, **flags)
 
 

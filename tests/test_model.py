@@ -16,9 +16,10 @@ from common.checkpoint.spec import ModelSpec, _feature_differences
 from common.export.pipeline import ExportOptions
 from common.layouts.genai import GENAI, audio_processor_config, genai_config
 from common.layouts.layout import NO_SYMBOL_LIMIT
+from common.run.audio import Clip, load_clip
 from common.run.genai import GenAI
 from common.run.reference import Nemo
-from tests.helpers import SMALL, TINY, ctc_only, plain_rnnt, rewrite_config, rewrite_weights
+from tests.helpers import CLIPS, ROWS, SMALL, TINY, ctc_only, plain_rnnt, rewrite_config, rewrite_weights
 
 pytestmark = pytest.mark.slow
 
@@ -228,6 +229,17 @@ def test_the_model_is_what_nemo_restores_by_itself(restore_with_nemo, tmp_path):
     expected, actual = own.state_dict(), model.state_dict()
     assert actual.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in actual.items())
+
+
+@pytest.mark.parametrize("strategy", ["beam", "maes"])
+def test_a_checkpoint_saved_with_beam_search_decodes_greedily(strategy, tmp_path, spec):
+    """NeMo's beam searches have no limit of symbols on a frame, and no runtime here searches so."""
+    path = rewrite_config(tmp_path / "beam.nemo", lambda config: config["decoding"].update(strategy=strategy))
+    model = load_model(path)
+    assert ModelSpec.of(model) == spec
+    reference = Nemo(model)
+    samples = load_clip(Clip(CLIPS[0]), 16000, 0)
+    assert reference.transcribe(reference.features(samples)).text == ROWS[0]["text"]
 
 
 def test_a_checkpoint_is_unpacked_where_there_is_room(monkeypatch, tmp_path, restore_with_nemo):

@@ -27,6 +27,7 @@ from common.checkpoint.archive import (
 from common.cli import size_text
 
 NAME = "nemo"  # as --checkpoint_format takes it
+GREEDY = ("greedy_batch", "greedy")  # strategies of decoding that have NeMo's limit of symbols on a frame
 # Tensors of a preprocessor that a checkpoint stores, although they follow from its config.
 FEATURE_BUFFERS = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb")
 
@@ -115,7 +116,7 @@ def _restore(checkpoint: Path, device: str, scratch: Path) -> Any:
     from nemo.collections.asr.models import ASRModel
     from omegaconf import OmegaConf
 
-    config = OmegaConf.create(_without_labels(read_config(checkpoint)))
+    config = OmegaConf.create(_decoded_greedily(_without_labels(read_config(checkpoint))))
     connector = _assigning_connector(checkpoint)
     try:
         with _no_initialization(), _temporary_files_in(scratch):
@@ -133,6 +134,14 @@ def _restore(checkpoint: Path, device: str, scratch: Path) -> Any:
         reason = "NeMo cannot build it from its config" if "abstract class" in str(error) else error
         raise ValueError(f"{checkpoint} does not load: {reason}") from error
     return model.eval().requires_grad_(requires_grad=False)
+
+
+def _decoded_greedily(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with greedy decoding, which the runtimes use, where the checkpoint was saved with a beam search."""
+    decoding = config.get("decoding")
+    if isinstance(decoding, dict) and decoding.get("strategy") not in GREEDY:
+        decoding["strategy"] = GREEDY[0]
+    return config
 
 
 def _without_labels(config: dict[str, Any]) -> dict[str, Any]:

@@ -212,6 +212,10 @@ class OptimizeOptions:
                     f"--weight_bits {self.weight_bits} does not go with --size_budget_mb, which chooses the bits of "
                     "each weight; leave one out"
                 )
+        if self.method is not None:  # without one, the two flags change nothing and are not in the way
+            for flag in ("block_size", "accuracy_level"):
+                if getattr(self, flag) != getattr(OptimizeOptions, flag):
+                    self._require_method(f"--{flag} {getattr(self, flag)}", lambda method: method.uses_blocks)
         if self.reduce_range and not self.has_8_bit_products:
             reducing = _names(method for method in METHODS.values() if method.reduces_range)
             found = f"--weight_bits {self.weight_bits} needs no reduction" if self.narrow else "neither is given"
