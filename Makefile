@@ -58,8 +58,9 @@ browser-programs: $(BROWSER)/installed
 		command -v $$program >/dev/null || { echo "$$program is not on the path; install it"; exit 2; }; done
 
 $(BROWSER)/installed: tests/browser/package.json
-	{ command -v chromium && command -v npm; } >/dev/null || test "$$(id -u)" != 0 || \
-		{ apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium npm; }
+	@missing=$$(for program in chromium npm; do command -v $$program >/dev/null || echo $$program; done); \
+		test -z "$$missing" || test "$$(id -u)" != 0 || \
+		{ apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends $$missing; }
 	@command -v npm >/dev/null || { echo "npm is not on the path; install Node.js 20 or newer"; exit 2; }
 	mkdir -p $(BROWSER)
 	cp tests/browser/package.json $(BROWSER)/package.json
