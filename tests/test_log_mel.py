@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -36,18 +37,11 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
-def test_the_graph_computes_nemos_features(numbers, spec):
-    """A ragged batch of speech, speech before silence, and a clip of five frames less one sample.
-
-    Bands whose energy is below the guard of the logarithm are left out: their features are rounding errors of the
-    logarithm, divided by a deviation that is nearly 0.
-    """
-    import torch
+def preprocessor(spec: ModelSpec) -> Any:
+    """NeMo's own, with these numbers."""
     from nemo.collections.asr.modules import AudioToMelSpectrogramPreprocessor
 
-    spec = dataclasses.replace(spec, **numbers)
-    nemo = AudioToMelSpectrogramPreprocessor(
+    return AudioToMelSpectrogramPreprocessor(
         sample_rate=spec.sample_rate,
         features=spec.num_mels,
         n_fft=spec.fft_size,
@@ -60,6 +54,18 @@ def test_the_graph_computes_nemos_features(numbers, spec):
         dither=1e-5,
         pad_to=0,
     ).eval()
+
+
+@pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
+def test_the_graph_computes_nemos_features(numbers, spec):
+    """A ragged batch of speech, speech before silence, and a clip of five frames less one sample.
+
+    Bands whose energy is below the guard of the logarithm are left out: their features are rounding errors of the
+    logarithm, divided by a deviation that is nearly 0.
+    """
+    import torch
+
+    spec = dataclasses.replace(spec, **numbers)
     clips = [load_clip(Clip(clip), 16000, 0) for clip in CLIPS[:3]]
     clips += [np.concatenate([clips[0][:24000], np.zeros(8000, np.float32)]), clips[1][: 5 * spec.hop_length - 1]]
     lengths = np.array([len(clip) for clip in clips])
@@ -69,13 +75,50 @@ def test_the_graph_computes_nemos_features(numbers, spec):
     session = ort.InferenceSession(log_mel_graph(spec))
     made, made_lengths = session.run(["features", "features_lens"], {"waveforms": waveforms, "waveforms_lens": lengths})
     with torch.inference_mode():
-        expected, expected_lengths = nemo(input_signal=torch.from_numpy(waveforms), length=torch.from_numpy(lengths))
+        expected, expected_lengths = preprocessor(spec)(
+            input_signal=torch.from_numpy(waveforms), length=torch.from_numpy(lengths)
+        )
     assert made.dtype == np.float32
     assert made.shape[1] == spec.num_mels
     assert made_lengths.tolist() == expected_lengths.tolist()
     for actual, reference, length in zip(made, expected.numpy(), made_lengths, strict=True):
         np.testing.assert_allclose(actual[:, :length], reference[:, :length], rtol=0, atol=FEATURES_TOLERANCE)
         assert not actual[:, length:].any()
+
+
+def test_rows_without_a_frame_and_what_lies_behind_the_end_of_a_row(spec):
+    """Rows of each small length are those of NeMo, zeros where there is no frame, and nothing behind the end of a row
+    reaches it. Without any sample, where NeMo stops with an IndexError, there is one frame, which is not valid."""
+    import torch
+
+    session, nemo = ort.InferenceSession(log_mel_graph(spec)), preprocessor(spec)
+
+    def features(waveforms: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
+        return session.run(None, {"waveforms": waveforms, "waveforms_lens": np.array(lengths)})
+
+    speech = load_clip(Clip(CLIPS[0]), 16000, 0)[8000:12000]
+    for samples in (1, 2, 100, 159, 160, 161, 319, 320, 500):
+        made, lengths = features(speech[None, :samples], [samples])
+        with torch.inference_mode():
+            expected, _ = nemo(input_signal=torch.from_numpy(speech[None, :samples]), length=torch.tensor([samples]))
+        assert made.shape == expected.shape == (1, 128, 1 + samples // 160)
+        assert lengths.tolist() == [samples // 160]
+        np.testing.assert_allclose(made, expected.numpy(), rtol=0, atol=FEATURES_TOLERANCE)
+
+    ends = [0, 1, 159, 160, 1000, 4000]
+    batch = np.tile(speech, (len(ends), 1))
+    with torch.inference_mode():
+        expected, _ = nemo(input_signal=torch.from_numpy(batch), length=torch.tensor(ends))
+    for behind in (0, np.nan, np.inf, -np.inf, 3e38):
+        for row, end in zip(batch, ends, strict=True):
+            row[end:] = behind
+        made, lengths = features(batch, ends)
+        assert lengths.tolist() == [end // 160 for end in ends]
+        np.testing.assert_allclose(made, expected.numpy(), rtol=0, atol=FEATURES_TOLERANCE)
+
+    made, lengths = features(np.zeros((2, 0), np.float32), [0, 0])
+    assert (made.shape, lengths.tolist()) == ((2, 128, 1), [0, 0])
+    assert not made.any()
 
 
 def test_features_that_differ_are_an_error(spec, tiny_model):

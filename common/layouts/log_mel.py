@@ -29,22 +29,24 @@ FIXED_FEATURES: Mapping[str, tuple[float, ...]] = {
 # The largest difference allowed from the library's features; float32 and another order of sums make it 3e-4.
 FEATURES_TOLERANCE = 1e-3
 
-# N samples, M mel bins, T frames. `keep` is 1 for a valid frame, else 0.
+# N samples, M mel bins, T frames. What lies behind the end of a row may be NaN, so it is replaced, not multiplied by 0.
+# A row of one frame, or of none, is divided by 1.
 GRAPH = """
 <ir_version: 8, opset_import: ["" : 17]>
 log_mel (float[batch, samples] waveforms, int64[batch] waveforms_lens)
     => (float[batch, {mels}, frames] features, int64[batch] features_lens)
 {{
-    rows = Unsqueeze(waveforms, axis1)
-    emphasised = Conv<pads = [1, 0]>(rows, emphasis)
-    samples_shape = Shape<start = 1, end = 2>(waveforms)
+    padded = Pad(waveforms, edges)
+    rows = Unsqueeze(padded, axis1)
+    emphasised = Conv(rows, emphasis)
+    samples_shape = Shape<start = 2, end = 3>(emphasised)
     samples = Squeeze(samples_shape)
     sample_places = Range(zero, samples, one)
-    sample_ends = Unsqueeze(waveforms_lens, axes12)
+    ends = Add(waveforms_lens, edge)
+    sample_ends = Unsqueeze(ends, axes12)
     sample_valid = Less(sample_places, sample_ends)
-    sample_keep = Cast<to = 1>(sample_valid)
-    signal = Mul(emphasised, sample_keep)
-    spectrum = Conv<strides = [{hop}], pads = [{pad}, {pad}]>(signal, sinusoids)
+    signal = Where(sample_valid, emphasised, zero_float)
+    spectrum = Conv<strides = [{hop}]>(signal, sinusoids)
     squares = Mul(spectrum, spectrum)
     energies = MatMul(mels, squares)
     guarded = Add(energies, guard)
@@ -55,13 +57,13 @@ log_mel (float[batch, samples] waveforms, int64[batch] waveforms_lens)
     frame_places = Range(zero, frames, one)
     frame_ends = Unsqueeze(features_lens, axes12)
     frame_valid = Less(frame_places, frame_ends)
-    keep = Cast<to = 1>(frame_valid)
-    count = Cast<to = 1>(frame_ends)
-    kept = Mul(logarithms, keep)
+    kept = Where(frame_valid, logarithms, zero_float)
     sums = ReduceSum(kept, axis2)
+    valid_frames = Cast<to = 1>(frame_ends)
+    count = Max(valid_frames, one_float)
     means = Div(sums, count)
     distances = Sub(logarithms, means)
-    centred = Mul(distances, keep)
+    centred = Where(frame_valid, distances, zero_float)
     distances2 = Mul(centred, centred)
     sums2 = ReduceSum(distances2, axis2)
     less_one = Sub(count, one_float)
@@ -121,13 +123,14 @@ def check_features(file: str, graph: bytes, spec: ModelSpec, features: Features)
 def log_mel_graph(spec: ModelSpec) -> bytes:
     """An ONNX model: waveforms [B, N] float32, waveforms_lens [B] → features [B, M, T] float32, features_lens [B].
 
-    T is 1 + N // hop, and features after features_lens are 0. The checkpoint's features must not differ in any of the
-    ways that ModelSpec.unsupported_features lists.
+    T is 1 + N // hop, also for N = 0, and features after features_lens are 0. The checkpoint's features must not differ
+    in any of the ways that ModelSpec.unsupported_features lists.
     """
     from librosa.filters import mel  # these are not needed by readers of a folder
     from onnx import numpy_helper, parser
 
     bins = mel(sr=spec.sample_rate, n_fft=spec.fft_size, n_mels=spec.num_mels)  # [M, F]
+    edge = spec.win_length // 2  # zeros before and after the samples; one more before them for the emphasis
     tensors = {
         "emphasis": np.array([[[-spec.preemphasis, 1]]], np.float32),
         "sinusoids": _sinusoids(spec.fft_size, spec.win_length),
@@ -135,14 +138,17 @@ def log_mel_graph(spec: ModelSpec) -> bytes:
         "guard": np.float32(spec.log_guard),
         "epsilon": np.float32(spec.norm_eps),
         "hop": np.int64(spec.hop_length),
+        "edges": np.array([0, edge + 1, 0, edge]),
+        "edge": np.int64(edge),
         "zero": np.int64(0),
         "one": np.int64(1),
+        "zero_float": np.float32(0),
         "one_float": np.float32(1),
         "axis1": np.array([1]),
         "axis2": np.array([2]),
         "axes12": np.array([1, 2]),
     }
-    text = GRAPH.format(mels=spec.num_mels, hop=spec.hop_length, pad=spec.win_length // 2)
+    text = GRAPH.format(mels=spec.num_mels, hop=spec.hop_length)
     model = parser.parse_model(text)
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in tensors.items())
     return bytes(model.SerializeToString())
