@@ -38,7 +38,7 @@ from common.layouts import ALL, LAYOUTS, check_same_layouts, exported_vocabulari
 from common.layouts.genai import GENAI
 from common.layouts.layout import Layout
 from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime
-from common.report.card import CARD, write_card
+from common.report.card import CARD, FEATURES, write_card
 from common.run.config import RuntimeConfig
 from common.run.reference import features_of
 
@@ -112,7 +112,8 @@ def _export(args: argparse.Namespace) -> None:
             # A checkpoint of the Hub needs no path, since it is found again by its name and commit.
             write_locations(folder, output_dir / name, checkpoint=None if checkpoint.name else checkpoint.path)
             oldest = minimum_runtime(folder / graph.file for graph in layout.graphs)
-            section = {"source": source, "flags": options.record(), **results, MINIMUM_RUNTIME: oldest}
+            features = {name: getattr(spec, name) for name in FEATURES}
+            section = {"source": source, "flags": options.record(), **features, **results, MINIMUM_RUNTIME: oldest}
             manifest, _ = kept[name]
             write_manifest(folder, manifest, "export", section)
             write_card(folder, output_dir / name, layout)

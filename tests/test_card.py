@@ -77,7 +77,8 @@ These files are an adaptation of it under the same licence, [CC-BY-4.0]\
 
 ## Use
 
-In this folder, with `pip install onnxruntime-genai==0.18.0` (the graphs need ONNX Runtime 1.17 or newer):
+In this folder, with `pip install onnxruntime-genai==0.18.0 soundfile soxr` (the graphs need ONNX Runtime 1.17 or \
+newer):
 
 """
 AFTER_THE_CODE = f"""
@@ -162,6 +163,9 @@ def test_figures_are_the_manifest_s(tiny_optimized, tiny_export):
     assert "--skip_fusion" not in text
     assert str(TINY.parents[1]) not in text
     assert "Signal to quantization noise" not in (tiny_export / CARD).read_text()
+    assert "mono[: len(mono) // 160 * 160], 16000, " in text
+    manifest["export"] |= {"sample_rate": 8000, "hop_length": 80}
+    assert "mono[: len(mono) // 80 * 80], 8000, " in model_card(manifest, GENAI)
     unverified = manifest_of(tiny_export)
     unverified["export"]["parity"] = {}
     assert "not verified" in model_card(unverified, GENAI)

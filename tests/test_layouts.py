@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import re
 import shutil
@@ -11,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+import onnxruntime_genai as og
 import pytest
+import soundfile
+import soxr
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -31,10 +35,10 @@ from common.layouts.genai import GENAI
 from common.layouts.layout import Layout
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX, SHERPA_ONNX_GRAPHS
-from common.report.card import CARD
+from common.report.card import CARD, FEATURES
 from common.report.report import REPORT_JSON
 from common.run.genai import GenAI
-from common.run.reference import features_of
+from common.run.reference import Nemo, features_of
 from tests.helpers import (
     CLIPS,
     REDUCED,
@@ -334,19 +338,49 @@ def test_a_second_run_keeps_what_it_did_not_write_in_a_subfolder(tmp_path):
 
 @pytest.mark.parametrize("runtime", LAYOUTS)
 def test_the_usage_runs_and_is_documented(runtime, exported, nemo_texts, tmp_path):
-    import soundfile
-
     documented = {GENAI.runtime: ("README.md", "onnx_models_optimized")}
     page, folder = documented.get(runtime, ("docs/runtimes.md", f"onnx_models_all/{runtime}"))
     text = (ROOT / page).read_text(encoding="utf-8")
     assert f"`pip install {' '.join(LAYOUTS[runtime].packages)}`" in text
-    assert LAYOUTS[runtime].usage.format(folder=folder, audio="audio.wav") in text
+    assert LAYOUTS[runtime].usage.format(folder=folder, audio="audio.wav", **FEATURES) in text
     samples, sample_rate = soundfile.read(CLIPS[0], dtype="float32")
-    samples = samples[: len(samples) // 160 * 160]
     stereo = np.stack([1.5 * samples, 0.5 * samples], axis=1)
     soundfile.write(tmp_path / "audio.wav", stereo, sample_rate, subtype="FLOAT")
-    done = run_python(LAYOUTS[runtime].usage.format(folder=exported / runtime, audio=tmp_path / "audio.wav"))
-    assert done.stdout.strip() == nemo_texts[0], done.stderr
+    assert transcribed_by_the_snippet(LAYOUTS[runtime], exported, tmp_path / "audio.wav") == nemo_texts[0]
+
+
+def transcribed_by_the_snippet(layout: Layout, exported: Path, audio: Path) -> str:
+    done = run_python(layout.usage.format(folder=exported / layout.runtime, audio=audio, **FEATURES))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_snippet_of_genai_gives_nemos_text_where_genai_alone_does_not(exported, tiny_model, tmp_path):
+    """A clip for which GenAI by itself computes a frame of features more than NeMo, and whose text depends on that;
+    as a WAV of six channels, of which GenAI by itself makes three times as many samples."""
+    samples, _ = soundfile.read(CLIPS[0], dtype="float32")
+    samples = samples[: 216 * 160 + 159]
+    nemo, genai = Nemo(tiny_model), GenAI(exported / GENAI.runtime)
+    features = nemo.features(samples)
+    expected = nemo.transcribe(features).text
+    assert genai.features(samples).shape[1] == features.shape[1] + 1
+    assert genai.text(genai.transcribe(samples)) != expected
+    soundfile.write(tmp_path / "audio.wav", np.repeat(samples[:, None], 6, axis=1), 16000, subtype="FLOAT")
+    assert transcribed_by_the_snippet(GENAI, exported, tmp_path / "audio.wav") == expected
+
+
+def test_the_snippet_of_genai_reads_mp3_with_a_tag(exported, tmp_path):
+    """GenAI by itself does not. The rate is another than the model's."""
+    samples, rate = soundfile.read(CLIPS[3], dtype="float32")
+    encoded = io.BytesIO()
+    soundfile.write(encoded, soxr.resample(samples, rate, 24000), 24000, format="MP3")
+    title = b"TIT2\0\0\0\6\0\0\0Clip\0"
+    tag = b"ID3\3\0\0\0\0\0" + bytes([len(title)]) + title
+    (tmp_path / "audio.mp3").write_bytes(tag + encoded.getvalue())
+    genai = GenAI(exported / GENAI.runtime)
+    with pytest.raises(RuntimeError, match="Cannot detect audio stream format"):
+        genai.processor("", audios=og.Audios.open(str(tmp_path / "audio.mp3")))
+    assert transcribed_by_the_snippet(GENAI, exported, tmp_path / "audio.mp3") == ROWS[3]["text"]
 
 
 TOY_GRAPHS = (

@@ -111,20 +111,26 @@ class GenAILayout(Layout):
     """The folder of ONNX Runtime GenAI. export_tokenizer.py writes its vocabulary."""
 
     runtime = "genai"
-    packages = ("onnxruntime-genai",)
-    cuda_packages = ("onnxruntime-genai-cuda",)
+    packages = ("onnxruntime-genai", "soundfile", "soxr")
+    cuda_packages = ("onnxruntime-genai-cuda", "soundfile", "soxr")
     graphs = GRAPHS
     config_files = (GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG)
     vocabulary = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
     vocabulary_command = TOKENIZER_COMMAND
     usage = """\
+import io
 import onnxruntime_genai as og
+import soundfile
+import soxr
 
-# GenAI reads WAV, FLAC and MP3 of 16 kHz and more, mono or stereo: convert anything else to 16 kHz mono first.
+samples, sample_rate = soundfile.read("{audio}", dtype="float32", always_2d=True)
+mono = soxr.resample(samples.mean(axis=1), sample_rate, {sample_rate})
+wav = io.BytesIO()  # a file in memory, cut to whole hops, as NeMo cuts audio
+soundfile.write(wav, mono[: len(mono) // {hop_length} * {hop_length}], {sample_rate}, "FLOAT", format="WAV")
 model = og.Model("{folder}")
 processor, tokenizer = model.create_multimodal_processor(), og.Tokenizer(model)
 generator = og.Generator(model, og.GeneratorParams(model))
-generator.set_inputs(processor("", audios=og.Audios.open("{audio}")))
+generator.set_inputs(processor("", audios=og.Audios.open_bytes(wav.getvalue())))
 while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))

@@ -53,7 +53,9 @@ class Layout(ABC):
     second_name: ClassVar[str] = ""  # of a graph {name}.onnx that is quantized by {method}; where empty, it has none
     vocabulary: ClassVar[tuple[str, ...]]  # the first file has a line for each token
     vocabulary_command: ClassVar[Command] = EXPORT_COMMAND  # that writes these files; {} stands for the folder
-    usage: ClassVar[str]  # Python that transcribes a file, its channels averaged; {folder} and {audio} are the paths
+    # Python that transcribes a file, its channels averaged. {folder} and {audio} are paths; {sample_rate}, in Hz, and
+    # {hop_length}, in samples, are those of the features.
+    usage: ClassVar[str]
 
     @abstractmethod
     def check(self, spec: ModelSpec, features: Features) -> None:

@@ -38,6 +38,8 @@ LICENSE_UNKNOWN = (
     "**The licence is not known.** Before you publish this folder, look up the terms of the checkpoint, and fill in "
     "`license` and `language` at the top of this file."
 )
+# Numbers of the features that the snippet needs, with those of folders made by earlier versions, which record none.
+FEATURES = {"sample_rate": 16_000, "hop_length": 160}
 SCRIPTS = {
     "export": "export_parakeet_to_onnx.py",
     "tokenizer": "export_tokenizer.py",
@@ -154,7 +156,8 @@ def _usage(manifest: dict[str, Any], layout: Layout) -> str:
     packages = " ".join((pinned, *others))
     oldest = (manifest.get("optimize") or section).get(MINIMUM_RUNTIME)  # not recorded by earlier versions
     needed = f" (the graphs need ONNX Runtime {oldest} or newer)" if oldest else ""
-    usage = layout.usage.format(folder=".", audio="audio.wav")
+    features = {name: section.get(name, value) for name, value in FEATURES.items()}
+    usage = layout.usage.format(folder=".", audio="audio.wav", **features)
     text = f"In this folder, with `pip install {packages}`{needed}:\n\n```python\n{usage}```"
     return "\n\n".join(filter(None, (text, layout.browser_usage())))
 
