@@ -67,7 +67,8 @@ def test_bins_and_calibration_error_by_hand():
 
 def test_differing_words_are_marked():
     words = [ShownWord(word, start=i, end=i + 1) for i, word in enumerate(["And", "so,", "my", "friends", "ask"])]
-    row = marked_row("ONNX", words, "and so my fellow Americans ask", "and so my fellow Americans ask")
+    text = "and so my fellow Americans ask"
+    row = marked_row("ONNX", words, text, text, "And so, my friends ask")
     assert [word.text for word in row.words if not word.mark] == ["And", "so,", "my", "ask"]
     assert {word.text for word in row.words if word.mark == "lost"} == {"fellow", "Americans"}
     assert [word.text for word in row.words if word.mark == "other"] == ["friends"]
@@ -101,7 +102,7 @@ def test_a_waveform_follows_the_samples():
 def test_hostile_text_is_text_and_no_other_script_runs():
     samples = np.zeros(RATE, np.float32)
     words = [ShownWord(word, 0.0, 0.5, 0.4) for word in HOSTILE_TEXT.split()]
-    rows = [marked_row(HOSTILE_TEXT, words, "none of it", None)]
+    rows = [marked_row(HOSTILE_TEXT, words, "none of it", None, HOSTILE_TEXT)]
     clip = shown_clip(HOSTILE_TEXT, samples, RATE, rows)
     text = clips_page(HOSTILE_TEXT, HOSTILE_TEXT, [clip])
     page = Page(text)

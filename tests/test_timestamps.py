@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import numpy as np
 import pytest
+import soundfile
+import srt as srt_parser
+import webvtt
 
 import test_real_speech
 from benchmarks.confidence import METHODS, nemo_confidences
 from common.evaluate.words import (
     LINE_CHARACTERS,
     MAX_CUE_SECONDS,
+    PAUSE_SECONDS,
     Pieces,
     cues,
     furthest_apart,
@@ -117,6 +122,27 @@ def test_words_as_nemo_makes_them(case, handmade):
     assert [(word["word"], word["start_offset"], word["end_offset"]) for word in found] == expected
 
 
+PAUSES = {
+    "half of a number in another sentence": (
+        "▁he@1+2 .@9+1 llo@40+2 ▁wor@45+1",
+        [("he.", 1, 3), ("llo", 40, 42), ("wor", 45, 46)],
+    ),
+    "a pause of a second, 12.5 frames": ("▁he@1+2 llo@15+1 t@29+1", [("hello", 1, 16), ("t", 29, 30)]),
+    "a lone space long before its word": ("▁he@0+1 ▁@3+1 t@40+2", [("he", 0, 1), ("t", 40, 42)]),
+    "a mark long after its word": ("▁he@0+1 ▁'@40+1 t@41+1", [("he '", 0, 1), ("t", 41, 42)]),
+    "a word of more than 7 s, 87.5 frames": (
+        " ".join(f"{'t' if frame else '▁he'}@{frame}+4" for frame in range(0, 160, 4)),
+        [("he" + 20 * "t", 0, 84), (19 * "t", 84, 160)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PAUSES)
+def test_words_that_are_shown_end_before_a_pause_and_within_seven_seconds(case, handmade):
+    steps, expected = steps_of(PAUSES[case][0]), PAUSES[case][1]
+    assert [(word.text, word.start, word.end) for word in timed_words(steps, handmade, FRAME)] == expected
+
+
 def test_bytes_become_characters_and_special_tokens_nothing(handmade):
     steps = steps_of("<|en|>@0+1 ▁caf@1+1 <0xC3>@3+1 <0xA9>@4+2 .@8+1 <unk>@9+1 ▁he@12+1")
     assert timed_words(steps, handmade) == [TimedWord("café.", 1, 6), TimedWord("he", 12, 13)]
@@ -188,6 +214,39 @@ def test_srt_as_a_player_reads_it():
     assert vtt([], FRAME) == "WEBVTT\n"
 
 
+def test_subtitles_of_long_audio_are_read_by_other_libraries(tiny_export, tmp_path, capsys):
+    """A number with 20 s of silence in the middle, which a word of NeMo's spans, and clips without a pause. A subtitle
+    lasts 7 s or less, ends within a second of its last token, and does not overlap the next; all words are there."""
+    clips = [soundfile.read(path, dtype="float32")[0] for path in CLIPS]
+    number = clips[4]
+    middle = len(number) * 7 // 10
+    parts = [number[:middle], np.zeros(20 * 16000, np.float32), number[middle:], *clips, *reversed(clips)]
+    audio = tmp_path / "long.wav"
+    soundfile.write(audio, np.concatenate(parts), 16000)
+    argv = ["--model_dir", str(tiny_export), "--model_name", str(TINY), "--folders", "exported", "--audio", str(audio)]
+    for suffix in ("srt", "vtt", "json"):
+        argv += [f"--{suffix}", str(audio.with_suffix(f".{suffix}"))]
+    assert test_real_speech.main(argv) == 0, capsys.readouterr().err
+    engines = json.loads(audio.with_suffix(".json").read_text())["clips"][0]["engines"]
+    assert max(word["end"] - word["start"] for word in engines["NeMo"]["words"]) > 20
+    words = engines["ONNX Runtime onnx_models"]["words"]
+    parsed = [*srt_parser.parse(audio.with_suffix(".srt").read_text(), ignore_errors=False)]
+    assert [(cue.start, cue.end, cue.text) for cue in webvtt.read(audio.with_suffix(".vtt"))] == [
+        (*(srt_parser.timedelta_to_srt_timestamp(time).replace(",", ".") for time in (cue.start, cue.end)), cue.content)
+        for cue in parsed
+    ]
+    shown = [(cue.start.total_seconds(), cue.end.total_seconds(), cue.content) for cue in parsed]
+    starts = [start for start, _, _ in shown]
+    for (start, end, text), following in zip(shown, [*starts[1:], math.inf], strict=True):
+        own = [words.pop(0) for _ in text.split()]
+        assert [word["text"] for word in own] == text.split()
+        assert start == pytest.approx(own[0]["start"], abs=1e-3)
+        assert end - start <= MAX_CUE_SECONDS
+        assert end <= min(own[-1]["end"] + PAUSE_SECONDS, following)
+        assert all(word["end"] - word["start"] < MAX_CUE_SECONDS for word in own)
+    assert not words
+
+
 def test_furthest_apart():
     assert furthest_apart([TimedWord("a", 0, 3)], [TimedWord("a", 1, 5)]) == 2
     assert furthest_apart([TimedWord("a", 0, 3)], [TimedWord("b", 0, 3)]) == float("inf")
@@ -249,9 +308,7 @@ def test_log_probabilities_sum_to_one():
 def test_script_notices_times_that_are_not_nemos(tiny_export, capsys, monkeypatch):
     monkeypatch.setattr(
         "common.evaluate.engines.timed_words",
-        lambda emitted, pieces: [
-            TimedWord(word.text, word.start + 2, word.end) for word in timed_words(emitted, pieces)
-        ],
+        lambda *given: [TimedWord(word.text, word.start + 2, word.end) for word in timed_words(*given)],
     )
     argv = ["--model_dir", str(tiny_export), "--model_name", str(TINY), "--audio", str(CLIPS[0]), "--timestamps"]
     assert test_real_speech.main(argv) == 1

@@ -27,7 +27,7 @@ from common.layouts.genai import GENAI
 from common.layouts.layout import check_same_checkpoint
 from common.run.audio import Clip
 from common.run.config import RuntimeConfig
-from common.run.decode import BlankZero, Transcript
+from common.run.decode import BlankZero, Hypothesis, TimedWord, Transcript
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime, OpenGraph, OrtGraph
 from common.run.reference import Nemo, Reference, Transformers
@@ -138,11 +138,15 @@ class OnnxEngine(Engine):
                 recording.features_seconds + per_sample * len(recording.samples),
                 recording.features_seconds,
                 hypothesis.frames,
-                timed_words(hypothesis.emitted, self.folder.pieces) if self.with_times else None,
+                self._words(hypothesis, self.folder.config.frame_seconds),
+                self._words(hypothesis),
                 hypothesis,
             )
             for recording, hypothesis in zip(recordings, hypotheses, strict=True)
         ]
+
+    def _words(self, hypothesis: Hypothesis, frame_seconds: float = 0.0) -> list[TimedWord] | None:
+        return timed_words(hypothesis.emitted, self.folder.pieces, frame_seconds) if self.with_times else None
 
 
 class OpenFolder:

@@ -317,7 +317,7 @@ def judge_times(comparison: Comparison, ids_of_other_words: frozenset[int]) -> N
             if reason := _why_no_times(clip, name, onnx, ids_of_other_words):
                 left_out[reason] += 1
                 continue
-            expected, actual = clip.transcripts[name].words or [], clip.transcripts[onnx].words or []
+            expected, actual = clip.transcripts[name].words or [], clip.transcripts[onnx].nemo_words or []
             apart = furthest_apart(expected, actual)
             if apart > TIMES_TOLERANCE:
                 raise CheckError(f"{clip.name}: {_times_error(name, expected, actual, apart)}")

@@ -11,7 +11,9 @@ get_words_offsets in nemo/collections/asr/parts/utils/timestamp_utils.py), inclu
 * Marks are the characters of Unicode's category P within pieces that do not begin with `▁`.
 
 It differs from NeMo in two points: bytes are merged into characters (in NeMo each byte is a word, shown as U+FFFD),
-and special tokens are left out, as from every transcript here.
+and special tokens are left out, as from every transcript here. The words that are shown differ in a third one: a word
+ends before a pause and after the longest time of a subtitle. In NeMo a word goes on until the next `▁`, however much
+later that is: in an utterance of a number, half of which comes from another sentence, it lasted 74 s.
 """
 
 import html
@@ -38,7 +40,7 @@ LINE_CHARACTERS = 42
 LINES = 2
 MIN_CUE_SECONDS = 5 / 6
 MAX_CUE_SECONDS = 7.0
-PAUSE_SECONDS = 1.0  # silence after which a new cue begins
+PAUSE_SECONDS = 1.0  # silence between two tokens after which a new word and a new cue begin
 SENTENCE_END = (".", "?", "!")  # NeMo's default segment_seperators
 
 # Upper ends of the bins of confidence; most words are near 1, where the bins are narrow.
@@ -79,8 +81,12 @@ class Pieces:
         return b"".join(raw).decode("utf-8", errors="replace").replace(SPACE, " ").strip()
 
 
-def timed_words(emitted: Sequence[Step], pieces: Pieces) -> list[TimedWord]:
-    """The words of a clip whose decoding emitted these steps."""
+def timed_words(emitted: Sequence[Step], pieces: Pieces, frame_seconds: float = 0.0) -> list[TimedWord]:
+    """The words of a clip whose decoding emitted these steps.
+
+    frame_seconds: the length of an encoder frame, where words are to end before a pause of PAUSE_SECONDS and within
+    MAX_CUE_SECONDS; 0 for NeMo's own words.
+    """
     words: list[TimedWord] = []
     tokens: list[int] = []  # of the word that is being built
     confidences: list[Confidence] = []  # of these tokens
@@ -90,8 +96,11 @@ def timed_words(emitted: Sequence[Step], pieces: Pieces) -> list[TimedWord]:
             continue
         name = pieces.names[step.token]
         is_mark = name.lstrip(SPACE) in pieces.marks
-        if tokens and SPACE in name and not is_mark:
-            words.append(TimedWord(pieces.spell(tokens), start, end, _least(confidences)))
+        is_apart = (step.frame - end) * frame_seconds >= PAUSE_SECONDS
+        is_long = (step.frame + step.duration - start) * frame_seconds > MAX_CUE_SECONDS
+        if tokens and not is_mark and (SPACE in name or is_apart or is_long):
+            if not frame_seconds or pieces.spell(tokens):  # a `▁` alone is shown as no word
+                words.append(TimedWord(pieces.spell(tokens), start, end, _least(confidences)))
             tokens, confidences = [], []
         if not tokens:
             start = step.frame

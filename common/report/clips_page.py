@@ -119,10 +119,10 @@ def _count(number: int, name: str) -> str:
 # ---- rows of words
 
 
-def marked_row(engine: str, words: Sequence[ShownWord], baseline: str, text: str | None) -> ShownRow:
+def marked_row(engine: str, words: Sequence[ShownWord], baseline: str, text: str | None, transcript: str) -> ShownRow:
     """An engine's words, compared with those of `baseline` without case and punctuation.
 
-    text: what errors are counted against, where it is known.
+    text: what the errors of `transcript` are counted against, where it is known; a pause may divide one of its words.
     """
     expected_words = baseline.split()
     marked: list[ShownWord] = []
@@ -136,8 +136,7 @@ def marked_row(engine: str, words: Sequence[ShownWord], baseline: str, text: str
         marked += [replace(words[i], mark="other") for i in own]
     if text is None:
         return ShownRow(engine, marked)
-    shown = " ".join(word.text for word in words)
-    return ShownRow(engine, marked, word_errors(normalize(text), normalize(shown)))
+    return ShownRow(engine, marked, word_errors(normalize(text), normalize(transcript)))
 
 
 def _plain(text: str) -> list[ShownWord]:
@@ -177,7 +176,8 @@ def _compared(clip: ComparedClip, comparison: Comparison) -> dict[str, Any]:
     baseline = clip.transcripts[comparison.engines[0].name].text if clip.text is None else clip.text
     rows = [] if clip.text is None else [ShownRow("text", _plain(clip.text))]
     for engine, transcript in clip.transcripts.items():
-        rows.append(marked_row(engine, _words(transcript, config.frame_seconds), baseline, clip.text))
+        words = _words(transcript, config.frame_seconds)
+        rows.append(marked_row(engine, words, baseline, clip.text, transcript.text))
     return shown_clip(clip.label, config.read_clip(clip), config.sample_rate, rows)
 
 
@@ -192,7 +192,7 @@ def _stressed(result: StressResult, test: StressTest) -> dict[str, Any]:
     rows = [ShownRow("text" if has_text else f"{test.baseline}, as it is", _plain(text))]
     for each in test.results:
         if each.case == result.case:
-            rows.append(marked_row(each.engine, _plain(each.transcript), text, text))
+            rows.append(marked_row(each.engine, _plain(each.transcript), text, text, each.transcript))
     return shown_clip(name, np.concatenate(takes), test.config.sample_rate, rows)
 
 
