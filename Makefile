@@ -8,8 +8,10 @@ TINY := samples/parakeet-tdt-tiny.nemo
 DEMO := build/demo
 RANDOM := build/parakeet-0.6b-random.nemo
 BROWSER := build/browser
+MODEL ?= nvidia/parakeet-tdt-0.6b-v3
+CLIPS ?= 40
 
-.PHONY: demo test check faults browser browser-programs bench lint types clean
+.PHONY: demo test check faults browser browser-programs bench published lint types clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -72,6 +74,11 @@ bench: $(DEVELOPMENT) $(RANDOM)
 	$(BIN)/python -m benchmarks.pipeline --model_name $(RANDOM)
 	$(BIN)/python -m benchmarks.encoder --model_name $(RANDOM)
 	$(BIN)/python -m benchmarks.decoding --model_name $(RANDOM)
+
+# A published checkpoint on public speech, with a network: `make published MODEL=moondream/parakeet-ultra CLIPS=all`.
+# It says first what it downloads and needs. A run that was stopped goes on where it was (docs/published.md).
+published: $(DEVELOPMENT)
+	$(BIN)/python -m benchmarks.published --model_name $(MODEL) --clips $(CLIPS)
 
 $(RANDOM): | $(DEVELOPMENT)
 	$(BIN)/python -m benchmarks.random_checkpoint --topology 0.6b --output $@

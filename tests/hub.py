@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import json
 import socket
 import struct
 import threading
@@ -11,6 +12,8 @@ from collections import deque
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from huggingface_hub import constants
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOGIN_PAGE = b"<html>Welcome to our wireless network. Please sign in.</html>"
 
@@ -18,10 +21,11 @@ LOGIN_PAGE = b"<html>Welcome to our wireless network. Please sign in.</html>"
 class Hub:
     """`files`: path on the hub ("owner/model/model.nemo") → content. The requests that it got are in `asked`.
 
-    A JSON file is sent as it is. Any other file is in LFS: a redirect to a content network of another origin, here
-    "localhost" beside "127.0.0.1", and only the redirect gives commit, size and SHA-256. `heads` and `gets` hold the
-    faults for the next HEAD and GET requests: a status; (status, headers); ("drop" | "reset" | "stall" | "flip", bytes
-    sent before); "login"; "no range"; a number of bytes a second as ("slow", rate).
+    The paths of data sets begin with "datasets/". A JSON file is sent as it is. Any other file is in LFS: a redirect to
+    a content network of another origin, here "localhost" beside "127.0.0.1", and only the redirect gives commit, size
+    and SHA-256. `heads` and `gets` hold the faults for the next HEAD and GET requests: a status; (status, headers);
+    ("drop" | "reset" | "stall" | "flip", bytes sent before); "login"; "no range"; a number of bytes a second as
+    ("slow", rate).
     """
 
     def __init__(self, files: dict[str, bytes]):
@@ -76,6 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub.asked.append((self.command, self.path, dict(self.headers)))
         if self.path.startswith("/content/"):
             self._content(hub.gets.popleft() if hub.gets else None)
+        elif self.path.startswith(("/api/models/", "/api/datasets/")):
+            self._describe()
         elif "/resolve/" in self.path:
             self._resolve(hub.heads.popleft() if hub.heads and self.command == "HEAD" else None)
         else:
@@ -88,6 +94,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
+
+    def _describe(self):
+        """The files of a repository at a revision, as HfApi.repo_info asks for them."""
+        kind, owner, model, _, revision = self.path.partition("?")[0].removeprefix("/api/").split("/")
+        repository = f"{owner}/{model}" if kind == "models" else f"{kind}/{owner}/{model}"
+        files = {path: content for path, content in self.hub.files.items() if path.startswith(f"{repository}/")}
+        if not files:
+            self._reply(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif revision not in self.hub.revisions:
+            self._reply(404, {"X-Error-Code": "RevisionNotFound"})
+        else:
+            siblings = [
+                {"rfilename": path.removeprefix(f"{repository}/"), "size": len(content), "blobId": "",
+                 "lfs": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 1}}
+                for path, content in files.items()
+            ]  # fmt: skip
+            answer = {"id": f"{owner}/{model}", "sha": COMMIT, "siblings": siblings}
+            self._reply(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
     def _resolve(self, fault):
         """Redirect to the content of a file, or say what is missing."""
@@ -170,6 +194,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         self.close_connection = True
+
+
+def point_client_at(url: str, monkeypatch) -> None:
+    """Let huggingface_hub, which reads the environment when it is imported, ask this address."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from common.checkpoint.find import find_checkpoint, recorded_checkpoint
 from common.checkpoint.hub import DEFAULT_MODEL, file_digest, hub_name
 from common.cli import size_text
 from tests.helpers import CLIPS, ROOT, TINY, shard
-from tests.hub import COMMIT, Hub, serve
+from tests.hub import COMMIT, Hub, point_client_at, serve
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def hub():
 class User:
     """Runs scripts in this process, in an empty folder, with the cache beside it and `hub` for Hugging Face.
 
-    huggingface_hub reads the environment when it is imported; here its constants are set instead.
+    The constants of huggingface_hub are set, which reads the environment when it is imported.
     """
 
     def __init__(self, folder: Path, hub: Hub, capsys, monkeypatch):
@@ -64,9 +64,7 @@ class User:
         self.set_endpoint(hub.url)
 
     def set_endpoint(self, url: str) -> None:
-        self.monkeypatch.setattr(constants, "ENDPOINT", url)
-        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        self.monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        point_client_at(url, self.monkeypatch)
 
     def set_offline(self, *, offline: bool) -> None:
         self.monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
