@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(404, {"X-Error-Code": "RevisionNotFound"})
         elif content is None:
             self._reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        elif file.endswith(".json"):
+        elif file.endswith((".json", ".md")):
             self._plain_file(content)
         else:
             digest = hashlib.sha256(content).hexdigest()

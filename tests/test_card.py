@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from onnx import TensorProto, helper
 
 import export_tokenizer
+from common.checkpoint.terms import read_terms
 from common.folder import sha256
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import BROWSER_PAGE, ONNX_ASR
@@ -150,6 +151,51 @@ def test_front_matter(name, tiny_optimized):
         assert "licence is not known" in card.text
     if name:
         assert found["base_model_relation"] == "quantized"
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: cc-by-sa-4.0\nlanguage: en\n---\n", {"license": "cc-by-sa-4.0", "language": ["en"]}),
+        (
+            "---\r\nlicense: other\r\nlicense_name: nvidia-open\r\nlicense_link: LICENSE\r\n---\r\n# x",
+            {"license": "other", "license_name": "nvidia-open", "license_link": "LICENSE"},
+        ),
+        ("---\nlicense: mit\nlanguage: [en, no]\n---", {"license": "mit"}),  # YAML reads `no` as false
+        ("---\nlicense: other\nlicense_name: unknown\n---\n", {}),  # as in a card that this project writes
+        ("---\nlicense: unknown\n---\n", {}),
+        ("---\nlicense: [mit]\n---\n", {}),
+        ("---\nlicense: a](http://b)\n---\n", {}),
+        ('---\nlicense: "two\\nlines"\n---\n', {}),
+        ("---\nlicense: !!python/object/apply:os.system [id]\n---\n", {}),
+        ("---\nlicense: {mit\n---\n", {}),
+        (f"---\n{'[' * 5000}\n---\n", {}),
+        ("# A model\n\nlicense: mit\n", {}),
+        ("", {}),
+    ],
+)
+def test_terms_are_read_from_a_card_that_may_hold_anything(card, expected, tmp_path):
+    path = tmp_path / CARD
+    path.write_bytes(card.encode())
+    assert read_terms(path) == expected
+    path.unlink()
+    assert read_terms(path) == {}
+
+
+def test_the_licence_is_that_of_the_checkpoint_s_own_card():
+    """It goes before the one that is known by name, which still gives the languages."""
+    source = {**MANIFEST["export"]["source"], "terms": {"license": "cc-by-nc-sa-4.0"}}
+    text = model_card({**MANIFEST, "export": {**MANIFEST["export"], "source": source}}, GENAI)
+    assert text.startswith("---\nlicense: cc-by-nc-sa-4.0\nlanguage:\n- en\n")
+    assert "[CC-BY-NC-SA-4.0](https://creativecommons.org/licenses/by-nc-sa/4.0/)" in text
+    source["terms"] = {"license": "other", "license_name": "house-rules", "license_link": "LICENSE"}
+    text = model_card({**MANIFEST, "export": {**MANIFEST["export"], "source": source}}, GENAI)
+    link = f"https://huggingface.co/nvidia/parakeet-tdt-0.6b-v2/blob/{'f' * 40}/LICENSE"
+    assert f"license: other\nlanguage:\n- en\nlicense_name: house-rules\nlicense_link: {link}\n" in text
+    assert f"Its own card gives its licence as [house-rules]({link})." in text
+    source["terms"] = {"license": "cc-by-nd-4.0"}
+    text = model_card({**MANIFEST, "export": {**MANIFEST["export"], "source": source}}, GENAI)
+    assert "Its own card gives its licence as `cc-by-nd-4.0`." in text
 
 
 def test_figures_are_the_manifest_s(tiny_optimized, tiny_export):

@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.checkpoint import Contents, nemo, transformers
+from common.checkpoint import Contents, hub, nemo, transformers
 from common.checkpoint.hub import (
     DEFAULT_MODEL,
     DEFAULT_REVISION,
+    MODEL_CARD,
     NotInRepositoryError,
     commit_of,
     file_digest,
     hub_name,
 )
+from common.checkpoint.terms import read_terms
 from common.folder import CHECKPOINT, read_location, read_manifest
 
-MODEL_NAME_HELP = "Hugging Face name, .nemo file, or folder of a transformers checkpoint (%(default)s)"
+MODEL_NAME_HELP = (
+    "Hugging Face name, .nemo file, or folder: of a transformers checkpoint or an unpacked .nemo (%(default)s)"
+)
 REVISION_HELP = f"branch, tag or commit on Hugging Face ({DEFAULT_REVISION}); the commit used is in manifest.json"
 FORMAT_HELP = "the format to use where a repository or a folder has both (nemo, if it is there)"
 
@@ -49,6 +53,7 @@ class CheckpointFormat(Protocol):
         """
 
 
+MOST_NAMED = 8  # files of a repository, in a message
 FORMATS: tuple[CheckpointFormat, ...] = (nemo, transformers)  # the preferred one first
 FORMAT_NAMES = tuple(known.NAME for known in FORMATS)
 
@@ -57,7 +62,7 @@ FORMAT_NAMES = tuple(known.NAME for known in FORMATS)
 class Checkpoint:
     """A checkpoint that has been found and checked."""
 
-    path: Path  # a .nemo file, or the folder of a checkpoint of transformers
+    path: Path  # a .nemo file, or the folder of an unpacked one or of a checkpoint of transformers
     format: CheckpointFormat
     contents: Contents
     name: str | None = None  # on Hugging Face
@@ -81,15 +86,17 @@ class Checkpoint:
         """What a manifest has of it as `source`.
 
         This is its Hugging Face `name`, the `revision` asked for and the `commit` used, or the name of its `file`; its
-        `sha256`; its `format`; and its `notes`, if it has any. The path is not published (write_locations in
-        common/folder.py).
+        `sha256`; its `format`; its `notes`, and the `terms` that its own model card states, if it has any. The path is
+        not published (write_locations in common/folder.py).
         """
         if self.name is None:
             place: dict[str, Any] = {"file": self.path.name}
         else:
             place = {"name": self.name, "revision": self.revision, "commit": commit_of(self.path)}
-        notes = {"notes": list(self.contents.notes)} if self.contents.notes else {}
-        return {**place, "sha256": self.digest, "format": self.format.NAME, **notes}
+        card = (self.path if self.path.is_dir() else self.path.parent) / MODEL_CARD
+        more = {"notes": list(self.contents.notes), "terms": read_terms(card)}
+        given = {key: value for key, value in more.items() if value}
+        return {**place, "sha256": self.digest, "format": self.format.NAME, **given}
 
     def read_tokenizer(self) -> bytes:
         """Its SentencePiece model, without building the network. Raises ValueError where it has none."""
@@ -149,7 +156,7 @@ def _nothing_at(path: Path, checkpoint_format: str | None) -> OSError:
     if path.is_dir():
         return IsADirectoryError(
             f"expected a .nemo file, a folder with config.json and model.safetensors, or a Hugging Face name, got the "
-            f"folder {path}, which has neither; name the file"
+            f"folder {path}, which has neither, or several; name the file"
         )
     return FileNotFoundError(
         f"expected a .nemo file, a folder of a checkpoint or a Hugging Face name, got nothing at {path}"
@@ -171,8 +178,16 @@ def _on_hub(name: str, revision: str, checkpoint_format: str | None) -> Checkpoi
         except ConnectionError as error:
             unreachable = unreachable or error
         else:
+            if commit := commit_of(path):
+                hub.model_card(name, commit, cached_only=unreachable is not None)  # beside the checkpoint
             return Checkpoint(path, known, known.inspect(path), name, revision)
-    raise unreachable or ValueError(f"Hugging Face has {' and '.join(missing)}; check --model_name")
+    if unreachable:
+        raise unreachable
+    found = ", ".join(hub.file_names(name, revision)[:MOST_NAMED]) or "no other file"
+    raise ValueError(
+        f"Hugging Face has {' and '.join(missing)}, but {found}; check --model_name, or ask the publisher for a .nemo "
+        "file or the form of transformers"
+    )
 
 
 def recorded_checkpoint(folder: Path) -> Checkpoint:

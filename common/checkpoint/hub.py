@@ -7,6 +7,7 @@ here.
 """
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -18,6 +19,7 @@ from common.folder import DISK_ERRORS, require_free, sha256
 
 DEFAULT_MODEL = "nvidia/parakeet-tdt-0.6b-v3"
 DEFAULT_REVISION = "main"
+MODEL_CARD = "README.md"
 HUB_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(.*)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -62,6 +64,15 @@ def commit_of(checkpoint: Path) -> str | None:
         if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name):
             return folder.name
     return None
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file lies in the folder after links are followed; in huggingface_hub's cache, whether it is a blob."""
+    if commit_of(folder) and path.is_symlink():
+        # Follow one link only: the blob may be a link into a store that several caches share.
+        target = Path(os.path.normpath(path.parent.absolute() / path.readlink()))
+        return target.parent == folder.absolute().parents[1] / "blobs"
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def file_digest(path: Path) -> str:
@@ -114,6 +125,31 @@ def download(name: str, file: str, revision: str, *, cached_only: bool = False) 
         path = Path(hf_hub_download(name, file, revision=revision, local_files_only=cached_only))
     _check_content(name, path)
     return path
+
+
+def file_names(name: str, revision: str, *, cached_only: bool = False) -> list[str]:
+    """The files at the top of a repository; where Hugging Face cannot be asked, those of them in the local cache."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    with contextlib.suppress(ConnectionError, PermissionError, ValueError):
+        if not cached_only:
+            with errors_explained(name, revision, f"the list of files of {name}"):
+                info = HfApi(endpoint=constants.ENDPOINT).model_info(name, revision=revision)
+            return sorted(file.rfilename for file in info.siblings or [] if "/" not in file.rfilename)
+    with contextlib.suppress(ConnectionError, PermissionError, ValueError):
+        with errors_explained(name, revision, name):
+            folder = snapshot_download(name, revision=revision, local_files_only=True)
+        return sorted(path.name for path in Path(folder).iterdir())
+    return []
+
+
+def model_card(name: str, commit: str, *, cached_only: bool = False) -> Path | None:
+    """The repository's own README.md at a commit; None where it has none, or Hugging Face cannot be asked."""
+    if is_cached(name, MODEL_CARD, commit) is False:
+        return None
+    with contextlib.suppress(ConnectionError, PermissionError, NotInRepositoryError):
+        return download(name, MODEL_CARD, commit, cached_only=cached_only)
+    return None
 
 
 def _check_content(name: str, path: Path) -> None:

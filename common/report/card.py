@@ -1,9 +1,11 @@
 """The model card of a folder, `README.md` with Hugging Face's front matter, made from the folder's manifest alone.
 
-The same manifest gives the same bytes. What the manifest does not hold is left open, above all the licence.
+The same manifest gives the same bytes. What the manifest does not hold is left open, above all the licence: it is that
+of the checkpoint's own card, or of a checkpoint that is known here.
 """
 
 import itertools
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,8 @@ CARD = "README.md"
 NEMO, TRANSFORMERS = Nemo.name, Transformers.name
 
 V3_LANGUAGES = "bg hr cs da nl en et fi fr de el hu it lv lt mt pl pt ro sk sl es sv ru uk"
-# Languages (ISO 639-1) of checkpoints that are published under CC-BY-4.0, by the name given as --model_name. Add a
-# checkpoint only from its own card; the licence of every other is left open.
+# Languages (ISO 639-1) of checkpoints that are published under CC-BY-4.0, by the name given as --model_name, for where
+# their own cards could not be read. Add a checkpoint only from its own card.
 PUBLISHED = {
     "nvidia/parakeet-tdt-0.6b-v3": V3_LANGUAGES,
     "nvidia/parakeet-tdt-0.6b-v2": "en",
@@ -30,9 +32,15 @@ PUBLISHED = {
     "moondream/parakeet-ultra": V3_LANGUAGES,
     "moondream/parakeet-redux": V3_LANGUAGES,
 }
-LICENSE_KNOWN = (
-    "These files are an adaptation of it under the same licence, [CC-BY-4.0]"
-    "(https://creativecommons.org/licenses/by/4.0/): give credit to its authors, and say what was changed."
+# Licences of Creative Commons that allow adaptations, as Hugging Face spells them.
+ADAPTABLE = re.compile(r"cc-(by|by-sa|by-nc|by-nc-sa)-(4\.0)")
+LICENSE_ADAPTABLE = (
+    "These files are an adaptation of it under the same licence, [{name}]"
+    "(https://creativecommons.org/licenses/{kind}/{version}/): give credit to its authors, and say what was changed."
+)
+LICENSE_OTHER = (
+    "Its own card gives its licence as {name}. These files are made from it, so read these terms before you publish "
+    "them."
 )
 LICENSE_UNKNOWN = (
     "**The licence is not known.** Before you publish this folder, look up the terms of the checkpoint, and fill in "
@@ -86,9 +94,7 @@ def model_card(manifest: dict[str, Any], layout: Layout) -> str:
 def front_matter(manifest: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """The keys that Hugging Face reads (huggingface.co/docs/hub/model-cards)."""
     name = _source_name(manifest)
-    header: dict[str, Any] = {"license": "other", "license_name": "unknown"}
-    if name in PUBLISHED:
-        header = {"license": "cc-by-4.0", "language": PUBLISHED[name].split()}
+    header: dict[str, Any] = _terms(manifest) or {"license": "other", "license_name": "unknown"}
     header |= {"library_name": layout.package, "pipeline_tag": "automatic-speech-recognition"}
     bits_of_weights = manifest.get("optimize", {}).get("weights_by_bits", {})
     precisions = ["float16"] if is_float16(manifest) else [f"{bits}-bit" for bits in bits_of_weights]
@@ -122,6 +128,31 @@ def _source_name(manifest: dict[str, Any]) -> str:
     return str(source.get("name") or source.get("file", "unknown"))
 
 
+def _terms(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Licence and languages of the checkpoint, by its own card or by its name; empty where they are not known."""
+    source, name = _source(manifest), _source_name(manifest)
+    known = {"license": "cc-by-4.0", "language": PUBLISHED[name].split()} if name in PUBLISHED else {}
+    terms = {**known, **source.get("terms", {})}
+    link = terms.get("license_link")
+    if link and "://" not in link:  # a file of the repository
+        terms["license_link"] = f"https://huggingface.co/{name}/blob/{source.get('commit') or 'main'}/{link}"
+        if "name" not in source:
+            del terms["license_link"]
+    return terms
+
+
+def _licence(terms: dict[str, Any]) -> str:
+    """What the card says of the licence."""
+    if not terms:
+        return LICENSE_UNKNOWN
+    licence = terms["license"]
+    if match := ADAPTABLE.fullmatch(licence):
+        return LICENSE_ADAPTABLE.format(name=licence.upper(), kind=match[1], version=match[2])
+    name = terms.get("license_name", licence)
+    link = terms.get("license_link")
+    return LICENSE_OTHER.format(name=f"[{name}]({link})" if link else f"`{name}`")
+
+
 def _origin(manifest: dict[str, Any]) -> str:
     name = _source_name(manifest)
     source = _source(manifest)
@@ -139,7 +170,7 @@ def _origin(manifest: dict[str, Any]) -> str:
             f" The text is in these scripts alone: {scripts}. The {export.get('suppressed_tokens', 0)} tokens with "
             "letters of others have a bias of −10,000 and are never emitted."
         )
-    return f"{text}\n\n{LICENSE_KNOWN if name in PUBLISHED else LICENSE_UNKNOWN}"
+    return f"{text}\n\n{_licence(_terms(manifest))}"
 
 
 def _library(manifest: dict[str, Any]) -> str:
