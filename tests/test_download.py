@@ -238,7 +238,7 @@ def test_no_such_repository_file_or_revision(user, hub):
     assert "no model owner/other" in user.rejected(model="owner/other")
     hub.files["owner/empty/notes.txt"] = b"nothing"
     error = user.rejected(model="owner/empty")
-    assert "no empty.nemo of owner/empty and no config.json of owner/empty; check --model_name" in error
+    assert "no empty.nemo of owner/empty and no config.json of owner/empty, but notes.txt; check --model_name" in error
     assert "no revision v9 of owner/model; check --revision" in user.rejected("--revision", "v9")
     assert "--revision is for a name on Hugging Face" in user.rejected("--revision", "v9", model=str(TINY))
 
@@ -380,7 +380,7 @@ def test_names_and_addresses(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=advice):
             hub_name(text)
-    with pytest.raises(IsADirectoryError, match="got the folder folder/inside, which has neither; name the file"):
+    with pytest.raises(IsADirectoryError, match="got the folder folder/inside, which has neither, or several; name"):
         find_checkpoint("folder/inside/")
 
 
@@ -439,7 +439,7 @@ class TestForms:
     def test_of_both_forms_only_one_is_fetched(self, user, hub, files):
         self.publish(hub, NAME, files)
         user.succeeded()
-        assert hub.fetched() == {"model.nemo"}
+        assert hub.fetched() == {"model.nemo", "README.md"}
         assert user.source()["format"] == "nemo"
         hub.asked.clear()
         argv = ("--checkpoint_format", "transformers", "--output_dir", "other")
@@ -456,7 +456,7 @@ class TestForms:
     def test_a_repository_of_that_form_alone(self, user, hub, files, no_pauses):
         self.publish(hub, "owner/new", files)
         user.succeeded(model="owner/new")
-        assert hub.fetched() == self.NEEDED
+        assert hub.fetched() == self.NEEDED | {"README.md"}
         source = user.source()
         assert (source["name"], source["commit"], source["format"]) == ("owner/new", COMMIT, "transformers")
         hub.asked.clear()
@@ -471,6 +471,32 @@ class TestForms:
         user.succeeded("--output_dir", "third", model="owner/new")
         assert not hub.asked
         assert user.source("third") == source
+
+    def test_a_nemo_file_of_another_name_and_the_licence_of_its_card(self, user, hub, files):
+        """As in oruk/orukeet, beside the form of transformers; a second time offline."""
+        card = b"---\nlicense: cc-by-sa-4.0\nlanguage: [en, de]\nlibrary_name: nemo\n---\n# A model\n"
+        self.publish(hub, "owner/other", {**files, "README.md": card, "other-r3.nemo": CONTENT})
+        user.succeeded(model="owner/other")
+        cached = user.cache / "models--owner--other" / "snapshots" / COMMIT
+        assert {path.name for path in cached.iterdir()} == {"other-r3.nemo", "README.md"}
+        source = user.source()
+        assert (source["format"], source["sha256"]) == ("nemo", hashlib.sha256(CONTENT).hexdigest())
+        assert source["terms"] == {"license": "cc-by-sa-4.0", "language": ["en", "de"]}
+        made = (user.folder / "onnx_models" / "README.md").read_text()
+        assert made.startswith("---\nlicense: cc-by-sa-4.0\nlanguage:\n- en\n- de\n")
+        assert "[CC-BY-SA-4.0](https://creativecommons.org/licenses/by-sa/4.0/)" in made
+        hub.asked.clear()
+        user.set_offline(offline=True)
+        user.succeeded("--output_dir", "again", model="owner/other")
+        assert user.source("again") == source
+        assert not hub.asked
+
+    def test_what_a_repository_of_another_format_holds_is_named(self, user, hub):
+        hub.files["owner/packed/model.tar.zst"] = b"?"
+        error = user.rejected(model="owner/packed")
+        assert "no packed.nemo of owner/packed and no config.json of owner/packed, but model.tar.zst;" in error
+        hub.files["owner/two/a.nemo"] = hub.files["owner/two/b.nemo"] = CONTENT
+        assert "owner/two has a.nemo, b.nemo; download one of them, and pass" in user.rejected(model="owner/two")
 
     def test_what_rules_a_repository_out_is_known_before_its_weights(self, user, hub, files):
         other = files["config.json"].replace(b"ParakeetForTDT", b"ParakeetForCTC")

@@ -1,14 +1,20 @@
 """Atomic outputs and untrusted input: disks, checkpoints, model folders, clip lists and audio; each fault once."""
 
+import bz2
 import contextlib
 import json
+import lzma
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +30,9 @@ import optimize_encoder
 import test_e2e
 import test_real_speech
 from common import folder as swap
+from common.checkpoint import nemo
 from common.checkpoint.archive import open_archive, parse_config
+from common.checkpoint.find import find_checkpoint
 from common.checkpoint.nemo import load_model, read_config
 from common.folder import LOCATIONS, fingerprint, staged_folder, verify_files, write_json
 from common.layouts.layout import REPORT_FILES
@@ -37,8 +45,10 @@ from tests.faults.clip_lists import CLIP_LISTS
 from tests.faults.disks import small_disk
 from tests.faults.folders import DAMAGES
 from tests.helpers import (
+    CONFIG,
     ROOT,
     TINY,
+    WEIGHTS,
     WITHOUT_SPEED,
     rejected,
     reproducible,
@@ -376,6 +386,33 @@ LEFT_TO_NEMO = {
 }
 
 
+def saved_by_torch(path: Path, **options) -> None:
+    import torch
+
+    torch.save({"state_dict": {"x": torch.zeros(3)}, "epoch": 3}, path, **options)
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as content:
+        content.write(TINY, "folder/model.nemo")
+
+
+TRAINING_RUN = ("a file of torch.save, such as the .ckpt of a training run", "load_from_checkpoint", "save_to")
+PACKINGS = {
+    "the .ckpt of a training run": (saved_by_torch, TRAINING_RUN),
+    "the same before torch 1.6": (partial(saved_by_torch, _use_new_zipfile_serialization=False), TRAINING_RUN),
+    "zip": (zipped, ("is packed with zip, and NeMo packs with tar; unpack it",)),
+    "Zstandard": (lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(99)), ("is packed with Zstandard",)),
+    "bzip2": (lambda path: path.write_bytes(bz2.compress(TINY.read_bytes(), 1)), ("is packed with bzip2",)),
+    "xz": (lambda path: path.write_bytes(lzma.compress(b"x" * 999)), ("is packed with xz",)),
+    "a top folder": (
+        lambda path: write_tar(path, {f"model/{name}": content for name, content in small_members().items()}),
+        (f"expected {CONFIG} at the top of", f"got model/{CONFIG}; unpack the file, and pass the folder that has both"),
+    ),
+    "a pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), ("git lfs pull",)),
+}
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize("name", sorted(checkpoints.CHECKPOINTS.keys() - LEFT_TO_NEMO))
     def test_is_rejected_before_nemo_is_asked(self, name, tmp_path, monkeypatch):
@@ -423,13 +460,64 @@ class TestCheckpoints:
         assert read_config(path) == read_config(plain)
         assert load_model(path).decoder.blank_idx == 8192
 
+    def test_an_unpacked_checkpoint_is_the_checkpoint(self, tmp_path, tiny_model, monkeypatch, restore_with_nemo):
+        """The folder that `tar xf` makes of it, with files that do not belong to it and are not counted."""
+        import torch
+
+        monkeypatch.setattr(nemo, "_restore", restore_with_nemo)
+        folder = tmp_path / "unpacked"
+        with tarfile.open(TINY) as tar:
+            tar.extractall(folder, filter="data")
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+        (folder / "notes.txt").write_text("mine")
+        (folder / "runs").mkdir()
+        found, packed = find_checkpoint(str(folder)), find_checkpoint(str(TINY))
+        assert (found.path, found.format) == (folder, nemo)
+        assert {path.name for path in found.contents.files} == tiny_members().keys()
+        assert found.read_tokenizer() == packed.read_tokenizer()
+        assert found.record()["terms"] == {"license": "mit"}
+        digest = found.digest
+        (folder / "notes.txt").write_text("changed")
+        assert find_checkpoint(str(folder)).digest == digest
+        state = find_checkpoint(os.path.relpath(folder)).load_model().state_dict()
+        for name, tensor in tiny_model.state_dict().items():
+            assert torch.equal(tensor, state[name]), name
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                lambda folder: (folder / WEIGHTS).unlink(),
+                f"expected {WEIGHTS} in .*, which is not a whole NeMo checkpoint",
+            ),
+            (lambda folder: (folder / CONFIG).write_text("x: ${oc.env:HOME}"), "a reference; NeMo saves none"),
+            (lambda folder: (folder / "out").symlink_to("/etc/passwd"), "got a link to a place outside"),
+            (lambda folder: (folder / WEIGHTS).write_bytes(b"pickle"), "as torch.save writes it, got another file"),
+        ],
+    )
+    def test_an_unpacked_checkpoint_is_checked(self, change, message, tmp_path):
+        for name, content in small_members().items():
+            (tmp_path / name).write_bytes(content)
+        change(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            find_checkpoint(str(tmp_path)).load_model()
+
+    @pytest.mark.parametrize("name", PACKINGS)
+    def test_another_packing_is_named_with_what_to_do(self, name, tmp_path):
+        write, messages = PACKINGS[name]
+        write(tmp_path / "model.nemo")
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / "model.nemo"))) as caught:
+            find_checkpoint(str(tmp_path / "model.nemo"))
+        assert all(message in str(caught.value) for message in messages), caught.value
+        assert "download it again" not in str(caught.value)
+
     def test_names_with_a_leading_dot_are_found(self, tmp_path):
         """NeMo's own save_to writes ./model_config.yaml."""
         members = {f"./{name}": content for name, content in tiny_members().items()}
         write_tar(tmp_path / "dot.nemo", members)
         assert read_config(tmp_path / "dot.nemo") == read_config(TINY)
         with open_archive(tmp_path / "dot.nemo") as archive:
-            assert "model_weights.ckpt" in archive.members
+            assert "model_weights.ckpt" in archive.sizes
 
     def test_a_config_with_a_few_aliases_is_read(self):
         assert parse_config(b"a: &x [1, 2]\nb: *x\n", set()) == {"a": [1, 2], "b": [1, 2]}

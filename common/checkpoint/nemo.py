@@ -1,4 +1,4 @@
-"""The format `.nemo`: its config, its SentencePiece model, and the model that NeMo builds from it.
+"""The format `.nemo`, packed or unpacked: its config, its SentencePiece model, and the model that NeMo builds from it.
 
 Every function checks the archive first (archive.py). NeMo and torch are imported inside the functions that build a
 model, since their import takes ten seconds.
@@ -33,29 +33,47 @@ FEATURE_BUFFERS = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb
 
 
 def locate(path: Path) -> Path | None:
-    """The `.nemo` file that a path names: any file, or the only `.nemo` file of a folder."""
-    found = sorted(path.glob("*.nemo")) if path.is_dir() else [path] if path.is_file() else []
+    """The checkpoint that a path names: a file, the folder of an unpacked one, or the only `.nemo` file of a folder."""
+    if path.is_file() or (path / CONFIG_MEMBER).is_file():
+        return path
+    found = sorted(path.glob("*.nemo"))
     return found[0] if len(found) == 1 else None
 
 
 def download(name: str, revision: str, *, cached_only: bool) -> Path:
-    """The `.nemo` file of a repository on Hugging Face, in the local cache. Raises as hub.download does."""
-    # NVIDIA publishes `owner/model` as `model.nemo` (nemo/core/classes/common.py).
-    return hub.download(name, f"{name.split('/')[1]}.nemo", revision, cached_only=cached_only)
+    """The `.nemo` file of a repository on Hugging Face, in the local cache. Raises as hub.download does, and ValueError
+    where the repository has several, none of them with its name."""
+    # NVIDIA publishes `owner/model` as `model.nemo` (nemo/core/classes/common.py). Others give the file another name.
+    try:
+        return hub.download(name, f"{name.split('/')[1]}.nemo", revision, cached_only=cached_only)
+    except (hub.NotInRepositoryError, ConnectionError) as error:
+        cached_only = cached_only or isinstance(error, ConnectionError)
+        files = hub.file_names(name, revision, cached_only=cached_only)
+        found = [file for file in files if file.endswith(".nemo")]
+        if not found:
+            raise
+        if len(found) > 1:
+            raise ValueError(f"{name} has {', '.join(found)}; download one of them, and pass its path") from None
+    return hub.download(name, found[0], revision, cached_only=cached_only)
 
 
 def inspect(checkpoint: Path) -> Contents:
-    """What the file holds. Raises ValueError unless it is a complete NeMo checkpoint that is safe to unpack."""
-    with open_archive(checkpoint):
-        pass
-    # Nearly all of the file are weights.
-    return Contents(files=[checkpoint], loaded_bytes=checkpoint.stat().st_size, notes=[])
+    """What the checkpoint holds. Raises ValueError unless it is complete and safe to unpack."""
+    with open_archive(checkpoint) as archive:
+        size = archive.sizes[WEIGHTS_MEMBER]
+        text = read_member(archive, CONFIG_MEMBER) if checkpoint.is_dir() else b""
+    if not checkpoint.is_dir():
+        return Contents(files=[checkpoint], loaded_bytes=size, notes=[])
+    # Of a folder, which may hold other files as well, those that the config names belong to the checkpoint.
+    named = [name for name in archive.sizes if f"nemo:{name}".encode() in text]
+    files = [checkpoint / name for name in (CONFIG_MEMBER, WEIGHTS_MEMBER, *named)]
+    return Contents(files=files, loaded_bytes=size, notes=[])
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
     """The content of the checkpoint's YAML. Raises ValueError where it is not a config or is unsafe (archive.py)."""
     with open_archive(checkpoint) as archive:
-        names = frozenset(archive.members)
+        names = frozenset(archive.sizes)
         text = read_member(archive, CONFIG_MEMBER)
     try:
         return copy.deepcopy(_parsed(text, names))
@@ -101,13 +119,13 @@ def require_tdt(checkpoint: Path) -> None:
 def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = None) -> Any:
     """Build the NeMo model in evaluation mode. Weights are mapped from disk, not copied over random ones.
 
-    NeMo unpacks the checkpoint into a temporary folder, in `scratch` if that is given, else where there is room. Raises
+    NeMo unpacks a file into a temporary folder, in `scratch` if that is given, else where there is room. Raises
     ValueError for a checkpoint that is not TDT, does not fit its config or is unsafe; OSError where there is no room.
     """
     require_tdt(checkpoint)
     with open_archive(checkpoint) as archive:
         check_weights(archive)
-        scratch = scratch or _folder_with_room(sum(member.size for member in archive.members.values()))
+        scratch = scratch or _folder_with_room(0 if checkpoint.is_dir() else sum(archive.sizes.values()))
     return _restore(checkpoint, device, scratch)
 
 
@@ -118,6 +136,7 @@ def _restore(checkpoint: Path, device: str, scratch: Path) -> Any:
 
     config = OmegaConf.create(_decoded_greedily(_without_labels(read_config(checkpoint))))
     connector = _assigning_connector(checkpoint)
+    connector.model_extracted_dir = str(checkpoint.resolve()) if checkpoint.is_dir() else None
     try:
         with _no_initialization(), _temporary_files_in(scratch):
             model = ASRModel.restore_from(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.checkpoint import NOT_LOADED
+from common.cli import size_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,17 @@ def read_modules(path: Path, content: Mapping[str, Any], config: Mapping[str, An
                 f"{config.get(GROUP_KEY)!r}; download both again"
             )
     return modules
+
+
+def note_of(modules: Sequence[TernaryModule]) -> str:
+    """What a user should know of the matrices: how large the export makes them, and how to store them small again."""
+    weights = sum(module.rows * module.columns for module in modules)
+    groups = sum(module.rows * module.columns // module.group for module in modules)
+    return (
+        f"{len(modules)} matrices are ternary, with a scale for {modules[0].group} columns of a row; the exported "
+        f"encoder holds them in float32 ({size_text(4 * weights)}), and optimize_encoder.py --quant_method int8 stores "
+        f"them in 2 bits ({size_text(weights // 4 + groups)})"
+    )
 
 
 def _module(path: Path, entry: object) -> TernaryModule:

@@ -17,7 +17,6 @@ network is built from the numbers of the config, and the tensors are mapped. NeM
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -160,7 +159,7 @@ def inspect(checkpoint: Path) -> FolderContents:
     if heads := sorted(name for name in header if name.startswith(HEADS)):
         notes.append(f"left out, since they are no part of {ARCHITECTURE}: {', '.join(heads)}")
     if modules:
-        notes.append(f"{len(modules)} matrices are ternary, with a scale for {modules[0].group} columns of a row")
+        notes.append(ternary.note_of(modules))
     header = {name: tensor for name, tensor in header.items() if name not in heads}
     return FolderContents(
         files=[*found, first, *parts],
@@ -182,7 +181,7 @@ def _first_file(checkpoint: Path, names: Sequence[str]) -> Path:
         if WEIGHTS in names and (checkpoint / "pytorch_model.bin").exists():
             found = "got a pickle, which may run code; save the model again with safe_serialization"
         raise ValueError(f"expected {' or '.join(names)} in {checkpoint}, {found}")
-    if not _is_inside(path, checkpoint):
+    if not hub.is_inside(path, checkpoint):
         raise ValueError(f"expected {path.name} itself in {checkpoint}, got a link to a place outside; {NOT_LOADED}")
     return path
 
@@ -207,15 +206,6 @@ def _weight_map(index: Path) -> dict[str, str]:
                 f"{NOT_LOADED}"
             )
     return content
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file lies in the folder after links are followed; in huggingface_hub's cache, whether it is a blob."""
-    if hub.commit_of(folder) and path.is_symlink():
-        # Follow one link only: the blob may be a link into a store that several caches share.
-        target = Path(os.path.normpath(path.parent.absolute() / path.readlink()))
-        return target.parent == folder.absolute().parents[1] / "blobs"
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
