@@ -53,7 +53,7 @@ def matrices(folder: Path) -> list[str]:
 def notes_of(form: str, folder: Path) -> list[str]:
     packed = [
         f"{len(matrices(folder))} matrices are ternary, with a scale for 128 columns of a row; the exported encoder "
-        "holds them in float32 (7.2 MB), and optimize_encoder.py --quant_method int8 stores them in 2 bits (466 kB)"
+        "holds them in float32 (7.9 MB), and optimize_encoder.py --quant_method int8 stores them in 2 bits (507 kB)"
     ]
     return [NO_FEATURES, HEADS, *(packed if form == "redux" else [])]
 
