@@ -26,7 +26,7 @@ from common.folder import sha256
 from common.run.audio import Clip, load_clip
 from common.run.decode import Transcript
 from common.run.reference import Nemo
-from tests.helpers import CLIPS, TINY, export_for_every_runtime
+from tests.helpers import CLIPS, REDUX, TINY, export_for_every_runtime
 
 KEPT_MODELS = 3
 # Fixtures that restore a checkpoint or run scripts. A test with one of them, directly or through another, is slow.
@@ -154,16 +154,10 @@ def tiny_export(made_once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def redux_runtimes(made_once, tiny_transformers) -> Path:
-    """The bundled checkpoint with ternary matrices, in the published form of parakeet-redux, exported with a subfolder
-    for each runtime."""
-    from benchmarks.published_forms import write_form
-
-    def export(folder: Path) -> None:
-        checkpoint = write_form("redux", tiny_transformers, folder.with_name("redux"))
-        export_for_every_runtime(checkpoint, folder)
-
-    return made_once("onnx_models_redux", export)
+def redux_runtimes(made_once) -> Path:
+    """The bundled ternary checkpoint, in the published form of parakeet-redux, exported with a subfolder for each
+    runtime."""
+    return made_once("onnx_models_redux", lambda folder: export_for_every_runtime(REDUX, folder))
 
 
 @pytest.fixture(scope="session")

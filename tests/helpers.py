@@ -35,6 +35,7 @@ from common.run.audio import Clip, load_clip
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "samples"
 TINY = SAMPLES / "parakeet-tdt-tiny.nemo"
+REDUX = SAMPLES / "parakeet-redux-tiny"  # ternary, with its own words, in the published form of parakeet-redux
 MANIFEST = SAMPLES / "manifest.jsonl"
 ROWS = [json.loads(line) for line in MANIFEST.read_text(encoding="utf-8").splitlines()]
 CLIPS = [SAMPLES / row["audio_filepath"] for row in ROWS]

@@ -22,7 +22,7 @@ from common.checkpoint.find import find_checkpoint
 from common.checkpoint.ternary import TernaryModule, unpack
 from common.folder import read_manifest
 from common.run.reference import Nemo, Transformers
-from tests.helpers import CLIPS, edit_json, edit_tensors, rejected
+from tests.helpers import CLIPS, REDUX, edit_json, edit_tensors, rejected
 
 NAME = "encoder.layers.0.self_attn.q_proj"
 NO_FEATURES = "no feature extractor: transformers' own numbers for 128 mel bins are used"
@@ -112,6 +112,20 @@ def test_weights_are_those_that_were_written(form, forms, tiny_transformers):
             continue  # a counter, which nothing uses
         assert found[name].dtype == torch.float32
         assert torch.equal(found[name], expected), name
+
+
+def test_the_bundled_ternary_checkpoint_has_the_published_form(forms):
+    """The same files, tensors, types and keys as the stand-in, which at the full topology has the published sizes."""
+    assert {path.name for path in REDUX.iterdir()} == FILES["redux"]
+    assert (REDUX / "model.safetensors").stat().st_size < 3e6
+    stand_in, sample = (load_file(folder / "model.safetensors") for folder in (forms["redux"], REDUX))
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in sample.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in stand_in.items()
+    }
+    for name in ("config.json", "ternary.json"):
+        one, other = (json.loads((folder / name).read_text()) for folder in (forms["redux"], REDUX))
+        assert one.keys() == other.keys()
+    assert find_checkpoint(str(REDUX)).contents.notes == find_checkpoint(str(forms["redux"])).contents.notes
 
 
 @pytest.mark.parametrize("form", FILES)

@@ -14,7 +14,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import optimize_encoder
+from common.checkpoint.find import find_checkpoint
 from common.contract import ENCODER, EncoderWeight, Role, encoder_weight
+from common.evaluate.wer import word_error_rate
 from common.folder import MANIFEST
 from common.onnx_io import load, save_model
 from common.quantize import INT8, RTN, rewrite
@@ -26,8 +28,10 @@ from common.quantize.methods import Format, OptimizeOptions, Plan
 from common.quantize.rewrite import check_ternary, matrices, plan_encoder, quantizable, quantize_weights
 from common.quantize.ternary import ternary_group
 from common.report.card import CARD
+from common.run.audio import Clip, load_clip
 from common.run.ort import OrtGraph
-from tests.helpers import CLIPS, PROGRAMS, SAMPLES, dequantize, profiled, rejected
+from common.run.reference import Transformers
+from tests.helpers import CLIPS, PROGRAMS, REDUX, SAMPLES, dequantize, profiled, rejected, run_python
 
 RNG = np.random.default_rng(11)
 NAME = "layers.0.attention.query.weight"
@@ -270,7 +274,8 @@ def test_detection_turned_off_gives_8_bits(redux_export, tmp_path, monkeypatch):
 
 
 def test_what_runs_is_folded(small, tmp_path):
-    """The graph that ONNX Runtime runs multiplies by int8 constants, and has the same operators as plain int8."""
+    """The graph that ONNX Runtime runs multiplies by int8 constants, and has the same operators as plain int8. An
+    application that saves it (docs/runtimes.md) gets the same output from it."""
     level = ort.GraphOptimizationLevel
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -292,22 +297,63 @@ def test_what_runs_is_folded(small, tmp_path):
     assert {constants[node.input[1]].data_type for node in products} == {TensorProto.INT8}
     assert not any(tensor.data_type == TensorProto.INT2 for tensor in runs.initializer)
     assert not any(node.name.endswith(".unpacked") for node in runs.node)
+    for one, other in zip(encode(small), encode(tmp_path), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def spoken(redux_runtimes) -> dict[str, list]:
+    """What transformers makes of the bundled clips, with the network of the ternary checkpoint: tokens for GenAI, whose
+    program prints tokens, and texts for onnx-asr. sherpa-onnx computes other features (docs/runtimes.md), so for it
+    these are its own texts with the float32 export, which may have two word errors more."""
+    reference = Transformers(find_checkpoint(str(REDUX)).load_model())
+    transcripts = [reference.transcribe(reference.features(load_clip(Clip(clip), 16000, 0))) for clip in CLIPS]
+    texts = [transcript.text for transcript in transcripts]
+    program, _ = PROGRAMS["sherpa-onnx"]
+    done = run_python(program, redux_runtimes / "sherpa-onnx", *CLIPS)
+    assert done.returncode == 0, done.stderr
+    own = json.loads(done.stdout)
+    written = [json.loads(line)["text"] for line in (SAMPLES / "manifest.jsonl").read_text().splitlines()]
+    errors, own_errors = (word_error_rate(written, each).errors for each in (texts, own))
+    assert errors <= 2
+    assert own_errors <= errors + 2
+    return {"genai": [transcript.tokens for transcript in transcripts], "onnx-asr": texts, "sherpa-onnx": own}
 
 
 @pytest.mark.parametrize("runtime", PROGRAMS)
-def test_every_runtime_unpacks_the_weights_once(runtime, small_runtimes, tmp_path):
-    """In each runtime's own ONNX Runtime no Cast of a weight runs. With optimization switched off they do run."""
+def test_every_runtime_unpacks_the_weights_once(runtime, small_runtimes, spoken, tmp_path):
+    """In each runtime's own ONNX Runtime no Cast of a weight runs, and the words are those of transformers. With
+    optimization switched off the Casts do run."""
     unpacked = {}
     for level in (99, 0):  # ORT_ENABLE_ALL, ORT_DISABLE_ALL
         scratch = tmp_path / str(level)
         scratch.mkdir()
-        texts, events = profiled(runtime, small_runtimes / runtime, scratch, level)
-        assert any(texts)
+        found, events = profiled(runtime, small_runtimes / runtime, scratch, level)
+        assert found == spoken[runtime]
         operators = Counter(event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time"))
         assert operators["MatMulIntegerToFloat"] >= 71 * len(CLIPS)
         unpacked[level] = {event["name"] for event in events if ".unpacked" in event["name"]}
     assert unpacked[99] == set()
     assert len(unpacked[0]) >= 60
+
+
+@pytest.mark.parametrize("runtime", PROGRAMS)
+def test_every_runtime_multiplies_by_two_bits(runtime, optimized, redux_runtimes, spoken, tmp_path):
+    """What runs is the kernel for 2-bit blocks, and the words are those of transformers."""
+    folder = optimized("--weight_bits", "2", source=redux_runtimes)
+    found, events = profiled(runtime, folder / runtime, tmp_path, 99)
+    assert found == spoken[runtime]
+    operators = Counter(event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time"))
+    assert operators["MatMulNBits"] >= 61 * len(CLIPS)
+    assert not any("MatMulInteger" in operator for operator in operators)
+
+
+@pytest.mark.parametrize("runtime", ["genai", "onnx-asr"])
+def test_the_words_of_the_float32_export(runtime, redux_runtimes, spoken):
+    program, _ = PROGRAMS[runtime]
+    done = run_python(program, redux_runtimes / runtime, *CLIPS)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == spoken[runtime]
 
 
 def test_the_file_holds_a_quarter_of_a_byte_a_weight(small):
