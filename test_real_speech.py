@@ -129,7 +129,8 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         with_times=with_times,
     )
     outputs = [path for path in (args.json, args.html, *itertools.chain(*subtitles.values())) if path]
-    check_outputs(outputs, input_files(folders, clips, args.manifest, args.model_name))
+    new_folders = [getattr(args, suffix) for suffix in subtitles if len(clips) > 1]
+    check_outputs(outputs, input_files(folders, clips, args.manifest, args.model_name), new_folders)
     name, config = folders[0].path.name, folders[0].config
     config.check_clips(clips)
     if GENAI_ENGINE in args.engines:
@@ -159,6 +160,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         write_output(args.html, comparison_page(f"{name} on speech", comparison), stdout)
     for suffix, paths in subtitles.items():
         for clip, path in zip(clips, paths, strict=True):
+            path.parent.mkdir(exist_ok=True)
             write_output(path, SUBTITLES[suffix](comparison.words(clip), config.frame_seconds), stdout)
     print_and_judge(comparison)
     if reference and with_times:

@@ -14,8 +14,8 @@ from earlier rooms (tests/test_rooms.py).
     report       the report of an optimization, the model card, the page of clips
     optimize     the pipeline of optimize_encoder.py
 
-Importing the package checks that this Python is new enough, and makes Python report a missing package in one line: the
-scripts import it before any other package.
+Importing the package checks that this Python is new enough, and makes Python report a missing package, and that it was
+interrupted, in one line: the scripts import it before any other package.
 """
 
 import sys
@@ -26,6 +26,6 @@ if sys.version_info < OLDEST_PYTHON:
     print(f"error: expected Python 3.11 or newer, got {found}; run this with a newer one", file=sys.stderr)
     raise SystemExit(2)
 
-from common.cli import report_missing_package  # noqa: E402  not for an older Python to read
+from common.cli import report_at_start  # noqa: E402  not for an older Python to read
 
-sys.excepthook = report_missing_package
+sys.excepthook = report_at_start

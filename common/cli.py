@@ -32,6 +32,7 @@ EXIT_CHECK = 1  # a check ran and failed, or the program itself did
 EXIT_USAGE = 2  # the command line or an input file is not usable
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_CLOSED_OUTPUT = 141  # 128 + SIGPIPE: the program that read the output, such as `head`, has ended
+INTERRUPTED = "interrupted; nothing was written\n"
 INSTALL_COMMAND = "pip install -r requirements.txt"
 
 
@@ -51,6 +52,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and the flag --verbose."""
 
     def __init__(self, description: str) -> None:
+        open_closed_streams()
         accept_any_text()
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--verbose", action="store_true", help="show the libraries' own log and full tracebacks")
@@ -106,7 +108,7 @@ def _run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -
             sys.stdout.flush()  # so that a full disk is reported here, and not when the interpreter ends
         return EXIT_OK
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        sys.stderr.write(INTERRUPTED)
         return EXIT_INTERRUPTED
     except CheckError as error:
         return _report("check failed", error, EXIT_CHECK, verbose=args.verbose)
@@ -127,8 +129,12 @@ def _report(kind: str, error: BaseException | str, status: int, *, verbose: bool
     return status
 
 
-def report_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A sys.excepthook that reports a package that is missing when a script starts, in one line and with status 2."""
+def report_at_start(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A sys.excepthook for what happens while a script imports what it needs: it reports a missing package, and that
+    the script was interrupted, in one line and with the status that `run` gives."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write(INTERRUPTED)
+        raise SystemExit(EXIT_INTERRUPTED)
     if not issubclass(kind, ImportError) or "--verbose" in sys.argv:
         sys.__excepthook__(kind, error, trace)
     else:
@@ -140,6 +146,17 @@ def report_missing_package(kind: type[BaseException], error: BaseException, trac
 def warn(message: str) -> None:
     """Print one line on stderr; the script continues."""
     print(f"warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+def open_closed_streams() -> None:
+    """Give streams that were closed, as by `>&-`, the null device: else the next files that are opened have their
+    numbers, and what a library prints goes into them. sys.stdout stays None, since no result can be written to it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # has the lowest number that is free
+    sys.stderr = sys.stderr or os.fdopen(os.dup(2), "w")
 
 
 def accept_any_text() -> None:
@@ -234,7 +251,7 @@ def progress_bar(*, total: float | None, task: str, unit: str, shown: bool = Tru
 
     total: None where it is not known; the bar then only counts.
     """
-    from tqdm import tqdm  # not at the top: a missing package is reported by report_missing_package
+    from tqdm import tqdm  # not at the top: a missing package is reported by report_at_start
 
     # smoothing=0: the time left is computed from the average of all steps, since their cost varies.
     return tqdm(total=total, desc=task, unit=unit, smoothing=0, leave=False, disable=None if shown else True)

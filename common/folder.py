@@ -216,7 +216,7 @@ def output_path(text: str) -> Path:
     output, which are /dev/stdout and the file of `> FILE`."""
     path = Path(text)
     try:
-        return STANDARD_OUTPUT if os.path.samestat(path.stat(), os.fstat(1)) else path
+        return STANDARD_OUTPUT if sys.stdout and os.path.samestat(path.stat(), os.fstat(1)) else path
     except OSError:  # nothing there as yet, or no standard output
         return path
 
@@ -232,10 +232,11 @@ def require_file(path: Path, expected: str) -> None:
         raise ValueError(f"expected {expected}, but {path} is not a regular file")
 
 
-def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
+def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], new_folders: Collection[Path] = ()) -> None:
     """Raise before the work where an output cannot be written, is one of `inputs`, or is named twice.
 
-    A device or a named pipe can be written to. Raises ValueError, IsADirectoryError, FileNotFoundError or
+    A device or a named pipe can be written to. new_folders: those that are made when outputs are written to them, if
+    they are not there. Raises ValueError, IsADirectoryError, FileNotFoundError or
     PermissionError.
     """
     if outputs.count(STANDARD_OUTPUT) > 1:
@@ -244,7 +245,9 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
     files = [path for path in outputs if path != STANDARD_OUTPUT]
     for number, path in enumerate(files):
         folder = Path(os.path.realpath(path)).parent
-        if path.is_dir():
+        if path.parent in new_folders and not folder.exists():
+            folder = folder.parent
+        if path.is_dir() or path in new_folders:
             raise IsADirectoryError(f"{path} is a folder, where a file is to be written; give another name")
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder} to write {path} to; make it first")
@@ -261,8 +264,10 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path]) -> None:
 @contextlib.contextmanager
 def printing_beside(results: Collection[Path | None]) -> Iterator[TextIO]:
     """Redirect printing to the error output where one of `results` goes to the standard output, which a program may
-    read. Yields the standard output."""
+    read. Yields the standard output. Raises ValueError where that is closed."""
     stdout = sys.stdout
+    if STANDARD_OUTPUT in results and not stdout:
+        raise ValueError("expected a standard output for a result that goes to -, got a closed one; name a file")
     with contextlib.redirect_stdout(sys.stderr if STANDARD_OUTPUT in results else stdout):
         yield stdout
 
@@ -390,11 +395,11 @@ def verify_files(folder: Path, names: Iterable[str]) -> int:
     """Compare the files `names` of a folder with its manifest; return how many it lists (an old manifest lists none).
 
     A configuration may be edited by hand. A graph and its data belong together byte for byte, and a runtime that loads
-    a graph with the data of another does not notice. A missing file is reported by the code that reads it, not here.
-    Raises ValueError naming each file and what is wrong with it.
+    a graph with the data of another does not notice. Except for data, a missing file is reported by the code that reads
+    it, not here. Raises ValueError naming each file and what is wrong with it.
     """
     listed = read_manifest(folder).get(FILES, {})
-    checked = [name for name in names if name in listed and (folder / name).is_file()]
+    checked = [name for name in names if name in listed and (name.endswith(".data") or (folder / name).is_file())]
     wrong = [problem for name in checked if (problem := _problem(folder / name, listed))]
     if wrong:
         raise ValueError(f"{folder}: {'; '.join(wrong)}; make the folder again")
@@ -404,6 +409,8 @@ def verify_files(folder: Path, names: Iterable[str]) -> int:
 def _problem(path: Path, listed: dict[str, Any]) -> str | None:
     """What is wrong with a file according to the section `files` of its manifest, or None."""
     expected = listed[path.name]
+    if not path.is_file():
+        return f"{path.name} is missing, which holds weights of {path.stem}"
     size = path.stat().st_size
     digest = sha256(path)
     if digest == expected["sha256"]:

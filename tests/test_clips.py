@@ -2,6 +2,8 @@
 
 import json
 import os
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import soxr
 import optimize_encoder
 import test_real_speech
 from common.evaluate.wer import WordErrorRate, word_error_rate
-from common.run.audio import Clip, check_audio, load_clip, read_clips, shared_clips
+from common.run.audio import LANGUAGE_KEYS, Clip, check_audio, load_clip, read_clips, shared_clips
 from common.run.config import RuntimeConfig
 from tests.helpers import SAMPLES, rejected
 
@@ -92,6 +94,52 @@ class TestSegments:
         with pytest.raises(ValueError, match=r"clip\.flac"):
             load_clip(Clip(path, offset=4.0, duration=4.0), 16000, 1)
 
+    @pytest.mark.parametrize("suffix", ["wav", "mp3", "mp3 with a tag", "aiff", "au", "flac"])
+    def test_whole_files_that_are_cut_are_warned_of_once(self, suffix, tmp_path, capsys):
+        suffix, _, tag = suffix.partition(" ")
+        whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+        soundfile.write(whole, np.random.default_rng(0).normal(0, 0.1, 160_000), 16000)
+        content = whole.read_bytes()
+        if tag:
+            content = b"ID3\3\0\0\0\0\2\0" + bytes(256) + content
+            whole.write_bytes(content)
+        cut.write_bytes(content[: len(content) // 2])
+        assert len(load_clip(Clip(whole), 16000, 1)) == 160_000
+        assert capsys.readouterr().err == ""
+        if suffix == "flac":  # a frame that is cut is an error of the decoder
+            with pytest.raises(ValueError, match=r"cut\.flac"):
+                load_clip(Clip(cut), 16000, 1)
+            return
+        for _ in range(2):
+            assert 70_000 < len(load_clip(Clip(cut), 16000, 1)) < 90_000
+        warning = capsys.readouterr().err
+        assert warning.startswith(f"warning: {cut} ends early: its header states 10.0 s of audio, and ")
+        assert warning.count("\n") == 1
+
+    @pytest.mark.parametrize("sizes", [(None, 0), (0, 0), (2**32 - 1, 2**32 - 1), (2**31 - 1, 2**31 - 37)])
+    def test_wav_files_whose_header_does_not_know_their_length_are_read_to_the_end(self, sizes, tmp_path, capsys):
+        """Their recorder was stopped, or wrote to a pipe."""
+        samples = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+        path = tmp_path / "clip.wav"
+        soundfile.write(path, samples, 16000)
+        expected, content = load_clip(Clip(path), 16000, 1), bytearray(path.read_bytes())
+        for place, size in zip((4, 40), sizes, strict=True):
+            if size is not None:
+                struct.pack_into("<I", content, place, size)
+        path.write_bytes(content)
+        assert check_audio(Clip(path), 16000, 1) == 1.0
+        np.testing.assert_array_equal(load_clip(Clip(path), 16000, 1), expected)
+        assert path.read_bytes() == content
+        assert capsys.readouterr().err == ""
+
+    def test_a_file_of_the_name_of_the_standard_input_is_that_file(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        soundfile.write("clip.wav", np.ones(16_000) / 2, 16000)
+        Path("clip.wav").rename("-")
+        for place in (Path("-"), Path("./-")):
+            assert check_audio(Clip(place), 16000, 1) == 1.0
+            assert len(load_clip(Clip(place), 16000, 1)) == 16_000
+
     def test_are_transcribed_by_every_engine_as_their_own_files_are(self, joined, tiny_export, tmp_path, capsys):
         """In NeMo's manifests each line names its part; reading the whole file for each would triple the words."""
         path, places = joined
@@ -123,6 +171,11 @@ class TestManifests:
         assert (first.path, first.text, first.offset, first.duration) == (tmp_path / "a.flac", "Ça va", 0, None)
         assert (second.offset, second.duration) == (1, 2.5)
         assert first.line == f"{path}:1"
+
+    @pytest.mark.parametrize("key", LANGUAGE_KEYS)
+    def test_name_the_language_of_a_text_as_nemos_do(self, key, tmp_path):
+        row = {"audio_filepath": "a.flac", "text": "Ça va", "source_lang": "en", key: "fr"}
+        assert [clip.lang for clip in read_clips(manifest_of(tmp_path / "m.jsonl", row))] == ["fr"]
 
     def test_a_duration_without_an_offset_describes_the_whole_file(self, tiny_export, tmp_path, capsys):
         """Manifests of corpora have a duration in each line, which is not always that of the file."""

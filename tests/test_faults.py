@@ -278,6 +278,15 @@ class TestModelFolders:
         rejected(capsys, optimize_encoder, "--model_dir", folder, "--output_dir", tmp_path / "out")
         assert snapshot(tmp_path) == before
 
+    @pytest.mark.parametrize("fault", ["gone", "cut in half", "empty"])
+    def test_data_that_a_runtime_does_not_load_are_named(self, fault, tiny_export, tmp_path, capsys):
+        folder = shutil.copytree(tiny_export, tmp_path / "models")
+        DAMAGES[f"encoder.onnx.data {fault}"](folder)
+        argv = ("--model_dir", folder, "--audio", audio.SPEECH)
+        for script, *flags in ((test_e2e,), *((test_real_speech, "--engines", name) for name in ("genai", "onnx"))):
+            reason = rejected(capsys, script, *argv, *flags)
+            assert f"{folder}: encoder.onnx.data is {'missing' if fault == 'gone' else 'truncated'}" in reason
+
 
 class TestClipLists:
     @pytest.mark.parametrize("name", CLIP_LISTS)

@@ -381,6 +381,12 @@ def test_many_clips(tiny_optimized, tmp_path, capsys):
     assert (folder / "7.vtt").read_text().startswith("WEBVTT\n\n00:00:0")
     assert (folder / "7.srt").read_text() == (folder / "8.srt").read_text()
     assert rejected(capsys, test_real_speech, *argv, clips[0], "--srt", folder).count("which are one") == 1
+    other = tmp_path / "others"
+    assert "is a folder" in rejected(capsys, test_real_speech, *argv, "--srt", other, "--json", other)
+    assert "there is no folder" in rejected(capsys, test_real_speech, *argv, "--srt", other / "deeper")
+    clips[-1].write_bytes(b"no audio")
+    assert "that libsndfile reads" in rejected(capsys, test_real_speech, *argv, "--srt", other)
+    assert not other.exists()
 
 
 @pytest.mark.slow
@@ -773,10 +779,30 @@ class TestResults:
             assert "λ" in json.loads(content.decode())["clips"][0]["engines"]["GenAI models"]["text"]
         assert b"RTFx" in done.stderr
 
+    def test_are_an_error_where_the_standard_output_is_closed(self, tiny_export):
+        for streams, message in (
+            (">&-", "error: expected a standard output for a result that goes to -"),
+            (">&- 2>&-", ""),
+        ):
+            script = f'"$0" test_real_speech.py --model_dir "$1" --skip_nemo --json - {streams}'
+            command = ["sh", "-c", script, sys.executable, str(tiny_export)]
+            done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+            assert done.returncode == 2
+            assert done.stderr.startswith(message)
+            assert done.stderr.count("\n") == bool(message)
+
     def test_of_subtitles_on_the_standard_output(self, tiny_export, capsys):
         captured = self.run(capsys, tiny_export, "--srt", "-")
         assert captured.out.startswith("1\n00:00:0")
         assert "RTFx" in captured.err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_interruption_while_a_script_starts_is_one_line(name, tmp_path):
+    """The first package that is imported after those of Python interrupts the script."""
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = python(f"{name}.py", "--help", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")
 
 
 def test_printed_commands_can_be_pasted(tiny_export, tmp_path, capsys):

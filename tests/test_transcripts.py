@@ -134,7 +134,7 @@ def test_the_keys_of_the_json_results():
     }  # fmt: skip
     assert found["clips"] == [
         {
-            "audio_filepath": "a.wav", "offset": 0.0, "seconds": 1.0, "text": "a",
+            "audio_filepath": "a.wav", "offset": 0.0, "duration": 1.0, "text": "a",
             "engines": {
                 "G": {"tokens": [1], "text": "a", "seconds": 0.5, "features_seconds": 0.25, "words": None},
                 "R": {"tokens": [2], "text": "b", "seconds": 0.25, "features_seconds": 0.0, "words": words},

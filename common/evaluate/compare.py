@@ -293,7 +293,7 @@ class Comparison:
                 {
                     "audio_filepath": str(clip.path),
                     "offset": clip.offset,
-                    "seconds": clip.seconds,
+                    "duration": clip.seconds,
                     "text": clip.text,
                     "engines": {name: self._transcript_json(made) for name, made in clip.transcripts.items()},
                 }

@@ -195,15 +195,14 @@ SUBTITLES: dict[str, Callable[[Sequence[TimedWord], float], str]] = {"srt": srt,
 def subtitle_paths(path: Path, suffix: str, clips: Sequence[Clip]) -> list[Path]:
     """The subtitle file of each clip.
 
-    For one clip the path is the file. For several clips it is a folder, which is made here; each file in it is named
-    after the clip's file and, for a segment, after where the segment begins. Raises ValueError where several clips are
-    given and the path is not a folder.
+    For one clip the path is the file. For several clips it is a folder, which may not exist yet; each file in it is
+    named after the clip's file and, for a segment, after where the segment begins. Raises ValueError where several
+    clips are given and the path is not a folder.
     """
     if len(clips) == 1:
         return [path]
     if path == STANDARD_OUTPUT or (path.exists() and not path.is_dir()):
         raise ValueError(f"the subtitles of {len(clips)} clips need a folder, and {path} is none; name a folder")
-    path.mkdir(exist_ok=True)
     return [path / f"{clip.path.stem}{f'_{clip.offset:g}s' if clip.segment else ''}.{suffix}" for clip in clips]
 
 

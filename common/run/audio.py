@@ -4,14 +4,18 @@ Files are read in blocks, so that memory use depends on the audio that is there 
 formats are those of libsndfile, and soxr resamples with its HQ setting.
 
 Clips are listed in a manifest of NeMo's, a file of JSON lines. Each line has `audio_filepath`, relative to the
-manifest, and may have `text`, `lang`, and a segment of the file as `offset` and `duration` in seconds. Without an
-`offset` the clip is the whole file, whatever its `duration` says: tools that write manifests round that number, or take
-it from the audio before it was cut or resampled.
+manifest, and may have `text`, the language of the text as `lang`, `language` or `target_lang`, and a segment of the
+file as `offset` and `duration` in seconds. Without an `offset` the clip is the whole file, whatever its `duration`
+says: tools that write manifests round that number, or take it from the audio before it was cut or resampled.
 """
 
 import contextlib
+import functools
 import json
+import mmap
 import os
+import re
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import silent_stderr
+from common.cli import silent_stderr, warn
 from common.folder import require_file
 
 # GenAI computes the features of a whole clip at once, in 2 GB per hour of audio; the encoder then runs chunk by chunk.
@@ -35,10 +39,18 @@ BLOCK_VALUES = 2**20  # samples times channels decoded at a time, 4 MB
 SEEKABLE = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 # Manifests round durations, so a segment that ends this close to the end of the file is read to the end.
 SEGMENT_TOLERANCE = 0.05  # seconds
+# What libsndfile notes of a WAV or AU file that ends before its header says, in bytes, and of an AIFF file, in frames.
+STATED = re.compile(r"^ *data(?: size)? *: (\d+) \(should be (\d+)\)|'COMM' chunk \((\d+)\)", re.I | re.M)
+UNKNOWN_BYTES = 2**31 - 2**16  # or more: written where the length is not known, as by a program that writes to a pipe
+UNKNOWN_FRAMES = 2**62
+# In an MP3 file that states its number of frames. For others libsndfile estimates it, up to ten times too large.
+MP3_LENGTH = re.compile(rb"(Xing|Info)\0\0\0[\x01-\x0f]|VBRI")
+MP3_HEAD = 2**20  # bytes in which that is looked for
 # The smallest share of the channels' energy that their average may have. It is 1/channels for unrelated channels, and
 # near 0 where one channel is the other with its sign inverted.
 MIN_MONO_ENERGY = 1e-4
 MAX_NUMBER = 1e9  # seconds; 31 years
+LANGUAGE_KEYS = ("lang", "language", "target_lang")  # of a line of a manifest, the first that is there
 
 
 @dataclass
@@ -122,16 +134,17 @@ def _read_clip(line: str, folder: Path) -> Clip:
         raise ValueError("expected a JSON object with audio_filepath, got another")
     if row["audio_filepath"] == "":
         raise ValueError("audio_filepath is empty; it must be the path of an audio file")
-    for key in ("audio_filepath", "text", "lang"):
+    for key in ("audio_filepath", "text", *LANGUAGE_KEYS):
         if not isinstance(row.get(key), str | None):
             raise ValueError(f"expected a string as {key}, got {row[key]!r}")
     offset, duration = (_seconds(row, key) for key in ("offset", "duration"))
     if duration == 0:
         raise ValueError("duration is 0; it must be more than 0 s")
     path = folder / row["audio_filepath"]
+    lang = next((row[key] for key in LANGUAGE_KEYS if row.get(key) is not None), None)
     if offset is None:
-        return Clip(path, row.get("text"), row.get("lang"), stated_length=duration)
-    return Clip(path, row.get("text"), row.get("lang"), offset, duration)
+        return Clip(path, row.get("text"), lang, stated_length=duration)
+    return Clip(path, row.get("text"), lang, offset, duration)
 
 
 def _seconds(row: dict[str, Any], key: str) -> float | None:
@@ -155,8 +168,9 @@ def shared_clips(clips: Iterable[Clip], others: Iterable[Clip]) -> list[Clip]:
 def load_clip(clip: Clip, sample_rate: int, min_samples: int) -> np.ndarray:
     """The samples of a clip, [N] float32 at `sample_rate` Hz, its channels averaged.
 
-    Raises FileNotFoundError; ValueError for a file that is not audio or not a regular file, a segment outside of it,
-    and for samples that are not finite, cancel each other out, are fewer than `min_samples` or longer than MAX_SECONDS.
+    Warns, once a clip, of a file that ends before its header says. Raises FileNotFoundError; ValueError for a file that
+    is not audio or not a regular file, a segment outside of it, and for samples that are not finite, cancel each other
+    out, are fewer than `min_samples` or longer than MAX_SECONDS.
     """
     with _open_audio(clip.path) as file:
         begin, end = _segment(clip, file)
@@ -186,7 +200,7 @@ def _open_audio(path: Path) -> Iterator[Any]:
 
     require_file(path, "an audio file")
     try:
-        with silent_stderr(), soundfile.SoundFile(path) as file:
+        with silent_stderr(), _sound_file(path) as file:
             if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
                 limits = f"{MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
                 raise ValueError(f"expected a sample rate of {limits} Hz in {path}, got {file.samplerate}")
@@ -195,6 +209,41 @@ def _open_audio(path: Path) -> Iterator[Any]:
             yield file
     except soundfile.LibsndfileError as error:
         raise ValueError(f"expected an audio file that libsndfile reads, got {path} ({error.error_string})") from None
+
+
+def _sound_file(path: Path) -> Any:
+    """An open soundfile.SoundFile.
+
+    A WAV file whose header states that there are no samples, since what recorded it was stopped, is read to its end, as
+    libsndfile does by itself where the header also states a length of 8 for the whole.
+    """
+    import soundfile
+
+    file = soundfile.SoundFile(path.absolute())  # to libsndfile, `-` is the standard input
+    if file.frames or not file.format.startswith("WAV"):
+        return file
+    file.close()
+    with path.open("rb") as raw:
+        content = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)  # changed in memory only
+    content[4:8] = struct.pack("<I", 8)
+    return soundfile.SoundFile(content)
+
+
+def _stated_frames(path: Path, file: Any) -> int:
+    """The number of frames that the header of an open sound file states; 0 where it states none."""
+    if file.format == "MP3":
+        with path.open("rb") as raw:
+            if not MP3_LENGTH.search(raw.read(MP3_HEAD)):
+                return 0
+    if noted := STATED.search(file.extra_info):
+        size, found, frames = (int(number or 0) for number in noted.groups())
+        return frames or (file.frames * size // found if size < UNKNOWN_BYTES else 0)
+    return file.frames if file.frames < UNKNOWN_FRAMES else 0
+
+
+@functools.cache
+def _warn_of_cut(path: Path, found: float, stated: float) -> None:
+    warn(f"{path} ends early: its header states {stated:.1f} s of audio, and {found:.1f} s are there; the rest is lost")
 
 
 def _segment(clip: Clip, file: Any) -> tuple[int, int | None]:
@@ -237,6 +286,9 @@ def _blocks(clip: Clip, file: Any, begin: int, end: int | None) -> Iterator[np.n
         raise ValueError(
             f"expected{clip.segment} in {clip.path}, got {position / file.samplerate:.3f} s of audio: it is truncated"
         )
+    seconds, stated = (frames / file.samplerate for frames in (position, _stated_frames(clip.path, file)))
+    if end is None and stated > seconds + SEGMENT_TOLERANCE:
+        _warn_of_cut(clip.path, seconds, stated)
 
 
 def _mono_blocks(clip: Clip, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

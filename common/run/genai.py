@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from common.cli import TOKENIZER_COMMAND, progress_bar
+from common.contract import GRAPHS
+from common.folder import verify_files
 from common.run.config import MIN_WINDOWS_OF_BAR, RuntimeConfig
 
 
@@ -30,6 +32,7 @@ class GenAI:
             self.processor = self.model.create_multimodal_processor()
             self.tokenizer = og.Tokenizer(self.model)
         except RuntimeError as error:
+            verify_files(folder, [file for graph in GRAPHS for file in graph.files])  # raises where it knows the file
             raise ValueError(f"ONNX Runtime GenAI does not load {folder}: {error}") from error
 
     def inputs(self, samples: np.ndarray) -> Any:

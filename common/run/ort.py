@@ -15,6 +15,7 @@ import onnxruntime as ort
 
 from common.cli import EXPORT_COMMAND, progress_bar
 from common.contract import DECODER, ENCODER, JOINT, Graph
+from common.folder import verify_files
 from common.run.config import MIN_WINDOWS_OF_BAR, RuntimeConfig, Window, windows
 from common.run.decode import BlankZero, DecodingConfig, Frames, Hypothesis, Prediction, greedy_tdt_decode
 
@@ -66,6 +67,7 @@ class OrtGraph:
                 disabled_optimizers=("ConstantFolding",) if mapped else (),
             )
         except Exception as error:  # onnxruntime raises its own types, one per status
+            verify_files(path.parent, graph.files)  # raises where it knows the file
             raise ValueError(f"{path} does not load ({error}); make it again") from error
         self.graph = graph
 
