@@ -1,7 +1,7 @@
 """Export a Parakeet-TDT checkpoint from NeMo to ONNX for ONNX Runtime GenAI and others, verified against NeMo.
 
 In: a FastConformer-TDT model, as a Hugging Face name, a `.nemo` file or a folder of transformers' ParakeetForTDT.
-Out: a folder with encoder.onnx, decoder.onnx and joint.onnx (each with one .data file), genai_config.json,
+Out: a folder with encoder.onnx (and its weights, encoder.onnx.data), decoder.onnx, joint.onnx, genai_config.json,
 audio_processor_config.json, manifest.json and README.md, the model card. Before the folder appears, each graph is run
 in ONNX Runtime and compared with NeMo's own module; with --precision fp16 twice: in float32, and again in float16.
 export_tokenizer.py exports the tokenizer separately.
@@ -45,7 +45,7 @@ from common.run.reference import features_of
 SPEECH = Path(__file__).resolve().parent / "samples"  # 40 s of speech, on which --precision fp16 measures values
 
 RUNTIME_HELP = """the runtime whose names, axes and files to write: genai into the folder itself, any other choice into
-a subfolder for each runtime, which share their weights by hard links (%(default)s)"""
+a subfolder for each runtime, which share the encoder's weights by hard links (%(default)s)"""
 OPSET_HELP = f"ONNX opset, {MIN_OPSET} to {MAX_OPSET} (%(default)s)"
 CHUNK_HELP = "audio decoded by each run of the encoder, in whole encoder frames (%(default)s)"
 LEFT_HELP = "audio before the chunk that the encoder is given as context (%(default)s)"
@@ -55,6 +55,9 @@ PRECISION_HELP = """fp16: float16 weights and arithmetic for GPU and WebGPU, inp
 values on speech come near the largest float16 stay float32 (%(default)s)"""
 SCRIPTS_HELP = """writing systems that the text may be in, such as latin or latin,greek: tokens with letters of others
 are never emitted (any)"""
+
+SINGLE_FILE_HELP = """encoder.onnx holds its weights, up to 2 GB of them, instead of having them in a .data file beside
+it, which loads faster but which some programs do not read; the other graphs always hold theirs"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,6 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu", help=DEVICE_HELP)
     add("--precision", choices=PRECISIONS, default=FP32, help=PRECISION_HELP)
     add("--scripts", help=SCRIPTS_HELP)
+    add("--single_file", action="store_true", help=SINGLE_FILE_HELP)
     add("--skip_verify", action="store_true", help="do not compare the graphs with NeMo")
     return parser.parse_args(argv)
 
@@ -91,7 +95,7 @@ def _export(args: argparse.Namespace) -> None:
         print(f"{checkpoint.name or checkpoint.path.name}: {note}", flush=True)
     title = f"{checkpoint.path.name} ({size_text(checkpoint.size)})"
     loaded = checkpoint.contents.loaded_bytes
-    state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded), output_dir)
+    state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded, len(layouts)), output_dir)
     vocabularies = exported_vocabularies(checkpoint, layouts.values())
     source = checkpoint.record()
     kept = {name: layout.kept_by_export(output_dir / name, source) for name, layout in layouts.items()}
@@ -118,8 +122,8 @@ def _export(args: argparse.Namespace) -> None:
             write_manifest(folder, manifest, "export", section)
             write_card(folder, output_dir / name, layout)
             stages.end(*layout.config_files, MANIFEST, CARD)
-    if removed:
-        print(f"removed from {output_dir}, since they belonged to the former graphs: {', '.join(removed)}")
+    if gone := [name for name in removed if not (output_dir / name).exists()]:
+        print(f"removed from {output_dir}, since they belonged to the former graphs: {', '.join(gone)}")
     named = {
         "--model_name": args.model_name,
         "--revision": args.revision,
@@ -168,7 +172,9 @@ def _export_graphs(
     parity = pipeline.verify_graphs(float32, references, stages)
     results: dict[str, Any] = {"parity": parity}
     if options.is_float16:
-        converted = pipeline.convert_to_float16(float32, graphs, references, speech, stages)
+        converted = pipeline.convert_to_float16(
+            float32, graphs, references, speech, stages, single_file=options.single_file
+        )
         results = {**converted, "float32_parity": parity}
     if options.scripts:
         results[SUPPRESSED] = len(suppressed)

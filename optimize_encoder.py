@@ -26,6 +26,7 @@ from common.cli import TEST_COMMAND, Parser, options_of, run
 # isort: split
 
 from common.evaluate.stress import StressOptions, add_stress_flags
+from common.layouts import LAYOUTS
 from common.optimize import optimize
 from common.quantize import METHODS
 from common.quantize.blocks import BLOCK_SIZES
@@ -40,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     in_blocks = ", ".join(method.name for method in methods if method.uses_blocks)
     calibrating = " and ".join(method.name for method in methods if method.calibrates)
     with_bits = " and ".join(method.name for method in methods if method.weight_bits)
+    in_one_file = " and ".join(layout.runtime for layout in LAYOUTS.values() if layout.second_name)
     never_fused = " and ".join(method.name for method in methods if not method.fused_on_cpu)
     add("--model_dir", type=Path, default=Path("onnx_models"), help="exported folder (./%(default)s)")
     add("--output_dir", type=Path, default=Path("onnx_models_optimized"), help="folder to write (./%(default)s)")
@@ -82,6 +84,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "which is faster on a GPU; on a CPU 4-bit encoders are 6 to 10 %% faster without it, and "
              f"{never_fused} is not fused")  # fmt: skip
     add("--skip_quantization", action="store_true", help="leave the weights float32")
+    add("--single_file", action="store_true",
+        help="encoder.onnx holds its weights, up to 2 GB of them, instead of having them in a .data file beside it, "
+             "which loads faster but which some programs do not read; always so for quantized encoders for "
+             f"{in_one_file}")  # fmt: skip
     add_stress_flags(parser)
     return parser.parse_args(argv)
 

@@ -1,14 +1,14 @@
 """ONNX files with external data, small operations on their graphs, and the oldest ONNX Runtime that runs them.
 
-`NAME.onnx` is the graph, and `NAME.onnx.data` its large tensors. When a graph is read, its tensors stay on disk and are
-mapped when they are needed, so that a model of gigabytes takes little memory; a graph from disk is checked first.
+`NAME.onnx` is a whole model, or a graph whose large tensors are in `NAME.onnx.data`. When such a graph is read, its
+tensors stay on disk and are mapped when they are needed, so that a model of gigabytes takes little memory.
 
 The oldest ONNX Runtime whose CPU provider runs a graph depends on its opset, operators and types. docs/runtimes.md has
 the versions in which graphs of each method were run.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,24 +18,37 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from common.contract import MICROSOFT
+from common.cli import size_text
+from common.contract import MICROSOFT, Graph
 from common.folder import FILES, link, read_manifest
 
 # Smaller tensors stay inside the .onnx, where graph optimizers look for constants.
 EXTERNAL_DATA_THRESHOLD = 1024  # bytes
 EXTERNAL_DATA_ALIGNMENT = 65536  # bytes; the allocation granularity of Windows, the coarsest
 EXTERNAL_DATA_ALIGNED_FROM = 2**20  # bytes; onnx_ir's default
+SINGLE_FILE_MAX = 2e9  # bytes of weights; a protobuf ends at 2^31, and the operators need some of it
 
 
-def save_model(model: ir.Model, path: Path) -> None:
+def save_model(model: ir.Model, path: Path, *, single_file: bool = False) -> None:
     """Write a model as `path` and `path`.data, large tensors at offsets that every system can map.
 
     The largest tensors come first. Their sizes are mostly multiples of the alignment, so there is almost no padding
     between them; without this order a 4-bit encoder of 0.6B had 5 MB of padding.
+
+    single_file: write `path` alone, which holds the weights, instead. Raises ValueError where they are too large.
     """
     initializers = model.graph.initializers
     for name in sorted(initializers, key=lambda name: -tensor_of(initializers[name]).nbytes):
         initializers[name] = initializers.pop(name)
+    if single_file:
+        size = sum(tensor_of(value).nbytes for value in initializers.values())
+        if size > SINGLE_FILE_MAX:
+            raise ValueError(
+                f"expected weights of {size_text(SINGLE_FILE_MAX)} or less for one ONNX file, got {size_text(size)} in "
+                f"{path.name}; leave --single_file out"
+            )
+        ir.save(ir.external_data.load_to_model(model), path)
+        return
     ir.save(
         model,
         path,
@@ -55,29 +68,44 @@ def data_bytes(sizes: Iterable[int]) -> int:
     return offset
 
 
-def of_one_name(source: Path, names: Iterable[str], scratch: Path) -> Path:
-    """A folder with the files `names` of `source` in which each file has only one name.
+def weights_are_apart(folder: Path, graphs: Sequence[Graph]) -> bool:
+    """Whether onnx and onnx_ir can map the weights of the first of `graphs` in `folder`, and read the others.
 
-    That is `source` itself or, where another folder shares one of the files by a hard link, the new folder `scratch`
-    with copies: onnx and onnx_ir do not read external data with several hard links, for safety.
+    They do not read external data through a symbolic link, as in the cache of the Hub, or of several hard links, as in
+    a folder for several runtimes, since both can be an attack.
     """
-    names = list(names)
-    if all((source / name).stat().st_nlink == 1 for name in names):
-        return source
+    encoder = graphs[0]
+    data = [folder / graph.data_file for graph in graphs if (folder / graph.data_file).exists()]
+    links = any(path.is_symlink() or path.stat().st_nlink > 1 for path in (folder / encoder.file, *data))
+    return (folder / encoder.data_file).exists() and not links
+
+
+def with_weights_apart(folder: Path, graphs: Sequence[Graph], scratch: Path) -> Path:
+    """`folder` itself if its weights can be mapped (see weights_are_apart), else the new folder `scratch` with copies
+    of the graphs for which that is true. Raises ValueError as read_proto does."""
+    encoder, *others = graphs
+    if weights_are_apart(folder, graphs):
+        return folder
     scratch.mkdir()
-    for name in names:
-        shutil.copyfile(source / name, scratch / name)
+    single = not (folder / encoder.data_file).exists()
+    if single:
+        save_model(load(folder / encoder.file), scratch / encoder.file)
+    for graph in others if single else graphs:
+        for name in graph.files:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, scratch / name)
     return scratch
 
 
-def share_equal_data(folders: Iterable[Path]) -> None:
-    """Store data files of several folders only once, under several names, where the manifests say that they are equal.
+def share_equal_graphs(folders: Iterable[Path]) -> None:
+    """Store graphs and data files of several folders only once, under several names, where the manifests say that they
+    are equal.
 
     Where the file system has no hard links, they stay copies.
     """
     first: dict[str, Path] = {}
     for folder in folders:
-        for path in sorted(folder.glob("*.data")):
+        for path in sorted(folder.glob("*.onnx*")):
             same = first.setdefault(read_manifest(folder)[FILES][path.name]["sha256"], path)
             if same is not path:
                 path.unlink()
@@ -89,15 +117,18 @@ def load(path: Path) -> ir.Model:
     return model_of(read_proto(path), path.parent)
 
 
+def data_files(path: Path) -> set[str]:
+    """The names of the files beside the graph at `path` that hold its weights. Raises ValueError as read_proto does."""
+    tensors = filter(uses_external_data, _parse(path).graph.initializer)
+    return {ExternalDataInfo(tensor).location for tensor in tensors}
+
+
 def read_proto(path: Path) -> onnx.ModelProto:
     """The graph at `path` without its external data.
 
     Raises ValueError if it is not an ONNX model, or if the data file ends before its tensors do.
     """
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise ValueError(f"{path} is not an ONNX model ({error}); export it again") from None
+    proto = _parse(path)
     for tensor in filter(uses_external_data, proto.graph.initializer):
         place = ExternalDataInfo(tensor)
         data = path.parent / place.location
@@ -106,6 +137,13 @@ def read_proto(path: Path) -> onnx.ModelProto:
         if size < end:
             raise ValueError(f"expected {end} bytes or more in {data} for {tensor.name}, got {size}; export it again")
     return proto
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ValueError(f"{path} is not an ONNX model ({error}); export it again") from None
 
 
 def model_of(proto: onnx.ModelProto, folder: Path) -> ir.Model:

@@ -12,16 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import EXPORT_COMMAND, Stages, size_text, warn
+from common.cli import EXPORT_COMMAND, Command, Stages, size_text, warn
 from common.evaluate import word_limit
 from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed, why_slower
 from common.evaluate.stress import StressOptions, StressRow, judge_stress, run_stress, stress_rows
 from common.evaluate.word_limit import BothModels, EvaluatedClip, WordErrors, read_speech_manifests
 from common.folder import (
     CHECKPOINT,
+    FILES,
     check_output_dir,
     fingerprint,
     is_float16,
+    link,
     read_location,
     read_manifest,
     staged_folder,
@@ -33,8 +35,15 @@ from common.folder import (
 )
 from common.layouts import check_same_layouts, layouts_in
 from common.layouts.layout import Layout
-from common.layouts.views import write_second_name
-from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime, of_one_name, save_model, share_equal_data
+from common.onnx_io import (
+    MINIMUM_RUNTIME,
+    data_files,
+    minimum_runtime,
+    save_model,
+    share_equal_graphs,
+    weights_are_apart,
+    with_weights_apart,
+)
 from common.quantize.calibration import read_speech
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare, reduce_range_advice
 from common.quantize.methods import Calibrated, OptimizeOptions
@@ -78,7 +87,7 @@ class Folder:
 
     layout: Layout
     source: Path
-    readable: Path  # the source, or copies of its graphs: see `of_one_name`
+    readable: Path  # the source, or copies of its graphs: see `with_weights_apart`
     target: Path  # where the result will be
     staging: Path  # where it is being written
     manifest: dict[str, Any]  # of the source
@@ -95,8 +104,8 @@ class Folder:
     @property
     def encoder_bytes(self) -> dict[str, int]:
         """Size of the encoder's files before and after, under the names that the manifest has for them."""
-        files = self.layout.encoder.files
-        return {"exported": _bytes_of(self.source, files), "optimized": _bytes_of(self.staging, files)}
+        encoder = self.layout.encoder
+        return {"exported": encoder.bytes_in(self.source), "optimized": encoder.bytes_in(self.staging)}
 
 
 def optimize(
@@ -127,7 +136,10 @@ def optimize(
     stages = Stages(once + len(layouts) * (STAGES + options.int8_tokens), verbose=verbose)
     run = Run(options, stress, evaluation, command, stages)
     advice = [range_advice, options.calibration_advice()]
-    with staged_folder(target) as staging:
+    former = [
+        str(Path(name) / file) for name, layout in layouts.items() for file in layout.former_graphs(target / name)
+    ]
+    with staged_folder(target, former) as staging:
         calibrated = None
         if calibration and speech_folder is not None:
             with _open_folder(layouts[speech_folder], speech_folder, source, target, staging) as folder:
@@ -139,7 +151,7 @@ def optimize(
             with _open_folder(layout, name, source, target, staging) as folder:
                 speed = optimize_folder(folder, run, calibrated, speed)
                 advice.append(options.fusion_advice(folder.device))
-        share_equal_data([staging / name for name in layouts])
+        share_equal_graphs([staging / name for name in layouts])
     for line in dict.fromkeys(filter(None, advice)):
         print(line)
     return None if speech_folder is None else target / speech_folder
@@ -155,34 +167,37 @@ def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> 
     check_same_layouts(target, layouts)
     for name, layout in layouts.items():
         folder = source / name
-        exported = (*layout.graph_files, *layout.config_files)
-        for files, command in ((exported, EXPORT_COMMAND), (layout.vocabulary, layout.vocabulary_command)):
-            missing = ", ".join(file for file in files if not (folder / file).is_file())
-            if missing:
-                raise FileNotFoundError(f"{folder} has no {missing}; first run: {command.format(folder)}")
+        graphs = [graph.file for graph in layout.graphs]
+        _require(folder, (*graphs, *layout.config_files), EXPORT_COMMAND)
+        _require(folder, layout.vocabulary, layout.vocabulary_command)
         if is_float16(read_manifest(folder)):
             raise ValueError(
                 f"{folder} was exported with --precision fp16, and only float32 weights can be quantized; export it "
                 "without"
             )
         verify_files(folder, (*layout.graph_files, *layout.vocabulary))
+        _require(folder, [name for file in graphs for name in data_files(folder / file)], EXPORT_COMMAND)
         layout.check_one_checkpoint(folder)
+
+
+def _require(folder: Path, files: Iterable[str], command: Command) -> None:
+    missing = ", ".join(file for file in files if not (folder / file).is_file())
+    if missing:
+        raise FileNotFoundError(f"{folder} has no {missing}; first run: {command.format(folder)}")
 
 
 def _state_needs(source: Path, target: Path, layouts: Mapping[str, Layout], options: OptimizeOptions) -> None:
     """Print what optimizing the subfolders `layouts` of `source` needs. Raises OSError as state_needs does."""
-    encoder = max(_bytes_of(source / name, layout.encoder.files) for name, layout in layouts.items())
+    encoder = max(layout.encoder.bytes_in(source / name) for name, layout in layouts.items())
     factor = CALIBRATION_MEMORY_FACTOR if options.calibration_manifest else MEMORY_FACTOR
     memory = MEMORY_OF_IMPORTS + factor * encoder
     if options.calibration_manifest or options.eval_manifest:
         memory += MEMORY_OF_SPEECH
-    # As much as the sources, though the result is smaller: sources with shared weights are copied, and removed later.
-    disk = sum(_bytes_of(source / name, layout.files) for name, layout in layouts.items())
+    # As much as the sources, though the result is smaller; and graphs that are copied meanwhile.
+    disk = sum(graph.bytes_in(source / name) for name, layout in layouts.items() for graph in layout.graphs)
+    if not all(weights_are_apart(source / name, layout.graphs) for name, layout in layouts.items()):
+        disk += encoder
     state_needs(f"encoder.onnx ({size_text(encoder)})", memory, disk, target)
-
-
-def _bytes_of(folder: Path, files: Iterable[str]) -> int:
-    return sum((folder / file).stat().st_size for file in files)
 
 
 @contextlib.contextmanager
@@ -195,7 +210,7 @@ def _open_folder(layout: Layout, name: str, source: Path, target: Path, staging:
     (staging / name).mkdir(exist_ok=True)
     manifest = read_manifest(source / name)
     with tempfile.TemporaryDirectory(dir=staging.parent) as scratch:
-        readable = of_one_name(source / name, layout.graph_files, Path(scratch) / "copies")
+        readable = with_weights_apart(source / name, layout.graphs, Path(scratch) / "copies")
         yield Folder(layout, source / name, readable, target / name, staging / name, manifest)
     if read_manifest(source / name) != manifest:
         raise ValueError(f"{source / name} was written again while it was being read; run this again")
@@ -224,7 +239,8 @@ def optimize_folder(
     options, stages, layout = run.options, run.stages, folder.layout
     encoder = optimize_graph(folder.encoder, options, folder.device, calibrated, stages)
     stages.begin(f"write {layout.encoder.file}")
-    save_model(encoder.model, folder.staging / layout.encoder.file)
+    single_file = options.single_file or bool(options.method and layout.second_name)
+    save_model(encoder.model, folder.staging / layout.encoder.file, single_file=single_file)
     before, after = folder.encoder_bytes.values()
     stages.end(f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
     stages.begin("compare with the exported encoder on noise")
@@ -232,8 +248,10 @@ def optimize_folder(
     ratio = compare(folder.source, folder.staging, floor, layout.encoder)
     stages.end(_ratio_text(ratio, is_quantized=bool(encoder.stored)))
     tokens = _quantize_tokens(folder, run)
-    for file in (*layout.files, *layout.optional_files):
-        if (folder.source / file).is_file() and not (folder.staging / file).exists():
+    unchanged = [graph for graph in layout.graphs if not (folder.staging / graph.file).exists()]
+    graphs = [file for graph in unchanged for file in graph.files]
+    for file in (*graphs, *layout.config_files, *layout.vocabulary, *layout.optional_files):
+        if (folder.source / file).is_file():
             shutil.copyfile(folder.source / file, folder.staging / file)
 
     clips, table, stressed = _evaluate(folder, run) if run.clips and layout.measures_speech else ([], [], [])
@@ -253,7 +271,7 @@ def optimize_folder(
         "max_lost_words": run.stress.max_lost_words,
         "speed": speed,
         **make_report(
-            folder.readable, folder.staging, layout.graphs, folder.manifest, section, stored, encoder.sensitivity
+            folder.source, folder.staging, layout.graphs, folder.manifest, section, stored, encoder.sensitivity
         ),
     }
     if table and options.eval_manifest:
@@ -264,8 +282,8 @@ def optimize_folder(
     if options.method and layout.second_name:
         for graph in layout.graphs:
             name = layout.second_name.format(name=graph.name, method=options.method.name)
-            write_second_name(folder.staging, graph.file, name)
-    write_manifest(folder.staging, folder.manifest, "optimize", section)
+            link(folder.staging / graph.file, folder.staging / name)
+    write_manifest(folder.staging, {**folder.manifest, FILES: {}}, "optimize", section)
     write_card(folder.staging, folder.target, layout)
     checkpoint = read_location(folder.source, CHECKPOINT)
     write_locations(folder.staging, folder.target, checkpoint=checkpoint, exported=folder.source)

@@ -337,6 +337,21 @@ PROGRAMS = {
 }
 
 
+def files_in(folder: Path, layout: Layout) -> list[str]:
+    """The files of a layout that are in `folder`: an encoder may hold its weights, and the other graphs hold theirs."""
+    return [name for name in layout.files if name not in layout.graph_files or (folder / name).is_file()]
+
+
+def change_weights(path: Path, change: Callable[[np.ndarray], np.ndarray], name: str | None = None) -> None:
+    """Change the float32 weights of a graph, or the one called `name`; the graph then holds them."""
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and name in (None, tensor.name):
+            weight = onnx.numpy_helper.to_array(tensor).copy()
+            tensor.CopyFrom(onnx.numpy_helper.from_array(change(weight), tensor.name))
+    onnx.save(model, path)
+
+
 def profiled(runtime: str, folder: Path, scratch: Path, level: int) -> tuple[list, list[dict]]:
     """The transcripts of a runtime, and the events of its encoder's session. Where ORT_LOAD_CONFIG_FROM_MODEL is set,
     ONNX Runtime reads a session's options from the model, whichever library it is built into."""

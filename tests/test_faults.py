@@ -322,17 +322,17 @@ class TestManifest:
         names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != "manifest.json")
         assert verify_files(folder, names) == len(names)
         os.truncate(folder / "encoder.onnx.data", 1000)
-        shutil.copy(folder / "joint.onnx.data", folder / "decoder.onnx.data")
+        shutil.copy(folder / "joint.onnx", folder / "decoder.onnx")
         (folder / "vocab.txt").write_text("x" * (folder / "vocab.txt").stat().st_size)
         with pytest.raises(ValueError, match="make the folder again") as error:
             verify_files(folder, names)
         for part in (
             "encoder.onnx.data is truncated: 1000 bytes of",
-            "decoder.onnx.data is joint.onnx.data under another name",
+            "decoder.onnx is joint.onnx under another name",
             "vocab.txt is another file",
         ):
             assert part in str(error.value)
-        assert "joint.onnx.data is" not in str(error.value).replace("decoder.onnx.data is joint.onnx.data", "")
+        assert "joint.onnx is" not in str(error.value).replace("decoder.onnx is joint.onnx", "")
 
     def test_of_an_older_version_is_accepted(self, tiny_export, tmp_path):
         folder = tmp_path / "models"

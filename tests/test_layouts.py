@@ -29,7 +29,7 @@ from common.checkpoint.tokenizer import bpe_text, tokens_text
 from common.cli import CheckError
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.evaluate.speed import Speed
-from common.folder import CHECKPOINT, MANIFEST, read_location, read_manifest, staged_folder, verify_files
+from common.folder import CHECKPOINT, FILES, MANIFEST, read_location, read_manifest, staged_folder, verify_files
 from common.layouts import LAYOUTS, genai_folder, layouts_in, views
 from common.layouts.genai import GENAI
 from common.layouts.layout import Layout
@@ -47,6 +47,8 @@ from tests.helpers import (
     SAMPLES,
     SHERPA_PROGRAM,
     TINY,
+    files_in,
+    rejected,
     run_python,
     runtime_texts,
     trained,
@@ -72,13 +74,15 @@ def test_transcribes_as_nemo_does(layout, exported, nemo_texts):
     assert runtime_texts(layout, exported / layout.runtime) == nemo_texts
 
 
-def test_every_runtime_has_its_folder_and_they_share_the_weights(exported):
+def test_every_runtime_has_its_folder_and_they_share_the_encoders_weights(exported):
     assert sorted(path.name for path in exported.iterdir()) == sorted(LAYOUTS)
     for name, layout in LAYOUTS.items():
         files = sorted(path.name for path in (exported / name).iterdir() if path.is_file())
         features = ["nemo128.onnx"] if layout is ONNX_ASR else []
-        assert files == sorted((*layout.files, *features, MANIFEST, CARD))
-        assert verify_files(exported / name, layout.files) == len(layout.files)
+        graphs = [graph.file for graph in layout.graphs]
+        expected = (*graphs, layout.encoder.data_file, *layout.config_files, *layout.vocabulary)
+        assert files == sorted((*expected, *features, MANIFEST, CARD))
+        assert verify_files(exported / name, layout.files) == len(expected)
         manifest = read_manifest(exported / name)["export"]
         assert manifest["source"]["file"] == TINY.name
         assert read_location(exported / name, CHECKPOINT).samefile(TINY)
@@ -86,14 +90,7 @@ def test_every_runtime_has_its_folder_and_they_share_the_weights(exported):
             session = ort.InferenceSession(exported / name / graph.file)
             assert [value.name for value in session.get_inputs()] == graph.input_names
             assert [value.name for value in session.get_outputs()] == graph.output_names
-    for part, layout, graph in (
-        ("encoder", ONNX_ASR, "encoder-model"),
-        ("encoder", SHERPA_ONNX, "encoder"),
-        ("decoder", SHERPA_ONNX, "decoder"),
-        ("joint", SHERPA_ONNX, "joiner"),
-    ):
-        path = exported / layout.runtime / f"{graph}.onnx.data"
-        assert path.samefile(exported / GENAI.runtime / f"{part}.onnx.data")
+        assert (exported / name / layout.encoder.data_file).samefile(exported / GENAI.runtime / ENCODER.data_file)
 
 
 @pytest.fixture(
@@ -111,17 +108,90 @@ def test_int8_transcribes_as_nemo_does(layout, optimized_for_all, nemo_texts):
     assert runtime_texts(layout, optimized_for_all / layout.runtime) == nemo_texts
 
 
-def test_an_optimized_folder_for_several_runtimes_shares_its_weights(exported, optimized_for_all):
+def test_quantized_graphs_hold_their_weights_where_clients_need_that(exported, optimized_for_all):
+    """Those of onnx-asr and sherpa-onnx have the names that others publish, too."""
     optimized = optimized_for_all
-    encoders = [optimized / name / layout.encoder.data_file for name, layout in LAYOUTS.items()]
-    assert all(path.samefile(encoders[0]) for path in encoders)
     for name, layout in LAYOUTS.items():
-        assert verify_files(optimized / name, layout.files) == len(layout.files)
-        assert read_manifest(optimized / name)["optimize"]["flags"]["quant_method"] == "int8"
-        for graph in layout.graphs[1:]:  # an 8-bit LSTM, an 8-bit joint, or both
-            assert (optimized / name / graph.data_file).stat().st_size < (
-                exported / name / graph.data_file
-            ).stat().st_size
+        folder = optimized / name
+        graphs = {path.name for path in folder.glob("*.onnx*")} - {"nemo128.onnx"}
+        names = {graph.file for graph in layout.graphs}
+        second = set() if layout is GENAI else {f"{graph.name}.int8.onnx" for graph in layout.graphs}
+        assert graphs == names | second | ({ENCODER.data_file} if layout is GENAI else set())
+        assert graphs <= read_manifest(folder)[FILES].keys()
+        assert verify_files(folder, layout.files) == len(files_in(folder, layout))
+        assert read_manifest(folder)["optimize"]["flags"]["quant_method"] == "int8"
+        for graph in layout.graphs:
+            assert not second or (folder / graph.file).samefile(folder / f"{graph.name}.int8.onnx")
+            assert graph.bytes_in(folder) < graph.bytes_in(exported / name)  # an 8-bit LSTM, an 8-bit joint, or both
+    shown = read_manifest(optimized / SHERPA_ONNX.runtime)[FILES]
+    for name in ("encoder", "decoder", "joiner"):
+        assert shown[f"{name}.int8.onnx"] == shown[f"{name}.onnx"]
+
+
+@pytest.fixture(scope="module")
+def single(exported, tmp_path_factory) -> Path:
+    """The export of `exported` with the encoder's weights in its graph, written over a folder that has them apart."""
+    folder = Path(shutil.copytree(exported, tmp_path_factory.mktemp("single") / "onnx_models"))
+    argv = ["--model_name", str(TINY), "--output_dir", str(folder), "--runtime", "all", "--skip_verify"]
+    assert export_parakeet_to_onnx.main([*argv, "--single_file"]) == 0
+    return folder
+
+
+def with_its_weights(path: Path) -> bytes:
+    """A graph as one file holds it; its data file may not have several names."""
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        if tensor.external_data:
+            place = onnx.external_data_helper.ExternalDataInfo(tensor)
+            content = (path.parent / place.location).read_bytes()
+            tensor.raw_data = content[place.offset or 0 :][: place.length]
+            del tensor.external_data[:]
+        tensor.ClearField("data_location")
+    return proto.SerializeToString(deterministic=True)
+
+
+def test_a_single_file_has_the_graph_and_the_weights_of_two(exported, single):
+    assert not list(single.rglob("*.data"))
+    for name, layout in LAYOUTS.items():
+        assert read_manifest(single / name)["export"]["flags"]["single_file"]
+        assert verify_files(single / name, layout.files) == len(files_in(single / name, layout))
+        assert not [file for file in read_manifest(single / name)[FILES] if file.endswith(".data")]
+        for graph in layout.graphs:
+            assert with_its_weights(single / name / graph.file) == with_its_weights(exported / name / graph.file)
+
+
+def test_a_single_file_is_optimized_as_two_are(exported, single, optimized, tmp_path):
+    flags = ("--quant_method", "int8", *REDUCED)
+    expected = optimized(*flags, source=exported / GENAI.runtime)
+    folder = Path(shutil.copytree(expected, tmp_path / "out"))
+    argv = ["--model_dir", str(single / GENAI.runtime), "--output_dir", str(folder), *flags]
+    assert optimize_encoder.main([*argv, "--single_file"]) == 0
+    assert not (folder / ENCODER.data_file).exists()  # of the former run
+    assert ENCODER.data_file not in read_manifest(folder)[FILES]
+    assert with_its_weights(folder / ENCODER.file) == with_its_weights(expected / ENCODER.file)
+    report = json.loads((folder / REPORT_JSON).read_text())
+    before = report["components"]["encoder"]["exported"]
+    assert sum(before.values()) == (single / GENAI.runtime / ENCODER.file).stat().st_size
+    assert before["padding"] == 0
+    assert report["source"]["roles"][ENCODER.file] == "encoder"
+
+
+def test_what_is_too_large_for_one_file_is_an_error(exported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("common.onnx_io.SINGLE_FILE_MAX", 3e6)
+    argv = ["--model_name", str(TINY), "--output_dir", str(tmp_path / "out"), "--skip_verify", "--single_file"]
+    message = (
+        "expected weights of 3.0 MB or less for one ONNX file, got 8.2 MB in encoder.onnx; leave --single_file out"
+    )
+    assert message in rejected(capsys, export_parakeet_to_onnx, *argv)
+    source = ("--model_dir", exported / GENAI.runtime, "--output_dir", tmp_path / "out")
+    assert message in rejected(capsys, optimize_encoder, *source, "--skip_quantization", "--single_file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimized_folder_for_several_runtimes_shares_what_is_equal(exported, optimized):
+    folder = optimized("--skip_quantization", source=exported)
+    encoders = [folder / name / layout.encoder.data_file for name, layout in LAYOUTS.items()]
+    assert all(path.samefile(encoders[0]) for path in encoders)
 
 
 def test_the_speed_of_one_encoder_is_in_the_reports_of_all_runtimes(exported, tmp_path, monkeypatch):
@@ -197,10 +267,11 @@ def test_without_hard_links_weights_are_copied(exported, tmp_path, monkeypatch):
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr("os.link", no_links)
-    view, source = SHERPA_ONNX_GRAPHS[2], exported / GENAI.runtime
+    view, source = SHERPA_ONNX_GRAPHS[0], exported / GENAI.runtime
     views.write_view(view, source, tmp_path, {})
     views.check_view(view, source, tmp_path, 8193)
     assert (tmp_path / view.data_file).stat().st_nlink == 1
+    assert (tmp_path / view.data_file).read_bytes() == (source / ENCODER.data_file).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -436,7 +507,7 @@ def test_a_layout_of_its_own_kind_needs_nothing_but_its_entry(toy, tiny_export, 
     for folder in (tmp_path / "out", tmp_path / "small"):
         assert layouts_in(folder) == {"toy": toy}
         assert layouts_in(folder / "toy") == {"": toy}
-        assert verify_files(folder / "toy", toy.files) == len(toy.files)
+        assert verify_files(folder / "toy", toy.files) == len(files_in(folder / "toy", toy))
         assert json.loads((folder / "toy" / "toy.json").read_text()) == {"blank": 8192, "chunk": 60 * 16000}
         assert len((folder / "toy" / "pieces.txt").read_text(encoding="utf-8").splitlines()) == 8193
         card = (folder / "toy" / CARD).read_text(encoding="utf-8")

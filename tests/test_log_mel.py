@@ -160,13 +160,13 @@ class TestOnnxAsr:
         # Under that name alone, as onnx-asr downloads it.
         alone = tmp_path / "alone"
         alone.mkdir()
-        names = [f"{graph.name}.int8.onnx{suffix}" for graph in ONNX_ASR.graphs for suffix in ("", ".data")]
+        names = [f"{graph.name}.int8.onnx" for graph in ONNX_ASR.graphs]
         for name in (*names, "config.json", "vocab.txt"):
             (alone / name).write_bytes((optimized / name).read_bytes())
         assert self.command_line(clip, "-p", alone, "-q", "int8") == expected
         listed = read_manifest(optimized)[FILES]
         assert {*names, "nemo128.onnx"} <= listed.keys()
         for graph in ONNX_ASR.graphs:
-            assert (optimized / graph.data_file).samefile(optimized / f"{graph.name}.int8.onnx.data")
+            assert (optimized / graph.file).samefile(optimized / f"{graph.name}.int8.onnx")
         assert (optimized / "nemo128.onnx").read_bytes() == (exported / "nemo128.onnx").read_bytes()
         assert json.loads((exported / "config.json").read_text())["features_size"] == 128

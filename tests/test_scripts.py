@@ -27,7 +27,18 @@ from common.cli import PUBLISH_COMMAND
 from common.evaluate import engines
 from common.folder import write_locations
 from common.quantize import METHODS
-from tests.helpers import MANIFEST, ROOT, SAMPLES, TINY, WITHOUT_SPEED, ctc_only, plain_rnnt, rejected, rewrite_config
+from tests.helpers import (
+    MANIFEST,
+    ROOT,
+    SAMPLES,
+    TINY,
+    WITHOUT_SPEED,
+    change_weights,
+    ctc_only,
+    plain_rnnt,
+    rejected,
+    rewrite_config,
+)
 
 SCRIPTS = {
     module.__name__: module
@@ -247,9 +258,7 @@ def test_real_speech_notices_another_checkpoint(tiny_export, tmp_path, capsys):
     """One embedding changed in the exported decoder: float32 ONNX no longer transcribes what NeMo does."""
     folder = tmp_path / "models"
     shutil.copytree(tiny_export, folder)
-    data = np.memmap(folder / "joint.onnx.data", dtype=np.float32, mode="r+")
-    data[:] = np.roll(data, 1)
-    data.flush()
+    change_weights(folder / "joint.onnx", lambda weight: np.roll(weight, 1))
     argv = ["--model_dir", str(folder), "--model_name", str(TINY), "--audio", CLIP]
     assert test_real_speech.main(argv) == 1
     captured = capsys.readouterr()
@@ -718,7 +727,7 @@ class TestResults:
             ((*clip, "--srt", place / "models" / ".." / "clip.flac"), read),
             ((*clip, "--srt", place / "hard link"), read),
             ((*clip, "--json", place / "models" / "manifest.json"), read),
-            ((*clip, "--json", place / "models" / "joint.onnx.data"), read),
+            ((*clip, "--json", place / "models" / "encoder.onnx.data"), read),
             ((*manifest, "--json", place / "m.jsonl"), read),
             ((*manifest, "--json", place / "link"), read),
             ((*manifest, "--json", place / "clip.flac"), read),

@@ -58,7 +58,7 @@ def measure_speed(graphs: Sequence[Path]) -> list[Speed] | None:
     root = Path(__file__).resolve().parents[2]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "common.evaluate.speed", str(path.resolve())],
+            [sys.executable, "-m", "common.evaluate.speed", str(path.absolute())],
             cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )
         for path in graphs

@@ -175,7 +175,7 @@ def _why_clearly_slower(comparison: Comparison) -> str | None:
     if len(comparison.folders) < 2 or comparison.folders[0].is_float32:
         return None
     optimized, exported = comparison.folders
-    encoder_bytes = sum((exported.path / file).stat().st_size for file in ENCODER.files)
+    encoder_bytes = ENCODER.bytes_in(exported.path)
     for own, other in zip(optimized.engines, exported.engines, strict=True):
         before, after = (comparison.figures[each.name].rtfx_without_features for each in (other, own))
         if reason := why_slower(CLEARLY_SLOWER * before, after, encoder_bytes):

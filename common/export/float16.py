@@ -183,9 +183,12 @@ class _Probes:
         return node.outputs[0]
 
 
-def convert(source: Path, target: Path, graph: Graph, ranges: Ranges) -> tuple[dict[str, Any], int]:
+def convert(
+    source: Path, target: Path, graph: Graph, ranges: Ranges, *, single_file: bool = False
+) -> tuple[dict[str, Any], int]:
     """Write `graph` of the float32 folder `source` into `target`, in float16 where its `ranges` allow that.
 
+    single_file: an encoder holds its weights, as the other graphs do.
     Returns the record for the manifest, and the number of operators that compute in float16.
     """
     model = load_typed(source / graph.file)
@@ -219,7 +222,7 @@ def convert(source: Path, target: Path, graph: Graph, ranges: Ranges) -> tuple[d
     _forget_types(model)
     for graph_pass in (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass()):
         model = graph_pass(model).model
-    save_model(model, target / graph.file)
+    save_model(model, target / graph.file, single_file=single_file or graph is not ENCODER)
     record = {
         "limit": LIMIT,
         "kept_float32": _four_digits(overflowing),

@@ -50,6 +50,7 @@ class ExportOptions:
     left_context_seconds: float = 10
     right_context_seconds: float = 2
     skip_verify: bool = False
+    single_file: bool = False  # the encoder's weights are in encoder.onnx
     scripts: str | None = None  # writing systems that the text may be in, separated by commas; None: any
 
     def __post_init__(self) -> None:
@@ -102,9 +103,12 @@ class ExportOptions:
         long_case = MEMORY_OF_LONG_CASE if verifies_long_case else 0
         return MEMORY_FACTOR * weight_bytes + MEMORY_OF_NEMO + long_case
 
-    def disk_bytes(self, weight_bytes: int) -> float:
+    def disk_bytes(self, weight_bytes: int, folders: int) -> float:
         """Disk needed, scratch space included, to export a checkpoint whose weights have that size in float32."""
-        return (DISK_FACTOR + (FLOAT16_DISK_FACTOR if self.is_float16 else 0)) * weight_bytes
+        factor = DISK_FACTOR + (FLOAT16_DISK_FACTOR if self.is_float16 else 0)
+        if self.single_file:  # otherwise the folders share a data file
+            factor += (folders - 1) * (FLOAT16_DISK_FACTOR if self.is_float16 else 1)
+        return factor * weight_bytes
 
 
 def model_summary(model: Any, spec: ModelSpec) -> list[str]:
@@ -130,7 +134,8 @@ def export_graphs(model: Any, folder: Path, options: ExportOptions) -> Reference
         wrapper = WRAPPERS[graph](module)
         if options.is_float16 and isinstance(wrapper, Encoder):  # for a GPU, on which every operator costs time
             wrapper.blocks = 1
-        export_graph(wrapper, graph, folder, options.opset_version)
+        single_file = options.single_file and not options.is_float16  # which is made of these graphs
+        export_graph(wrapper, graph, folder, options.opset_version, single_file=single_file)
         if not options.skip_verify:
             references[graph] = CASES[graph](module, wrapper.example_inputs)
     return references
@@ -138,11 +143,7 @@ def export_graphs(model: Any, folder: Path, options: ExportOptions) -> Reference
 
 def graph_sizes(folder: Path) -> list[str]:
     """Each graph's file and its size with its weights, for printing."""
-    return [f"{graph.file} {_size(folder, graph)}" for graph in GRAPHS]
-
-
-def _size(folder: Path, graph: Graph) -> str:
-    return size_text(sum((folder / name).stat().st_size for name in graph.files))
+    return [f"{graph.file} {size_text(graph.bytes_in(folder))}" for graph in GRAPHS]
 
 
 def verify_graphs(folder: Path, references: References, stages: Stages) -> dict[str, Any]:
@@ -173,11 +174,18 @@ def find_clips(folder: Path) -> list[Path]:
 
 
 def convert_to_float16(
-    source: Path, target: Path, references: References, speech: Sequence[np.ndarray], stages: Stages
+    source: Path,
+    target: Path,
+    references: References,
+    speech: Sequence[np.ndarray],
+    stages: Stages,
+    *,
+    single_file: bool,
 ) -> dict[str, Any]:
     """Convert the graphs of the float32 folder `source` into `target` and verify them; return the manifest's record.
 
     source: holds genai_config.json as well. speech: features [M, T] on which the values inside the graphs are measured.
+    single_file: the encoder holds its weights, as the other graphs do.
     Each graph is verified as ONNX Runtime runs it on the CPU, and as a GPU that rounds each result to float16 would.
     Raises CheckError as verify_graphs does.
     """
@@ -194,9 +202,9 @@ def convert_to_float16(
     float16: dict[str, Any] = {}
     for graph in GRAPHS:
         stages.begin(f"{graph.file} in float16")
-        float16[graph.file], converted = convert(source, target, graph, ranges[graph.name])
+        float16[graph.file], converted = convert(source, target, graph, ranges[graph.name], single_file=single_file)
         kept = len(float16[graph.file]["kept_float32"]) + len(float16[graph.file]["kept_exact"])
-        fields = [f"{kept} of {kept + converted} operators stay float32", _size(target, graph)]
+        fields = [f"{kept} of {kept + converted} operators stay float32", size_text(graph.bytes_in(target))]
         if graph in references:
             parity[graph.file] = check_graph(target, graph, references[graph], float16=True).record()
             rounded = check_graph(target, graph, references[graph], EmulatedGraph, float16=True)

@@ -196,8 +196,8 @@ class TdtJoint(Wrapper):
 WRAPPERS: dict[Graph, Callable[[Any], Wrapper]] = {ENCODER: Encoder, DECODER: StatefulDecoder, JOINT: TdtJoint}
 
 
-def export_graph(module: Wrapper, graph: Graph, folder: Path, opset: int) -> None:
-    """Write `graph.file` and `graph.data_file` into `folder`.
+def export_graph(module: Wrapper, graph: Graph, folder: Path, opset: int, *, single_file: bool = False) -> None:
+    """Write `graph.file` into `folder`; the weights of an encoder into `graph.data_file`, unless `single_file`.
 
     A module with `weights_as_inputs` is traced with its weights as graph inputs, which then become initializers that
     are read straight from the module: nothing is copied, and the 2 GB limit of a protobuf is not reached. The other
@@ -216,7 +216,7 @@ def export_graph(module: Wrapper, graph: Graph, folder: Path, opset: int) -> Non
         passes.ClearMetadataAndDocStringPass(),  # stack traces with paths of this machine
     ):
         model = graph_pass(model).model
-    save_model(model, folder / graph.file)
+    save_model(model, folder / graph.file, single_file=single_file or graph is not ENCODER)
 
 
 def _trace(module: Wrapper, graph: Graph, opset: int) -> bytes:

@@ -50,7 +50,9 @@ class Layout(ABC):
     graphs: ClassVar[tuple[Graph, ...]]  # the encoder, then those that run once a token, the last named as in no other
     config_files: ClassVar[tuple[str, ...]] = ()
     optional_files: ClassVar[tuple[str, ...]] = ()  # that folders of some checkpoints have
-    second_name: ClassVar[str] = ""  # of a graph {name}.onnx that is quantized by {method}; where empty, it has none
+    # Of a graph {name}.onnx that is quantized by {method}. Where there is one, a quantized encoder holds its weights,
+    # as in the folders that others publish: many of the runtime's clients do not load weights beside a graph.
+    second_name: ClassVar[str] = ""
     vocabulary: ClassVar[tuple[str, ...]]  # the first file has a line for each token
     vocabulary_command: ClassVar[Command] = EXPORT_COMMAND  # that writes these files; {} stands for the folder
     # Python that transcribes a file, its channels averaged. {folder} and {audio} are paths; {sample_rate}, in Hz, and
@@ -101,11 +103,17 @@ class Layout(ABC):
 
     @property
     def graph_files(self) -> tuple[str, ...]:
+        """The names of the files of its graphs; some data files may not exist."""
         return tuple(file for graph in self.graphs for file in graph.files)
 
     @property
     def files(self) -> tuple[str, ...]:
         return (*self.graph_files, *self.config_files, *self.vocabulary)
+
+    def former_graphs(self, folder: Path) -> set[str]:
+        """What a former run may have written to `folder` for graphs, and the next one need not write again."""
+        listed = (name for name in read_manifest(folder).get(FILES, {}) if name.endswith((".onnx", ".onnx.data")))
+        return {*listed, *(graph.data_file for graph in self.graphs)}
 
     def vocabulary_size(self, folder: Path) -> int:
         """V, blank included, of the model in `folder`."""
@@ -166,12 +174,12 @@ class Layout(ABC):
     def kept_by_export(self, folder: Path, source: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         """What remains in `folder` when the checkpoint `source` is exported into it: a manifest; the files to remove.
 
-        The report of an optimization is about the former graphs and is removed. A tokenizer that the export does not
-        write is kept if the manifest says that it is of the same checkpoint; one of unknown origin (an older manifest,
-        or none) is removed, since exporting the tokenizer is the next step.
+        The former graphs, under all their names, and the report of an optimization are removed. A tokenizer that the
+        export does not write is kept if the manifest says that it is of the same checkpoint; one of unknown origin (an
+        older manifest, or none) is removed, since exporting the tokenizer is the next step.
         """
         manifest = dict(read_manifest(folder))
-        removed = set(REPORT_FILES)
+        removed = {*REPORT_FILES, *self.former_graphs(folder)}
         manifest.pop("optimize", None)
         tokenizer = source_in(folder, "tokenizer")
         if not self.exports_vocabulary and (tokenizer is None or tokenizer["sha256"] != source["sha256"]):

@@ -48,6 +48,7 @@ class SherpaOnnxLayout(Layout):
     runtime = "sherpa-onnx"
     packages = ("sherpa-onnx", "soundfile")
     graphs = SHERPA_ONNX_GRAPHS
+    second_name = "{name}.{method}.onnx"
     vocabulary = ("tokens.txt", "bpe.vocab")
     usage = """\
 import sherpa_onnx

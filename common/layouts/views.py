@@ -1,8 +1,8 @@
 """Graphs in the form that another runtime expects: renamed, axes in another order, or several graphs in one file.
 
-The nodes and weights are those of the source graphs. The weights of a view of a single graph are the source's data
-file under a second name (a hard link, or a copy where the file system has no links), so that a folder for another
-runtime takes next to no space. Every view is compared with its source.
+The nodes and weights are those of the source graphs. Where an encoder's weights are in a data file, that of the view is
+the same file under a second name (a hard link, or a copy where the file system has no links), so that a folder for
+another runtime takes little space. Every view is compared with its source.
 """
 
 from collections.abc import Mapping
@@ -28,15 +28,11 @@ def write_view(view: View, source: Path, target: Path, metadata: Mapping[str, st
         _join(model.graph, load(source / part.file).graph, view)
     _rename(model.graph, view)
     model.metadata_props.update(metadata)
-    if len(view.parts) > 1:
-        save_model(model, target / view.file)
-        return
-    _save_with_data_of(source / view.parts[0].data_file, model, target / view.file)
-
-
-def write_second_name(folder: Path, file: str, name: str) -> None:
-    """Write the graph `file` of a folder again as `name`; its data file is linked under a matching second name."""
-    _save_with_data_of(folder / f"{file}.data", load(folder / file), folder / name)
+    data = source / view.parts[0].data_file
+    if data.exists() and len(view.parts) == 1:
+        _save_with_data_of(data, model, target / view.file)
+    else:
+        save_model(model, target / view.file, single_file=True)
 
 
 def _save_with_data_of(data: Path, model: ir.Model, path: Path) -> None:

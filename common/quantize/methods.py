@@ -136,6 +136,7 @@ class OptimizeOptions:
     decoder_joint_precision: str = TOKEN_PRECISIONS[0]
     skip_fusion: bool = False
     skip_quantization: bool = False
+    single_file: bool = False  # the encoder's weights are in encoder.onnx
     calibration_manifest: Path | None = None
     eval_manifest: Path | None = None
     max_wer_increase: float | None = None

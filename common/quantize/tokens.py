@@ -49,7 +49,7 @@ def quantize_token_graphs(
         plan = {name: _joint_format(model, name) for name in quantizable(model)}
         products = quantize_weights(model, plan, RTN, OptimizeOptions(accuracy_level=JOINT_ACCURACY_LEVEL), {})
         done.stored[graph.name] = {**lstms, **products}
-        save_model(model, target / graph.file)
+        save_model(model, target / graph.file, single_file=True)
         ratio = done.sqnr_db[graph.name] = token_sqnr(source, target, graph, vocabulary)
         if not ratio >= MIN_TOKEN_SQNR_DB:
             raise CheckError(

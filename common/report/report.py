@@ -9,7 +9,7 @@ import datetime
 import math
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ def make_report(
         by_bits = (sensitivity or {}).get(row["name"]) if row["graph"] == encoder.name else None
         row["output_sensitivity"] = {str(bits): _short(by_bits[bits]) for bits in sorted(by_bits)} if by_bits else None
     source = manifest.get("export", {}).get("source", {})
+    files = {name: listed["sha256"] for name, listed in manifest.get(FILES, {}).items() if name != CARD}
     return {
         "flags": section["flags"],
         "method": section["method"],
@@ -90,8 +91,8 @@ def make_report(
         "source": {
             "checkpoint": source.get("name") or source.get("file"),
             "sha256": source.get("sha256"),
-            "files": {name: listed["sha256"] for name, listed in manifest.get(FILES, {}).items() if name != CARD},
-            "roles": {name: _role(name, graphs) for name in manifest.get(FILES, {}) if name != CARD},
+            "files": files,
+            "roles": {name: _role(name, graphs, files) for name in files},
         },
         "versions": package_versions(),
     }
@@ -130,15 +131,17 @@ def _count_bytes(
         else:
             inline += tensor.nbytes
     sizes["graph"] = (folder / graph.file).stat().st_size - inline
-    sizes["padding"] = (folder / graph.data_file).stat().st_size - mapped
+    sizes["padding"] = graph.bytes_in(folder) - (folder / graph.file).stat().st_size - mapped
     return sizes
 
 
-def _role(name: str, graphs: tuple[Graph, ...]) -> str:
-    """What a file of the source folder is, for a reader of the report."""
+def _role(name: str, graphs: tuple[Graph, ...], files: Collection[str]) -> str:
+    """What one of the `files` of the source folder is, for a reader of the report."""
     for graph in graphs:
-        if name in (graph.file, graph.data_file):
-            return f"{graph.name}, {'operators' if name == graph.file else 'weights'}"
+        if name == graph.data_file:
+            return f"{graph.name}, weights"
+        if name == graph.file:
+            return f"{graph.name}, operators" if graph.data_file in files else graph.name
     return "vocabulary" if re.search(r"token|vocab", name) else "configuration"
 
 
