@@ -167,8 +167,8 @@ class TestVerificationFails:
     def test_by_exit_status_1_one_line_and_no_folder(self, tmp_path, capsys, monkeypatch):
         original = export_graph
 
-        def export_and_perturb(module, exported, folder, opset):
-            original(module, exported, folder, opset)
+        def export_and_perturb(module, exported, folder, opset, **options):
+            original(module, exported, folder, opset, **options)
             if exported is JOINT:
                 perturb_one_weight(folder, JOINT)
 
