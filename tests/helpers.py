@@ -342,6 +342,19 @@ def files_in(folder: Path, layout: Layout) -> list[str]:
     return [name for name in layout.files if name not in layout.graph_files or (folder / name).is_file()]
 
 
+def hub_cache_of(folder: Path, cache: Path) -> Path:
+    """A folder as huggingface_hub's snapshot_download leaves it in `cache`: its files are links to blobs."""
+    repository = cache / "models--owner--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (repository / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, repository / "blobs" / sha256(path))
+            (snapshot / path.name).symlink_to(Path("..", "..", "blobs", sha256(path)))
+    return snapshot
+
+
 def change_weights(path: Path, change: Callable[[np.ndarray], np.ndarray], name: str | None = None) -> None:
     """Change the float32 weights of a graph, or the one called `name`; the graph then holds them."""
     model = onnx.load(path)

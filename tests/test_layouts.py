@@ -22,13 +22,15 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 import export_parakeet_to_onnx
 import export_tokenizer
 import optimize_encoder
+import test_e2e
 from common import optimize
 from common.checkpoint import nemo
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import bpe_text, tokens_text
 from common.cli import CheckError
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
-from common.evaluate.speed import Speed
+from common.evaluate import speed
+from common.evaluate.speed import Speed, measure_speed
 from common.folder import CHECKPOINT, FILES, MANIFEST, read_location, read_manifest, staged_folder, verify_files
 from common.layouts import LAYOUTS, genai_folder, layouts_in, views
 from common.layouts.genai import GENAI
@@ -48,6 +50,7 @@ from tests.helpers import (
     SHERPA_PROGRAM,
     TINY,
     files_in,
+    hub_cache_of,
     rejected,
     run_python,
     runtime_texts,
@@ -174,6 +177,30 @@ def test_a_single_file_is_optimized_as_two_are(exported, single, optimized, tmp_
     assert sum(before.values()) == (single / GENAI.runtime / ENCODER.file).stat().st_size
     assert before["padding"] == 0
     assert report["source"]["roles"][ENCODER.file] == "encoder"
+
+
+def test_a_folder_in_the_cache_of_the_hub_is_calibrated_optimized_and_run(exported, optimized, tmp_path, monkeypatch):
+    """Its files are links, through which onnx, onnx_ir and some versions of ONNX Runtime read no weights."""
+    source = hub_cache_of(exported / GENAI.runtime, tmp_path / "exported")
+    assert (source / ENCODER.data_file).is_symlink()
+    monkeypatch.setattr(optimize, "measure_speed", measure_speed)
+    monkeypatch.setattr(speed, "SECONDS", 0)
+    flags = (
+        "--quant_method",
+        "k_quant_mixed",
+        "--block_size",
+        "128",
+        "--calibration_manifest",
+        str(SAMPLES / "manifest.jsonl"),
+    )
+    argv = ["--model_dir", str(source), "--output_dir", str(tmp_path / "out"), *flags]
+    assert optimize_encoder.main(argv) == 0
+    assert json.loads((tmp_path / "out" / REPORT_JSON).read_text())["speed"]["optimized"]["rtfx"] > 0
+    expected = optimized(*flags, source=exported / GENAI.runtime)
+    for name in (*ENCODER.files, DECODER.file, JOINT.file):
+        assert (tmp_path / "out" / name).read_bytes() == (expected / name).read_bytes(), name
+        assert not (tmp_path / "out" / name).is_symlink()
+    assert test_e2e.main(["--model_dir", str(hub_cache_of(expected, tmp_path / "optimized"))]) == 0
 
 
 def test_what_is_too_large_for_one_file_is_an_error(exported, tmp_path, capsys, monkeypatch):
