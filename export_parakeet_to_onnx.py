@@ -96,6 +96,8 @@ def _export(args: argparse.Namespace) -> None:
     title = f"{checkpoint.path.name} ({size_text(checkpoint.size)})"
     loaded = checkpoint.contents.loaded_bytes
     state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded, len(layouts)), output_dir)
+    if note := options.memory_note(loaded):
+        print(note)
     vocabularies = exported_vocabularies(checkpoint, layouts.values())
     source = checkpoint.record()
     kept = {name: layout.kept_by_export(output_dir / name, source) for name, layout in layouts.items()}

@@ -46,8 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model_dir", type=Path, default=Path("onnx_models"), help="exported folder (./%(default)s)")
     add("--output_dir", type=Path, default=Path("onnx_models_optimized"), help="folder to write (./%(default)s)")
     add("--block_size", type=int, choices=BLOCK_SIZES, default=OptimizeOptions.block_size,
-        help=f"for {in_blocks}: weights that share a scale; a larger block is smaller, faster and less exact "
-             "(%(default)s)")  # fmt: skip
+        help=f"for {in_blocks}: weights that share a scale; a larger block is smaller, faster and less exact, "
+             "as long as it is not larger than the encoder is wide (%(default)s)")  # fmt: skip
     add("--accuracy_level", type=int, choices=range(5), default=OptimizeOptions.accuracy_level,
         help=f"for {in_blocks}: what a product rounds activations to. 4: int8, the fastest and not the most exact; "
              "3: bf16; 2: fp16; 1: fp32; 0: the runtime decides (%(default)s)")  # fmt: skip

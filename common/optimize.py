@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import EXPORT_COMMAND, Command, Stages, size_text, warn
+from common.cli import EXPORT_COMMAND, PUBLISH_COMMAND, Command, Stages, size_text, warn
 from common.evaluate import word_limit
 from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed, why_slower
 from common.evaluate.stress import StressOptions, StressRow, judge_stress, run_stress, stress_rows
@@ -152,9 +152,18 @@ def optimize(
                 speed = optimize_folder(folder, run, calibrated, speed)
                 advice.append(options.fusion_advice(folder.device))
         share_equal_graphs([staging / name for name in layouts])
+    advice += [_publishing_advice(target / name, layout, options) for name, layout in layouts.items()]
     for line in dict.fromkeys(filter(None, advice)):
         print(line)
     return None if speech_folder is None else target / speech_folder
+
+
+def _publishing_advice(folder: Path, layout: Layout, options: OptimizeOptions) -> str | None:
+    """How to publish a folder whose graphs have two names without having each of them twice."""
+    if options.method is None or not layout.second_name:
+        return None
+    name = layout.second_name.format(name="*", method=options.method.name)
+    return f"each graph has two names; to publish one: {PUBLISH_COMMAND.format(folder)} --exclude '{name}'"
 
 
 def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> None:

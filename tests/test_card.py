@@ -3,15 +3,18 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import onnx
 import pytest
 import soundfile
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from onnx import TensorProto, helper
 
 import export_tokenizer
@@ -19,7 +22,10 @@ from common.checkpoint.terms import read_terms
 from common.folder import sha256
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import BROWSER_PAGE, ONNX_ASR
-from common.onnx_io import minimum_runtime
+from common.layouts.sherpa_onnx import SHERPA_ONNX
+from common.onnx_io import INT4, MATMUL_NBITS, OPSETS, minimum_runtime
+from common.optimize import _publishing_advice
+from common.quantize.methods import OptimizeOptions
 from common.report.card import CARD, PUBLISHED, front_matter, model_card, wer_table
 from tests.helpers import ROOT, SAMPLES, TINY
 
@@ -247,6 +253,29 @@ def test_the_oldest_onnxruntime_is_that_of_the_newest_part(model, expected, tmp_
     onnx.save(graph(30), tmp_path / "c.onnx")
     with pytest.raises(ValueError, match=r"expected 17, 18, 19, 20, 21, 25 as the opset of .*c.onnx, got 30"):
         minimum_runtime(sorted(tmp_path.iterdir()))
+
+
+def test_the_oldest_runtimes_of_the_documentation_are_those_of_the_code():
+    page = (ROOT / "docs/runtimes.md").read_text(encoding="utf-8")
+    rows = page.split("| what a graph has | oldest ONNX Runtime |")[1].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    opsets = dict(zip(map(int, re.findall(r"\d+", cells[0][0])), re.findall(r"1\.\d+", cells[0][1]), strict=True))
+    assert opsets == {opset: f"{major}.{minor}" for opset, (major, minor) in OPSETS.items()}
+    bits = {int(re.search(r"(\d) bits", what)[1]): oldest for what, oldest in cells[1:-1]}
+    assert bits == {bits: f"{major}.{minor}" for bits, (major, minor) in MATMUL_NBITS.items()}
+    assert cells[-1][1] == f"{INT4[0]}.{INT4[1]}"
+
+
+def test_a_second_name_is_called_that_and_publishing_one_leaves_it_out(capsys):
+    weights = {"bytes": 5_000_000, "sha256": "1"}
+    listed = {"encoder.int8.onnx": weights, "encoder.onnx": weights, "tokens.txt": {"bytes": 1, "sha256": "2"}}
+    text = model_card({"files": listed}, SHERPA_ONNX)
+    assert "| `encoder.int8.onnx` | 5.0 MB |" in text
+    assert "| `encoder.onnx` | the same file as `encoder.int8.onnx`: one of them is enough |" in text
+    advice = _publishing_advice(Path("models"), SHERPA_ONNX, OptimizeOptions(quant_method="int8"))
+    assert advice.endswith("hf upload YOUR_NAME/YOUR_MODEL models --exclude '*.int8.onnx'")
+    assert [*filter_repo_objects(listed, ignore_patterns=[shlex.split(advice)[-1]])] == ["encoder.onnx", "tokens.txt"]
+    assert _publishing_advice(Path("models"), GENAI, OptimizeOptions(quant_method="int8")) is None
 
 
 def test_the_card_names_the_oldest_onnxruntime_and_the_bits(tiny_export, tiny_optimized):

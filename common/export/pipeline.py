@@ -99,9 +99,20 @@ class ExportOptions:
 
     def memory_bytes(self, weight_bytes: int) -> float:
         """Peak memory of exporting a checkpoint whose weights have that size in float32."""
-        verifies_long_case = not self.skip_verify and weight_bytes <= LONG_CASE_MAX_PARAMETERS * FLOAT32_BYTES
-        long_case = MEMORY_OF_LONG_CASE if verifies_long_case else 0
+        long_case = MEMORY_OF_LONG_CASE if self._verifies_long_case(weight_bytes) else 0
         return MEMORY_FACTOR * weight_bytes + MEMORY_OF_NEMO + long_case
+
+    def memory_note(self, weight_bytes: int) -> str:
+        """What takes most of the memory where the checkpoint does not; otherwise nothing."""
+        if not self._verifies_long_case(weight_bytes):
+            return ""
+        return (
+            f"{size_text(MEMORY_OF_LONG_CASE)} of the memory are for a clip of seven minutes, on which small encoders "
+            "are verified too; --skip_verify leaves all verification out"
+        )
+
+    def _verifies_long_case(self, weight_bytes: int) -> bool:
+        return not self.skip_verify and weight_bytes <= LONG_CASE_MAX_PARAMETERS * FLOAT32_BYTES
 
     def disk_bytes(self, weight_bytes: int, folders: int) -> float:
         """Disk needed, scratch space included, to export a checkpoint whose weights have that size in float32."""

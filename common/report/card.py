@@ -194,7 +194,15 @@ def _usage(manifest: dict[str, Any], layout: Layout) -> str:
 
 
 def _files(listed: dict[str, Any]) -> str:
-    rows = (f"| `{name}` | {size_text(file['bytes'])} |" for name, file in listed.items() if name != CARD)
+    rows = []
+    first: dict[str, str] = {}  # SHA-256 → the first file that has it
+    for name, file in listed.items():
+        if name != CARD:
+            same = first.setdefault(file["sha256"], name)
+            size = size_text(file["bytes"])
+            rows.append(
+                f"| `{name}` | {size if same == name else f'the same file as `{same}`: one of them is enough'} |"
+            )
     return "\n".join(("| file | size |", "|---|---|", *rows, f"| `{MANIFEST}` | checksums, versions, measurements |"))
 
 
