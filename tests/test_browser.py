@@ -22,13 +22,19 @@ import yaml
 
 import export_parakeet_to_onnx
 import optimize_encoder
+from common.checkpoint.find import find_checkpoint
 from common.layouts.onnx_asr import BROWSER_PAGE
+from common.run.audio import Clip, load_clip
+from common.run.reference import Transformers
 from tests.helpers import (
     CLIPS,
     CONFIG,
     MANIFEST,
+    REDUX,
     ROOT,
     WEIGHTS,
+    edit_json,
+    edit_tensors,
     export_for_every_runtime,
     tiny_members,
     write_tar,
@@ -69,6 +75,31 @@ def widen(path: Path, width: int) -> Path:
     text = yaml.safe_dump(config, allow_unicode=True).encode()
     write_tar(path, {**members, CONFIG: text, WEIGHTS: buffer.getvalue()})
     return path
+
+
+def widen_transformers(source: Path, folder: Path, width: int) -> Path:
+    """Copy the checkpoint `source`, in the form of transformers, to `folder` with LSTMs and joint of `width` units."""
+    import torch
+    from safetensors.torch import load_file
+
+    shutil.copytree(source, folder)
+    narrow = json.loads((source / "config.json").read_text())["decoder_hidden_size"]
+    edit_json(folder / "config.json", lambda config: config.update(decoder_hidden_size=width))
+
+    def padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        wide = torch.zeros([width if size == narrow else size for size in shape], dtype=tensor.dtype)
+        wide[tuple(slice(size) for size in shape)] = tensor.reshape(shape)
+        return wide
+
+    def change(tensors: dict) -> None:
+        for name, tensor in load_file(source / "model.safetensors").items():
+            if name.startswith("decoder.lstm."):
+                tensors[name] = padded(tensor, (4, narrow, *tensor.shape[1:])).flatten(0, 1)
+            elif name.startswith(("decoder.", "encoder_projector.", "joint.")):
+                tensors[name] = padded(tensor, tuple(tensor.shape))
+
+    edit_tensors(folder, change)
+    return folder
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -128,6 +159,22 @@ def test_int8_transcribes_as_nemo_does(bits, exported, spoken_texts, tmp_path):
     argv += ("--decoder_joint_precision", "int8", "--calibration_manifest", str(MANIFEST))
     assert optimize_encoder.main(list(argv)) == 0
     assert browse(tmp_path / "int8" / "onnx-asr")["texts"] == spoken_texts
+
+
+@pytest.mark.parametrize(
+    "flags", [("--quant_method", "int8"), ("--weight_bits", "2"), None], ids=["int8", "2 bits", "float32"]
+)
+def test_a_ternary_checkpoint_transcribes_as_transformers_does(flags, tmp_path):
+    """ONNX Runtime Web 1.24 unpacks the weights, and has the kernel for blocks of 2 bits."""
+    checkpoint = widen_transformers(REDUX, tmp_path / "wide", 640)
+    models = export_for_every_runtime(checkpoint, tmp_path / "onnx_models") / "onnx-asr"
+    if flags:
+        argv = ["--model_dir", str(models), "--output_dir", str(tmp_path / "optimized"), *flags]
+        assert optimize_encoder.main(argv) == 0
+        models = tmp_path / "optimized"
+    reference = Transformers(find_checkpoint(str(REDUX)).load_model())
+    features = [reference.features(load_clip(Clip(clip), 16000, 0)) for clip in SPOKEN]
+    assert browse(models)["texts"] == [reference.transcribe(each).text for each in features]
 
 
 @pytest.fixture(scope="module")
