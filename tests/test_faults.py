@@ -284,8 +284,10 @@ class TestModelFolders:
         DAMAGES[f"encoder.onnx.data {fault}"](folder)
         argv = ("--model_dir", folder, "--audio", audio.SPEECH)
         for script, *flags in ((test_e2e,), *((test_real_speech, "--engines", name) for name in ("genai", "onnx"))):
-            reason = rejected(capsys, script, *argv, *flags)
-            assert f"{folder}: encoder.onnx.data is {'missing' if fault == 'gone' else 'truncated'}" in reason
+            reason = f"{folder}: encoder.onnx.data is {'missing' if fault == 'gone' else 'truncated'}"
+            assert reason in rejected(capsys, script, *argv, *flags)
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            OnnxRuntime(folder)
 
 
 class TestClipLists:
