@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -390,16 +390,16 @@ def profiled(runtime: str, folder: Path, scratch: Path, level: int) -> tuple[lis
     return json.loads(done.stdout.splitlines()[-1]), [event for event in events if event["cat"] == "Node"]
 
 
-def runtime_texts(layout: Layout, folder: Path) -> list[str]:
-    """The transcripts of the bundled clips by onnx-asr or sherpa-onnx, from PyPI, with a folder in its layout."""
+def runtime_texts(layout: Layout, folder: Path, clips: Sequence[Path] = CLIPS) -> list[str]:
+    """The transcripts of clips by onnx-asr or sherpa-onnx, from PyPI, with a folder in its layout."""
     if layout is SHERPA_ONNX:
-        done = run_python(SHERPA_PROGRAM, folder, *CLIPS)
+        done = run_python(SHERPA_PROGRAM, folder, *clips)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
     import onnx_asr
 
     model = onnx_asr.load_model("nemo-conformer-tdt", folder)
-    return [model.recognize(load_clip(Clip(clip), 16000, 0), sample_rate=16000) for clip in CLIPS]
+    return [model.recognize(load_clip(Clip(clip), 16000, 0), sample_rate=16000) for clip in clips]
 
 
 BITS = exact_bits()

@@ -31,6 +31,8 @@ from common.cli import CheckError
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.evaluate import speed
 from common.evaluate.speed import Speed, measure_speed
+from common.evaluate.text_rules import explaining_rules, runtime_rule
+from common.evaluate.wer import normalize, word_errors
 from common.folder import CHECKPOINT, FILES, MANIFEST, read_location, read_manifest, staged_folder, verify_files
 from common.layouts import LAYOUTS, genai_folder, layouts_in, views
 from common.layouts.genai import GENAI
@@ -75,6 +77,35 @@ def spec(tiny_model) -> ModelSpec:
 @pytest.mark.parametrize("layout", OTHERS, ids=lambda layout: layout.runtime)
 def test_transcribes_as_nemo_does(layout, exported, nemo_texts):
     assert runtime_texts(layout, exported / layout.runtime) == nemo_texts
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [(ONNX_ASR, "costs$5(net)¿Qué€€7+x- 9&«a»"), (SHERPA_ONNX, "costs$5(net) ¿Qué € €7+x- 9& «a »")],
+    ids=lambda value: getattr(value, "runtime", ""),
+)
+def test_spaces_before_marks_are_deleted_as_the_rule_says(layout, expected, exported, tmp_path):
+    """The tokens of a clip have other names. What they cost is words as written, and none that are normalised."""
+    genai = GenAI(exported / GENAI.runtime)
+    tokens = genai.transcribe(genai.config.read_audio(CLIPS[2]))
+    pieces = re.findall(r"\S+", "▁costs ▁$ 5 ▁( net ) ▁¿ Qué ▁€ 7 ▁+ x ▁- ▁9 ▁& ▁« a ▁»")
+    names = dict(zip(dict.fromkeys(tokens), pieces, strict=True))
+    folder = shutil.copytree(exported / layout.runtime, tmp_path / "models")
+    path = folder / layout.vocabulary[0]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for token, name in names.items():
+        lines[token] = f"{name} {token}"
+    path.unlink()  # which may have a second name
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    spelt = "".join(names[token] for token in tokens).replace("▁", " ").strip()
+    assert spelt == "costs $5 (net) ¿Qué € €7 +x - 9 & «a »"
+    found = runtime_texts(layout, folder, CLIPS[2:3])
+    assert found == [expected]
+    rule = runtime_rule(layout.runtime)
+    assert explaining_rules(spelt, expected, [rule]) == [rule.name]
+    assert rule.exported(spelt) == expected
+    assert word_errors(spelt, expected)[0] > 5
+    assert word_errors(normalize(spelt), normalize(expected)) == (0, 8)
 
 
 def test_every_runtime_has_its_folder_and_they_share_the_encoders_weights(exported):

@@ -1,6 +1,8 @@
-"""The rules by which NeMo's text of a clip may differ from an exported folder's text of the same tokens."""
+"""The rules by which NeMo's text of a clip may differ from an exported folder's text of the same tokens, and the texts
+of onnx-asr and sherpa-onnx from both."""
 
 import re
+import string
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,21 @@ class TextRule:
     name: str
     nemo: Callable[[str], str]
     exported: Callable[[str], str] = unchanged
+
+
+def runtime_rule(runtime: str) -> TextRule:
+    """How the text of onnx-asr 0.12.0 or sherpa-onnx 2.0.1 differs from what an exported folder's tokens spell.
+
+    Both delete spaces before marks, also before those that open something or stand alone, and before symbols, where
+    NeMo keeps them: `costs $5 (net)` becomes `costs$5(net)`. Two words that are so joined are two word errors; in the
+    normalised word error rate, which has a space for each mark, they are none.
+    """
+    marks, kind = {
+        "onnx-asr": (r"[^\w\s]", "every character that is no letter, digit or _"),
+        "sherpa-onnx": (f"[{re.escape(string.punctuation)}]", "every ASCII mark"),
+    }[runtime]
+    close_up = _remover(rf"\s+(?={marks})")
+    return TextRule(f"{runtime} deletes the space before {kind}", close_up, close_up)
 
 
 def text_rules(sentencepiece_model: bytes, library: str = "NeMo") -> tuple[TextRule, ...]:
