@@ -54,7 +54,7 @@ from common.cli import CheckError, Parser, Stages, run, size_text
 from common.folder import MANIFEST, lock, package_versions, read_json, require_free, sha256, write_json, write_text
 
 STRESS_KINDS = ("level", "silence", "noise", "telephone")
-CALIBRATED = "--calibration_manifest"  # a method with this flag is given the held-out clips
+CALIBRATED = "--calibration_manifest"  # a method that ends with this flag is given the held-out clips
 # The README's program, in a process that has loaded nothing else.
 LOAD = """
 import json, sys, time
@@ -125,9 +125,6 @@ class Speech:
     held_out: Path
     stressed: Path
 
-    def digests(self) -> dict[str, str]:
-        return {key: sha256(path) for key, path in self.clips.items()}
-
 
 def write_lists(folder: Path, keys: Sequence[str], target: Path) -> Speech:
     """Write the lists that join the sets, in turns, since of a long list of calibration its first minutes are used."""
@@ -158,8 +155,8 @@ def measure_folder(steps: Run, method: str, flags: Sequence[str] | None, speech:
     if flags is not None:
         command = ["optimize_encoder.py", "--model_dir", str(exported), "--output_dir", str(folder), *flags]
         inputs: dict[str, Any] = {"exported": sha256(exported / MANIFEST)}
-        if CALIBRATED in flags:
-            command[command.index(CALIBRATED) + 1 : command.index(CALIBRATED) + 1] = [str(speech.held_out)]
+        if flags[-1] == CALIBRATED:
+            command.append(str(speech.held_out))
             inputs["held_out"] = sha256(speech.held_out)
         results["optimize"] = steps.script(f"{method} optimize", command, inputs, folder)
         if "failed" in results["optimize"]:
@@ -271,13 +268,17 @@ def _publish(args: argparse.Namespace) -> None:
 
 
 def announce(model: Model, sources: Mapping[str, Any], clips: int | None, methods: int, folder: Path) -> None:
-    """Print what will be downloaded, what it needs, and about how long it takes. Raises OSError for a full disk."""
+    """Print what will be downloaded, what it needs, and about how long it takes.
+
+    Raises OSError for a full disk, before the first export, which takes most of it.
+    """
     sizes = [sum(file["bytes"] for file in files.values()) for files in sources["sets"].values()]
     speech = sum(sizes)
     disk = (
         model.disk(sources["bytes"]) + max(sizes, default=0) + (speech * min(clips / SET_CLIPS, 1) if clips else speech)
     )
-    require_free(disk, folder)
+    if not (folder / FLOAT32).exists():
+        require_free(disk, folder)
     hours = len(sizes) * CLIP_SECONDS * (clips or SET_CLIPS) / 3600
     print(
         f"       downloads: checkpoint {size_text(sources['bytes'])} (commit {sources['commit'][:12]}), speech "

@@ -58,7 +58,7 @@ class Run:
         """Run a script as a step; its exit status 1 is a check that failed.
 
         makes: what it writes for later steps. result_file: JSON that it writes, which becomes `output` of the result.
-        Raises ValueError where it ends with another status.
+        Raises ValueError where it ends with another status, or without that file.
         """
 
         def make() -> dict[str, Any]:
@@ -71,7 +71,9 @@ class Run:
                 result["failed"] = said
             elif result["status"] != 0:
                 raise ValueError(f"{command[0]} ended with status {result['status']} and said: {said} ({log})")
-            if result_file and result_file.is_file():
+            if result_file:
+                if not result_file.is_file():
+                    raise ValueError(f"{command[0]} wrote no result and said: {said} ({log})")
                 result["output"] = json.loads(result_file.read_text(encoding="utf-8"))
                 result_file.unlink()
             return result

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import yaml
 from huggingface_hub import constants
 from whisper_normalizer.english import EnglishTextNormalizer
 
@@ -24,7 +26,7 @@ from benchmarks.published_speech import HELD_OUT_CLIPS, SETS, choose, fetch_set,
 from common.checkpoint.hub import DEFAULT_MODEL
 from common.cli import CheckError, Stages
 from common.run.audio import read_clips
-from tests.helpers import CLIPS, ROWS, TINY, run_python
+from tests.helpers import CLIPS, ROOT, ROWS, TINY, rejected, run_python
 from tests.hub import COMMIT, point_client_at, serve
 
 ENGLISH, GERMAN = "librispeech-test-other", "fleurs-de_de"
@@ -214,6 +216,18 @@ def test_no_network_is_one_line(hub, tmp_path, monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--clips", "0"], "--clips is a number or all, not 0"),
+        (["--model_name", "./model.nemo"], "./model.nemo is no name on Hugging Face"),
+        (["--methods", "rtn_2_bits"], f"--methods: {DEFAULT_MODEL} has rtn, int8, int8_4_bits, not rtn_2_bits"),
+    ],
+)
+def test_flags_that_cannot_be_used_are_one_line(argv, message, capsys):
+    assert message in rejected(capsys, published, *argv)
+
+
 class TestSteps:
     @pytest.fixture
     def run(self, tmp_path):
@@ -298,3 +312,14 @@ def test_the_program_that_loads_a_folder_measures_this_process(tiny_export):
     done = run_python(published.LOAD, tiny_export, CLIPS[0])
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["peak_memory"] > 10e6
+
+
+@pytest.mark.parametrize("name", ["ci", "published"])
+def test_a_workflow_pins_its_actions_and_runs_what_there_is(name):
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())["jobs"].values()
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", step["uses"]) for step in job["steps"] if "uses" in step)
+    if name == "ci":
+        assert os.access(ROOT / commands[0], os.X_OK)
+    assert {command.split()[1] for command in commands if command.startswith("make ")} <= set(targets)
