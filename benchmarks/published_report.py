@@ -252,7 +252,7 @@ def markdown(published: Mapping[str, Any]) -> str:
     cpu = published["machine"]
     sets = published["sets"]
     counts = ", ".join(
-        f"{one['title']} ({one['clips.jsonl']['clips']} clips, {one['clips.jsonl']['seconds'] / 60:.0f} min)"
+        f"{one['title']} ({one['clips.jsonl']['clips']} clips, {one['clips.jsonl']['seconds'] / 60:.1f} min)"
         for one in sets.values()
     )
     versions = ", ".join(f"{name} {version}" for name, version in published["versions"].items())
