@@ -24,8 +24,9 @@ RTN_2_BITS = ("--weight_bits", "2", "--decoder_joint_precision", "int8", "--skip
 METHODS = {"rtn": RTN, "int8": INT8, "int8_4_bits": INT8_4_BITS}
 TERNARY = {"rtn": RTN, "int8": INT8, "rtn_2_bits": RTN_2_BITS}  # int8 finds ternary weights without a flag
 TITLES = {"int8_4_bits": "int8, 4 bits, calibrated", "rtn_2_bits": "rtn, 2 bits"}
-# How the README introduces the commands of METHODS.
+# How the README introduces the commands of METHODS and of TERNARY.
 README_TITLES = {"int8": "fastest on a CPU", "int8_4_bits": "smallest", "rtn": "default, for a CPU"}
+TERNARY_TITLES = {"int8": "redux: fastest", "rtn_2_bits": "redux: least memory"}
 EUROPEAN = ("en", "de", "es", "fr", "it")
 
 
@@ -332,7 +333,8 @@ def _encoder_speed(speed: Mapping[str, Any] | None) -> str:
 def readme_rows(published: Mapping[str, Any]) -> str:
     """The rows of the README's table of encoders, by its own commands."""
     rows = []
-    for name, title in README_TITLES.items():
+    titles = TERNARY_TITLES if set(TERNARY) <= set(published["engines"]) else README_TITLES
+    for name, title in titles.items():
         engine = published["engines"].get(name, {})
         if "bytes" not in engine:
             continue

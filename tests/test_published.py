@@ -20,7 +20,7 @@ from whisper_normalizer.english import EnglishTextNormalizer
 
 import optimize_encoder
 from benchmarks import published, published_report, steps
-from benchmarks.published_report import FLOAT32, MODELS, Model
+from benchmarks.published_report import FLOAT32, METHODS, MODELS, README_TITLES, TERNARY, TERNARY_TITLES, Model
 from benchmarks.published_speech import CLIPS as CLIP_LIST
 from benchmarks.published_speech import HELD_OUT_CLIPS, SETS, choose, fetch_set, set_files
 from common.checkpoint.hub import DEFAULT_MODEL
@@ -305,6 +305,18 @@ class TestReport:
             for flags in model.methods.values():
                 optimize_encoder.parse_args([*flags, *(["clips.jsonl"] if flags[-1] == published.CALIBRATED else [])])
             assert set(model.published) <= set(SETS)
+
+    def test_the_rows_for_the_readme_replace_rows_of_the_readme(self):
+        readme = (ROOT / "README.md").read_text()
+        for methods, titles in ((METHODS, README_TITLES), (TERNARY, TERNARY_TITLES)):
+            content = self.content()
+            for name, flags in methods.items():
+                content["engines"][name] = {"flags": flags, "bytes": 1e6, "speed": None}
+            rows = published_report.readme_rows(content).splitlines()
+            assert len(rows) == len(titles)
+            for row in rows:
+                title, command = row.split(" | ")[:2]
+                assert f"\n{title} | {command} |" in readme or f"\n{title} | the same, " in readme, row
 
 
 @pytest.mark.slow
