@@ -1,9 +1,10 @@
-# `make demo`, `make test` and `make bench` do all the set-up themselves, in .venv. What the scripts need and what the
+# `make demo`, `make test` and `make bench` do all the set-up themselves, in VENV. What the scripts need and what the
 # tests need are installed apart, so that the demo installs no development packages.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-BIN := .venv/bin
-INSTALLED := .venv/installed
-DEVELOPMENT := .venv/installed-development
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+DEVELOPMENT := $(VENV)/installed-development
 TINY := samples/parakeet-tdt-tiny.nemo
 DEMO := build/demo
 RANDOM := build/parakeet-0.6b-random.nemo
@@ -14,15 +15,21 @@ CLIPS ?= 40
 .PHONY: demo test check faults browser browser-programs bench published lint types clean
 
 $(BIN)/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
+
+# uv takes PyTorch's CPU build from PyTorch's own server. Where that cannot be reached, pip takes what it is configured
+# for, which is by default the build with CUDA.
+install = $(BIN)/python -m pip install --quiet uv && \
+	{ $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu --requirement $(1) 2>/dev/null || \
+	$(BIN)/python -m pip install --quiet --requirement $(1); }
 
 $(INSTALLED): requirements.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(call install,requirements.txt)
 	touch $@
 
 # requirements-dev.txt includes requirements.txt.
 $(DEVELOPMENT): requirements-dev.txt requirements.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(call install,requirements-dev.txt)
 	touch $(INSTALLED) $@
 
 # The five scripts on the bundled checkpoint: export, tokenizer, optimize, end to end, real speech.

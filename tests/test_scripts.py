@@ -956,7 +956,7 @@ def test_readme_command(command, capsys):
     elif words[:2] == ["python", "-m"]:
         assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file() or words[2] == "venv"
     else:
-        assert words[0] in {"conda", "pip", "pre-commit", "git", "cd", "source"} or words[1:3] == ["-m", "venv"]
+        assert words[0] in {"conda", "pip", "uv", "pre-commit", "git", "cd", "source"} or words[1:3] == ["-m", "venv"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
