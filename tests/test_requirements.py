@@ -1,8 +1,10 @@
 """requirements-runtime.txt pins what requirements.txt does, and is enough to transcribe with a model folder."""
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import packages_distributions, requires
 
 from packaging.requirements import Requirement
@@ -42,6 +44,15 @@ def with_dependencies(names: set[str]) -> set[str]:
 
 def test_both_files_pin_the_same_versions():
     assert pinned("requirements-runtime.txt") <= pinned("requirements.txt")
+
+
+def test_the_same_versions_of_python_are_named_everywhere():
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(classifiers))
+    for page in ("README.md", "CONTRIBUTING.md"):
+        sentence = re.search(r"Python ((?:3\.\d+[, or]*)+)", (ROOT / page).read_text())
+        assert re.findall(r"3\.\d+", sentence[1]) == named, page
+    assert f"newest={named[-1]}\n" in (ROOT / ".ci/run").read_text()
 
 
 def test_transcribing_imports_only_the_runtime_requirements(tiny_export, tmp_path):
