@@ -28,13 +28,27 @@ from common.checkpoint.tokenizer import parse_model, tokenizer_config, tokenizer
 from common.checkpoint.tokenizer_json import sentencepiece_model
 from common.cli import CheckError, Stages
 from common.contract import GRAPHS
+from common.evaluate.compare import NO_LIMIT
+from common.evaluate.engines import LibraryEngine
 from common.export.pipeline import ExportOptions, export_graphs, verify_graphs
 from common.folder import read_manifest
 from common.layouts.genai import GENAI
 from common.report.card import model_card
 from common.run.genai import GenAI
 from common.run.reference import Transformers
-from tests.helpers import CLIPS, ROOT, SMALL, TINY, edit_json, edit_tensors, files_in, rejected, shard, trained
+from tests.helpers import (
+    CLIPS,
+    ROOT,
+    SMALL,
+    TINY,
+    edit_json,
+    edit_tensors,
+    files_in,
+    prefer,
+    rejected,
+    shard,
+    trained,
+)
 
 pytestmark = pytest.mark.slow  # the fixture imports transformers and converts the checkpoint
 
@@ -205,6 +219,25 @@ def test_transformers_is_the_reference_row(tiny_transformers, converted_export, 
     made, traced = reference.transcribe(features), reference.trace(features)
     assert made.tokens
     assert (made.tokens, made.frames) == (traced.tokens, traced.frames)
+
+
+def test_a_step_that_transformers_does_not_force_is_a_listed_reason(
+    tiny_transformers, converted_export, tmp_path, monkeypatch, capsys
+):
+    """The joint chooses a token and duration 0 on every frame, in transformers as in the folder."""
+    token, folder = 300, shutil.copytree(converted_export, tmp_path / "models")
+    prefer(folder, token)
+    model = transformers.load_model(tiny_transformers)
+    model.joint.joint_net[-1].bias.data[[token, 8193]] += 1000
+    reference = LibraryEngine(Transformers(model))
+    monkeypatch.setattr(test_real_speech, "load_reference", lambda *_, **__: reference)
+    argv = ["--model_dir", str(folder), "--audio", str(CLIPS[3])]
+    assert test_real_speech.main(argv) == 0
+    place = "token 11 of the transcript, encoder frame 0: token 300 is emitted at another frame"
+    assert f"{place}; {NO_LIMIT}" in capsys.readouterr().out
+    monkeypatch.setattr(Transformers, "limits_symbols", True)
+    assert test_real_speech.main(argv) == 1
+    assert f"{place}; nothing excuses it" in capsys.readouterr().out
 
 
 def test_which_of_two_forms_is_taken(tiny_transformers, tmp_path, capsys):

@@ -5,7 +5,8 @@ reference computes its own features, and plain ONNX Runtime is given those or, w
 always computes its own.
 
 Greedy decoding follows the largest logit, so two engines that differ by rounding alone may differ in a token where two
-logits are nearly equal. Such a difference is excused, and so is one where the rules of NeMo and GenAI differ.
+logits are nearly equal. Such a difference is excused, and so are those where the rules of NeMo and GenAI differ, and
+where a step is forced that transformers does not force.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ POOL_SECONDS = 1200
 
 
 # ---- where two decodings differ
+
+NO_LIMIT = "a step was forced after the configured number of tokens on one frame, which transformers does not limit"
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,15 @@ class Difference:
         return f"{place}: expected {expected}, got {actual}; {reason}"
 
 
-def first_difference(expected: Transcript | Hypothesis, actual: Transcript | Hypothesis) -> Difference | None:
+def first_difference(
+    expected: Transcript | Hypothesis, actual: Transcript | Hypothesis, *, limits_symbols: bool = True
+) -> Difference | None:
     """Compare the tokens of two decodings and, where both have them, the encoder frames that these were emitted at;
     None where they are equal. Without frames, `expected` is a Hypothesis.
 
     If `actual` is a Hypothesis, its decisions between the last common token and the first different one may excuse the
-    difference: if the two best choices of one of them are closer than the parity tolerance, or if NeMo and GenAI differ
-    by design in one of them.
+    difference: if the two best choices of one of them are closer than the parity tolerance, if NeMo and GenAI differ by
+    design in one of them, or if a step was forced and `expected` forces none (`limits_symbols` is false).
     """
     one: Sequence[object] = expected.tokens
     other: Sequence[object] = actual.tokens
@@ -74,11 +79,11 @@ def first_difference(expected: Transcript | Hypothesis, actual: Transcript | Hyp
         frames[0],
         expected.tokens[index] if index < len(expected.tokens) else None,
         actual.tokens[index] if index < len(actual.tokens) else None,
-        _excuse(actual, index) if isinstance(actual, Hypothesis) else None,
+        _excuse(actual, index, limits_symbols=limits_symbols) if isinstance(actual, Hypothesis) else None,
     )
 
 
-def _excuse(hypothesis: Hypothesis, index: int) -> str | None:
+def _excuse(hypothesis: Hypothesis, index: int, *, limits_symbols: bool) -> str | None:
     """The excuse for a different decision between token `index` - 1 and token `index`; None if there is none."""
     positions = [i for i, step in enumerate(hypothesis.steps) if step.token != hypothesis.blank_id]
     begin = positions[index - 1] if index else 0  # that token's duration is one of the decisions
@@ -89,6 +94,8 @@ def _excuse(hypothesis: Hypothesis, index: int) -> str | None:
         return f"top-two margin {nearest:.1e} under the tolerance {PARITY_TOLERANCE:.0e}"
     if any(step.blank_zero for step in decisions):
         return "blank with duration 0, where the greedy rules of NeMo and GenAI differ"
+    if not limits_symbols and any(step.is_forced for step in decisions):
+        return NO_LIMIT
     return None
 
 
@@ -196,12 +203,13 @@ class Comparison:
 
         The decisions of plain ONNX Runtime are not needed afterwards and are dropped.
         """
+        limits_symbols = self.reference is None or self.reference.reference.limits_symbols
         for folder in self.float32_folders:
             for engine, expected, actual in self._pairs_to_compare(clip, recording, folder):
-                difference = first_difference(expected, actual)
+                difference = first_difference(expected, actual, limits_symbols=limits_symbols)
                 # Only the reference's own decisions excuse a difference: where a broken graph gives equal logits, each
-                # of its decisions is a near tie.
-                if difference and difference.excuse and self.reference:
+                # of its decisions is a near tie. A step is forced only after tokens that the reference has as well.
+                if difference and difference.excuse not in (None, NO_LIMIT) and self.reference:
                     own = first_difference(actual, self.reference.reference.trace(recording.features))
                     difference = replace(difference, excuse=own.excuse if own else None)
                 if difference:

@@ -95,6 +95,7 @@ class Step:
     margin: float  # logits; the lead of token or duration over the second best, the smaller of the two
     blank_zero: bool  # whether it was a blank with duration 0, where the two loops differ
     confidence: Confidence | None = None  # of a token that is emitted
+    is_forced: bool = False  # whether the loop went on by a frame, since the frame had as many tokens as it may have
 
 
 @dataclass
@@ -178,8 +179,10 @@ def greedy_tdt_decode(
                 symbols[i] += 1
             margin = min(token_margin, duration_margin)
             confidence = None if is_blank else confidence_of(log_softmax(row[:num_tokens]))
-            hypotheses[i].steps.append(Step(frames[i], token, duration, margin, is_blank_zero, confidence))
-            if duration == 0 and symbols[i] == config.max_symbols:
+            is_forced = duration == 0 and symbols[i] == config.max_symbols
+            step = Step(frames[i], token, duration, margin, is_blank_zero, confidence, is_forced)
+            hypotheses[i].steps.append(step)
+            if is_forced:
                 duration = 1
             if duration > 0:
                 symbols[i] = 0

@@ -26,6 +26,7 @@ class Reference(ABC):
     """A model in the library that its checkpoint belongs to."""
 
     name: ClassVar[str]  # of the library
+    limits_symbols: ClassVar[bool] = True  # whether it forces a step after max_symbols tokens on one frame
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -145,6 +146,7 @@ class Transformers(Reference):
     """A ParakeetForTDT of transformers, as common/checkpoint/transformers_model.py has built it."""
 
     name = "transformers"
+    limits_symbols = False
 
     @property
     def sentencepiece_model(self) -> bytes:
