@@ -1,5 +1,6 @@
 """The other runtimes themselves, from PyPI, run folders in their layouts: their transcripts must be NeMo's."""
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -51,6 +52,7 @@ from tests.helpers import (
     SAMPLES,
     SHERPA_PROGRAM,
     TINY,
+    edit_json,
     files_in,
     hub_cache_of,
     rejected,
@@ -58,6 +60,7 @@ from tests.helpers import (
     runtime_texts,
     trained,
 )
+from tests.readers import Readers
 
 pytestmark = pytest.mark.slow  # the fixture exports for every runtime
 
@@ -381,6 +384,28 @@ def test_a_checkpoint_that_a_runtime_cannot_compute_is_rejected_by_name(runtime,
         LAYOUTS[runtime].check(other, features)
     if "unsupported_features" not in change:
         GENAI.check(other, features)
+
+
+@pytest.mark.parametrize(
+    ("sample_rate", "fft_size", "win_length", "hop_length"),
+    [(16000, 512, 400, 160), (8000, 512, 200, 80), (8000, 256, 200, 80), (16000, 512, 512, 160), (16000, 512, 512, 320),
+     (16000, 512, 256, 160), (16000, 512, 257, 160), (16000, 512, 416, 160), (16000, 512, 417, 160)],
+)  # fmt: skip
+def test_features_of_which_genai_computes_another_number_are_rejected(
+    sample_rate, fft_size, win_length, hop_length, spec, tiny_model, tmp_path
+):
+    """GenAI itself counts the frames, in a model of constants."""
+    Readers(trained("bpe"), tmp_path)  # writes it
+    numbers = {"sample_rate": sample_rate, "fft_size": fft_size, "win_length": win_length, "hop_length": hop_length}
+    edit_json(tmp_path / "genai_config.json", lambda config: config["model"].update(numbers))
+    audio = io.BytesIO()
+    soundfile.write(audio, np.zeros(50 * hop_length), sample_rate, format="WAV")
+    model = og.Model(str(tmp_path))  # which must outlive its processor
+    inputs = model.create_multimodal_processor()("", audios=og.Audios.open_bytes(audio.getvalue()))
+    frames = inputs["audio_features"].as_numpy().shape[2]
+    expected = contextlib.nullcontext() if frames == 50 else pytest.raises(ValueError, match="another number of frames")
+    with expected:
+        GENAI.check(dataclasses.replace(spec, **numbers), partial(features_of, tiny_model))
 
 
 def test_a_hotword_changes_a_transcript_of_sherpa_onnx(exported, tmp_path):

@@ -143,6 +143,14 @@ print(tokenizer.decode(generator.get_sequence(0)))
                 f"durations {list(spec.durations)}: ONNX Runtime GenAI forbids index 0 after a blank and takes every "
                 "other index to advance, so the first must be 0 and the rest positive"
             )
+        # GenAI pads half an FFT before the audio and takes windows as long as they are whole. Of a whole number of hops
+        # it makes a frame for each, as NeMo does, only within these limits. Another number changes every feature.
+        if not spec.win_length - spec.hop_length <= spec.fft_size // 2 < spec.win_length:
+            raise ValueError(
+                f"an FFT of {spec.fft_size}, a window of {spec.win_length}, a hop of {spec.hop_length} samples: ONNX "
+                "Runtime GenAI computes another number of frames than NeMo unless half the FFT is less than the window "
+                "by a hop at most"
+            )
         check_log_mel("ONNX Runtime GenAI", spec.unsupported_features)
 
     def configs(self, spec: ModelSpec, window: Mapping[str, int], device: str) -> Mapping[str, bytes]:
