@@ -132,7 +132,8 @@ def _report(kind: str, error: BaseException | str, status: int, *, verbose: bool
 def report_at_start(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A sys.excepthook for what happens while a script imports what it needs: it reports a missing package, and that
     the script was interrupted, in one line and with the status that `run` gives."""
-    if issubclass(kind, KeyboardInterrupt):
+    # A library in C that is interrupted while it is imported raises an ImportError because of that.
+    if issubclass(kind, KeyboardInterrupt) or isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
         sys.stderr.write(INTERRUPTED)
         raise SystemExit(EXIT_INTERRUPTED)
     if not issubclass(kind, ImportError) or "--verbose" in sys.argv:
