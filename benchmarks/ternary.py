@@ -65,7 +65,7 @@ def integers(source: Path, target: Path, bits: int | None) -> None:
     """Every weight as a plain matrix of integers of so many bits; None: of those that TERNARY multiplies by."""
     model, options = load(source / ENCODER.file), OptimizeOptions(quant_method=INT8.name)
     ternary = plan_encoder(model, INT8, options)
-    plan = {name: Format(bits or form.product_bits or form.bits) for name, form in ternary.items()}
+    plan = dict.fromkeys(ternary, Format(bits or 8))
     packed = {} if bits else {name: computed_from(model.graph.initializers[name], partial(INT8.pack, form=form))
                               for name, form in ternary.items()}  # fmt: skip
     quantize_weights(model, plan, INT8, options, packed)
