@@ -285,7 +285,7 @@ class TestFormats:
         shutil.copy(TINY, tmp_path / "one.nemo")
         assert find_checkpoint(str(tmp_path)).path == tmp_path / "one.nemo"
         shutil.copy(TINY, tmp_path / "two.nemo")
-        with pytest.raises(IsADirectoryError, match="which has neither; name the file"):
+        with pytest.raises(IsADirectoryError, match="which has neither, or several; name the file"):
             find_checkpoint(str(tmp_path))
         with pytest.raises(FileNotFoundError, match="got nothing at"):
             find_checkpoint(str(tmp_path / "three.nemo"))
