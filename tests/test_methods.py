@@ -117,7 +117,7 @@ def test_options_record_the_flags_that_decide_the_files_and_no_path():
     assert record == {
         "quant_method": "int8", "block_size": 32, "accuracy_level": 4, "decoder_joint_precision": "fp32",
         "weight_bits": 8, "reduce_range": False, "skip_fusion": False, "skip_quantization": False,
-        "size_budget_mb": None,
+        "single_file": False, "size_budget_mb": None,
     }  # fmt: skip
 
 
