@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     test = run_stress(
         engines,
         exported.genai,
-        exported.config,
+        exported,
         read_clips(args.manifest, with_text=True),
         StressOptions(stress=args.stress, seed=args.seed),
         judged=args.optimized[0].name,

@@ -338,7 +338,7 @@ def _evaluate(folder: Folder, run: Run) -> tuple[list[EvaluatedClip], list[WordE
         return clips, table, []
     stages.begin(f"{len(clips)} clips under stress")
     engines = [models.float32, models.optimized]
-    test = run_stress(engines, models.genai, models.genai.config, run.clips, run.stress)
+    test = run_stress(engines, models.genai, models.optimized.folder, run.clips, run.stress)
     stages.end(f"{len(test.conditions)} conditions")
     judge_stress(test, run.stress.max_lost_words)
     return clips, table, stress_rows(test)

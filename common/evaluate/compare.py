@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from common.contract import PARITY_TOLERANCE
+from common.evaluate.blanks import Flaws, find_flaws, flaws_table
 from common.evaluate.engines import Engine, LibraryEngine, OpenFolder, Recording
 from common.evaluate.text_rules import TextRule, comparable
 from common.evaluate.wer import WordErrorRate, normalize, word_error_rate
@@ -110,6 +111,7 @@ class ComparedClip(Clip):
     one_window: bool = True  # whether the encoder is given the whole clip at once, as the reference's is
     transcripts: dict[str, Transcript] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)  # of float32 engines from their reference
+    flaws: dict[str, Flaws] = field(default_factory=dict)  # of each engine's transcript
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,18 @@ class Comparison:
         return [folder for folder in self.folders if folder.is_float32]
 
     @property
+    def timed_reference(self) -> str | None:
+        """The engine with whose words blank stretches are compared: the reference or, without one, plain ONNX Runtime
+        in float32."""
+        own = [folder.onnx_engine.name for folder in self.float32_folders if folder.onnx_engine]
+        return self.reference.name if self.reference else own[-1] if own else None
+
+    @property
+    def flaws_table(self) -> list[tuple[str, ...]]:
+        """The flaws of all transcripts, as flaws_table gives them."""
+        return flaws_table(((clip.label, clip.flaws) for clip in self.clips), self.timed_reference)
+
+    @property
     def clips_of_one_window(self) -> list[ComparedClip]:
         return [clip for clip in self.clips if clip.one_window]
 
@@ -179,6 +193,14 @@ class Comparison:
                 if engine is engines[-1]:
                     for clip, recording in zip(clips, recordings, strict=True):
                         self._find_differences(clip, recording)
+                        clip.flaws = find_flaws(
+                            recording.samples,
+                            clip.transcripts,
+                            self.folders[0].pieces,
+                            self.config,
+                            reference=self.timed_reference,
+                            text=clip.text,
+                        )
                 yield clips, engine
 
     def _pools(self) -> Iterator[tuple[list[ComparedClip], list[Recording]]]:
@@ -303,7 +325,10 @@ class Comparison:
                     "offset": clip.offset,
                     "duration": clip.seconds,
                     "text": clip.text,
-                    "engines": {name: self._transcript_json(made) for name, made in clip.transcripts.items()},
+                    "engines": {
+                        name: {**self._transcript_json(made), **asdict(clip.flaws[name])}
+                        for name, made in clip.transcripts.items()
+                    },
                 }
                 for clip in self.clips
             ],

@@ -17,8 +17,11 @@ import numpy as np
 TELEPHONE_RATE = 8000  # Hz
 CLIPPING_GAIN = 10.0  # 20 dB over full scale
 VOICES = 5  # that speak at once in babble
+SOFT_SECONDS = 1.0  # at each end of a clip with soft ends
 # Clips are joined to this length before they are cut, so that pieces of every length begin at different places in them.
 CUT_SECONDS = 60.0
+CUTS = (5, 7, 9, 11, 14)  # seconds of a piece, and the steps around each: models fail at single lengths
+CUT_STEPS = (-0.2, -0.1, 0.0, 0.1, 0.2)
 PAUSE_SECONDS = 1.0  # between clips that are joined with pauses
 FULL_SCALE_16_BITS = 2.0**15
 
@@ -44,7 +47,6 @@ class Part:
     clip: int
     begin: int
     end: int
-    whole: bool = True  # whether the take holds the whole clip
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,7 @@ class Take:
         for part in self.parts:
             inner = max(part.begin, begin), min(part.end, end)
             if inner[0] < inner[1]:
-                whole = inner == (part.begin, part.end)
-                parts.append(Part(part.clip, inner[0] - begin, inner[1] - begin, whole))
+                parts.append(Part(part.clip, inner[0] - begin, inner[1] - begin))
         return Take(self.samples[begin:end], tuple(parts))
 
 
@@ -80,6 +81,15 @@ def attenuated(speech: Speech, clip: int, draw: np.random.Generator, *, db: floa
     """The samples made quieter by `db`, and rounded to 16 bits as a recording of that level is."""
     quiet = np.rint(speech.clips[clip] * 10 ** (-db / 20) * FULL_SCALE_16_BITS) / FULL_SCALE_16_BITS
     return quiet.astype(np.float32)
+
+
+def soft_ends(speech: Speech, clip: int, draw: np.random.Generator, *, db: float) -> np.ndarray:
+    """The samples with the first and the last second, each at most a third of the clip, made quieter by `db`."""
+    samples = speech.clips[clip].copy()
+    count = min(round(SOFT_SECONDS * speech.sample_rate), len(samples) // 3)
+    for end in (samples[:count], samples[len(samples) - count :]):
+        end *= 10 ** (-db / 20)
+    return samples
 
 
 def clipped(speech: Speech, clip: int, draw: np.random.Generator) -> np.ndarray:
@@ -148,8 +158,9 @@ class Condition:
     alter: Alter = unaltered
     before: float = 0.0  # seconds of silence before each clip
     after: float = 0.0  # seconds of silence after each clip
-    join: float | None = None  # seconds that joined clips last, or a little longer; None: each clip by itself
-    cut: float | None = None  # seconds of each piece of what is joined, wherever the cuts fall; None: no cuts
+    join: float = 0.0  # seconds that joined clips last, or a little longer; 0: each clip by itself
+    exact: bool = False  # whether they last exactly so long: fewer clips, with equal silence before each
+    cut: tuple[float, ...] = ()  # seconds of the pieces of what is joined, in turn, wherever the cuts fall; (): no cuts
     needs_others: bool = False  # whether a clip is altered with the sound of others
 
     def possible(self, speech: Speech) -> bool:
@@ -163,44 +174,47 @@ class Condition:
         it ends with the last clip.
         durations: the seconds of each clip.
         """
-        clips = range(len(durations))
-        if self.join is None:
-            yield from ((clip,) for clip in clips)
-            return
-        order = itertools.cycle(clips) if self.cut is None else iter(clips)
-        used = 0
-        while used < len(durations):
+        first, count = 0, len(durations)
+        while first < count:
             group: list[int] = []
             length = 0.0
-            while length < self.join and (clip := next(order, None)) is not None:
-                group.append(clip)
-                length += durations[clip] + self.after
-            used += len(group)
+            for clip in itertools.count(first):
+                longer = length + durations[clip % count] + self.after
+                is_full = longer > self.join if self.exact else length >= self.join
+                if (group and is_full) or (self.cut and clip == count):
+                    break
+                group.append(clip % count)
+                length = longer
+            first += len(group)
             yield tuple(group)
 
     def takes(self, group: Sequence[int], speech: Speech) -> list[Take]:
         """The audio made from one group of clips; the transcripts of these takes together are that of the group."""
-        before = round(self.before * speech.sample_rate)
-        after = round(self.after * speech.sample_rate)
-        pieces = []
-        parts = []
-        begin = before
-        for clip in group:
-            draw = np.random.default_rng([speech.seed, zlib.crc32(self.name.encode()), clip])
-            altered = self.alter(speech, clip, draw)
-            pieces.append(np.pad(altered, (before, after)))
-            parts.append(Part(clip, begin, begin + len(altered)))
-            begin += len(altered) + after + before
-        joined = Take(np.concatenate(pieces), tuple(parts))
-        return [joined] if self.cut is None else list(_pieces(joined, round(self.cut * speech.sample_rate)))
+        name = zlib.crc32(self.name.encode())
+        altered = [self.alter(speech, clip, np.random.default_rng([speech.seed, name, clip])) for clip in group]
+        before, after, length = (round(s * speech.sample_rate) for s in (self.before, self.after, self.join))
+        if self.exact:
+            before = max(length - sum(map(len, altered)), 0) // len(group)
+        begins = itertools.accumulate((len(one) + after + before for one in altered), initial=before)
+        parts = tuple(
+            Part(clip, begin, begin + len(one)) for clip, begin, one in zip(group, begins, altered, strict=False)
+        )
+        joined = Take(np.concatenate([np.pad(one, (before, after)) for one in altered]), parts)
+        if not self.cut:
+            return [joined]
+        start = group[0] % len(self.cut)  # so that the groups do not begin with the same piece
+        lengths = itertools.cycle((*self.cut[start:], *self.cut[:start]))
+        return list(_pieces(joined, (round(seconds * speech.sample_rate) for seconds in lengths)))
 
 
-def _pieces(take: Take, size: int) -> Iterator[Take]:
-    """The take in pieces of `size` samples; a remainder under half a piece stays with the last piece."""
-    length = len(take.samples)
-    count = max(round(length / size), 1)
-    for begin, end in itertools.pairwise([*(size * i for i in range(count)), length]):
+def _pieces(take: Take, sizes: Iterator[int]) -> Iterator[Take]:
+    """The take in pieces of these samples; a remainder under half a piece stays with the last piece."""
+    begin, length = 0, len(take.samples)
+    while begin < length:
+        size = next(sizes)
+        end = begin + size if begin + 1.5 * size <= length else length
         yield take.between(begin, end)
+        begin = end
 
 
 def _noisy(name: str, noise: Alter, *, needs_others: bool = False) -> Iterator[Condition]:
@@ -213,15 +227,23 @@ CLEAN = Condition("as it is", "clean")
 CONDITIONS = (
     CLEAN,
     *(Condition(f"-{db} dB", "level", partial(attenuated, db=db)) for db in (20, 40)),
+    Condition("ends 25 dB softer", "level", partial(soft_ends, db=25)),
     Condition("clipped", "level", clipped),
     *(Condition(f"{s:g} s of silence around", "silence", before=s, after=s) for s in (0.3, 0.5, 1.0)),
+    Condition("0.5 s of silence in front", "silence", before=0.5),
+    Condition("0.5 s of silence behind", "silence", after=0.5),
     *_noisy("white noise", white_noise),
     *_noisy("babble", babble, needs_others=True),
     Condition("telephone, 8 kHz", "telephone", by_telephone),
     *(Condition(f"speed {speed}", "speed", partial(at_speed, speed=speed)) for speed in (0.9, 1.1)),
-    *(Condition(f"cut to {piece} s", "cut", join=CUT_SECONDS, cut=piece) for piece in range(5, 15)),
+    *(
+        Condition(f"cut to {s - 0.2:g} to {s + 0.2:g} s", "cut", join=CUT_SECONDS, cut=tuple(s + x for x in CUT_STEPS))
+        for s in CUTS
+    ),
     *(Condition(f"joined to {s} s", "join", join=s) for s in (30, 60, 120)),
     *(Condition(f"joined to {s} s, with pauses", "join", join=s, after=PAUSE_SECONDS) for s in (30, 60, 120)),
+    # A last window of 2.5 s, where GenAI's windows have the 60 s that are the default.
+    Condition("-30 dB, joined to 62.5 s", "join", partial(attenuated, db=30), join=62.5, exact=True),
 )
 KINDS = tuple(dict.fromkeys(condition.kind for condition in CONDITIONS if condition is not CLEAN))
 

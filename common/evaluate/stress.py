@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from common.cli import CheckError, Parser, print_table, progress_bar
+from common.evaluate.blanks import Flaws, find_flaws, flaws_table, print_flaws
 from common.evaluate.conditions import CLEAN, KINDS, Condition, Speech, Take, conditions_of
 from common.evaluate.engines import Engine, GenAIEngine, LibraryEngine, OnnxEngine, OpenFolder, Recording
 from common.evaluate.wer import NONE, WordCounts, changes_text, normalize, word_counts
@@ -33,7 +34,7 @@ MAX_WORST = 10  # clips that are listed
 MAX_LINE = 300  # characters of the words of one
 HEADER = (
     *("condition", "engine", "clean: lost", "added", "changed", "text: lost", "added", "changed", "missed"),
-    *("empty", "silent"),
+    *("empty", "blank", "alone", "repeated"),
 )
 
 
@@ -71,8 +72,8 @@ def add_stress_flags(parser: Parser) -> None:
                              f"KIND: any of {kinds} (all of them)")  # fmt: skip
     parser.add_argument("--max_lost_words", type=float, metavar="POINTS",
                         help="with --stress: percentage points by which the words that the optimized model loses or "
-                             "changes may be more than float32's, under each condition; beyond, exit status 1 "
-                             "(no limit)")  # fmt: skip
+                             "changes may be more than float32's, under each condition; beyond, and where it "
+                             "is blank in speech in which float32 has words, exit status 1 (no limit)")  # fmt: skip
     parser.add_argument("--stress_dir", type=Path, metavar="FOLDER",
                         help="with --stress: write the audio of the worst clips there")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise of --stress (%(default)s)")
@@ -83,12 +84,10 @@ def add_stress_flags(parser: Parser) -> None:
 
 @dataclass(frozen=True)
 class EmptyCounts:
-    """How many stretches of audio should have words, and for how many of them no word was emitted."""
+    """How many takes should have words, and how many of them have none."""
 
     takes: int = 0
-    empty: int = 0  # takes whose transcript has no word
-    clips: int = 0  # whole clips within takes of several
-    silent: int = 0  # clips of these during which no token was emitted
+    empty: int = 0
 
 
 Counts = TypeVar("Counts", WordCounts, EmptyCounts)
@@ -111,6 +110,7 @@ class StressResult:
     clean: WordCounts  # against its own transcript of the clips as they are
     text: WordCounts  # against the clips' texts
     windows: EmptyCounts
+    flaws: Flaws  # in seconds of the takes one after the other
 
     @property
     def case(self) -> tuple[Condition, tuple[int, ...]]:
@@ -129,12 +129,17 @@ class StressTest:
     # The former are given only takes that are longer than a window.
     whole_of: Mapping[str, str]
     features_by: Reference | GenAI
-    config: RuntimeConfig
+    folder: OpenFolder  # whose configuration and tokens all engines share
     baseline: str  # the float32 engine; its transcript of a clip without a text stands for the text
     judged: str  # the engine that is held to a limit, and whose worst clips are listed
     kinds: Sequence[str] = ()  # of conditions; none: all
     results: list[StressResult] = field(default_factory=list)  # in the order of the table
     clean: dict[tuple[str, int], str] = field(default_factory=dict)  # transcripts as they are, by engine and clip
+
+    @property
+    def config(self) -> RuntimeConfig:
+        """The numbers of decoding."""
+        return self.folder.config
 
     @property
     def conditions(self) -> list[Condition]:
@@ -151,6 +156,13 @@ class StressTest:
     def of_baseline(self) -> dict[tuple[Condition, tuple[int, ...]], StressResult]:
         """The results of the engine that others are compared with, by their cases."""
         return {each.case: each for each in self.results if each.engine == self.baseline}
+
+    @property
+    def flaws_table(self) -> list[tuple[str, ...]]:
+        """The flaws of the judged engine and of the baseline, as flaws_table gives them."""
+        own = (each for each in self.results if each.engine in (self.judged, self.baseline))
+        cases = ((f"{each.condition.name}, {self.name_of(each.group)}", {each.engine: each.flaws}) for each in own)
+        return flaws_table(cases, self.baseline)
 
     def takes(self, condition: Condition, group: Sequence[int]) -> list[Take]:
         """The takes, each long enough and a whole number of hops, as engines need it (RuntimeConfig.read_clip)."""
@@ -183,6 +195,7 @@ class StressTest:
                     "against_clean": asdict(each.clean),
                     "against_text": asdict(each.text),
                     "windows": asdict(each.windows),
+                    **asdict(each.flaws),
                 }
                 for each in self.results
             ],
@@ -212,7 +225,7 @@ def stress_compared(
     return run_stress(
         engines,
         reference.reference if reference else optimized.genai,
-        optimized.config,
+        optimized,
         clips,
         options,
         baseline=FLOAT32 if exported else names[0] if reference is None else reference.name,
@@ -223,7 +236,7 @@ def stress_compared(
 def run_stress(
     engines: Sequence[Engine],
     features_by: Reference | GenAI,
-    config: RuntimeConfig,
+    folder: OpenFolder,
     clips: Sequence[Clip],
     options: StressOptions,
     *,
@@ -233,7 +246,8 @@ def run_stress(
     """Let all engines transcribe the clips under all conditions, and print a table and the worst clips.
 
     Plain ONNX Runtime transcribes what is longer than a window a second time, in one window. All samples are read at
-    once, 230 MB per hour of audio, since the clips serve as noise for each other.
+    once, 230 MB per hour of audio, since the clips serve as noise for each other. folder: any of the model's, for its
+    configuration and tokens.
     Raises CheckError where an engine fails on a take, and as read_clip does.
     """
     variants: list[Engine] = []
@@ -246,11 +260,11 @@ def run_stress(
             whole_of[whole.name] = engine.name
     test = StressTest(
         clips=clips,
-        speech=Speech([config.read_clip(clip) for clip in clips], config.sample_rate, options.seed),
+        speech=Speech([folder.config.read_clip(clip) for clip in clips], folder.config.sample_rate, options.seed),
         engines=variants,
         whole_of=whole_of,
         features_by=features_by,
-        config=config,
+        folder=folder,
         baseline=baseline,
         judged=judged,
         kinds=options.stress or (),
@@ -306,6 +320,7 @@ def _run_case(test: StressTest, condition: Condition, group: tuple[int, ...]) ->
         if condition is CLEAN:
             test.clean[engine.name, group[0]] = transcripts[engine.name][0].text
     text = " ".join(map(test.text_of, group))
+    flaws = _flaws(test, takes, transcripts, text)
     for name, made in transcripts.items():
         transcript = " ".join(each.text for each in made)
         clean = " ".join(test.clean[test.whole_of.get(name, name), clip] for clip in group)
@@ -317,21 +332,30 @@ def _run_case(test: StressTest, condition: Condition, group: tuple[int, ...]) ->
             clean=word_counts(normalize(clean), normalize(transcript)),
             text=word_counts(normalize(text), normalize(transcript)),
             windows=total(_empty_counts(test, take, each) for take, each in zip(takes, made, strict=True)),
+            flaws=flaws[name],
         )
 
 
+def _flaws(
+    test: StressTest, takes: Sequence[Take], transcripts: Mapping[str, Sequence[Transcript]], text: str
+) -> dict[str, Flaws]:
+    """The flaws of each engine in takes one after the other. `text`: of them all."""
+    flaws = {name: Flaws([], []) for name in transcripts}
+    begin = 0.0
+    for number, take in enumerate(takes):
+        made = {name: own[number] for name, own in transcripts.items()}
+        found = find_flaws(take.samples, made, test.folder.pieces, test.config, reference=test.baseline, text=text)
+        flaws = {name: flaws[name].followed_by(found[name], begin) for name in flaws}
+        begin += len(take.samples) / test.config.sample_rate
+    return flaws
+
+
 def _empty_counts(test: StressTest, take: Take, transcript: Transcript) -> EmptyCounts:
-    """Whether a take that should have words has none, and how many whole clips in it have none."""
+    """Whether a take should have words, and has none."""
     with_words = [part for part in take.parts if normalize(test.text_of(part.clip))]
     length, whole_length = (sum(part.end - part.begin for part in parts) for parts in (with_words, take.parts))
     expects_words = bool(with_words) and length >= MIN_SHARE_WITH_WORDS * whole_length
-    is_empty = expects_words and not normalize(transcript.text)
-    if transcript.frames is None or len(take.parts) == 1:
-        return EmptyCounts(int(expects_words), int(is_empty))
-    clips = [part for part in with_words if part.whole]
-    times = np.array(transcript.frames) * test.config.hop_length * test.config.subsampling_factor  # samples
-    silent = sum(not ((times >= part.begin) & (times < part.end)).any() for part in clips)
-    return EmptyCounts(int(expects_words), int(is_empty), len(clips), silent)
+    return EmptyCounts(int(expects_words), int(expects_words and not normalize(transcript.text)))
 
 
 # ---- the table
@@ -347,6 +371,9 @@ class StressRow:
     text: WordCounts  # against the clips' texts
     windows: EmptyCounts
     points: float | None  # of the texts' words missed, beyond the baseline's; None for the baseline, or for no words
+    blank: int | None = None  # blank stretches; None: the engine gives no times
+    alone: int | None = None  # of these, those in which the baseline has words; None for the baseline as well
+    repeated: int = 0  # phrases
 
 
 def stress_rows(test: StressTest) -> list[StressRow]:
@@ -360,6 +387,8 @@ def stress_rows(test: StressTest) -> list[StressRow]:
         text = total(each.text for each in own)
         expected = total(baseline[each.case].text for each in own)
         compared = engine.name != test.baseline and text.words
+        flaws = [each.flaws for each in own]
+        timed = all(each.blank is not None for each in flaws)
         rows.append(
             StressRow(
                 condition.name,
@@ -368,6 +397,9 @@ def stress_rows(test: StressTest) -> list[StressRow]:
                 text=text,
                 windows=total(each.windows for each in own),
                 points=text.percent_missed - expected.percent_missed if compared else None,
+                blank=sum(len(each.blank or ()) for each in flaws) if timed else None,
+                alone=sum(len(each.alone) for each in flaws) if timed and engine.name != test.baseline else None,
+                repeated=sum(len(each.repeated) for each in flaws),
             )
         )
     return rows
@@ -379,12 +411,13 @@ def print_stress(test: StressTest) -> None:
     against = f"{test.baseline}'s transcripts of them as they are" if no_texts else "their texts"
     print("clean: words lost, added and changed against the engine's own transcripts of the clips as they are")
     print(f"text: the same against {against}; missed: lost or changed, of all words, and points over {test.baseline}")
-    print("empty: transcripts without a word; silent: joined clips within whose time no word was emitted")
+    print(f"empty: transcripts without a word; alone: blank stretches in which {test.baseline} has words")
     rows = stress_rows(test)
     repeated = [False, *(row.condition == before.condition for before, row in itertools.pairwise(rows))]
     print_table([HEADER, *(_cells(row, repeated=again) for row, again in zip(rows, repeated, strict=True))])
     for whole, name in test.whole_of.items():
         _print_seams(test, name, whole)
+    print_flaws(test.flaws_table, {each.engine: None for each in test.results if each.flaws.blank is None})
 
 
 def _cells(row: StressRow, *, repeated: bool) -> tuple[str, ...]:
@@ -396,7 +429,7 @@ def _cells(row: StressRow, *, repeated: bool) -> tuple[str, ...]:
         *map(str, (clean.lost, clean.added, clean.changed, text.lost, text.added, text.changed)),
         f"{text.percent_missed:.2f} %{points}" if text.words else NONE,
         f"{windows.empty} of {windows.takes}" if windows.takes else NONE,
-        f"{windows.silent} of {windows.clips}" if windows.clips else NONE,
+        *(NONE if count is None else str(count) for count in (row.blank, row.alone, row.repeated)),
     )
 
 
@@ -414,8 +447,8 @@ def _print_seams(test: StressTest, engine: str, whole: str) -> None:
 
 
 def worst_results(test: StressTest) -> list[StressResult]:
-    """The results of the judged engine with the most errors beyond the baseline's, or, where it is the baseline itself,
-    beyond its own on clean clips. Results without such errors are left out."""
+    """The results of the judged engine that is blank alone, and those with the most errors beyond the baseline's or,
+    where it is the baseline itself, beyond its own on clean clips. Results without either are left out."""
     baseline = test.of_baseline
 
     def excess(result: StressResult) -> int:
@@ -423,8 +456,8 @@ def worst_results(test: StressTest) -> list[StressResult]:
             return result.clean.errors
         return result.text.errors - baseline[result.case].text.errors
 
-    found = [each for each in test.results if each.engine == test.judged and excess(each) > 0]
-    return sorted(found, key=excess, reverse=True)[:MAX_WORST]
+    found = [each for each in test.results if each.engine == test.judged and (excess(each) > 0 or each.flaws.alone)]
+    return sorted(found, key=lambda each: (len(each.flaws.alone), excess(each)), reverse=True)[:MAX_WORST]
 
 
 def print_worst(test: StressTest, worst: Sequence[StressResult]) -> None:
@@ -455,7 +488,7 @@ def write_worst(folder: Path, test: StressTest, worst: Sequence[StressResult]) -
 
 def judge_stress(test: StressTest, limit: float | None) -> None:
     """Raise CheckError where, under any condition, the judged engine's share of missed words is more than `limit`
-    percentage points above the baseline's; None is no limit."""
+    percentage points above the baseline's, or it is blank where the baseline has words; None is no limit."""
     if limit is None:
         return
     rows = [row for row in stress_rows(test) if row.engine == test.judged and row.points is not None]
@@ -470,4 +503,12 @@ def judge_stress(test: StressTest, limit: float | None) -> None:
         raise CheckError(
             f"under stress {test.judged} misses more words than {test.baseline}: {', '.join(beyond)}; expected at "
             f"most +{limit:g} points under each condition"
+        )
+    alone = [(each, blank) for each in test.results if each.engine == test.judged for blank in each.flaws.alone]
+    if alone:
+        first, blank = alone[0]
+        more = f", and {len(alone) - 1} more" if alone[1:] else ""
+        raise CheckError(
+            f"under stress {test.judged} is blank where {test.baseline} has words: in {first.condition.name!r}, "
+            f"{test.name_of(first.group)}, {blank}{more}; expected no blank stretch of its own"
         )

@@ -5,12 +5,13 @@ rule, on the features of GenAI's processor, for which the optimized folder is al
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from common.cli import CheckError, progress, warn
+from common.evaluate.blanks import Flaws, find_flaws, flaws_table, print_flaws
 from common.evaluate.engines import OnnxEngine, OpenFolder, Recording
 from common.evaluate.wer import (
     MAX_PRINTED_CLIPS,
@@ -83,6 +84,7 @@ class EvaluatedClip:
     float32: str
     optimized: str
     sqnr_db: float  # of the encoder's output, infinite where both are equal
+    flaws: dict[str, Flaws] = field(default_factory=dict)  # of both transcripts
 
     @property
     def errors(self) -> tuple[int, int]:
@@ -137,6 +139,14 @@ def transcribe_with_both(models: BothModels, manifest: Path, clips: Sequence[Cli
                 float32.text,
                 optimized.text,
                 sqnr_db(np.concatenate(float32_frames), np.concatenate(optimized_frames)),
+                find_flaws(
+                    recording.samples,
+                    {models.float32.name: float32, models.optimized.name: optimized},
+                    models.optimized.folder.pieces,
+                    config,
+                    reference=models.float32.name,
+                    text=clip.text,
+                ),
             )
         )
     models.float32.folder.onnx.kept = None
@@ -192,6 +202,7 @@ def print_word_errors(table: list[WordErrors], clips: list[EvaluatedClip]) -> No
         print(f"  {clip.name}: {before} → {after} errors  {changes_text(clip.float32, clip.optimized)}")
     if len(differing) > MAX_PRINTED_CLIPS:
         print(f"  and {len(differing) - MAX_PRINTED_CLIPS} more clips, which are in the report")
+    print_flaws(flaws_table(((clip.name, clip.flaws) for clip in clips), "float32"))
 
 
 def judge(table: list[WordErrors], limit: float) -> None:
