@@ -1,6 +1,7 @@
 """The page of clips to listen to, and the verdict and speed in the report of an optimization."""
 
 import base64
+import contextlib
 import copy
 import hashlib
 import io
@@ -13,17 +14,20 @@ import pytest
 import soundfile
 
 import test_real_speech
+from common.evaluate.blanks import Blank, Flaws, flaws_table
 from common.evaluate.speed import measure_speed, why_slower
 from common.evaluate.words import bins, calibration_error, words_right
 from common.report.clips_page import (
     ShownWord,
     audio_uri,
     clips_page,
+    lines_of,
     marked_row,
+    plain_row,
     shown_clip,
     wave_path,
 )
-from common.report.report import checks, run_record, verdict
+from common.report.report import checks, graded, run_record, verdict
 from tests.helpers import CLIPS, ROWS, rejected
 from tests.test_report import HOSTILE_TEXT, Page
 
@@ -70,10 +74,45 @@ def test_differing_words_are_marked():
     text = "and so my fellow Americans ask"
     row = marked_row("ONNX", words, text, text, "And so, my friends ask")
     assert [word.text for word in row.words if not word.mark] == ["And", "so,", "my", "ask"]
-    assert {word.text for word in row.words if word.mark == "lost"} == {"fellow", "Americans"}
-    assert [word.text for word in row.words if word.mark == "other"] == ["friends"]
+    (lost,) = [word.text for word in row.words if word.mark == "lost"]
+    assert lost in ("fellow", "Americans")
+    assert [word.text for word in row.words if word.mark == "other"] == ["friends"]  # in place of the other one
+    assert [len(cell) for cell in row.cells] == [1] * 6
     assert row.errors == (2, 6)
     assert [word.start for word in row.words if word.mark != "lost"] == [0, 1, 2, 3, 4]
+
+
+def test_rows_line_up_with_the_first_row():
+    expected = "one two three four"
+    made = ["zero one two three four", "one two four", "one two three four five six", "", "two"]
+    rows = [plain_row("text", expected)]
+    rows += [marked_row(text, [ShownWord(word) for word in text.split()], expected, expected, text) for text in made]
+    assert [row.text for row in rows] == [expected, *made]  # every word of each engine, in its order
+    cells = [[" ".join(word.text for word in cell if word.mark != "lost") for cell in row.cells] for row in rows]
+    assert cells[1] == ["zero one", "two", "three", "four"]
+    assert cells[2] == ["one", "two", "", "four"]
+    assert cells[3] == ["one", "two", "three", "four five six"]
+    assert cells[5] == ["", "two", "", ""]
+    assert [row.differences for row in rows] == [0, 1, 1, 2, 4, 3]
+    lines = lines_of(
+        [plain_row("text", "word " * 20), marked_row("a", [ShownWord("word")] * 20, "word " * 20, None, "")]
+    )
+    assert [(line.start, line.stop) for line in lines] == [(0, 7), (7, 14), (14, 20)]
+    (only,) = lines_of([plain_row("text", ""), marked_row("a", [ShownWord("word")] * 20, "", None, "")])
+    assert (only.start, only.stop) == (0, 1)
+
+
+def test_a_blank_stretch_is_marked_in_the_waveform():
+    flaws = {"onnx": Flaws([Blank(2.0, 6.0, 4.0, reference_has_words=True)], ["no"]), "genai": Flaws(None, [])}
+    rows = [plain_row("text", "one"), plain_row("onnx", "one"), plain_row("genai", "one")]
+    clip = shown_clip("clip", np.zeros(8 * RATE, np.float32), RATE, rows, flaws)
+    text = clips_page("page", "about", [clip], flaws=flaws_table([("clip", flaws)], "NeMo"))
+    assert '<article id="clip-1">' in text  # not of the class that the switch hides
+    page = Page(text)
+    assert page.tags.count("rect") == 1
+    assert {("x", "100.0"), ("width", "200.0")} <= set(page.attributes)
+    assert "onnx: blank 2.0 to 6.0 s, 4.0 s of it speech; the reference has words there" in flat(page)
+    assert "onnxrepeated 'no'–" in flat(page)
 
 
 def test_audio_is_the_clip_and_small():
@@ -119,14 +158,16 @@ def test_hostile_text_is_text_and_no_other_script_runs():
 
 @pytest.fixture(scope="module")
 def speech_page(tiny_export, tmp_path_factory) -> Page:
-    """The page of three clips with texts, transcribed by GenAI and plain ONNX Runtime."""
+    """The page of three clips with texts, the last one with an error, transcribed by GenAI and plain ONNX Runtime."""
     place = tmp_path_factory.mktemp("page")
     manifest = place / "speech.jsonl"
-    rows = [{**row, "audio_filepath": str(clip)} for row, clip in zip(ROWS, CLIPS, strict=True)][:3]
+    rows = [{**row, "audio_filepath": str(clip)} for row, clip in zip(ROWS, CLIPS, strict=True)][3:6]
     manifest.write_text("\n".join(map(json.dumps, rows)))
     argv = ["--model_dir", tiny_export, "--skip_nemo", "--manifest", manifest, "--html", place / "page.html"]
-    assert test_real_speech.main([*map(str, argv), "--json", str(place / "all.json")]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert test_real_speech.main([*map(str, argv), "--json", str(place / "all.json")]) == 0
     page = Page((place / "page.html").read_text())
+    page.printed = printed.getvalue()
     page.clips = json.loads((place / "all.json").read_text())["clips"]
     return page
 
@@ -135,7 +176,7 @@ def test_a_page_has_every_clip_with_its_words_and_times(speech_page):
     assert speech_page.tags.count("article") == speech_page.tags.count("audio") == len(speech_page.clips) == 3
     timed = [word for clip in speech_page.clips for made in clip["engines"].values() for word in made["words"] or ()]
     starts = [float(value) for name, value in speech_page.attributes if name == "data-start"]
-    assert starts == [pytest.approx(word["start"], abs=0.006) for word in timed]
+    assert sorted(starts) == [pytest.approx(start, abs=0.006) for start in sorted(word["start"] for word in timed)]
     text = flat(speech_page)
     for clip in speech_page.clips:
         assert clip["text"] in text
@@ -143,7 +184,23 @@ def test_a_page_has_every_clip_with_its_words_and_times(speech_page):
     assert "ONNX Runtime onnx_models, max_prob" in text
     for name, value in speech_page.attributes:
         if name in ("src", "href"):
-            assert value.startswith("data:audio/ogg")
+            assert value.startswith(("data:audio/ogg", "#clip-"))
+
+
+def test_clips_that_differ_come_first_and_have_the_columns_of_the_terminal(speech_page):
+    words = [int(number) for number in re.findall(r"(\d+) words differ", speech_page.text)]
+    without = speech_page.text.count("no difference")
+    assert words == sorted(words, reverse=True)
+    assert words
+    assert len(words) + without == 3
+    assert speech_page.text.index(speech_page.clips[-1]["text"]) < speech_page.text.index(speech_page.clips[0]["text"])
+    links = [value for name, value in speech_page.attributes if name == "href"]
+    assert links == [f"#clip-{number}" for number in (1, 2, 3)]
+    assert ("id", "only") in speech_page.attributes
+    titles = {value for name, value in speech_page.attributes if name == "data-title"}
+    assert titles == {"RTFx", "without features", "WER", "normalised WER"}
+    for title in titles:
+        assert title in speech_page.printed
 
 
 def test_a_page_of_a_stress_test_has_its_table(tiny_export, tmp_path):
@@ -152,7 +209,7 @@ def test_a_page_of_a_stress_test_has_its_table(tiny_export, tmp_path):
     assert test_real_speech.main([*map(str, argv)]) == 0
     text = flat(Page(page.read_text()))
     assert "Where speech is hard" in text
-    assert "as it isfloat320000.00" in text  # nothing lost, added or changed
+    assert "as it isfloat320000000.00" in text  # nothing lost, added or changed, against either
 
 
 def test_the_page_is_not_written_over_a_clip(tiny_export, tmp_path, capsys):
@@ -175,9 +232,9 @@ REPORT = {
         "normalised": [{"words": 100, "increase": {"percent": 0.1}}, {"words": 10, "increase": {"percent": 0.4}}],
     },
     "stress": [
-        {"engine": "float32", "points": None},
-        {"engine": "optimized", "points": 1.0},
-        {"engine": "optimized", "points": -2.0},
+        {"engine": "float32", "points": None, "alone": None},
+        {"engine": "optimized", "points": 1.0, "alone": 0},
+        {"engine": "optimized", "points": -2.0, "alone": 0},
     ],
     "max_lost_words": 1.5,
 }
@@ -191,7 +248,8 @@ REPORT = {
         ({"sqnr_db_on_noise": {"encoder": 17.0, "joint": 19.9}}, False, "joint on noise"),
         ({"tensors": []}, False, "encoder on noise"),  # float32: 80 dB
         ({"max_lost_words": 0.9}, False, "speech is hard"),
-        ({"max_lost_words": None}, True, "not judged: words where speech is hard"),
+        ({"max_lost_words": None}, True, "not judged: words where speech is hard, speech without a word"),
+        ({"stress": [{"engine": "optimized", "points": 0.0, "alone": 1}]}, False, "speech without a word"),
         ({"evaluation": None, "stress": [], "max_lost_words": None}, None, "not decided"),
     ],
 )
@@ -210,6 +268,13 @@ def test_a_language_beyond_the_limit_fails():
     report["evaluation"]["normalised"][1]["increase"]["percent"] = 0.6
     assert judged(report)[0] is False
     assert [check["measured"] for check in checks(report) if check["met"] is False] == ["+0.60 points"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "grade"), [(None, "good"), (30.0, "good"), (29.9, "fair"), (20.0, "fair"), (17.3, "low")]
+)
+def test_decibels_are_called_good_or_bad(ratio, grade):
+    assert graded(ratio)[0] == grade
 
 
 def test_a_command_has_no_folders_of_the_user():

@@ -136,7 +136,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.attributes += attributes
         self.ids += [value for name, value in attributes if name == "id"]
-        if tag not in {"meta", "br", "img", "link"}:
+        if tag not in {"meta", "br", "img", "link", "input", "wbr"}:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):

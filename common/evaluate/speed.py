@@ -84,9 +84,13 @@ def why_slower(exported: float, optimized: float, encoder_bytes: int) -> str | N
     if encoder_bytes < SMALL_ENCODER:
         return (
             "The optimized encoder is slower than float32, since the matrices of this small model are so small that "
-            "preparing a quantized product takes longer than the product saves."
+            "preparing a quantized product takes longer than the product saves. Where speed counts, use the exported "
+            "folder."
         )
-    return "The optimized encoder is slower than float32 on this CPU; docs/benchmarks.md compares the methods."
+    return (
+        "The optimized encoder is slower than float32 on this CPU. Where speed counts, try --quant_method int8, or use "
+        "the exported folder; docs/benchmarks.md compares the methods."
+    )
 
 
 def _take_turns(processes: Sequence["subprocess.Popen[str]"]) -> list[Speed]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from common.cli import CheckError, print_table, progress_bar
 from common.contract import ENCODER
+from common.evaluate.blanks import print_flaws
 from common.evaluate.compare import ComparedClip, Comparison
 from common.evaluate.speed import why_slower
 from common.evaluate.text_rules import explaining_rules
@@ -140,6 +141,16 @@ def print_corpus(comparison: Comparison) -> None:
     clips = comparison.clips
     audio_seconds = sum(clip.seconds for clip in clips)
     print(f"{len(clips)} clip{'' if len(clips) == 1 else 's'}, {audio_seconds:.0f} s of audio")
+    print_table(corpus_table(comparison))
+    print("\n".join(corpus_notes(comparison)))
+    if reason := _why_clearly_slower(comparison):
+        print(reason)
+    genai = [folder.genai_engine.name for folder in comparison.folders if folder.genai_engine]
+    print_flaws(comparison.flaws_table, without_times=genai)
+
+
+def corpus_table(comparison: Comparison) -> list[tuple[str, ...]]:
+    """Titles, and a row of figures over all clips for each engine; columns without a figure are left out."""
     titles = _titles(CORPUS_HEADER, comparison)
     rows = [
         (
@@ -155,19 +166,27 @@ def print_corpus(comparison: Comparison) -> None:
         )
         for engine, figures in comparison.figures.items()
     ]
-    table = _with_figures(titles, rows)
-    print_table(table)
+    return _with_figures(titles, rows)
+
+
+def corpus_notes(comparison: Comparison) -> list[str]:
+    """What the columns of corpus_table mean, a line for each."""
     source = comparison.reference.name if comparison.reference else "GenAI"
-    print("RTFx: seconds of audio transcribed in one second; larger is faster")
-    print(f"without features: the same without the time of the features; plain ONNX Runtime is given those of {source}")
-    if "WER" in table[0]:
-        print(f"WER: word error rate against the clips' texts, with its {CONFIDENCE} % bootstrap interval over clips")
-        print("normalised WER: without case and punctuation (whisper_normalizer)")
+    notes = [
+        "RTFx: seconds of audio transcribed in one second; larger is faster",
+        f"without features: the same without the time of the features; plain ONNX Runtime is given those of {source}",
+    ]
+    if any(clip.text is not None for clip in comparison.clips):
+        notes += [
+            f"WER: word error rate against the clips' texts, with its {CONFIDENCE} % bootstrap interval over clips",
+            "normalised WER: without case and punctuation (whisper_normalizer)",
+        ]
     if comparison.reference:
-        print(f"against {source}: WER against its text, on clips of one window, without what differs by rule")
-        print(f"clips with other tokens: clips of one window whose tokens differ from those of {source}")
-    if reason := _why_clearly_slower(comparison):
-        print(reason)
+        notes += [
+            f"against {source}: WER against its text, on clips of one window, without what differs by rule",
+            f"clips with other tokens: clips of one window whose tokens differ from those of {source}",
+        ]
+    return notes
 
 
 def _why_clearly_slower(comparison: Comparison) -> str | None:

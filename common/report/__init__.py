@@ -1,9 +1,11 @@
 """The report of an optimization, the model card, and the page of clips to listen to."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from common.cli import size_text
 
@@ -18,4 +20,10 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["size"] = size_text
+    environment.filters["breakable"] = _breakable
     return environment.get_template(template).render(**values)
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may be broken behind `_`, `/` and `.`, and only there, if it is too long for a line."""
+    return Markup(re.sub(r"([_/.])", r"\1<wbr>", str(escape(name))))

@@ -15,14 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from common.evaluate.compare import ComparedClip, Comparison, EngineFigures
-from common.evaluate.stress import StressResult, StressRow, StressTest, stress_rows, worst_results
+from common.evaluate.blanks import Flaws, flaw_rows
+from common.evaluate.compare import ComparedClip, Comparison
+from common.evaluate.stress import StressResult, StressTest, stress_rows, worst_results
+from common.evaluate.verdict import corpus_notes, corpus_table
 from common.evaluate.wer import normalize, word_errors, word_runs
 from common.evaluate.words import Bin, bins, calibration_error, comparable_words, words_right
 from common.report import render
 from common.run.decode import Transcript
 
 SCRIPT = Path(__file__).resolve().parent / "clips.js"
+LINE_CHARACTERS = 38  # of a line of words, on a phone 390 pixels wide
 WAVE_COLUMNS = 400  # of a waveform: about as many as a phone's screen has points
 BLOCK = 2**16  # samples given to the encoder at a time
 MEASURES = ("max_prob", "entropy")  # of Confidence
@@ -47,21 +50,40 @@ class ShownWord:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One engine's words."""
+    """One engine's words, in a cell for each word of the baseline, so that the rows of a clip line up."""
 
     engine: str
-    words: list[ShownWord]
+    cells: list[list[ShownWord]]
     errors: tuple[int, int] | None = None  # and the number of words of the text, both without case and punctuation
+
+    @property
+    def words(self) -> list[ShownWord]:
+        """The words from the first cell to the last."""
+        return [word for cell in self.cells for word in cell]
+
+    @property
+    def text(self) -> str:
+        """The engine's own words."""
+        return " ".join(word.text for word in self.words if word.mark != "lost")
+
+    @property
+    def differences(self) -> int:
+        """Words that are marked."""
+        return sum(bool(word.mark) for word in self.words)
 
 
 def comparison_page(title: str, comparison: Comparison) -> str:
-    """The page of a comparison of engines. The clips are read again, one at a time. Raises as read_clip does."""
+    """The page of a comparison of engines; clips whose transcripts differ most come first. The clips are read again,
+    one at a time. Raises as read_clip does."""
     seconds = sum(clip.seconds for clip in comparison.clips)
+    clips = [_compared(clip, comparison) for clip in comparison.clips]
     return clips_page(
         title,
         f"{_count(len(comparison.clips), 'clip')}, {seconds:.0f} s of audio",
-        [_compared(clip, comparison) for clip in comparison.clips],
-        figures=comparison.figures,
+        sorted(clips, key=lambda clip: (bool(clip["flaws"]), clip["differences"]), reverse=True),
+        figures=corpus_table(comparison),
+        notes=corpus_notes(comparison),
+        flaws=comparison.flaws_table,
         reliability=dict(_reliability(comparison)),
     )
 
@@ -77,6 +99,7 @@ def stress_page(title: str, test: StressTest) -> str:
         [_stressed(each, test) for each in worst],
         stress=stress_rows(test),
         baseline=test.baseline,
+        flaws=test.flaws_table,
     )
 
 
@@ -85,14 +108,16 @@ def clips_page(
     about: str,
     clips: Sequence[dict[str, Any]],
     *,
-    figures: Mapping[str, EngineFigures] | None = None,
+    flaws: Sequence[tuple[str, ...]] = (),
     reliability: Mapping[tuple[str, str], list[Bin]] | None = None,
-    stress: Sequence[StressRow] = (),
     baseline: str = "",
+    **tables: Any,
 ) -> str:
     """The HTML of a page. about: the clips, in a sentence. clips: as shown_clip gives each.
 
-    figures: over all clips, by engine. reliability: by engine and measure of confidence. baseline: of the stress test.
+    flaws: the table of flaws_table. reliability: by engine and measure of confidence. baseline: of the stress test.
+    tables: `figures` over all clips and their `notes`, as corpus_table and corpus_notes give them; `stress`, the rows
+    of a stress test.
     """
     script = SCRIPT.read_text(encoding="utf-8")
     return render(
@@ -101,14 +126,14 @@ def clips_page(
         about=about,
         clips=clips,
         has_confidence=any(word.confidence is not None for clip in clips for row in clip["rows"] for word in row.words),
-        figures=figures,
+        flaws=flaws,
         reliability=reliability,
-        stress=stress,
         baseline=baseline,
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         columns=WAVE_COLUMNS,
         calibration_error=calibration_error,
+        **{"figures": None, "notes": (), "stress": (), **tables},
     )
 
 
@@ -125,22 +150,43 @@ def marked_row(engine: str, words: Sequence[ShownWord], baseline: str, text: str
     text: what the errors of `transcript` are counted against, where it is known; a pause may divide one of its words.
     """
     expected_words = baseline.split()
-    marked: list[ShownWord] = []
+    cells: list[list[ShownWord]] = [[] for _ in expected_words or [""]]
     for expected, own, is_equal in word_runs(
         comparable_words(expected_words), comparable_words(word.text for word in words)
     ):
-        if is_equal:
-            marked += words[own.start : own.stop]
-            continue
-        marked += [ShownWord(expected_words[i], mark="lost") for i in expected]
-        marked += [replace(words[i], mark="other") for i in own]
+        for place, i in itertools.zip_longest(expected, own):
+            if i is None:
+                cells[place].append(ShownWord(expected_words[place], mark="lost"))
+            else:  # an inserted word stands behind the word before it
+                cell = cells[max(expected.start - 1, 0) if place is None else place]
+                cell.append(words[i] if is_equal else replace(words[i], mark="other"))
     if text is None:
-        return ShownRow(engine, marked)
-    return ShownRow(engine, marked, word_errors(normalize(text), normalize(transcript)))
+        return ShownRow(engine, cells)
+    return ShownRow(engine, cells, word_errors(normalize(text), normalize(transcript)))
 
 
 def _plain(text: str) -> list[ShownWord]:
     return [ShownWord(word) for word in text.split()]
+
+
+def plain_row(name: str, text: str) -> ShownRow:
+    """The row of the baseline, a word in each cell."""
+    return ShownRow(name, [[word] for word in _plain(text)] or [[]])
+
+
+def lines_of(rows: Sequence[ShownRow]) -> list[slice]:
+    """The cells of all rows in lines that fit a phone."""
+    widths = [
+        1 + max(len(" ".join(word.text for word in cell)) for cell in column)
+        for column in zip(*(row.cells for row in rows), strict=True)
+    ]
+    lines = []
+    first = 0
+    for place in range(1, len(widths) + 1):
+        if place == len(widths) or sum(widths[first : place + 1]) > LINE_CHARACTERS:
+            lines.append(slice(first, place))
+            first = place
+    return lines
 
 
 def _words(transcript: Transcript, frame_seconds: float) -> list[ShownWord]:
@@ -158,14 +204,22 @@ def _words(transcript: Transcript, frame_seconds: float) -> list[ShownWord]:
     ]
 
 
-def shown_clip(name: str, samples: np.ndarray, rate: int, rows: list[ShownRow]) -> dict[str, Any]:
+def shown_clip(
+    name: str, samples: np.ndarray, rate: int, rows: list[ShownRow], flaws: Mapping[str, Flaws] | None = None
+) -> dict[str, Any]:
     """What the page shows of a clip of mono samples [N] at `rate` in Hz. rows: the baseline's first."""
+    seconds = len(samples) / rate
+    blank = {(each.start, each.end) for own in (flaws or {}).values() for each in own.blank or ()}
     return {
         "name": name,
-        "seconds": len(samples) / rate,
+        "seconds": seconds,
         "audio": audio_uri(samples, rate),
         "wave": wave_path(samples),
         "rows": rows,
+        "lines": lines_of(rows),
+        "differences": max(row.differences for row in rows),
+        "flaws": list(flaw_rows(name, flaws or {})),
+        "blank": [(WAVE_COLUMNS * start / seconds, WAVE_COLUMNS * (end - start) / seconds) for start, end in blank],
     }
 
 
@@ -174,11 +228,11 @@ def _compared(clip: ComparedClip, comparison: Comparison) -> dict[str, Any]:
     there is one."""
     config = comparison.config
     baseline = clip.transcripts[comparison.engines[0].name].text if clip.text is None else clip.text
-    rows = [] if clip.text is None else [ShownRow("text", _plain(clip.text))]
+    rows = [] if clip.text is None else [plain_row("text", clip.text)]
     for engine, transcript in clip.transcripts.items():
         words = _words(transcript, config.frame_seconds)
         rows.append(marked_row(engine, words, baseline, clip.text, transcript.text))
-    return shown_clip(clip.label, config.read_clip(clip), config.sample_rate, rows)
+    return shown_clip(clip.label, config.read_clip(clip), config.sample_rate, rows, clip.flaws)
 
 
 def _stressed(result: StressResult, test: StressTest) -> dict[str, Any]:
@@ -189,11 +243,13 @@ def _stressed(result: StressResult, test: StressTest) -> dict[str, Any]:
         name += f", {len(takes)} pieces"
     text = " ".join(map(test.text_of, result.group))
     has_text = all(test.clips[clip].text is not None for clip in result.group)
-    rows = [ShownRow("text" if has_text else f"{test.baseline}, as it is", _plain(text))]
-    for each in test.results:
-        if each.case == result.case:
-            rows.append(marked_row(each.engine, _plain(each.transcript), text, text, each.transcript))
-    return shown_clip(name, np.concatenate(takes), test.config.sample_rate, rows)
+    own = [each for each in test.results if each.case == result.case]
+    rows = [
+        plain_row("text" if has_text else f"{test.baseline}, as it is", text),
+        *(marked_row(each.engine, _plain(each.transcript), text, text, each.transcript) for each in own),
+    ]
+    flaws = {each.engine: each.flaws for each in own}
+    return shown_clip(name, np.concatenate(takes), test.config.sample_rate, rows, flaws)
 
 
 def _reliability(comparison: Comparison) -> Iterator[tuple[tuple[str, str], list[Bin]]]:

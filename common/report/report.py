@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from common.contract import Graph
+from common.evaluate.blanks import flaws_table
 from common.evaluate.speed import why_slower
 from common.evaluate.stress import OPTIMIZED
 from common.evaluate.wer import CONFIDENCE, WordErrorRate, marked_changes
@@ -38,7 +39,7 @@ PARTS = ("codes", "scales", "zero_points")
 KINDS = ("float32", *PARTS, "graph", "padding")
 _PART = re.compile(rf"(.+)\.({'|'.join(PARTS)})(\..+)?")
 AXIS_MARGIN = 2  # of the 100 units of the axis on which changes of the word error rate are drawn
-WORDS, STRESS = "words on speech", "words where speech is hard"
+WORDS, STRESS, BLANK = "words on speech", "words where speech is hard", "speech without a word"
 
 
 # The content
@@ -218,6 +219,17 @@ def checks(report: dict[str, Any]) -> list[dict[str, Any]]:
     points = [row["points"] for row in report["stress"] if row["engine"] == OPTIMIZED and row["points"] is not None]
     found.append(_check_points(WORDS, rises, evaluation["max_wer_increase"]))
     found.append(_check_points(STRESS, points, report["max_lost_words"]))
+    alone = [row["alone"] for row in report["stress"] if row["engine"] == OPTIMIZED and row["alone"] is not None]
+    if alone:
+        limit = report["max_lost_words"]
+        found.append(
+            {
+                "name": BLANK,
+                "measured": f"{sum(alone)} stretches where float32 has words",
+                "limit": "no limit was set" if limit is None else "none",
+                "met": None if limit is None else not sum(alone),
+            }
+        )
     return found
 
 
@@ -266,9 +278,11 @@ def write_page(path: Path, report: dict[str, Any], clips: list[EvaluatedClip]) -
         kinds=[kind for kind in KINDS if any(side[kind] for side in sides)],
         changes=[(clip, marked_changes(clip.float32, clip.optimized)) for clip in differing[:MAX_SHOWN_CLIPS]],
         changed_clips=len(differing),
+        flaws=flaws_table(((clip.name, clip.flaws) for clip in clips), "float32"),
         confidence=CONFIDENCE,
         json_file=REPORT_JSON,
         decibels=_decibels,
+        graded=graded,
     )
     path.write_text(page, encoding="utf-8")
 
@@ -289,3 +303,13 @@ def _decibels(error: float | None) -> str:
     if error is None:
         return "–"
     return f"{-10 * math.log10(error):.1f}" if error else "exact"
+
+
+def graded(ratio: float | None) -> tuple[str, str]:
+    """A word for a signal to error ratio in dB of an encoder's output (None: no error), and what it means: what such
+    ratios on speech changed with 4-bit encoders of the bundled checkpoint."""
+    if ratio is None or ratio >= 30:
+        return "good", "30 dB on speech changed fewer than 1 word in 100"
+    if ratio >= 20:
+        return "fair", "20 dB on speech changed 2 words in 100, 30 dB fewer than 1"
+    return "low", "20 dB on speech changed 2 words in 100, and less changes more"
