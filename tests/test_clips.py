@@ -15,7 +15,7 @@ import test_real_speech
 from common.evaluate.wer import WordErrorRate, word_error_rate
 from common.run.audio import LANGUAGE_KEYS, Clip, check_audio, load_clip, read_clips, shared_clips
 from common.run.config import RuntimeConfig
-from tests.helpers import SAMPLES, rejected
+from tests.helpers import SAMPLES, rejected, run_python
 
 CLIPS = sorted((SAMPLES / "clips").glob("*.flac"))[:3]
 FORMATS = (
@@ -115,6 +115,24 @@ class TestSegments:
         warning = capsys.readouterr().err
         assert warning.startswith(f"warning: {cut} ends early: its header states 10.0 s of audio, and ")
         assert warning.count("\n") == 1
+
+    def test_the_warning_of_a_file_that_is_cut_is_printed(self, tmp_path):
+        """In a process of its own, since what libsndfile's decoders print is hidden while a file is read."""
+        soundfile.write(tmp_path / "cut.wav", np.ones(16_000) / 2, 16000)
+        os.truncate(tmp_path / "cut.wav", 20_000)
+        done = run_python(
+            "import sys; from pathlib import Path; from common.run.audio import Clip, load_clip; "
+            "load_clip(Clip(Path(sys.argv[1])), 16000, 1)",
+            tmp_path / "cut.wav",
+        )
+        assert done.stderr.startswith(f"warning: {tmp_path / 'cut.wav'} ends early: its header states 1.0 s of audio")
+
+    def test_a_file_that_is_cut_behind_its_header_is_too_short(self, tmp_path):
+        soundfile.write(tmp_path / "cut.wav", np.ones(16_000) / 2, 16000)
+        os.truncate(tmp_path / "cut.wav", 44)
+        for read in (check_audio, load_clip):
+            with pytest.raises(ValueError, match=r"of audio or more in .*cut\.wav, got 0.000 s"):
+                read(Clip(tmp_path / "cut.wav"), 16000, 1)
 
     @pytest.mark.parametrize("sizes", [(None, 0), (0, 0), (2**32 - 1, 2**32 - 1), (2**31 - 1, 2**31 - 37)])
     def test_wav_files_whose_header_does_not_know_their_length_are_read_to_the_end(self, sizes, tmp_path, capsys):

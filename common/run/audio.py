@@ -177,6 +177,10 @@ def load_clip(clip: Clip, sample_rate: int, min_samples: int) -> np.ndarray:
         blocks = _mono_blocks(clip, _blocks(clip, file, begin, end))
         parts = blocks if file.samplerate == sample_rate else _resampled(blocks, file.samplerate, sample_rate)
         mono = np.concatenate([np.zeros(0, np.float32), *parts])
+        stated = _stated_frames(clip.path, file) / file.samplerate
+    found = clip.offset + len(mono) / sample_rate
+    if end is None and stated > found + SEGMENT_TOLERANCE:
+        _warn_of_cut(clip.path, found, stated)
     _require_length(clip, len(mono) / sample_rate, min_samples / sample_rate)
     return mono
 
@@ -237,7 +241,7 @@ def _stated_frames(path: Path, file: Any) -> int:
                 return 0
     if noted := STATED.search(file.extra_info):
         size, found, frames = (int(number or 0) for number in noted.groups())
-        return frames or (file.frames * size // found if size < UNKNOWN_BYTES else 0)
+        return frames or (file.frames * size // max(found, 1) if size < UNKNOWN_BYTES else 0)
     return file.frames if file.frames < UNKNOWN_FRAMES else 0
 
 
@@ -286,9 +290,6 @@ def _blocks(clip: Clip, file: Any, begin: int, end: int | None) -> Iterator[np.n
         raise ValueError(
             f"expected{clip.segment} in {clip.path}, got {position / file.samplerate:.3f} s of audio: it is truncated"
         )
-    seconds, stated = (frames / file.samplerate for frames in (position, _stated_frames(clip.path, file)))
-    if end is None and stated > seconds + SEGMENT_TOLERANCE:
-        _warn_of_cut(clip.path, seconds, stated)
 
 
 def _mono_blocks(clip: Clip, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
