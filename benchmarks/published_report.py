@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.published_speech import SETS, SpeechSet
+from benchmarks.published_speech import CLIPS, SETS, SpeechSet
 from common.cli import CheckError, size_text
 from common.evaluate.speed import machine
 from common.evaluate.wer import NONE, WordErrorRate, normalize, word_error_rate
@@ -101,11 +101,12 @@ def figures(
     results: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The content of published.json, from the results of the steps."""
-    reference = {key: _library(result) for key, result in results["reference"].items()}
-    engines: dict[str, Any] = {_library_name(results["reference"]): _engine(reference)}
-    float32 = results["folders"][FLOAT32]["speech"]
+    seconds = {key: counted[CLIPS]["seconds"] for key, counted in fetched.items()}
+    library = _library_name(results["reference"])
+    reference = {key: _of_engine(result["output"], library) for key, result in results["reference"].items()}
+    engines: dict[str, Any] = {library: _engine(reference, seconds)}
     for method, measured in results["folders"].items():
-        engines[method] = {"flags": measured["flags"], **_folder(measured, float32, results["folders"][FLOAT32])}
+        engines[method] = {"flags": measured["flags"], **_folder(measured, results["folders"][FLOAT32], seconds)}
     published = {
         "model": name,
         "commit": sources["commit"],
@@ -128,27 +129,20 @@ def _library_name(reference: Mapping[str, Any]) -> str:
     return next(name for name in names if not name.startswith(("GenAI", "ONNX Runtime")))
 
 
-def _library(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a comparison that is about the reference."""
-    return _of_engine(result["output"], _library_name({"": result}))
-
-
 def _of_engine(output: Mapping[str, Any], engine: str) -> dict[str, Any]:
     """An engine's transcripts and speed in what test_real_speech.py has written."""
     return {
         "texts": [clip["text"] for clip in output["clips"]],
         "transcripts": [clip["engines"][engine]["text"] for clip in output["clips"]],
-        "audio_seconds": sum(clip["seconds"] for clip in output["clips"]),
         "rtfx": output["engines"][engine]["rtfx"],
     }
 
 
-def _engine(by_set: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Error rates of each set, and the speed over all of them."""
-    audio = sum(one["audio_seconds"] for one in by_set.values())
+def _engine(by_set: Mapping[str, Mapping[str, Any]], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Error rates of each set, and the speed over all of them; seconds: of the clips of each set."""
     return {
         "wer": {key: _rate(_rules(SETS[key]), one["texts"], one["transcripts"]) for key, one in by_set.items()},
-        "rtfx": audio / sum(one["audio_seconds"] / one["rtfx"] for one in by_set.values()),
+        "rtfx": sum(seconds.values()) / sum(seconds[key] / one["rtfx"] for key, one in by_set.items()),
     }
 
 
@@ -167,27 +161,29 @@ def _rate(rules: Callable[[str], str], texts: Sequence[str], transcripts: Sequen
     return {"errors": rate.errors, "words": rate.words, "percent": rate.percent, "low": rate.low, "high": rate.high}
 
 
-def _folder(measured: Mapping[str, Any], float32: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
+def _folder(measured: Mapping[str, Any], float32: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
     """The figures of a folder in GenAI; those of a folder that was not written are why."""
     if "speech" not in measured:
         return {"failed": measured["optimize"]["failed"]}
-    by_set = {
-        key: _of_engine(one["output"], next(iter(one["output"]["engines"]))) for key, one in measured["speech"].items()
-    }
-    before = [
-        text
-        for one in float32.values()
-        for text in _of_engine(one["output"], next(iter(one["output"]["engines"])))["transcripts"]
-    ]
-    after = [text for one in by_set.values() for text in one["transcripts"]]
+    by_set, before = _genai(measured), _genai(float32)
     return {
-        **_engine(by_set),
-        "words_changed": None if measured is baseline else _rate(normalize, before, after),
+        **_engine(by_set, seconds),
+        "words_changed": None if measured is float32 else _rate(normalize, _transcripts(before), _transcripts(by_set)),
         "bytes": measured["bytes"],
         **measured["load"],
         "speed": measured.get("speed"),
         "stress": _missed(measured["stress"]["output"]),
     }
+
+
+def _genai(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the only engine of these runs gives for each set."""
+    outputs = {key: result["output"] for key, result in measured["speech"].items()}
+    return {key: _of_engine(output, next(iter(output["engines"]))) for key, output in outputs.items()}
+
+
+def _transcripts(by_set: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [text for one in by_set.values() for text in one["transcripts"]]
 
 
 def _missed(stress: Mapping[str, Any]) -> dict[str, dict[str, int]]:
@@ -253,8 +249,7 @@ def markdown(published: Mapping[str, Any]) -> str:
     cpu = published["machine"]
     sets = published["sets"]
     counts = ", ".join(
-        f"{one['title']} ({one['clips.jsonl']['clips']} clips, {one['clips.jsonl']['seconds'] / 60:.1f} min)"
-        for one in sets.values()
+        f"{one['title']} ({one[CLIPS]['clips']} clips, {one[CLIPS]['seconds'] / 60:.1f} min)" for one in sets.values()
     )
     versions = ", ".join(f"{name} {version}" for name, version in published["versions"].items())
     lines = [
