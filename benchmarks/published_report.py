@@ -257,7 +257,7 @@ def markdown(published: Mapping[str, Any]) -> str:
         "",
         f"{published['date']}, commit `{published['commit']}`, {cpu['cores']} cores with "
         f"{', '.join(cpu['extensions']) or 'no known extension'}, {size_text(cpu['memory'])} of memory; {versions}.",
-        f"{counts}.",
+        f"{counts}." + ("" if published["published"] or not published["source"] else f" {published['source']}."),
         "",
         *(f"**Far from what is published.** {sentence}." for sentence in published["far"]),
         *(f"**Not measured:** {reason}." for reason in published["missing"].values()),
