@@ -24,7 +24,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from benchmarks.bench import machine, peak_memory, process
 from common.cli import size_text
 from common.contract import ENCODER
-from common.onnx_io import add_initializer, input_of, load, shape_of, tensor_of
+from common.onnx_io import add_initializer, input_of, load, save_model, shape_of, tensor_of
 from common.quantize.int8 import packed_tensor
 from common.run.ort import open_session
 
@@ -65,7 +65,7 @@ def joined(source: Path, target: Path) -> None:
 
 
 def one_file(source: Path, target: Path) -> None:
-    ir.save(ir.external_data.load_to_model(load(source / ENCODER.file)), target / ENCODER.file)
+    save_model(load(source / ENCODER.file), target / ENCODER.file, single_file=True)
 
 
 def saved(source: Path, target: Path, **entries: str) -> None:
