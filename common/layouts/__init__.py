@@ -1,8 +1,4 @@
-"""The model folders of each runtime: which layouts there are, and which of them a folder has.
-
-onnx-asr's joined graph must be made from files that no other folder shares yet, since onnx_ir does not accept files
-with several hard links. So in the order of writing GenAI's folder is the first and onnx-asr's the second.
-"""
+"""The model folders of each runtime: which layouts there are, and which of them a folder has."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
