@@ -214,15 +214,30 @@ def test_srt_as_a_player_reads_it():
     assert vtt([], FRAME) == "WEBVTT\n"
 
 
+def number_with_a_pause() -> list[np.ndarray]:
+    """A number with 20 s of silence in the middle, which a word of NeMo's spans: in parts."""
+    number, _ = soundfile.read(CLIPS[4], dtype="float32")
+    middle = len(number) * 7 // 10
+    return [number[:middle], np.zeros(20 * 16000, np.float32), number[middle:]]
+
+
+def test_nemos_words_are_compared_with_words_that_no_pause_divides(tiny_export, tmp_path, capsys):
+    soundfile.write(tmp_path / "pause.wav", np.concatenate(number_with_a_pause()), 16000)
+    argv = ["--model_dir", str(tiny_export), "--model_name", str(TINY), "--audio", str(tmp_path / "pause.wav")]
+    assert test_real_speech.main([*argv, "--timestamps", "--json", str(tmp_path / "found.json")]) == 0
+    engines = json.loads((tmp_path / "found.json").read_text())["clips"][0]["engines"]
+    nemo, onnx = (engines[name]["words"] for name in ("NeMo", "ONNX Runtime onnx_models"))
+    assert f"{len(nemo)} words; their times differ from those of NeMo by at most 0 " in capsys.readouterr().out
+    assert len(onnx) > len(nemo)
+    assert "".join(word["text"] for word in onnx) == "".join(word["text"] for word in nemo)
+
+
 def test_subtitles_of_long_audio_are_read_by_other_libraries(tiny_export, tmp_path, capsys):
     """A number with 20 s of silence in the middle, which a word of NeMo's spans, and clips without a pause. A subtitle
     lasts 7 s or less, ends within a second of its last token, and does not overlap the next; all words are there."""
     clips = [soundfile.read(path, dtype="float32")[0] for path in CLIPS]
-    number = clips[4]
-    middle = len(number) * 7 // 10
-    parts = [number[:middle], np.zeros(20 * 16000, np.float32), number[middle:], *clips, *reversed(clips)]
     audio = tmp_path / "long.wav"
-    soundfile.write(audio, np.concatenate(parts), 16000)
+    soundfile.write(audio, np.concatenate([*number_with_a_pause(), *clips, *reversed(clips)]), 16000)
     argv = ["--model_dir", str(tiny_export), "--model_name", str(TINY), "--folders", "exported", "--audio", str(audio)]
     for suffix in ("srt", "vtt", "json"):
         argv += [f"--{suffix}", str(audio.with_suffix(f".{suffix}"))]
