@@ -47,9 +47,14 @@ CLIPS = [SAMPLES / row["audio_filepath"] for row in ROWS]
 def folder_of_engines(genai: str, onnx: str, *, is_float32: bool = True) -> Any:
     """A folder of a comparison that has taken place, with the names of its engines; its windows have 60 s."""
     engines = [GenAIEngine(genai, None), OnnxEngine(onnx, None)]
-    config = SimpleNamespace(sample_rate=16_000, window_seconds=60, frame_seconds=0.08)
+    config = SimpleNamespace(sample_rate=16_000, window_seconds=60, frame_seconds=0.08, durations=(0, 4))
     return SimpleNamespace(
-        genai_engine=engines[0], onnx_engine=engines[1], engines=engines, is_float32=is_float32, config=config
+        genai_engine=engines[0],
+        onnx_engine=engines[1],
+        engines=engines,
+        is_float32=is_float32,
+        config=config,
+        pieces=None,  # these engines give no tokens to look up
     )
 
 

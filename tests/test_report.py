@@ -184,7 +184,7 @@ def test_page_is_whole_and_loads_nothing(folder):
 def test_page_shows_hostile_text_as_text(folder, report):
     clip = report["evaluation"]["clips"][0]
     fields = {name: value for name, value in clip.items() if name != "errors"}
-    clips = [EvaluatedClip(**fields | {"optimized": HOSTILE_TEXT})]
+    clips = [EvaluatedClip(**fields | {"optimized": HOSTILE_TEXT, "flaws": {}})]
     report = {**report, "evaluation": make_evaluation(MANIFEST, clips, word_table(clips), None)}
     path = folder.parent / "hostile.html"
     write_page(path, report, clips)

@@ -8,6 +8,7 @@ import pytest
 
 from common.cli import CheckError
 from common.contract import PARITY_TOLERANCE
+from common.evaluate.blanks import Blank, Flaws
 from common.evaluate.compare import ComparedClip, Comparison, Difference, first_difference
 from common.evaluate.engines import Engine, labels
 from common.evaluate.verdict import judge_tokens, print_corpus, transcribe_and_print
@@ -121,6 +122,7 @@ def comparison_with(difference):
     words = [TimedWord("a", 3, 5)]
     transcripts = {"G": Transcript([1], "a", 0.5, 0.25), "R": Transcript([2], "b", 0.25, words=words)}
     clip = ComparedClip(Path("a.wav"), text="a", seconds=1.0, transcripts=transcripts, differences={"R": difference})
+    clip.flaws = {"G": Flaws(None, []), "R": Flaws([Blank(1.5, 5.0, 3.25, reference_has_words=True)], ["no"])}
     return Comparison(clips=[clip], folders=[folder_of_engines("G", "R")], reference=None)
 
 
@@ -128,6 +130,7 @@ def test_the_keys_of_the_json_results():
     """Other programs read these keys, so they must not change."""
     found = comparison_with(Difference(0, 3, 1, 2, "a reason")).as_json()
     words = [{"text": "a", "start": 0.24, "end": 0.4}]
+    blank = [{"start": 1.5, "end": 5.0, "speech": 3.25, "reference_has_words": True}]
     rate = {"errors": 0, "words": 1, "low": 0.0, "high": 0.0}
     assert found["engines"]["G"] == {
         "rtfx": 2.0, "rtfx_without_features": 4.0, "wer": rate, "normalised_wer": rate,
@@ -136,8 +139,14 @@ def test_the_keys_of_the_json_results():
         {
             "audio_filepath": "a.wav", "offset": 0.0, "duration": 1.0, "text": "a",
             "engines": {
-                "G": {"tokens": [1], "text": "a", "seconds": 0.5, "features_seconds": 0.25, "words": None},
-                "R": {"tokens": [2], "text": "b", "seconds": 0.25, "features_seconds": 0.0, "words": words},
+                "G": {
+                    "tokens": [1], "text": "a", "seconds": 0.5, "features_seconds": 0.25, "words": None,
+                    "blank": None, "repeated": [],
+                },
+                "R": {
+                    "tokens": [2], "text": "b", "seconds": 0.25, "features_seconds": 0.0, "words": words,
+                    "blank": blank, "repeated": ["no"],
+                },
             },
         }
     ]  # fmt: skip
