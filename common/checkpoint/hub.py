@@ -131,16 +131,15 @@ def file_names(name: str, revision: str, *, cached_only: bool = False) -> list[s
     """The files at the top of a repository; where Hugging Face cannot be asked, those of them in the local cache."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    with contextlib.suppress(ConnectionError, PermissionError, ValueError):
-        if not cached_only:
-            with errors_explained(name, revision, f"the list of files of {name}"):
-                info = HfApi(endpoint=constants.ENDPOINT).model_info(name, revision=revision)
-            return sorted(file.rfilename for file in info.siblings or [] if "/" not in file.rfilename)
-    with contextlib.suppress(ConnectionError, PermissionError, ValueError):
-        with errors_explained(name, revision, name):
-            folder = snapshot_download(name, revision=revision, local_files_only=True)
-        return sorted(path.name for path in Path(folder).iterdir())
-    return []
+    try:
+        with errors_explained(name, revision, f"the list of files of {name}"):
+            if cached_only:
+                folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+                return sorted(path.name for path in folder.iterdir())
+            files = HfApi(endpoint=constants.ENDPOINT).model_info(name, revision=revision).siblings or []
+            return sorted(file.rfilename for file in files if "/" not in file.rfilename)
+    except (ConnectionError, PermissionError, ValueError):
+        return [] if cached_only else file_names(name, revision, cached_only=True)
 
 
 def model_card(name: str, commit: str, *, cached_only: bool = False) -> Path | None:
