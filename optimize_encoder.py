@@ -63,9 +63,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "--calibration_manifest as well. 2 is for ternary checkpoints such as parakeet-redux, and an error for "
              "others: exact, fast with int8, small in memory with rtn (ONNX Runtime 1.24 or newer); int8 gives "
              "ternary weights 2 bits without it as well (%(default)s)")  # fmt: skip
-    add("--reduce_range", action="store_true",
-        help="int8 with weights of 7 bits, for a CPU without VNNI (AVX2 before 2021), where sums of larger products "
-             "overflow")  # fmt: skip
+    add("--full_range", action="store_true",
+        help="int8 weights of the full range of 8 bits: 1 dB more exact and as fast on a CPU with VNNI or on ARM, but "
+             "other x86 CPUs (Intel before Ice Lake, AMD before Zen 4) lose words, since sums overflow")  # fmt: skip
+    add("--reduce_range", action="store_false", dest="full_range", default=OptimizeOptions.full_range,
+        help="int8 weights whose products every CPU sums exactly; the default")  # fmt: skip
     add("--calibration_manifest", type=Path, metavar="FILE",
         help=f"for {calibrating}: clip list (JSON lines with audio_filepath) of a few minutes of speech, of which "
              "up to 5 are used. Weights are rounded so that products with this speech change least, and "

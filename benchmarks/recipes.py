@@ -29,12 +29,9 @@ from benchmarks.bench import SAMPLES, parse_args, process
 from common.cli import size_text
 from common.contract import ENCODER
 from common.folder import staged_folder
-from common.quantize.fidelity import exact_bits
 
 CALIBRATION = SAMPLES / "manifest.jsonl"
-# Where sums of 8-bit products overflow, 7 bits are what a user would take.
-EXACT = {} if exact_bits() == 8 else {"reduce_range": None}
-INT8 = {"quant_method": "int8", **EXACT}
+INT8 = {"quant_method": "int8"}
 # Flags of optimize_encoder.py, one mode per line; None stands for a flag without a value.
 OURS = (
     {"quant_method": "rtn", "block_size": 32},

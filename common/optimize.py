@@ -45,7 +45,7 @@ from common.onnx_io import (
     with_weights_apart,
 )
 from common.quantize.calibration import read_speech
-from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare, reduce_range_advice
+from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
 from common.quantize.methods import Calibrated, OptimizeOptions
 from common.quantize.rewrite import OptimizedEncoder, check_ternary, optimize_graph
 from common.quantize.tokens import QuantizedTokenGraphs, quantize_token_graphs
@@ -128,8 +128,7 @@ def optimize(
     speech_folder = next((name for name, layout in layouts.items() if layout.measures_speech), None)
     calibration, evaluation = read_speech_manifests(options, source, speech_folder)
     _state_needs(source, target, layouts, options)
-    range_advice = reduce_range_advice(options)
-    if range_advice:
+    if range_advice := options.range_advice():
         warn(range_advice)
 
     once = bool(calibration) + bool(evaluation) + (stress.stress is not None)
@@ -376,6 +375,7 @@ def _manifest_section(
     section = {
         "flags": options.record(),
         "method": options.description,
+        "cpus": options.cpus,
         "runs_as": options.method.runs_as(encoder.weights_by_bits) if options.method else "",
         "calibration": None if manifest is None else fingerprint(manifest),
         "fused": dict(encoder.fused),

@@ -27,7 +27,6 @@ from common.evaluate.engines import GenAIEngine, OnnxEngine
 from common.folder import sha256
 from common.layouts.layout import REPORT_FILES, Layout
 from common.layouts.sherpa_onnx import SHERPA_ONNX
-from common.quantize.fidelity import exact_bits
 from common.run.audio import Clip, load_clip
 
 # ---- files of the project
@@ -415,11 +414,6 @@ def prefer(folder: Path, token: int) -> None:
     values[[token, 8193]] += 1000
     bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
     onnx.save(proto, folder / "joint.onnx")
-
-
-BITS = exact_bits()
-REDUCED = () if BITS == 8 else ("--reduce_range",)
-BIT_DB = 6 * (8 - BITS)  # of error that a missing bit is worth
 
 
 def reproducible(path: Path) -> object:

@@ -1,75 +1,143 @@
-"""Whether this CPU adds 8-bit products exactly, and what the user is told where it does not."""
+"""Sums of 8-bit products on x86 CPUs without VNNI, emulated: they are exact but with --full_range, which says so."""
 
-import platform
-import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, numpy_helper
 
-from common.quantize import fidelity
-from common.quantize.fidelity import exact_bits, reduce_range_advice
-from common.quantize.methods import OptimizeOptions
-from tests.helpers import printed_by
+from common.contract import DECODER, ENCODER
+from common.folder import read_manifest
+from common.quantize.columns import fit_columns, quantize_columns
+from common.quantize.methods import EVERY_CPU, VNNI_ALONE, OptimizeOptions
+from common.quantize.rounding import InputMoments
+from common.report.card import CARD
+from common.run.genai import GenAI
+from common.run.ort import open_session
+from tests.helpers import CLIPS, printed_by
 
-INT8 = OptimizeOptions(quant_method="int8")
-INT8_TOKENS = OptimizeOptions(decoder_joint_precision="int8")
-EXACT_SUM = 64 * 255 * 127
-CUT_OFF_SUM = 32 * 32767  # pairs of products, each cut off at the largest 16-bit number
-
-
-class Session:
-    """A session of a CPU on which every sum of the product is `total`."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-
-    def run(self, names, inputs) -> list[np.ndarray]:
-        return [np.full((8, 64), self.total, np.int32)]
+RNG = np.random.default_rng(3)
+FLAGS = ("--quant_method", "int8", "--decoder_joint_precision", "int8")
+INT16 = np.iinfo(np.int16)
+ROWS = 24  # of activations, of each product
 
 
-@pytest.fixture(params=[EXACT_SUM, CUT_OFF_SUM], ids=["with VNNI", "without VNNI"])
-def bits(request, monkeypatch) -> int:
-    """The number of bits that is exact on each kind of CPU, which is told by the sums of its products."""
-    monkeypatch.setattr(fidelity, "open_session", lambda model: Session(request.param))
-    return 8 if request.param == EXACT_SUM else 7
+def pairs_of(x: np.ndarray) -> np.ndarray:
+    """[K, N] → [K/2, 2, N]; an odd K is padded."""
+    return np.pad(x, ((0, len(x) % 2), (0, 0))).reshape(-1, 2, x.shape[1])
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="reads the flags that Linux lists for x86"
-)
-def test_the_product_agrees_with_the_flags_of_this_cpu():
-    flags = Path("/proc/cpuinfo").read_text().split()
-    assert exact_bits() == (8 if {"avx512_vnni", "avx_vnni"} & set(flags) else 7)
+def without_vnni(x: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """uint8 x [R, K] times int8 codes [K, N] as VPMADDUBSW adds them: each pair of products is cut off at 16 bits."""
+    left, right = pairs_of(x.T.astype(np.int32)), pairs_of(codes.astype(np.int32))
+    sums = left[:, 0, :, None] * right[:, 0, None] + left[:, 1, :, None] * right[:, 1, None]
+    return np.clip(sums, INT16.min, INT16.max).sum(axis=0)
 
 
-@pytest.mark.parametrize("options", [INT8, INT8_TOKENS], ids=["encoder", "decoder and joint"])
-def test_8_bit_weights_are_warned_of_where_sums_overflow(options, bits):
-    advice = reduce_range_advice(options)
-    assert exact_bits() == bits
-    if bits == 8:
-        assert advice is None
-    else:
-        assert "add --reduce_range" in advice
-        assert "CPUs with VNNI are exact" in advice
+def overflows(codes: np.ndarray) -> bool:
+    """Whether some activations make the sum of a pair of products overflow."""
+    pairs = 255 * pairs_of(codes.astype(np.int32))
+    return np.maximum(pairs, 0).sum(axis=1).max() > INT16.max or np.minimum(pairs, 0).sum(axis=1).min() < INT16.min
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        OptimizeOptions(),
-        OptimizeOptions(quant_method="int8", reduce_range=True),
-        OptimizeOptions(quant_method="int8", weight_bits=4),
-        OptimizeOptions(quant_method="int8", skip_quantization=True),
-    ],
-    ids=["4 bits", "7 bits", "int8 in 4 bits", "float32"],
-)
-def test_other_weights_are_not_warned_of(options, bits):
-    assert reduce_range_advice(options) is None
+def test_the_emulation_cuts_sums_off_in_pairs_of_rows():
+    x, codes = np.full((1, 4), 255, np.uint8), np.array([[127, 127], [127, -127], [-1, 64], [0, 64]], np.int8)
+    assert without_vnni(x, codes).tolist() == [[32767 - 255, 32640]]
+    assert (x.astype(int) @ codes).tolist() == [[2 * 255 * 127 - 255, 32640]]
+    assert overflows(codes)
+    assert not overflows(codes[1:3])
 
 
-@pytest.mark.slow
-def test_the_script_warns_at_the_start_and_repeats_it_at_the_end(optimized):
-    folder = optimized("--quant_method", "int8")
-    assert printed_by(folder, "errors").count("warning: this CPU has no VNNI") == (exact_bits() == 7)
-    assert printed_by(folder).count("this CPU has no VNNI") == (exact_bits() == 7)
+WEIGHTS = {
+    "normal": RNG.standard_normal((256, 40), dtype=np.float32),
+    "uniform": RNG.uniform(-1, 1, (256, 40)).astype(np.float32),
+    "one sign": np.abs(RNG.standard_normal((256, 40), dtype=np.float32)) + 1,
+    "loud rows": RNG.standard_normal((255, 40), dtype=np.float32) * np.logspace(0, 2, 255, dtype=np.float32)[:, None],
+    "ternary": np.sign(RNG.standard_normal((256, 40), dtype=np.float32)) * np.float32(0.3),
+    "zeros": np.zeros((6, 3), np.float32),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("fitted", [False, True])
+def test_no_sum_overflows_but_in_the_full_range(name, fitted):
+    weight = WEIGHTS[name]
+
+    def codes_of(**options) -> np.ndarray:
+        if not fitted:
+            return quantize_columns(weight, 8, **options).codes
+        x = np.random.default_rng(0).standard_normal((300, 30)) @ np.random.default_rng(1).standard_normal(
+            (30, len(weight))
+        )
+        return fit_columns(weight, 8, InputMoments.strongest_first((x.T @ x).astype(np.float32)), **options)[0].codes
+
+    assert not overflows(codes_of())
+    assert overflows(codes_of(full_range=True)) == (name != "zeros")
+
+
+def test_the_safe_range_costs_a_third_of_what_a_bit_costs():
+    weight = WEIGHTS["normal"]
+    safe, full = (quantize_columns(weight, 8, full_range=full).error for full in (False, True))
+    assert 0 < 10 * np.log10(safe / full) < 2.5  # dB; a bit is worth 6
+
+
+def products_of(path: Path, features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The uint8 activations [R, K], on speech, and the codes [K, N] of each product of an encoder."""
+    proto = onnx.load(path)
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    products = [node for node in proto.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    names = list(dict.fromkeys(node.input[0] for node in products))
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in names)
+    values = open_session(proto.SerializeToString()).run(
+        names, dict(zip((x.name for x in proto.graph.input), (features, np.array([features.shape[2]])), strict=True))
+    )
+    rows = {name: value.reshape(-1, value.shape[-1])[-ROWS:] for name, value in zip(names, values, strict=True)}
+    return [(rows[node.input[0]], numpy_helper.to_array(constants[node.input[1]])) for node in products]
+
+
+@pytest.mark.parametrize(("flags", "exact"), [((), True), (("--full_range",), False)], ids=["default", "full range"])
+def test_a_folder_computes_the_same_without_vnni_unless_it_has_the_full_range(flags, exact, optimized, tiny_export):
+    folder = optimized(*FLAGS, *flags)
+    genai = GenAI(tiny_export)
+    products = products_of(folder / ENCODER.file, genai.features(genai.config.read_audio(CLIPS[0]))[None])
+    assert len(products) == 61 + 2 * 5  # with the second terms
+    wrong = [(without_vnni(x, codes) != x.astype(np.int32) @ codes).any() for x, codes in products]
+    assert (sum(wrong) == 0) if exact else (sum(wrong) > 20)
+    unsafe = [overflows(codes) for _, codes in products]
+    assert (sum(unsafe) == 0) if exact else (sum(unsafe) > 60)
+    lstms = [
+        numpy_helper.to_array(tensor)[0]
+        for tensor in onnx.load(folder / DECODER.file).graph.initializer
+        if tensor.name.endswith(".codes") and len(tensor.dims) == 3
+    ]
+    assert [overflows(codes) for codes in lstms] == [not exact] * 4
+
+
+def test_ternary_weights_and_those_beside_them_overflow_nowhere(redux_export, optimized):
+    for bits in (("--weight_bits", "2"), ("--weight_bits", "4")):
+        proto = onnx.load(optimized("--quant_method", "int8", *bits, source=redux_export) / ENCODER.file)
+        constants = {tensor.name: numpy_helper.to_array(tensor).astype(np.int32) for tensor in proto.graph.initializer}
+        names = [name.removesuffix(".codes") for name in constants if name.endswith(".codes")]
+        assert len(names) == 61
+        for name in names:
+            codes = constants[f"{name}.codes"] * constants.get(f"{name}.scales.groups", 1)
+            assert not overflows(codes.reshape(-1, codes.shape[-1])), name
+
+
+@pytest.mark.parametrize(("flags", "cpus"), [((), EVERY_CPU), (("--full_range",), VNNI_ALONE)])
+def test_the_output_the_card_and_the_report_say_which_cpus_a_folder_is_for(flags, cpus, optimized):
+    folder = optimized(*FLAGS, *flags)
+    assert read_manifest(folder)["optimize"]["cpus"] == cpus
+    assert f"For {cpus}." in (folder / CARD).read_text()
+    assert f"for {cpus}" in (folder / "optimization_report.html").read_text()
+    warning = f"--full_range makes a folder for {cpus}"
+    assert printed_by(folder, "errors").count(f"warning: {warning}") == len(flags)
+    assert printed_by(folder).count(warning) == len(flags)  # repeated at the end
+
+
+def test_only_the_full_range_is_warned_of():
+    assert OptimizeOptions(quant_method="int8", full_range=True).range_advice()
+    assert OptimizeOptions(decoder_joint_precision="int8", full_range=True).range_advice()
+    for options in (OptimizeOptions(), OptimizeOptions(quant_method="int8"), OptimizeOptions(skip_quantization=True)):
+        assert options.range_advice() is None

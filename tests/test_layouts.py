@@ -46,7 +46,6 @@ from common.run.genai import GenAI
 from common.run.reference import Nemo, features_of
 from tests.helpers import (
     CLIPS,
-    REDUCED,
     ROOT,
     ROWS,
     SAMPLES,
@@ -136,7 +135,7 @@ def test_every_runtime_has_its_folder_and_they_share_the_encoders_weights(export
     ids=["plain", "calibrated"],
 )
 def optimized_for_all(request, exported, optimized) -> Path:
-    flags = ("--quant_method", "int8", *request.param, *REDUCED, "--decoder_joint_precision", "int8")
+    flags = ("--quant_method", "int8", *request.param, "--decoder_joint_precision", "int8")
     return optimized(*flags, source=exported)
 
 
@@ -198,7 +197,7 @@ def test_a_single_file_has_the_graph_and_the_weights_of_two(exported, single):
 
 
 def test_a_single_file_is_optimized_as_two_are(exported, single, optimized, tmp_path):
-    flags = ("--quant_method", "int8", *REDUCED)
+    flags = ("--quant_method", "int8")
     expected = optimized(*flags, source=exported / GENAI.runtime)
     folder = Path(shutil.copytree(expected, tmp_path / "out"))
     argv = ["--model_dir", str(single / GENAI.runtime), "--output_dir", str(folder), *flags]
@@ -263,7 +262,7 @@ def test_the_speed_of_one_encoder_is_in_the_reports_of_all_runtimes(exported, tm
         return [Speed(1.0, None), Speed(2.0 * len(measured), None)]
 
     monkeypatch.setattr(optimize, "measure_speed", measure)
-    argv = ["--model_dir", str(exported), "--output_dir", str(tmp_path / "out"), "--quant_method", "int8", *REDUCED]
+    argv = ["--model_dir", str(exported), "--output_dir", str(tmp_path / "out"), "--quant_method", "int8"]
     assert optimize_encoder.main(argv) == 0
     assert len(measured) == 1
     reports = [json.loads((tmp_path / "out" / name / REPORT_JSON).read_text()) for name in LAYOUTS]

@@ -22,7 +22,7 @@ from common.layouts.log_mel import FEATURES_TOLERANCE, check_features, log_mel_g
 from common.layouts.onnx_asr import ONNX_ASR
 from common.run.audio import Clip, load_clip
 from common.run.reference import Nemo, features_of
-from tests.helpers import CLIPS, REDUCED, SAMPLES, TINY
+from tests.helpers import CLIPS, SAMPLES, TINY
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ class TestOnnxAsr:
         expected = nemo.transcribe(nemo.features(load_clip(Clip(clip), 16000, 0))).text.strip()
         assert self.command_line(clip, "-p", exported) == expected
         optimized = tmp_path / "int8"
-        argv = ["--model_dir", str(exported), "--output_dir", str(optimized), "--quant_method", "int8", *REDUCED]
+        argv = ["--model_dir", str(exported), "--output_dir", str(optimized), "--quant_method", "int8"]
         assert optimize_encoder.main(argv) == 0
         assert self.command_line(clip, "-p", optimized, "-q", "int8") == expected
         # Under that name alone, as onnx-asr downloads it.

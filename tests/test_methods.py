@@ -116,8 +116,8 @@ def test_options_record_the_flags_that_decide_the_files_and_no_path():
     assert json.loads(json.dumps(record)) == record
     assert record == {
         "quant_method": "int8", "block_size": 32, "accuracy_level": 4, "decoder_joint_precision": "fp32",
-        "weight_bits": 8, "reduce_range": False, "skip_fusion": False, "skip_quantization": False,
-        "single_file": False, "size_budget_mb": None,
+        "weight_bits": 8, "full_range": False, "skip_fusion": False, "skip_quantization": False, "single_file": False,
+        "size_budget_mb": None,
     }  # fmt: skip
 
 
@@ -127,8 +127,8 @@ def test_options_cannot_be_changed():
 
 
 CLASHES = [
-    ({"reduce_range": True}, "--reduce_range needs --quant_method int8 or"),
-    ({"reduce_range": True, "quant_method": "int8", "skip_quantization": True}, "--reduce_range needs"),
+    ({"full_range": True}, "--full_range needs --quant_method int8 or"),
+    ({"full_range": True, "quant_method": "int8", "skip_quantization": True}, "--full_range needs"),
     ({"calibration_manifest": CLIPS}, "needs --quant_method k_quant_mixed or int8, not rtn"),
     ({"calibration_manifest": CLIPS, "quant_method": "int8", "skip_quantization": True}, "not --skip_quantization"),
     ({"size_budget_mb": 2.0, "quant_method": "hqq"}, "needs --quant_method k_quant_mixed or int8, not hqq"),
@@ -141,8 +141,8 @@ CLASHES = [
     ({"weight_bits": 4, "quant_method": "int8", "skip_quantization": True}, "not --skip_quantization"),
     ({"weight_bits": 5, "quant_method": "int8"}, "--weight_bits 5 needs"),
     (
-        {"weight_bits": 4, "quant_method": "int8", "reduce_range": True},
-        "--weight_bits 4 needs no reduction",
+        {"weight_bits": 4, "quant_method": "int8", "full_range": True},
+        "--weight_bits 4 is exact without",
     ),
     ({"size_budget_mb": 2.0, "quant_method": "k_quant_mixed"}, "needs --calibration_manifest"),
     (
@@ -168,7 +168,7 @@ def test_each_method_takes_the_flags_that_it_declares(name):
     OptimizeOptions(quant_method=name)
     for ability, flags in (
         (kind.uses_blocks, {"block_size": 64}),
-        (kind.reduces_range, {"reduce_range": True}),
+        (kind.has_range, {"full_range": True}),
         (4 in kind.weight_bits, {"weight_bits": 4}),
         (kind.calibrates, {"calibration_manifest": CLIPS}),
         (kind.calibrates, {"calibration_manifest": CLIPS, "size_budget_mb": 2.0}),

@@ -28,7 +28,7 @@ from common.quantize.rewrite import Stored
 from common.report.card import CARD
 from common.report.report import REPORT_HTML, REPORT_JSON, make_evaluation, make_report, write_page
 from common.run.audio import read_clips
-from tests.helpers import REDUCED, ROOT, SAMPLES, WITHOUT_SPEED
+from tests.helpers import ROOT, SAMPLES, WITHOUT_SPEED
 
 MANIFEST = SAMPLES / "manifest.jsonl"
 HOSTILE_TEXT = "<script>alert(1)</script> & \"quoted\" </p><img src=x onerror='alert(2)'>"
@@ -279,7 +279,7 @@ def test_a_ruined_encoder_fails_on_words(ruin, tiny_export, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_the_gate_lets_a_good_encoder_pass(tiny_export, tmp_path, capsys):
-    flags = ("--quant_method", "int8", *REDUCED, "--eval_manifest", MANIFEST, "--max_wer_increase", "0")
+    flags = ("--quant_method", "int8", "--eval_manifest", MANIFEST, "--max_wer_increase", "0")
     assert optimize_tiny(tiny_export, tmp_path / "out", *flags) == 0
     assert re.search(r"on 11 clips\n +WER (\S+ % \[.*?\]) → \1  \+0.00 points", capsys.readouterr().out)
 

@@ -23,7 +23,7 @@ from common.quantize.fidelity import sqnr_db
 from common.quantize.rewrite import factors_without_speech, fold, fuse, normalized_inputs, quantizable, row_factors
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
-from tests.helpers import CLIPS, REDUCED, SMALL
+from tests.helpers import CLIPS, SMALL
 
 LOUD = 30.0
 READERS = {
@@ -97,7 +97,7 @@ def test_a_folded_graph_is_the_exported_one(fused, loud_export, tmp_path, speech
 
 
 @pytest.mark.parametrize(
-    ("flags", "loss"), [(("--quant_method", "rtn"), 3), (("--quant_method", "int8", *REDUCED), 6)], ids=["rtn", "int8"]
+    ("flags", "loss"), [(("--quant_method", "rtn"), 3), (("--quant_method", "int8"), 6)], ids=["rtn", "int8"]
 )
 def test_loud_channels_cost_little_with_scaling_and_much_without(
     flags, loss, tiny_export, loud_export, tmp_path, speech, monkeypatch, capsys
@@ -200,7 +200,7 @@ def test_a_checkpoint_with_loud_channels_loses_little(kind, tmp_path, monkeypatc
     assert export_tokenizer.main(source) == 0, capsys.readouterr().err
 
     def noise_ratio(name: str) -> float:
-        argv = ["--model_dir", str(exported), "--output_dir", str(tmp_path / name), "--quant_method", "int8", *REDUCED]
+        argv = ["--model_dir", str(exported), "--output_dir", str(tmp_path / name), "--quant_method", "int8"]
         assert optimize_encoder.main(argv) == 0, capsys.readouterr().err
         return json.loads((tmp_path / name / MANIFEST).read_text())["optimize"]["sqnr_db_on_noise"]
 

@@ -1,6 +1,12 @@
-"""Integer weights with one scale for each column, as integer products need them, in pure NumPy.
+"""Integer weights with one scale for each column, as integer products need them, in pure NumPy. They have 8 or 4 bits.
 
-They have 8 bits, 7 for CPUs on which sums of 8-bit products overflow (`fidelity.exact_bits`), or 4.
+ONNX Runtime multiplies uint8 activations by int8 weights. On x86 without VNNI, its kernels add the products of two
+neighbours in a column in 16 bits (VPMADDUBSW: rows 0 and 1, 2 and 3, and so on), and cut larger sums off at 32767: with
+codes of 127 a sum reaches 2 · 255 · 127 = 64770. So the scale of a column is such that the positive codes of two
+neighbours, or the negative ones, add up to at most PAIR_LIMIT: 255 · 128 = 32640 fits, and every CPU computes the same.
+Most columns then reach codes of 90 to 127, since two large neighbours of one sign are rare: Gaussian weights lose 2 dB
+by that, where 7 bits lose 6. The full range is left to those who ask for it (`--full_range`). Codes of 4 bits are safe
+anyway: 2 · 255 · 8 is 4080.
 """
 
 import numpy as np
@@ -18,7 +24,9 @@ from common.quantize.rounding import (
     symmetric_scales,
 )
 
-LOW_BITS = 4
+LOW_BITS, HIGH_BITS = 4, 8
+LARGEST_CODE = 127
+PAIR_LIMIT = 128
 BLOCK = 128  # rows whose feedback is computed by one product; nothing else depends on this number
 # By how many codes the largest weight of a column may lie beyond the range of 4 bits. It is then clipped, but the finer
 # scale makes up for that in the rest of the column.
@@ -31,9 +39,9 @@ def column_bytes(shape: tuple[int, ...], bits: int) -> tuple[int, int]:
     return ceil_div(K * N, 2) if bits == LOW_BITS else K * N, 4 * N
 
 
-def quantize_columns(weight: np.ndarray, bits: int) -> Packed:
+def quantize_columns(weight: np.ndarray, bits: int, *, full_range: bool = False) -> Packed:
     """Round W [K, N] to the nearest codes [K, N]: W ≈ codes · scales, and a column of zeros is 0 · 0."""
-    scales = _scales(weight, bits, None)
+    scales = _narrow_scales(weight) if bits == LOW_BITS else _wide_scales(weight, full_range=full_range)
     codes = steps_of(weight, inverse_of(scales), 2 ** (bits - 1), bits).astype(np.int8)
     return Packed(codes, scales, error=relative_error(weight, codes * scales))
 
@@ -44,6 +52,8 @@ def fit_columns(
     inputs: InputMoments,
     factors: np.ndarray | float = 1.0,
     missing: np.ndarray | None = None,
+    *,
+    full_range: bool = False,
 ) -> tuple[Packed, np.ndarray]:
     """Multiply the rows of the weight [K, N] by `factors` [K, 1], and round it such that products with these inputs,
     `InputMoments.strongest_first`, change least. Also returns the rounded weight, [K, N], divided by the factors again.
@@ -51,31 +61,51 @@ def fit_columns(
     missing: xᵀ times what the product lacks, [K, N]. The rounded weight makes up for it; its error is still measured
     from the weight that was given.
 
-    With 4 bits the scales are fitted to the codes at the end. Feedback may lead to a code of -2^(bits-1), one beyond
-    those of plain rounding: with 7 bits, sums of 2 · 255 · 64 = 32640 fit into int16 too.
+    With 4 bits the scales are fitted to the codes at the end. Feedback may lead to codes that are larger than those of
+    plain rounding; without the full range, the few pairs that it puts beyond the limit are brought back.
     """
     target = weight * factors
     if missing is not None:
         target = target + inputs.solve(missing / factors)
     rows = target[inputs.order]
-    scales = _scales(rows, bits, np.diag(inputs.moments))
+    power = np.diag(inputs.moments)
+    scales = _narrow_scales(rows, power) if bits == LOW_BITS else _wide_scales(target, full_range=full_range)
     steps = round_rows(rows, bits, BLOCK, lambda *_: (scales, None), inputs.feedback, last_first=True).steps
     if bits == LOW_BITS:
         scales = _least_squares(rows, steps, inputs.moments)
     codes = np.empty(rows.shape, np.int8)
     codes[inputs.order] = steps
+    if not full_range:
+        _limit_pairs(codes)
     became = np.asarray(codes * scales / factors)
     return Packed(codes, scales, error=relative_error(weight, became), fitted=True), became
 
 
-def _scales(weight: np.ndarray, bits: int, power: np.ndarray | None) -> np.ndarray:
-    """Scales [N] for a weight [K, N]: in 4 bits those of least error, weighted by the power [K] of the inputs; in more
-    bits those that just reach the largest number of each column."""
-    if bits == LOW_BITS:
-        by_row = None if power is None else np.maximum(power, TINY).astype(np.float32)[:, None]
-        return symmetric_scales(weight, bits, SCALE_STEPS, by_row)
-    top = np.float32(2 ** (bits - 1) - 1)
-    return np.asarray(np.max(np.abs(weight), axis=0) / top)
+def _narrow_scales(weight: np.ndarray, power: np.ndarray | None = None) -> np.ndarray:
+    """Scales [N] for a weight [K, N] in 4 bits: those of least error, weighted by the power [K] of the inputs."""
+    by_row = None if power is None else np.maximum(power, TINY).astype(np.float32)[:, None]
+    return symmetric_scales(weight, LOW_BITS, SCALE_STEPS, by_row)
+
+
+def _wide_scales(weight: np.ndarray, *, full_range: bool) -> np.ndarray:
+    """Scales [N] for a weight [K, N] in 8 bits: those whose codes just reach the largest sum of two neighbours of the
+    same sign, or with the full range the largest number of each column."""
+    if full_range:
+        return np.asarray(np.max(np.abs(weight), axis=0) / LARGEST_CODE)
+    parts = np.maximum(weight, 0), np.maximum(-weight, 0)
+    pairs = np.arange(0, len(weight), 2)
+    largest = [np.add.reduceat(part, pairs, axis=0).max(axis=0) for part in parts]
+    return np.asarray(np.maximum(*largest) / np.float32(PAIR_LIMIT - 1))  # rounding may add half a code to each
+
+
+def _limit_pairs(codes: np.ndarray) -> None:
+    """Bring the larger code of two neighbours nearer to 0, in place, where their sum is beyond PAIR_LIMIT."""
+    first, second = codes[: len(codes) // 2 * 2 : 2], codes[1::2]  # views
+    sums = first + second.astype(np.int16)
+    excess = (sums - np.clip(sums, -PAIR_LIMIT, PAIR_LIMIT)).astype(np.int8)
+    first_is_larger = np.abs(first, dtype=np.int16) >= np.abs(second, dtype=np.int16)
+    first -= np.where(first_is_larger, excess, 0)
+    second -= np.where(first_is_larger, 0, excess)
 
 
 def _least_squares(weight: np.ndarray, codes: np.ndarray, moments: np.ndarray) -> np.ndarray:

@@ -4,12 +4,10 @@ import math
 from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
 
 from common.cli import CheckError
 from common.contract import ENCODER, Graph
-from common.quantize.methods import OptimizeOptions
-from common.run.ort import OrtGraph, open_session
+from common.run.ort import OrtGraph
 
 # Noise on which two encoders are compared: mel frames of a ragged batch. 4 s and a shorter one of odd length.
 NOISE_FRAMES = (400, 267)
@@ -18,10 +16,6 @@ NOISE_FRAMES = (400, 267)
 MIN_SQNR_DB = 3.0
 # Fusion reorders float32 sums: measured 123 dB on the tiny checkpoint. A wrong epsilon or bias falls far below 80.
 MIN_FLOAT_SQNR_DB = 80.0
-LARGEST_UINT8, LARGEST_INT8 = 255, 127
-# Summands of the sums that `exact_bits` looks at: more than any vector register holds, so that no slower code for a
-# remainder runs.
-SUMMANDS = 64
 
 
 def compare(reference: Path, optimized: Path, floor: float, graph: Graph = ENCODER) -> float:
@@ -78,30 +72,3 @@ def sqnr_db(expected: np.ndarray, output: np.ndarray) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if np.isfinite(noise) else math.nan
-
-
-def exact_bits() -> int:
-    """How many bits int8 weights may have so that this CPU sums their products exactly: 8, or 7 without VNNI.
-
-    ONNX Runtime multiplies uint8 activations by int8 weights. On x86 without VNNI it uses VPMADDUBSW, which adds each
-    pair of products in 16 bits and cuts larger sums off at 32767: 2 · 255 · 127 is 64770, with 7 bits 2 · 255 · 63 is
-    32130, and sums with 4 bits, 2 · 255 · 8, are far below. One product of the largest numbers tells which it is.
-    """
-    weight = numpy_helper.from_array(np.full((SUMMANDS, SUMMANDS), LARGEST_INT8, np.int8), "w")
-    x = helper.make_tensor_value_info("x", TensorProto.UINT8, [8, SUMMANDS])
-    y = helper.make_tensor_value_info("y", TensorProto.INT32, [8, SUMMANDS])
-    graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "sums", [x], [y], [weight])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    session = open_session(model.SerializeToString())
-    sums = session.run(None, {"x": np.full((8, SUMMANDS), LARGEST_UINT8, np.uint8)})[0]
-    return 8 if (sums == SUMMANDS * LARGEST_UINT8 * LARGEST_INT8).all() else 7
-
-
-def reduce_range_advice(options: OptimizeOptions) -> str | None:
-    """A line for the user where 8-bit weights are asked for and this CPU does not sum their products exactly."""
-    if not options.has_8_bit_products or options.reduce_range or exact_bits() == 8:
-        return None
-    return (
-        "this CPU has no VNNI, so sums of 8-bit products overflow, which makes the model less exact here: add "
-        "--reduce_range if it is to run on such a CPU; CPUs with VNNI are exact without"
-    )

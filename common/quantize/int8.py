@@ -33,7 +33,7 @@ from onnx_ir.tape import Tape
 from common.contract import MICROSOFT, EncoderWeight, Role, encoder_weight
 from common.onnx_io import add_initializer, input_of, load, shared_initializer
 from common.quantize.calibration import Product, SizeModel, smallest_plan, spend, visit_products
-from common.quantize.columns import LOW_BITS, column_bytes, fit_columns, quantize_columns
+from common.quantize.columns import HIGH_BITS, LOW_BITS, column_bytes, fit_columns, quantize_columns
 from common.quantize.methods import (
     TERNARY_BITS,
     Calibrated,
@@ -71,33 +71,29 @@ SAME_MEANING = (
     "Unsqueeze",
 )  # fmt: skip
 AXES_BECAME_INPUT = ("ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd")  # in opset 18
-# Of ternary weights beside others in 4 bits: sums of products then overflow on no CPU (columns.py), without
-# --reduce_range. Their multipliers lose little by that: on noise, a small ternary checkpoint has 41.2 dB, and 41.5 dB
-# with multipliers of 8 bits.
-SAFE_BITS = 7
 INT4_OPSET, INT4_IR_VERSION = 21, 10  # the first with 4-bit integers
 INT2_OPSET, INT2_IR_VERSION = 25, 13  # the first with 2-bit integers
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerMethod(QuantMethod):
-    """4 or 8 bits for every weight, or what a size budget gives each; 7 instead of 8 where the range is reduced.
-    Weights that are ternary in groups have 2 bits in the file."""
+    """4 or 8 bits for every weight, or what a size budget gives each. Weights that are ternary in groups have 2 bits in
+    the file."""
 
     weight_bits: tuple[int, ...] = (TERNARY_BITS, 4, 8)
-    reduces_range: bool = True
+    has_range: bool = True
     calibrates: bool = True
     fused_on_cpu: bool = False  # SkipLayerNormalization takes a larger share of the time of this faster encoder
     node_bytes: int = 1600  # including the nodes that quantize its input; 1503 were measured
 
     def plan(self, weights: Mapping[str, EncoderWeight], options: OptimizeOptions) -> Plan:
-        return dict.fromkeys(weights, Format(options.weight_bits if options.narrow else options.integer_bits))
+        return dict.fromkeys(weights, Format(LOW_BITS) if options.narrow else _wide(options))
 
     def ternary_format(self, group: int, options: OptimizeOptions) -> Format | None:
-        return Format(TERNARY_BITS, group, SAFE_BITS if options.narrow else options.integer_bits)
+        return Format(TERNARY_BITS, group, options.full_range)
 
     def pack(self, weight: np.ndarray, form: Format) -> Packed:
-        return quantize_columns(weight, form.product_bits or form.bits)
+        return quantize_columns(weight, _product_bits(form), full_range=form.full_range)
 
     def replace(self, model: ir.Model, options: OptimizeOptions) -> Replace:
         rewriter = _Rewriter(model)
@@ -121,10 +117,10 @@ class IntegerMethod(QuantMethod):
         plan = plan_encoder(load(encoder), self, options)
         sensitivity: Sensitivity | None = None
         if options.size_budget_mb is not None:
-            low, high = Format(LOW_BITS), Format(options.integer_bits)
+            low, high = Format(LOW_BITS), _wide(options)
             sizes, budget = SizeModel(load(encoder), encoder.stat().st_size, self), options.size_budget_mb * 1e6
             smallest_plan(sizes, plan, low, budget)  # raises ValueError before the long work begins
-            sensitivity = _measure(encoder, batches, (low.bits, high.bits), plan)
+            sensitivity = _measure(encoder, batches, (low, high), plan)
             plan = spend(sizes, sensitivity, plan, low, high, budget)
         weights: dict[str, Packed] = {}
 
@@ -133,8 +129,10 @@ class IntegerMethod(QuantMethod):
             if form.bits == TERNARY_BITS:
                 packed = weights[product.name] = self.pack(product.weight, form)
                 return np.asarray(packed.codes * packed.scales)
-            inputs, bits = InputMoments.strongest_first(product.moments), form.bits
-            packed, became = fit_columns(product.weight, bits, inputs, product.factors, product.missing)
+            inputs = InputMoments.strongest_first(product.moments)
+            packed, became = fit_columns(
+                product.weight, form.bits, inputs, product.factors, product.missing, full_range=form.full_range
+            )
             weights[product.name] = packed
             return became
 
@@ -162,19 +160,32 @@ class IntegerMethod(QuantMethod):
         return products
 
 
-def _measure(encoder: Path, batches: Sequence[np.ndarray], widths: Iterable[int], plan: Plan) -> Sensitivity:
-    """The damage of each weight of the plan that is not ternary, by itself, in each of these widths."""
+def _measure(encoder: Path, batches: Sequence[np.ndarray], forms: Iterable[Format], plan: Plan) -> Sensitivity:
+    """The damage of each weight of the plan that is not ternary, by itself, in each of these formats."""
     sensitivity: dict[str, Mapping[int, float]] = {}
 
     def visit(product: Product) -> None:
         if plan[product.name].bits == TERNARY_BITS:
             return
         inputs = InputMoments.strongest_first(product.moments)
-        became = {bits: fit_columns(product.weight, bits, inputs, product.factors)[1] for bits in widths}
+        became = {
+            form.bits: fit_columns(product.weight, form.bits, inputs, product.factors, full_range=form.full_range)[1]
+            for form in forms
+        }
         sensitivity[product.name] = product.damages(became)
 
     visit_products(encoder, batches, visit, scaled=scalable(plan), measures=True)
     return sensitivity
+
+
+def _wide(options: OptimizeOptions) -> Format:
+    """The format of a weight with 8 bits in the file."""
+    return Format(HIGH_BITS, full_range=options.full_range)
+
+
+def _product_bits(form: Format) -> int:
+    """Bits of a weight when it is multiplied."""
+    return HIGH_BITS if form.bits == TERNARY_BITS else form.bits
 
 
 def _group_of(form: Format) -> int:

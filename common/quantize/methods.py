@@ -21,6 +21,11 @@ from common.quantize.rounding import Packed
 
 TOKEN_PRECISIONS = ("fp32", "int8")
 TERNARY_BITS = 2  # of a weight in the file whose columns are ternary in groups: see ternary.py
+EVERY_CPU = "every CPU"
+VNNI_ALONE = (
+    "CPUs with VNNI (Intel since Ice Lake, AMD since Zen 4) and ARM; on other x86 CPUs sums of its products overflow "
+    "without an error, and words are lost"
+)
 # Not recorded as flags: of the clip lists the checksums are recorded, and the limit is in the report.
 NOT_RECORDED = ("calibration_manifest", "eval_manifest", "max_wer_increase")
 
@@ -31,7 +36,7 @@ class Format:
 
     bits: int
     block: int | None = None  # weights that share a scale; None: a column, or no scale at all
-    product_bits: int | None = None  # of a weight when it is multiplied, where these are more than in the file
+    full_range: bool = False  # of 8 bits, for CPUs that sum all products of 8 bits exactly: see columns.py
 
 
 Plan = Mapping[str, Format]  # weight name → its format; a weight that is not in it stays float32
@@ -73,7 +78,7 @@ class QuantMethod(ABC):
     help: str  # a clause that follows the name and a colon
     uses_blocks: bool = False  # whether --block_size and --accuracy_level apply
     weight_bits: tuple[int, ...] = ()  # the values that --weight_bits may have, where it applies
-    reduces_range: bool = False  # whether --reduce_range applies
+    has_range: bool = False  # whether --full_range applies
     calibrates: bool = False  # whether it fits weights to --calibration_manifest, and keeps to --size_budget_mb
     fused_on_cpu: bool = True  # whether the graph of a folder for a CPU is fused unless --skip_fusion says otherwise
     node_bytes: int = 600  # that a quantized product adds to the graph file; up to 500 were measured for a MatMulNBits
@@ -131,7 +136,7 @@ class OptimizeOptions:
     block_size: int = 32  # weights that share a scale
     accuracy_level: int = 4  # of MatMulNBits
     weight_bits: int = 8  # of integers in the file
-    reduce_range: bool = False  # integers of 7 bits instead of 8
+    full_range: bool = False  # of 8-bit integers, for CPUs with VNNI
     size_budget_mb: float | None = None  # of encoder.onnx and its data, in 10^6 bytes
     decoder_joint_precision: str = TOKEN_PRECISIONS[0]
     skip_fusion: bool = False
@@ -163,15 +168,9 @@ class OptimizeOptions:
         return self.weight_bits not in (OptimizeOptions.weight_bits, TERNARY_BITS)
 
     @property
-    def integer_bits(self) -> int:
-        """Bits of the weights of integer products when they are multiplied, and in the file unless they are narrow or
-        ternary."""
-        return 7 if self.reduce_range else 8
-
-    @property
     def has_8_bit_products(self) -> bool:
-        """Whether there are weights that --reduce_range gives 7 bits."""
-        return self.int8_tokens or (self.method is not None and self.method.reduces_range and not self.narrow)
+        """Whether there are weights of which --full_range changes the range."""
+        return self.int8_tokens or (self.method is not None and self.method.has_range and not self.narrow)
 
     @property
     def description(self) -> str | None:
@@ -196,6 +195,15 @@ class OptimizeOptions:
             "fusion; add --skip_fusion for that"
         )
 
+    def range_advice(self) -> str | None:
+        """A line for the user where the files are exact on some CPUs alone."""
+        return f"--full_range makes a folder for {self.cpus}" if self.full_range else None
+
+    @property
+    def cpus(self) -> str:
+        """The CPUs that the files are for, in words for the report and the model card."""
+        return VNNI_ALONE if self.full_range else EVERY_CPU
+
     def calibration_advice(self) -> str | None:
         """A line for the user where leaving out calibration costs much accuracy."""
         if self.method is None or self.calibration_manifest is not None:
@@ -217,11 +225,11 @@ class OptimizeOptions:
             for flag in ("block_size", "accuracy_level"):
                 if getattr(self, flag) != getattr(OptimizeOptions, flag):
                     self._require_method(f"--{flag} {getattr(self, flag)}", lambda method: method.uses_blocks)
-        if self.reduce_range and not self.has_8_bit_products:
-            reducing = _names(method for method in METHODS.values() if method.reduces_range)
-            found = f"--weight_bits {self.weight_bits} needs no reduction" if self.narrow else "neither is given"
+        if self.full_range and not self.has_8_bit_products:
+            methods = _names(method for method in METHODS.values() if method.has_range)
+            found = f"--weight_bits {self.weight_bits} is exact without" if self.narrow else "neither is given"
             raise ValueError(
-                f"--reduce_range needs --quant_method {reducing} or --decoder_joint_precision {TOKEN_PRECISIONS[1]}; "
+                f"--full_range needs --quant_method {methods} or --decoder_joint_precision {TOKEN_PRECISIONS[1]}; "
                 f"{found}"
             )
         if self.calibration_manifest is not None:

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.tape import Tape
 
 from common.cli import CheckError
 from common.contract import MICROSOFT, Graph
 from common.onnx_io import input_of, load, name_of, remove_if_unused, save_model, shared_initializer, tensor_of
 from common.quantize.blocks import BLOCK_SIZES, RTN
-from common.quantize.columns import quantize_columns
+from common.quantize.columns import HIGH_BITS, quantize_columns
 from common.quantize.fidelity import token_sqnr
 from common.quantize.methods import Format, OptimizeOptions
 from common.quantize.rewrite import Stored, quantizable, quantize_weights
 from common.quantize.rounding import relative_error
 
-# Measured with 8 bits at full size: decoder 54 dB, joint 41 dB. On the tiny checkpoint the joint has 41 dB, and the
-# decoder 38 dB with 7 bits on a CPU without VNNI, where sums of 8 bits overflow (22 dB; see fidelity.exact_bits).
+# Measured on the tiny checkpoint: decoder 40 dB, joint 41 dB.
 MIN_TOKEN_SQNR_DB = 20.0
 # The joint multiplies one row at a time, which mostly means reading weights: MatMulNBits of 8 bits takes 0.26 ms a
 # token (0.38 ms with block 32), DynamicQuantizeMatMul 0.39 ms, float32 0.75 ms.
@@ -38,17 +38,18 @@ class QuantizedTokenGraphs:
 def quantize_token_graphs(
     source: Path, target: Path, graphs: Iterable[Graph], vocabulary: int, options: OptimizeOptions
 ) -> QuantizedTokenGraphs:
-    """Write the graphs of folder `source` with 8-bit weights into `target`. The embedding is not changed.
+    """Write the graphs of folder `source` with 8-bit weights into `target`.
 
     Raises CheckError where an SQNR is so low that something must be broken.
     """
     done = QuantizedTokenGraphs()
     for graph in graphs:
         model = load(source / graph.file)
-        lstms = quantize_lstms(model, options.integer_bits)
+        embeddings = quantize_embeddings(model)
+        lstms = quantize_lstms(model, Format(HIGH_BITS, full_range=options.full_range))
         plan = {name: _joint_format(model, name) for name in quantizable(model)}
         products = quantize_weights(model, plan, RTN, OptimizeOptions(accuracy_level=JOINT_ACCURACY_LEVEL), {})
-        done.stored[graph.name] = {**lstms, **products}
+        done.stored[graph.name] = {**embeddings, **lstms, **products}
         save_model(model, target / graph.file, single_file=True)
         ratio = done.sqnr_db[graph.name] = token_sqnr(source, target, graph, vocabulary)
         if not ratio >= MIN_TOKEN_SQNR_DB:
@@ -66,7 +67,28 @@ def _joint_format(model: ir.Model, name: str) -> Format:
     return Format(JOINT_BITS, block)
 
 
-def quantize_lstms(model: ir.Model, bits: int) -> dict[str, Stored]:
+def quantize_embeddings(model: ir.Model) -> dict[str, Stored]:
+    """Replace each lookup of a row in a float32 table by one in codes of 8 bits, times the scale of that row, in place.
+    Returns how each table was stored, by name. At full size a table takes 5 MB instead of 21 MB."""
+    stored: dict[str, Stored] = {}
+    form = Format(HIGH_BITS, full_range=True)  # rows are looked up, and not multiplied as integers
+    for node in list(model.graph):
+        table = input_of(node, 0) if node.op_type == "Gather" else None
+        if table is None or not table.is_initializer() or tensor_of(table).dtype != ir.DataType.FLOAT:
+            continue
+        name, tape = name_of(table), Tape()
+        rows = quantize_columns(tensor_of(table).numpy().T, form.bits, full_range=form.full_range)
+        codes = shared_initializer(model.graph, f"{name}.codes", np.ascontiguousarray(rows.codes.T))
+        scales = shared_initializer(model.graph, f"{name}.scales", rows.scales[:, None])
+        taken, scale = (tape.op("Gather", [part, input_of(node, 1)]) for part in (codes, scales))
+        row = tape.op("Mul", [tape.op("Cast", [taken], {"to": ir.DataType.FLOAT}), scale])
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [row])
+        remove_if_unused(model.graph, table)
+        stored[name] = Stored(form, rows.error)
+    return stored
+
+
+def quantize_lstms(model: ir.Model, form: Format) -> dict[str, Stored]:
     """Replace each LSTM by a DynamicQuantizeLSTM, in place, with a scale for each gate of each unit. Returns how each
     weight was stored, by name.
 
@@ -78,8 +100,8 @@ def quantize_lstms(model: ir.Model, bits: int) -> dict[str, Stored]:
             continue
         x, _, _, *others = (*node.inputs, *[None] * 8)[:8]  # others: bias, lengths, h, c, peepholes
         w, r = input_of(node, 1), input_of(node, 2)
-        w_codes, *w_scales = _lstm_parameters(model.graph, w, bits, stored)
-        r_codes, *r_scales = _lstm_parameters(model.graph, r, bits, stored)
+        w_codes, *w_scales = _lstm_parameters(model.graph, w, form, stored)
+        r_codes, *r_scales = _lstm_parameters(model.graph, r, form, stored)
         inputs = [x, w_codes, r_codes, *others, *w_scales, *r_scales]
         new = ir.Node(MICROSOFT, "DynamicQuantizeLSTM", inputs, node.attributes.values(), num_outputs=3, name=node.name)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], node.outputs, new.outputs)
@@ -88,14 +110,14 @@ def quantize_lstms(model: ir.Model, bits: int) -> dict[str, Stored]:
     return stored
 
 
-def _lstm_parameters(graph: ir.Graph, matrix: ir.Value, bits: int, stored: dict[str, Stored]) -> list[ir.Value]:
+def _lstm_parameters(graph: ir.Graph, matrix: ir.Value, form: Format, stored: dict[str, Stored]) -> list[ir.Value]:
     """[directions, gates, width] → codes [directions, width, gates], scales and zero points [directions, gates]; also
     adds to `stored`, by name, how the matrix was stored."""
     weight = tensor_of(matrix).numpy().transpose(0, 2, 1)
-    directions = [quantize_columns(one, bits) for one in weight]
+    directions = [quantize_columns(one, form.bits, full_range=form.full_range) for one in weight]
     codes = np.stack([one.codes for one in directions])
     scales = np.stack([one.scales for one in directions])
     name = name_of(matrix)
-    stored[name] = Stored(Format(bits), relative_error(weight, codes * scales[:, None]))
+    stored[name] = Stored(form, relative_error(weight, codes * scales[:, None]))
     parts = {"codes": codes, "scales": scales, "zero_points": np.zeros(scales.shape, np.int8)}
     return [shared_initializer(graph, f"{name}.{part}", array) for part, array in parts.items()]

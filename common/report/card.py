@@ -279,9 +279,11 @@ def _quantization(section: dict[str, Any]) -> str:
     widths = ", ".join(f"{count} at {bits} bits" for bits, count in section.get("weights_by_bits", {}).items())
     text = f"Weights of the encoder: {widths or 'not quantized'}; {size_text(before)} became {size_text(after)}."
     if section.get("token_sqnr_db_on_noise"):
-        text += " The LSTM of the decoder and the matrices of the joint have 8 bits."
+        text += " The embedding and the LSTM of the decoder and the matrices of the joint have 8 bits."
     if runs_as := section.get("runs_as"):
         text += f" {runs_as[0].upper()}{runs_as[1:]}."
+    if cpus := section.get("cpus"):  # not recorded by earlier versions
+        text += f" For {cpus}."
     ratios = {"encoder": section.get("sqnr_db_on_noise"), **section.get("token_sqnr_db_on_noise", {})}
     measured = ", ".join(f"{name} {ratio} dB" for name, ratio in ratios.items() if ratio is not None)
     return text + (f" Signal to quantization noise ratio on noise: {measured}." if measured else "")

@@ -80,6 +80,7 @@ def make_report(
         "flags": section["flags"],
         "method": section["method"],
         "runs_as": section["runs_as"],
+        "cpus": section["cpus"],
         "fused": section["fused"],
         "bytes": {
             side: sum(sum(component[side].values()) for component in components.values())
