@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,10 +18,18 @@ import optimize_encoder
 import test_e2e
 import test_real_speech
 from common.contract import TOKENIZER_FILES
+from common.evaluate.blanks import Flaws
 from common.evaluate.compare import ComparedClip, Comparison
-from common.evaluate.engines import LibraryEngine
+from common.evaluate.engines import Engine, LibraryEngine
 from common.evaluate.text_rules import explaining_rules, text_rules
-from common.evaluate.verdict import clip_notes, judge_texts, judge_times, print_verdict, print_warnings
+from common.evaluate.verdict import (
+    clip_notes,
+    judge_texts,
+    judge_times,
+    print_verdict,
+    print_warnings,
+    transcribe_and_print,
+)
 from common.evaluate.wer import high_error_warning, word_error_rate
 from common.folder import read_manifest, staged_folder, write_json
 from common.layouts.genai import GENAI
@@ -29,7 +38,7 @@ from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
 from common.layouts.views import write_view
 from common.run.audio import Clip, load_clip
-from common.run.decode import Transcript
+from common.run.decode import Hypothesis, Step, Transcript
 from common.run.reference import Nemo
 from tests.helpers import SAMPLES, TINY, change_weights, folder_of_engines, rejected
 
@@ -332,3 +341,62 @@ class TestPartsOfDifferentCheckpoints:
         vocabulary.write_text("\n".join([*lines[:100], ""]), encoding="utf-8")
         with pytest.raises(ValueError, match="do not fit the 100 tokens in"):
             layout.check_one_checkpoint(tmp_path)
+
+
+FIRST = (0, 1, 5.0)
+
+
+def decided(*decisions):
+    """Decisions given as (frame, token, margin)."""
+    return Hypothesis(
+        [Step(frame, token, 1, margin, blank_zero=False) for frame, token, margin in decisions], blank_id=9
+    )
+
+
+class Decoding(Engine):
+    """An engine that gives these decodings; GenAI gives tokens alone."""
+
+    def __init__(self, name, *made, with_steps):
+        super().__init__(name)
+        self.made, self.with_steps = iter(made), with_steps
+
+    def transcribe(self, recordings):
+        made = [next(self.made) for _ in recordings]
+        return [
+            Transcript(one.tokens, str(one.tokens), 0.5, hypothesis=one if self.with_steps else None) for one in made
+        ]
+
+
+@pytest.mark.parametrize("is_float32", [False, True])
+def test_clips_on_which_the_runtimes_differ_on_a_quantized_folder_are_counted(is_float32, capsys, monkeypatch):
+    monkeypatch.setattr("common.evaluate.compare.find_flaws", lambda *_, **__: {name: Flaws(None, []) for name in "GR"})
+    same, near, far = (decided(FIRST, (2, 2, margin)) for margin in (5.0, 0.004, 0.31))
+    other = decided(FIRST, (2, 3, 5.0))
+    folder = folder_of_engines("G", "R", is_float32=is_float32)
+    folder.genai_engine = Decoding("G", same, other, decided(FIRST), with_steps=False)
+    folder.onnx_engine = Decoding("R", same, near, far, with_steps=True)
+    folder.onnx_engine.batch_size = 1
+    folder.engines = [folder.genai_engine, folder.onnx_engine]
+    folder.genai = folder.pieces = None
+    folder.config.read_clip = lambda clip: np.zeros(16_000, np.float32)
+    clips = [ComparedClip(Path(f"{name}.wav")) for name in "abc"]
+    comparison = Comparison(clips=clips, folders=[folder], reference=None)
+    transcribe_and_print(comparison, print_times=False)
+    print_verdict(comparison)
+    out, found = capsys.readouterr().out, comparison.as_json()
+    if is_float32:
+        assert found["draws"] == []
+        assert len(found["differences"]) == 2
+        assert "quantized" not in out
+        return
+    assert found["differences"] == []
+    assert [(draw["engine"], draw["expected"], draw["actual"], draw["margin"]) for draw in found["draws"]] == [
+        ("G", 2, 3, 0.004), ("G", 2, None, 0.31),
+    ]  # fmt: skip
+    assert (
+        "G differs from plain ONNX Runtime, token 2 of the transcript, encoder frame 2: expected 2, got 3; logits "
+        in out
+    )
+    assert "4.0e-03 apart" in out
+    assert "G differs from plain ONNX Runtime on 2 of 3 clips: on quantized weights, rounding of the features" in out
+    assert "whose logits are at most 3.1e-01 apart" in out

@@ -153,9 +153,10 @@ def test_the_keys_of_the_json_results():
     assert found["differences"] == [
         {
             "audio_filepath": "a.wav", "offset": 0.0, "engine": "R",
-            "index": 0, "frame": 3, "expected": 1, "actual": 2, "excuse": "a reason",
+            "index": 0, "frame": 3, "expected": 1, "actual": 2, "excuse": "a reason", "margin": None,
         }
     ]  # fmt: skip
+    assert found["draws"] == []
 
 
 @pytest.mark.parametrize(

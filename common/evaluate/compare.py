@@ -6,10 +6,12 @@ always computes its own.
 
 Greedy decoding follows the largest logit, so two engines that differ by rounding alone may differ in a token where two
 logits are nearly equal. Such a difference is excused, and so are those where the rules of NeMo and GenAI differ, and
-where a step is forced that transformers does not force.
+where a step is forced that transformers does not force. On a quantized folder, where rounding of the activations makes
+small differences larger, GenAI and plain ONNX Runtime may differ on clips that they decode alike in float32: these are
+listed, with the distance of the two choices.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +23,7 @@ from common.evaluate.text_rules import TextRule, comparable
 from common.evaluate.wer import WordErrorRate, normalize, word_error_rate
 from common.run.audio import Clip
 from common.run.config import RuntimeConfig
-from common.run.decode import Hypothesis, TimedWord, Transcript
+from common.run.decode import Hypothesis, Step, TimedWord, Transcript
 
 # So much audio at a time is sorted by length into batches: more needs less padding, and more memory, 8 MB a minute.
 POOL_SECONDS = 1200
@@ -41,10 +43,14 @@ class Difference:
     expected: int | None  # token; None: the reference has ended
     actual: int | None  # token; None: the decoding has ended
     excuse: str | None  # None: nothing excuses it
+    margin: float | None = None  # between the two best choices of the nearest decision, where decisions are known
 
     def __str__(self) -> str:
         """In words; tokens are counted from 1."""
-        reason = self.excuse or "nothing excuses it"
+        return self.explained(self.excuse or "nothing excuses it")
+
+    def explained(self, reason: str) -> str:
+        """The same with another reason."""
         place = f"token {self.index + 1} of the transcript, encoder frame {self.frame}"
         if self.expected == self.actual:
             return f"{place}: token {self.expected} is emitted at another frame; {reason}"
@@ -81,21 +87,31 @@ def first_difference(
         expected.tokens[index] if index < len(expected.tokens) else None,
         actual.tokens[index] if index < len(actual.tokens) else None,
         _excuse(actual, index, limits_symbols=limits_symbols) if isinstance(actual, Hypothesis) else None,
+        next((_margin(each, index) for each in (actual, expected) if isinstance(each, Hypothesis)), None),
     )
+
+
+def _decisions(hypothesis: Hypothesis, index: int) -> list[Step]:
+    """The decisions between token `index` - 1 and token `index`."""
+    positions = [i for i, step in enumerate(hypothesis.steps) if step.token != hypothesis.blank_id]
+    begin = positions[index - 1] if index else 0  # that token's duration is one of the decisions
+    end = positions[index] + 1 if index < len(positions) else len(hypothesis.steps)
+    return hypothesis.steps[begin:end]
+
+
+def _margin(hypothesis: Hypothesis, index: int) -> float | None:
+    """The smallest distance of the two best choices in those decisions; None where there are none."""
+    return min((step.margin for step in _decisions(hypothesis, index)), default=None)
 
 
 def _excuse(hypothesis: Hypothesis, index: int, *, limits_symbols: bool) -> str | None:
     """The excuse for a different decision between token `index` - 1 and token `index`; None if there is none."""
-    positions = [i for i, step in enumerate(hypothesis.steps) if step.token != hypothesis.blank_id]
-    begin = positions[index - 1] if index else 0  # that token's duration is one of the decisions
-    end = positions[index] + 1 if index < len(positions) else len(hypothesis.steps)
-    decisions = hypothesis.steps[begin:end]
-    nearest = min((step.margin for step in decisions), default=float("inf"))
-    if nearest < PARITY_TOLERANCE:
+    nearest = _margin(hypothesis, index)
+    if nearest is not None and nearest < PARITY_TOLERANCE:
         return f"top-two margin {nearest:.1e} under the tolerance {PARITY_TOLERANCE:.0e}"
-    if any(step.blank_zero for step in decisions):
+    if any(step.blank_zero for step in _decisions(hypothesis, index)):
         return "blank with duration 0, where the greedy rules of NeMo and GenAI differ"
-    if not limits_symbols and any(step.is_forced for step in decisions):
+    if not limits_symbols and any(step.is_forced for step in _decisions(hypothesis, index)):
         return NO_LIMIT
     return None
 
@@ -111,6 +127,7 @@ class ComparedClip(Clip):
     one_window: bool = True  # whether the encoder is given the whole clip at once, as the reference's is
     transcripts: dict[str, Transcript] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)  # of float32 engines from their reference
+    draws: dict[str, Difference] = field(default_factory=dict)  # of GenAI from plain ONNX Runtime, on quantized folders
     flaws: dict[str, Flaws] = field(default_factory=dict)  # of each engine's transcript
 
 
@@ -221,7 +238,8 @@ class Comparison:
                 clips, recordings = [], []
 
     def _find_differences(self, clip: ComparedClip, recording: Recording) -> None:
-        """Compare float32 engines with the reference; without a reference, GenAI with plain ONNX Runtime.
+        """Compare float32 engines with the reference; without a reference, GenAI with plain ONNX Runtime. On quantized
+        folders GenAI is compared with plain ONNX Runtime.
 
         The decisions of plain ONNX Runtime are not needed afterwards and are dropped.
         """
@@ -236,6 +254,12 @@ class Comparison:
                     difference = replace(difference, excuse=own.excuse if own else None)
                 if difference:
                     clip.differences.setdefault(engine.name, difference)
+        for folder in self.folders:
+            if folder.is_float32 or not folder.genai_engine or not folder.onnx_engine:
+                continue
+            traced, name = clip.transcripts[folder.onnx_engine.name].hypothesis, folder.genai_engine.name
+            if traced and (draw := first_difference(traced, clip.transcripts[name])):
+                clip.draws[name] = draw
         for name, transcript in clip.transcripts.items():
             clip.transcripts[name] = replace(transcript, hypothesis=None)
 
@@ -332,12 +356,17 @@ class Comparison:
                 }
                 for clip in self.clips
             ],
-            "differences": [
-                {"audio_filepath": str(clip.path), "offset": clip.offset, "engine": engine, **asdict(difference)}
-                for clip in self.clips
-                for engine, difference in clip.differences.items()
-            ],
+            "differences": self._listed([clip.differences for clip in self.clips]),
+            "draws": self._listed([clip.draws for clip in self.clips]),
         }
+
+    def _listed(self, found: Sequence[Mapping[str, Difference]]) -> list[dict[str, Any]]:
+        """What was found on each clip, by engine, in one list."""
+        return [
+            {"audio_filepath": str(clip.path), "offset": clip.offset, "engine": engine, **asdict(difference)}
+            for clip, by_engine in zip(self.clips, found, strict=True)
+            for engine, difference in by_engine.items()
+        ]
 
     def _transcript_json(self, transcript: Transcript) -> dict[str, Any]:
         return {

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from common.cli import CheckError, print_table, progress_bar
 from common.contract import ENCODER
 from common.evaluate.blanks import print_flaws
-from common.evaluate.compare import ComparedClip, Comparison
+from common.evaluate.compare import ComparedClip, Comparison, Difference
 from common.evaluate.speed import why_slower
 from common.evaluate.text_rules import explaining_rules
 from common.evaluate.wer import (
@@ -92,6 +92,11 @@ def _print_engines(comparison: Comparison, clip: ComparedClip) -> None:
         print(f"  {note}")
 
 
+def _explained(draw: Difference) -> str:
+    """A difference of the runtimes on a quantized folder, with the margin of the decision."""
+    return draw.explained("no decision is known" if draw.margin is None else f"logits {draw.margin:.1e} apart")
+
+
 def _titles(header: Sequence[str], comparison: Comparison) -> tuple[str, ...]:
     return tuple(title.format(comparison.reference.name if comparison.reference else "") for title in header)
 
@@ -110,10 +115,10 @@ def _clip_percent(reference: str, transcript: str) -> str:
 
 def clip_notes(comparison: Comparison, clip: ComparedClip) -> list[str]:
     """What a reader of a clip's table must know: why its rows may differ from the reference's."""
+    notes = [f"{engine} differs from plain ONNX Runtime, {_explained(draw)}" for engine, draw in clip.draws.items()]
     if comparison.reference is None:
-        return []
+        return notes
     name = comparison.reference.name
-    notes = []
     if not clip.one_window:
         windows = f"windows of {comparison.config.window_seconds:g} s"
         notes.append(f"{name} transcribed this clip whole, GenAI and ONNX Runtime in {windows}")
@@ -249,6 +254,20 @@ def print_verdict(comparison: Comparison) -> None:
             f"{comparison.config.window_seconds:g} s, and {reference} transcribes a clip whole"
         )
     _print_clips_of_several_windows(comparison)
+    _print_draws(comparison)
+
+
+def _print_draws(comparison: Comparison) -> None:
+    """Count the clips on which GenAI and plain ONNX Runtime differ on a quantized folder."""
+    for engine in comparison.figures:
+        draws = [clip.draws[engine] for clip in comparison.clips if engine in clip.draws]
+        if draws:
+            margins = [draw.margin for draw in draws if draw.margin is not None]
+            apart = f", whose logits are at most {max(margins):.1e} apart" if margins else ""
+            print(
+                f"{engine} differs from plain ONNX Runtime on {len(draws)} of {len(comparison.clips)} clips: on "
+                f"quantized weights, rounding of the features decides between two choices there{apart}"
+            )
 
 
 def _print_clips_of_several_windows(comparison: Comparison) -> None:
