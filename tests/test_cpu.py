@@ -9,6 +9,7 @@ from onnx import TensorProto, numpy_helper
 
 from common.contract import DECODER, ENCODER
 from common.folder import read_manifest
+from common.quantize import columns
 from common.quantize.columns import fit_columns, quantize_columns
 from common.quantize.methods import EVERY_CPU, VNNI_ALONE, OptimizeOptions
 from common.quantize.rounding import InputMoments
@@ -74,6 +75,21 @@ def test_no_sum_overflows_but_in_the_full_range(name, fitted):
 
     assert not overflows(codes_of())
     assert overflows(codes_of(full_range=True)) == (name != "zeros")
+
+
+def test_pairs_that_feedback_puts_beyond_the_limit_are_brought_back(monkeypatch):
+    """About one pair in 60,000 here."""
+    draw = np.random.default_rng(4)
+    weight = draw.uniform(-1, 1, (256, 2000)).astype(np.float32)
+    x = draw.standard_normal((300, 200)) @ draw.standard_normal((200, 256)) + 0.1 * draw.standard_normal((300, 256))
+    inputs = InputMoments.strongest_first((x.T @ x).astype(np.float32))
+    limited = fit_columns(weight, 8, inputs)[0].codes
+    monkeypatch.setattr(columns, "_limit_pairs", lambda codes: None)
+    unlimited = fit_columns(weight, 8, inputs)[0].codes
+    assert overflows(unlimited)
+    assert not overflows(limited)
+    assert 0 < np.count_nonzero(limited != unlimited) < 100
+    assert np.abs(limited.astype(int) - unlimited).max() <= 2
 
 
 def test_the_safe_range_costs_a_third_of_what_a_bit_costs():
