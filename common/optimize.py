@@ -38,6 +38,7 @@ from common.layouts.layout import Layout
 from common.onnx_io import (
     MINIMUM_RUNTIME,
     data_files,
+    load,
     minimum_runtime,
     save_model,
     share_equal_graphs,
@@ -256,11 +257,7 @@ def optimize_folder(
     ratio = compare(folder.source, folder.staging, floor, layout.encoder)
     stages.end(_ratio_text(ratio, is_quantized=bool(encoder.stored)))
     tokens = _quantize_tokens(folder, run)
-    unchanged = [graph for graph in layout.graphs if not (folder.staging / graph.file).exists()]
-    graphs = [file for graph in unchanged for file in graph.files]
-    for file in (*graphs, *layout.config_files, *layout.vocabulary, *layout.optional_files):
-        if (folder.source / file).is_file():
-            shutil.copyfile(folder.source / file, folder.staging / file)
+    _copy_unchanged(folder)
 
     clips, table, stressed = _evaluate(folder, run) if run.clips and layout.measures_speech else ([], [], [])
     if speed is None:
@@ -297,6 +294,19 @@ def optimize_folder(
     write_locations(folder.staging, folder.target, checkpoint=checkpoint, exported=folder.source)
     stages.end(str(folder.target / REPORT_HTML))
     return speed
+
+
+def _copy_unchanged(folder: Folder) -> None:
+    """Copy what the run did not write, graphs with the weights that an earlier version stored beside them."""
+    layout = folder.layout
+    unchanged = [graph for graph in layout.graphs if not (folder.staging / graph.file).exists()]
+    graphs = [graph.file for graph in unchanged]
+    for file in (*graphs, *layout.config_files, *layout.vocabulary, *layout.optional_files):
+        if (folder.source / file).is_file():
+            shutil.copyfile(folder.source / file, folder.staging / file)
+    for graph in unchanged:
+        if (folder.source / graph.data_file).is_file():
+            save_model(load(folder.readable / graph.file), folder.staging / graph.file, single_file=True)
 
 
 def _ratio_text(ratio: float, *, is_quantized: bool) -> str:
