@@ -43,6 +43,8 @@ def quantize_columns(weight: np.ndarray, bits: int, *, full_range: bool = False)
     """Round W [K, N] to the nearest codes [K, N]: W ≈ codes · scales, and a column of zeros is 0 · 0."""
     scales = _narrow_scales(weight) if bits == LOW_BITS else _wide_scales(weight, full_range=full_range)
     codes = steps_of(weight, inverse_of(scales), 2 ** (bits - 1), bits).astype(np.int8)
+    if not full_range:
+        _limit_pairs(codes)
     return Packed(codes, scales, error=relative_error(weight, codes * scales))
 
 
@@ -90,12 +92,13 @@ def _narrow_scales(weight: np.ndarray, power: np.ndarray | None = None) -> np.nd
 def _wide_scales(weight: np.ndarray, *, full_range: bool) -> np.ndarray:
     """Scales [N] for a weight [K, N] in 8 bits: those whose codes just reach the largest sum of two neighbours of the
     same sign, or with the full range the largest number of each column."""
+    scales = np.max(np.abs(weight), axis=0) / np.float32(LARGEST_CODE)
     if full_range:
-        return np.asarray(np.max(np.abs(weight), axis=0) / LARGEST_CODE)
+        return np.asarray(scales)
     parts = np.maximum(weight, 0), np.maximum(-weight, 0)
     pairs = np.arange(0, len(weight), 2)
     largest = [np.add.reduceat(part, pairs, axis=0).max(axis=0) for part in parts]
-    return np.asarray(np.maximum(*largest) / np.float32(PAIR_LIMIT - 1))  # rounding may add half a code to each
+    return np.asarray(np.maximum(scales, np.maximum(*largest) / np.float32(PAIR_LIMIT)))
 
 
 def _limit_pairs(codes: np.ndarray) -> None:
