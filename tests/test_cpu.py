@@ -78,7 +78,7 @@ def test_no_sum_overflows_but_in_the_full_range(name, fitted):
 
 
 def test_pairs_that_feedback_puts_beyond_the_limit_are_brought_back(monkeypatch):
-    """About one pair in 60,000 here."""
+    """About one pair in a thousand here, most of them by rounding alone, which may add half a code to each weight."""
     draw = np.random.default_rng(4)
     weight = draw.uniform(-1, 1, (256, 2000)).astype(np.float32)
     x = draw.standard_normal((300, 200)) @ draw.standard_normal((200, 256)) + 0.1 * draw.standard_normal((300, 256))
@@ -88,7 +88,7 @@ def test_pairs_that_feedback_puts_beyond_the_limit_are_brought_back(monkeypatch)
     unlimited = fit_columns(weight, 8, inputs)[0].codes
     assert overflows(unlimited)
     assert not overflows(limited)
-    assert 0 < np.count_nonzero(limited != unlimited) < 100
+    assert 0 < np.count_nonzero(limited != unlimited) < 500
     assert np.abs(limited.astype(int) - unlimited).max() <= 2
 
 
