@@ -808,8 +808,13 @@ class TestResults:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_interruption_while_a_script_starts_is_one_line(name, tmp_path):
-    """The first package that is imported after those of Python interrupts the script."""
-    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    """The first package that is imported after those of Python interrupts the script.
+
+    It restores Python's handler first: a process that was started in the background ignores the signal.
+    """
+    (tmp_path / "numpy.py").write_text(
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nsignal.raise_signal(signal.SIGINT)\n"
+    )
     done = python(f"{name}.py", "--help", env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")
 
