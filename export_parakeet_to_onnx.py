@@ -55,7 +55,6 @@ PRECISION_HELP = """fp16: float16 weights and arithmetic for GPU and WebGPU, inp
 values on speech come near the largest float16 stay float32 (%(default)s)"""
 SCRIPTS_HELP = """writing systems that the text may be in, such as latin or latin,greek: tokens with letters of others
 are never emitted (any)"""
-
 SINGLE_FILE_HELP = """encoder.onnx holds its weights, up to 2 GB of them, instead of having them in a .data file beside
 it, which loads faster but which some programs do not read; the other graphs always hold theirs"""
 
@@ -118,7 +117,7 @@ def _export(args: argparse.Namespace) -> None:
             # A checkpoint of the Hub needs no path, since it is found again by its name and commit.
             write_locations(folder, output_dir / name, checkpoint=None if checkpoint.name else checkpoint.path)
             oldest = minimum_runtime(folder / graph.file for graph in layout.graphs)
-            features = {name: getattr(spec, name) for name in FEATURES}
+            features = {field: getattr(spec, field) for field in FEATURES}
             section = {"source": source, "flags": options.record(), **features, **results, MINIMUM_RUNTIME: oldest}
             manifest, _ = kept[name]
             write_manifest(folder, manifest, "export", section)

@@ -365,8 +365,8 @@ def test_sherpa_onnx_does_not_accept_wrong_metadata(key, value, message, exporte
         ("onnx-asr", {"log_guard": 1e-6}, "log_guard is 1e-06"),
         (
             "sherpa-onnx",
-            {"hop_length": 128, "preemphasis": 0.0},
-            "hop_length is 128, not 160; preemphasis is 0, not 0.97",
+            {"hop_length": 200, "preemphasis": 0.0},
+            "hop_length is 200, not 160; preemphasis is 0, not 0.97",
         ),
         (
             "sherpa-onnx",

@@ -148,7 +148,7 @@ class TestOnnxAsr:
 
     def test_its_command_line_finds_the_float32_and_the_int8_graphs(self, exported, tiny_model, tmp_path):
         clip = tmp_path / "clip.wav"
-        samples, rate = soundfile.read(SAMPLES / "jfk.wav")
+        samples, rate = soundfile.read(SAMPLES / "clips" / "123_joe.flac")
         soundfile.write(clip, samples, rate, subtype="PCM_16")
         nemo = Nemo(tiny_model)
         expected = nemo.transcribe(nemo.features(load_clip(Clip(clip), 16000, 0))).text.strip()
