@@ -227,8 +227,8 @@ def train(model: Any, clips: list[dict[str, Any]], epochs: int, rate: float, hin
 def error_rate(model: Any, clips: list[dict[str, Any]]) -> float:
     """The word error rate of NeMo's own transcripts."""
     audio = [clip["samples"] for clip in clips]
-    heard = [result.text for result in model.transcribe(audio, batch_size=8, verbose=False)]
-    return jiwer.wer([clip["text"] for clip in clips], heard)
+    transcripts = [result.text for result in model.transcribe(audio, batch_size=8, verbose=False)]
+    return jiwer.wer([clip["text"] for clip in clips], transcripts)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -471,3 +471,20 @@ def edit_tensors(folder: Path, change: Callable[[dict], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def hostile_cases() -> tuple[dict[str, tuple], Callable[..., Callable]]:
+    """A table, and a decorator that enters a function which damages a folder, with what the error must say.
+
+    Table: the function's name in words → the function, expected parts of the message.
+    """
+    table: dict[str, tuple] = {}
+
+    def case(*expected: str) -> Callable:
+        def register(change: Callable) -> Callable:
+            table[change.__name__.replace("_", " ")] = change, expected
+            return change
+
+        return register
+
+    return table, case

@@ -22,7 +22,7 @@ from common.checkpoint.find import find_checkpoint
 from common.checkpoint.ternary import TernaryModule, unpack
 from common.folder import read_manifest
 from common.run.reference import Nemo, Transformers
-from tests.helpers import CLIPS, REDUX, edit_json, edit_tensors, rejected
+from tests.helpers import CLIPS, REDUX, edit_json, edit_tensors, hostile_cases, rejected
 
 NAME = "encoder.layers.0.self_attn.q_proj"
 NO_FEATURES = "no feature extractor: transformers' own numbers for 128 mel bins are used"
@@ -196,15 +196,7 @@ def test_accepted(change, copied):
 
 # ---- hostile and damaged folders
 
-CASES = {}
-
-
-def case(*expected: str):
-    def register(change):
-        CASES[change.__name__.replace("_", " ")] = change, expected
-        return change
-
-    return register
+CASES, case = hostile_cases()
 
 
 @case(f"{NAME}.qweight has a byte of 243", "at most 242")

@@ -44,6 +44,7 @@ from tests.helpers import (
     edit_json,
     edit_tensors,
     files_in,
+    hostile_cases,
     prefer,
     rejected,
     shard,
@@ -324,15 +325,7 @@ def test_sentencepiece_beside_the_weights_is_read(tiny_transformers, tmp_path):
 
 # ---- hostile and damaged folders
 
-CASES = {}
-
-
-def case(*expected: str):
-    def register(change):
-        CASES[change.__name__.replace("_", " ")] = change, expected
-        return change
-
-    return register
+CASES, case = hostile_cases()
 
 
 def edit_header(path: Path, change) -> None:
