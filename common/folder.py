@@ -441,4 +441,4 @@ def read_location(folder: Path, name: str) -> Path | None:
     """
     path = folder / LOCATIONS
     known = read_json(path, "python export_parakeet_to_onnx.py") if path.is_file() else {}
-    return folder / known[name] if name in known else None
+    return folder.resolve() / known[name] if name in known else None

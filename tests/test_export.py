@@ -1,9 +1,11 @@
 """The exported graphs: their contract, their opsets, and errors that the verification must find."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -74,6 +76,14 @@ def test_the_folder_holds_these_files_and_the_manifest_its_source(tiny_export):
     assert manifest["export"]["source"]["file"] == TINY.name
     assert read_location(tiny_export, CHECKPOINT).samefile(TINY)
     assert manifest["tokenizer"]["source"] == manifest["export"]["source"]
+
+
+def test_the_checkpoint_is_found_from_a_folder_behind_a_link(tiny_export, tmp_path):
+    """NeMo reads the dots of a path without looking at links."""
+    link = tmp_path / "deeper" / "down" / "link"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tiny_export, target_is_directory=True)
+    assert Path(os.path.normpath(read_location(link, CHECKPOINT))).samefile(TINY)
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.name)
