@@ -29,7 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from common.checkpoint import NOT_LOADED
-from common.checkpoint.hub import is_inside
+from common.checkpoint.hub import require_inside
 
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"
@@ -126,8 +126,7 @@ def _checked_files(folder: Path) -> dict[str, int]:
     """Name → bytes of the files of an unpacked checkpoint. Raises ValueError for a link to a place outside."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     for path in files:
-        if not is_inside(path, folder):
-            raise ValueError(f"expected {path.name} itself in {folder}, got a link to a place outside; {NOT_LOADED}")
+        require_inside(path, folder)
     return {path.name: path.stat().st_size for path in files}
 
 

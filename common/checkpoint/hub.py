@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from common.checkpoint import NOT_LOADED
 from common.cli import size_text
 from common.folder import DISK_ERRORS, require_free, sha256
 
@@ -66,13 +67,17 @@ def commit_of(checkpoint: Path) -> str | None:
     return None
 
 
-def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file lies in the folder after links are followed; in huggingface_hub's cache, whether it is a blob."""
+def require_inside(path: Path, folder: Path) -> None:
+    """Raise ValueError unless a file lies in the folder of a checkpoint after links are followed; in huggingface_hub's
+    cache, unless it is a blob."""
     if commit_of(folder) and path.is_symlink():
         # Follow one link only: the blob may be a link into a store that several caches share.
         target = Path(os.path.normpath(path.parent.absolute() / path.readlink()))
-        return target.parent == folder.absolute().parents[1] / "blobs"
-    return path.resolve().is_relative_to(folder.resolve())
+        is_inside = target.parent == folder.absolute().parents[1] / "blobs"
+    else:
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+    if not is_inside:
+        raise ValueError(f"expected {path.name} itself in {folder}, got a link to a place outside; {NOT_LOADED}")
 
 
 def file_digest(path: Path) -> str:

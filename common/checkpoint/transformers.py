@@ -181,8 +181,7 @@ def _first_file(checkpoint: Path, names: Sequence[str]) -> Path:
         if WEIGHTS in names and (checkpoint / "pytorch_model.bin").exists():
             found = "got a pickle, which may run code; save the model again with safe_serialization"
         raise ValueError(f"expected {' or '.join(names)} in {checkpoint}, {found}")
-    if not hub.is_inside(path, checkpoint):
-        raise ValueError(f"expected {path.name} itself in {checkpoint}, got a link to a place outside; {NOT_LOADED}")
+    hub.require_inside(path, checkpoint)
     return path
 
 
