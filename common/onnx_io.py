@@ -7,8 +7,8 @@ The oldest ONNX Runtime whose CPU provider runs a graph depends on its opset, op
 the versions in which graphs of each method were run.
 """
 
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,10 +16,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+from onnx.external_data_helper import uses_external_data
+from onnx_ir.tape import Tape
 
 from common.cli import size_text
-from common.contract import MICROSOFT, Graph
+from common.contract import MICROSOFT
 from common.folder import FILES, link, read_manifest
 
 # Smaller tensors stay inside the .onnx, where graph optimizers look for constants.
@@ -27,6 +28,19 @@ EXTERNAL_DATA_THRESHOLD = 1024  # bytes
 EXTERNAL_DATA_ALIGNMENT = 65536  # bytes; the allocation granularity of Windows, the coarsest
 EXTERNAL_DATA_ALIGNED_FROM = 2**20  # bytes; onnx_ir's default
 SINGLE_FILE_MAX = 2e9  # bytes of weights; a protobuf ends at 2^31, and the operators need some of it
+MINIMUM_RUNTIME = "minimum_onnxruntime"  # in manifest.json
+Version = tuple[int, int]
+# By opset of ONNX's own operators (onnxruntime.ai/docs/reference/compatibility.html). The operators of ONNX Runtime
+# that are used here are older, except for the product with weights of a few bits.
+OPSETS: dict[int, Version] = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18), 25: (1, 24)}
+MATMUL_NBITS: dict[int, Version] = {2: (1, 24), 4: (1, 17), 8: (1, 22)}  # by bits
+INT4: Version = (1, 23)  # 1.22 has no Cast of 4-bit integers
+INT4_TYPES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+
+T = TypeVar("T")
+
+
+# Files
 
 
 def save_model(model: ir.Model, path: Path, *, single_file: bool = False) -> None:
@@ -38,24 +52,20 @@ def save_model(model: ir.Model, path: Path, *, single_file: bool = False) -> Non
     single_file: write `path` alone, which holds the weights, instead. Raises ValueError where they are too large.
     """
     initializers = model.graph.initializers
-    for name in sorted(initializers, key=lambda name: -tensor_of(initializers[name]).nbytes):
+    sizes = {name: tensor_of(value).nbytes for name, value in initializers.items()}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
         initializers[name] = initializers.pop(name)
-    if single_file:
-        size = sum(tensor_of(value).nbytes for value in initializers.values())
-        if size > SINGLE_FILE_MAX:
-            raise ValueError(
-                f"expected weights of {size_text(SINGLE_FILE_MAX)} or less for one ONNX file, got {size_text(size)} in "
-                f"{path.name}; leave --single_file out"
-            )
-        ir.save(ir.external_data.load_to_model(model), path)
+    if not single_file:
+        data, threshold = f"{path.name}.data", EXTERNAL_DATA_THRESHOLD
+        ir.save(model, path, external_data=data, size_threshold_bytes=threshold, alignment=EXTERNAL_DATA_ALIGNMENT)
         return
-    ir.save(
-        model,
-        path,
-        external_data=f"{path.name}.data",
-        size_threshold_bytes=EXTERNAL_DATA_THRESHOLD,
-        alignment=EXTERNAL_DATA_ALIGNMENT,
-    )
+    size = sum(sizes.values())
+    if size > SINGLE_FILE_MAX:
+        raise ValueError(
+            f"expected weights of {size_text(SINGLE_FILE_MAX)} or less for one ONNX file, got {size_text(size)} in "
+            f"{path.name}; leave --single_file out"
+        )
+    ir.save(ir.external_data.load_to_model(model), path)
 
 
 def data_bytes(sizes: Iterable[int]) -> int:
@@ -68,113 +78,79 @@ def data_bytes(sizes: Iterable[int]) -> int:
     return offset
 
 
-def weights_are_apart(folder: Path, graphs: Sequence[Graph]) -> bool:
-    """Whether onnx and onnx_ir can map the weights of the first of `graphs` in `folder`, and read the others.
+def read_proto(path: Path) -> onnx.ModelProto:
+    """The graph at `path`; its tensors in a data file give the absolute path of that file.
 
-    They do not read external data through a symbolic link, as in the cache of the Hub, or of several hard links, as in
-    a folder for several runtimes, since both can be an attack.
+    So onnx_ir maps them where the file is a symbolic link, as in the cache of the Hub, or has several hard links, as in
+    a folder for several runtimes; relative to a folder it reads neither, since both can be an attack. Raises ValueError
+    if it is not an ONNX model, or if its weights are outside its folder.
     """
-    encoder = graphs[0]
-    data = [folder / graph.data_file for graph in graphs if (folder / graph.data_file).exists()]
-    links = any(path.is_symlink() or path.stat().st_nlink > 1 for path in (folder / encoder.file, *data))
-    return (folder / encoder.data_file).exists() and not links
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise ValueError(f"{path} is not an ONNX model ({error}); export it again") from None
+    for tensor in filter(uses_external_data, proto.graph.initializer):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                if Path(entry.value).name != entry.value:
+                    raise ValueError(f"{path} has weights outside its folder, in {entry.value}; export it again")
+                entry.value = os.path.realpath(path.parent / entry.value)
+    return proto
 
 
-def with_weights_apart(folder: Path, graphs: Sequence[Graph], scratch: Path) -> Path:
-    """`folder` itself if its weights can be mapped (see weights_are_apart), else the new folder `scratch` with copies
-    of the graphs for which that is true. Raises ValueError as read_proto does."""
-    encoder, *others = graphs
-    if weights_are_apart(folder, graphs):
-        return folder
-    scratch.mkdir()
-    single = not (folder / encoder.data_file).exists()
-    if single:
-        save_model(load(folder / encoder.file), scratch / encoder.file)
-    for graph in others if single else graphs:
-        for name in graph.files:
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, scratch / name)
-    return scratch
+def model_of(proto: onnx.ModelProto) -> ir.Model:
+    """The model of a graph of read_proto; it may use ONNX Runtime's own operators."""
+    model = ir.from_proto(proto)
+    model.graph.opset_imports.setdefault(MICROSOFT, 1)
+    return model
+
+
+def load(path: Path) -> ir.Model:
+    """The model at `path`, with its large tensors left on disk. Raises ValueError as read_proto does."""
+    return model_of(read_proto(path))
 
 
 def share_equal_graphs(folders: Iterable[Path]) -> None:
     """Store graphs and data files of several folders only once, under several names, where the manifests say that they
-    are equal.
-
-    Where the file system has no hard links, they stay copies.
-    """
+    are equal. Where the file system has no hard links, they stay copies."""
     first: dict[str, Path] = {}
     for folder in folders:
+        files = read_manifest(folder)[FILES]
         for path in sorted(folder.glob("*.onnx*")):
-            same = first.setdefault(read_manifest(folder)[FILES][path.name]["sha256"], path)
+            same = first.setdefault(files[path.name]["sha256"], path)
             if same is not path:
                 path.unlink()
                 link(same, path)
 
 
-def load(path: Path) -> ir.Model:
-    """The model at `path`, with its large tensors left on disk. Raises ValueError as read_proto does."""
-    return model_of(read_proto(path), path.parent)
+def minimum_runtime(graphs: Iterable[Path]) -> str:
+    """The oldest ONNX Runtime that runs all of these graphs, such as `1.17`. Raises ValueError as read_proto does."""
+    needed = []
+    for path in graphs:
+        proto = read_proto(path)
+        needed += [OPSETS[opset.version] for opset in proto.opset_import if opset.domain in ("", "ai.onnx")]
+        for node in proto.graph.node:
+            if (node.op_type, node.domain) == ("MatMulNBits", MICROSOFT):
+                bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), 4)
+                needed.append(MATMUL_NBITS[bits])
+        if any(tensor.data_type in INT4_TYPES for tensor in proto.graph.initializer):
+            needed.append(INT4)
+    major, minor = max(needed)
+    return f"{major}.{minor}"
 
 
-def data_files(path: Path) -> set[str]:
-    """The names of the files beside the graph at `path` that hold its weights. Raises ValueError as read_proto does."""
-    tensors = filter(uses_external_data, _parse(path).graph.initializer)
-    return {ExternalDataInfo(tensor).location for tensor in tensors}
-
-
-def read_proto(path: Path) -> onnx.ModelProto:
-    """The graph at `path` without its external data.
-
-    Raises ValueError if it is not an ONNX model, or if the data file ends before its tensors do.
-    """
-    proto = _parse(path)
-    for tensor in filter(uses_external_data, proto.graph.initializer):
-        place = ExternalDataInfo(tensor)
-        data = path.parent / place.location
-        end = (place.offset or 0) + (place.length or 0)
-        size = data.stat().st_size
-        if size < end:
-            raise ValueError(f"expected {end} bytes or more in {data} for {tensor.name}, got {size}; export it again")
-    return proto
-
-
-def _parse(path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise ValueError(f"{path} is not an ONNX model ({error}); export it again") from None
-
-
-def model_of(proto: onnx.ModelProto, folder: Path) -> ir.Model:
-    """The model of a graph whose external data lies in `folder`; it may use ONNX Runtime's own operators."""
-    model = ir.from_proto(proto)
-    model.graph.opset_imports.setdefault(MICROSOFT, 1)
-    ir.external_data.set_base_dir(model.graph, folder)
-    return model
-
-
-T = TypeVar("T")
+# Graphs
 
 
 def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """A new initializer of `graph` with the tensor's name and content."""
-    shape = ir.Shape(tensor.shape.numpy())
-    value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    return Tape(graph).initializer(tensor)
 
 
 def shared_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """The initializer of that name, which is created from `array` on first use."""
     existing = graph.initializers.get(name)
     return add_initializer(graph, ir.tensor(array, name=name)) if existing is None else existing
-
-
-def remove_if_unused(graph: ir.Graph, value: ir.Value) -> None:
-    """Remove an initializer that no node uses any more."""
-    if not value.uses():
-        del graph.initializers[name_of(value)]
 
 
 def input_of(node: ir.Node, index: int) -> ir.Value:
@@ -216,40 +192,3 @@ def computed_from(value: ir.Value, function: Callable[[np.ndarray], T]) -> T:
         return function(tensor.numpy())  # not kept in a variable: a mapping that is viewed cannot be closed
     finally:
         release(tensor)
-
-
-MINIMUM_RUNTIME = "minimum_onnxruntime"  # in manifest.json
-Version = tuple[int, int]
-# By opset of ONNX's own operators (onnxruntime.ai/docs/reference/compatibility.html). The operators of ONNX Runtime
-# that are used here are older, except for the product with weights of a few bits.
-OPSETS: dict[int, Version] = {17: (1, 12), 18: (1, 14), 19: (1, 15), 20: (1, 17), 21: (1, 18), 25: (1, 24)}
-MATMUL_NBITS: dict[int, Version] = {2: (1, 24), 4: (1, 17), 8: (1, 22)}  # by bits
-INT4: Version = (1, 23)  # 1.22 has no Cast of 4-bit integers
-INT4_TYPES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-
-
-def minimum_runtime(graphs: Iterable[Path]) -> str:
-    """The oldest version that runs all of these graphs, such as `1.17`.
-
-    Raises ValueError for an opset or a number of bits that is not in the tables, and as read_proto does.
-    """
-    major, minor = max(version for path in graphs for version in _needed(read_proto(path), path))
-    return f"{major}.{minor}"
-
-
-def _needed(proto: onnx.ModelProto, path: Path) -> Iterator[Version]:
-    for opset in proto.opset_import:
-        if opset.domain in ("", "ai.onnx"):
-            yield _known(OPSETS, opset.version, f"opset of {path}")
-    for node in proto.graph.node:
-        if (node.op_type, node.domain) == ("MatMulNBits", MICROSOFT):
-            bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), 4)
-            yield _known(MATMUL_NBITS, bits, f"bits of {node.name} in {path}")
-    if any(tensor.data_type in INT4_TYPES for tensor in proto.graph.initializer):
-        yield INT4
-
-
-def _known(table: dict[int, Version], key: int, what: str) -> Version:
-    if key not in table:
-        raise ValueError(f"expected {', '.join(map(str, table))} as the {what}, got {key}; add it to {__name__}")
-    return table[key]

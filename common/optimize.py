@@ -3,16 +3,14 @@
 A folder may hold subfolders for several runtimes. Each is optimized in turn, with the same calibration of the weights.
 """
 
-import contextlib
 import math
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import EXPORT_COMMAND, PUBLISH_COMMAND, Command, Stages, size_text, warn
+from common.cli import EXPORT_COMMAND, PUBLISH_COMMAND, Stages, size_text, warn
 from common.evaluate import word_limit
 from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed, why_slower
 from common.evaluate.stress import StressOptions, StressRow, judge_stress, run_stress, stress_rows
@@ -37,13 +35,9 @@ from common.layouts import check_same_layouts, layouts_in
 from common.layouts.layout import Layout
 from common.onnx_io import (
     MINIMUM_RUNTIME,
-    data_files,
-    load,
     minimum_runtime,
     save_model,
     share_equal_graphs,
-    weights_are_apart,
-    with_weights_apart,
 )
 from common.quantize.calibration import read_speech
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
@@ -84,29 +78,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Folder:
-    """One model folder that is being optimized."""
+    """One exported folder, and the folder where its result will be."""
 
     layout: Layout
     source: Path
-    readable: Path  # the source, or copies of its graphs: see `with_weights_apart`
-    target: Path  # where the result will be
-    staging: Path  # where it is being written
+    target: Path
     manifest: dict[str, Any]  # of the source
-
-    @property
-    def encoder(self) -> Path:
-        return self.readable / self.layout.encoder.file
 
     @property
     def device(self) -> str:
         """What the folder was exported for: cpu or cuda."""
         return str(self.manifest.get("export", {}).get("flags", {}).get("device", "cpu"))
 
-    @property
-    def encoder_bytes(self) -> dict[str, int]:
+    def encoder_bytes(self, staging: Path) -> dict[str, int]:
         """Size of the encoder's files before and after, under the names that the manifest has for them."""
         encoder = self.layout.encoder
-        return {"exported": encoder.bytes_in(self.source), "optimized": encoder.bytes_in(self.staging)}
+        return {"exported": encoder.bytes_in(self.source), "optimized": encoder.bytes_in(staging)}
 
 
 def optimize(
@@ -124,35 +111,43 @@ def optimize(
     ValueError or OSError before the work for input that cannot be used, CheckError for a result that is not good
     enough; nothing is then written.
     """
+    check_output_dir(target)
+    if target.resolve() == source.resolve():
+        raise ValueError(f"--output_dir and --model_dir are both {target}; give another --output_dir")
     layouts = layouts_in(source)
-    check_folders(source, target, layouts)
+    check_same_layouts(target, layouts)
+    folders = {
+        name: Folder(layout, source / name, target / name, read_manifest(source / name))
+        for name, layout in layouts.items()
+    }
+    for folder in folders.values():
+        _check(folder)
     speech_folder = next((name for name, layout in layouts.items() if layout.measures_speech), None)
     calibration, evaluation = read_speech_manifests(options, source, speech_folder)
-    _state_needs(source, target, layouts, options)
+    _state_needs(folders.values(), options, target)
     if range_advice := options.range_advice():
         warn(range_advice)
 
     once = bool(calibration) + bool(evaluation) + (stress.stress is not None)
-    stages = Stages(once + len(layouts) * (STAGES + options.int8_tokens), verbose=verbose)
+    stages = Stages(once + len(folders) * (STAGES + options.int8_tokens), verbose=verbose)
     run = Run(options, stress, evaluation, command, stages)
-    advice = [range_advice, options.calibration_advice()]
     former = [
         str(Path(name) / file) for name, layout in layouts.items() for file in layout.former_graphs(target / name)
     ]
     with staged_folder(target, former) as staging:
         calibrated = None
         if calibration and speech_folder is not None:
-            with _open_folder(layouts[speech_folder], speech_folder, source, target, staging) as folder:
-                calibrated = _calibrate(folder, run, calibration)
+            calibrated = _calibrate(folders[speech_folder], run, calibration)
         speed = None
-        for name, layout in layouts.items():
+        for name, folder in folders.items():
             if name:
                 print(f"{name}:")
-            with _open_folder(layout, name, source, target, staging) as folder:
-                speed = optimize_folder(folder, run, calibrated, speed)
-                advice.append(options.fusion_advice(folder.device))
-        share_equal_graphs([staging / name for name in layouts])
-    advice += [_publishing_advice(target / name, layout, options) for name, layout in layouts.items()]
+            (staging / name).mkdir(exist_ok=True)
+            speed = optimize_folder(folder, staging / name, run, calibrated, speed)
+        share_equal_graphs([staging / name for name in folders])
+    advice = [range_advice, options.calibration_advice()]
+    for folder in folders.values():
+        advice += [options.fusion_advice(folder.device), _publishing_advice(folder.target, folder.layout, options)]
     for line in dict.fromkeys(filter(None, advice)):
         print(line)
     return None if speech_folder is None else target / speech_folder
@@ -166,108 +161,79 @@ def _publishing_advice(folder: Path, layout: Layout, options: OptimizeOptions) -
     return f"each graph has two names; to publish one: {PUBLISH_COMMAND.format(folder)} --exclude '{name}'"
 
 
-def check_folders(source: Path, target: Path, layouts: Mapping[str, Layout]) -> None:
-    """Raise FileNotFoundError naming the command that makes what `source` lacks; ValueError if `target` is the same
-    folder, a file of `source` is not the one that its manifest lists, its weights are float16, or its parts are of
-    different checkpoints."""
-    check_output_dir(target)
-    if target.resolve() == source.resolve():
-        raise ValueError(f"--output_dir and --model_dir are both {target}; give another --output_dir")
-    check_same_layouts(target, layouts)
-    for name, layout in layouts.items():
-        folder = source / name
-        graphs = [graph.file for graph in layout.graphs]
-        _require(folder, (*graphs, *layout.config_files), EXPORT_COMMAND)
-        _require(folder, layout.vocabulary, layout.vocabulary_command)
-        if is_float16(read_manifest(folder)):
-            raise ValueError(
-                f"{folder} was exported with --precision fp16, and only float32 weights can be quantized; export it "
-                "without"
-            )
-        verify_files(folder, (*layout.graph_files, *layout.vocabulary))
-        _require(folder, [name for file in graphs for name in data_files(folder / file)], EXPORT_COMMAND)
-        layout.check_one_checkpoint(folder)
+def _check(folder: Folder) -> None:
+    """Raise FileNotFoundError naming the command that makes what the source lacks; ValueError if one of its files is
+    not the one that its manifest lists, its weights are float16, or its parts are of different checkpoints."""
+    layout, source = folder.layout, folder.source
+    exported = (*(graph.file for graph in layout.graphs), *layout.config_files)
+    for files, command in ((exported, EXPORT_COMMAND), (layout.vocabulary, layout.vocabulary_command)):
+        missing = ", ".join(file for file in files if not (source / file).is_file())
+        if missing:
+            raise FileNotFoundError(f"{source} has no {missing}; first run: {command.format(source)}")
+    if is_float16(folder.manifest):
+        raise ValueError(
+            f"{source} was exported with --precision fp16, and only float32 weights can be quantized; export it without"
+        )
+    verify_files(source, (*layout.graph_files, *layout.vocabulary))
+    layout.check_one_checkpoint(source)
 
 
-def _require(folder: Path, files: Iterable[str], command: Command) -> None:
-    missing = ", ".join(file for file in files if not (folder / file).is_file())
-    if missing:
-        raise FileNotFoundError(f"{folder} has no {missing}; first run: {command.format(folder)}")
-
-
-def _state_needs(source: Path, target: Path, layouts: Mapping[str, Layout], options: OptimizeOptions) -> None:
-    """Print what optimizing the subfolders `layouts` of `source` needs. Raises OSError as state_needs does."""
-    encoder = max(layout.encoder.bytes_in(source / name) for name, layout in layouts.items())
+def _state_needs(folders: Collection[Folder], options: OptimizeOptions, target: Path) -> None:
+    """Print what optimizing these folders into `target` needs. Raises OSError as state_needs does."""
+    encoder = max(folder.layout.encoder.bytes_in(folder.source) for folder in folders)
     factor = CALIBRATION_MEMORY_FACTOR if options.calibration_manifest else MEMORY_FACTOR
     memory = MEMORY_OF_IMPORTS + factor * encoder
     if options.calibration_manifest or options.eval_manifest:
         memory += MEMORY_OF_SPEECH
-    # As much as the sources, though the result is smaller; and graphs that are copied meanwhile.
-    disk = sum(graph.bytes_in(source / name) for name, layout in layouts.items() for graph in layout.graphs)
-    if not all(weights_are_apart(source / name, layout.graphs) for name, layout in layouts.items()):
-        disk += encoder
+    # As much as the sources, though the result is smaller.
+    disk = sum(graph.bytes_in(folder.source) for folder in folders for graph in folder.layout.graphs)
     state_needs(f"encoder.onnx ({size_text(encoder)})", memory, disk, target)
-
-
-@contextlib.contextmanager
-def _open_folder(layout: Layout, name: str, source: Path, target: Path, staging: Path) -> Iterator[Folder]:
-    """Open the subfolder `name` of `source`, or `source` itself for "", to optimize it into that subfolder of `target`.
-
-    The result is written into the same subfolder of `staging`, which is made here if it is missing. Raises ValueError
-    at the end of the block if the source was written in the meantime.
-    """
-    (staging / name).mkdir(exist_ok=True)
-    manifest = read_manifest(source / name)
-    with tempfile.TemporaryDirectory(dir=staging.parent) as scratch:
-        readable = with_weights_apart(source / name, layout.graphs, Path(scratch) / "copies")
-        yield Folder(layout, source / name, readable, target / name, staging / name, manifest)
-    if read_manifest(source / name) != manifest:
-        raise ValueError(f"{source / name} was written again while it was being read; run this again")
 
 
 def _calibrate(folder: Folder, run: Run, clips: list[Clip]) -> Calibrated:
     """Fit the encoder's weights to speech, once for the folders of all runtimes."""
     method = run.options.method
     assert method is not None, "--calibration_manifest needs a method"
-    check_ternary(folder.encoder, run.options)
+    encoder = folder.source / folder.layout.encoder.file
+    check_ternary(encoder, run.options)
     run.stages.begin("calibration")
     speech = read_speech(folder.source, clips)
-    calibrated = method.calibrate(folder.encoder, speech.batches, run.options)
+    calibrated = method.calibrate(encoder, speech.batches, run.options)
     run.stages.end(f"{speech.seconds:.0f} s of speech in {speech.clips} clips", *calibrated.summary())
     return calibrated
 
 
 def optimize_folder(
-    folder: Folder, run: Run, calibrated: Calibrated | None, speed: dict[str, Any] | None
+    folder: Folder, staging: Path, run: Run, calibrated: Calibrated | None, speed: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """Write the optimized folder into its staging folder. Returns the speeds in its report.
+    """Write the optimized folder into `staging`, stage after stage. Returns the speeds in its report.
 
     speed: measured for another runtime's folder, whose encoder has the same operators and weights. Raises CheckError
     where a graph does not agree with the exported one, or more words are lost than a limit allows.
     """
-    options, stages, layout = run.options, run.stages, folder.layout
-    encoder = optimize_graph(folder.encoder, options, folder.device, calibrated, stages)
-    stages.begin(f"write {layout.encoder.file}")
-    single_file = options.single_file or bool(options.method and layout.second_name)
-    save_model(encoder.model, folder.staging / layout.encoder.file, single_file=single_file)
-    before, after = folder.encoder_bytes.values()
-    stages.end(f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
-    stages.begin("compare with the exported encoder on noise")
-    floor = MIN_SQNR_DB if encoder.stored else MIN_FLOAT_SQNR_DB
-    ratio = compare(folder.source, folder.staging, floor, layout.encoder)
-    stages.end(_ratio_text(ratio, is_quantized=bool(encoder.stored)))
-    tokens = _quantize_tokens(folder, run)
-    _copy_unchanged(folder)
+    options, stages, layout, source = run.options, run.stages, folder.layout, folder.source
+    encoder = optimize_graph(source / layout.encoder.file, options, folder.device, calibrated, stages)
+    ratio = _write_encoder(encoder, folder, staging, run)
+    tokens = QuantizedTokenGraphs()
+    if options.int8_tokens:
+        stages.begin("decoder and joint, int8")
+        vocabulary = layout.vocabulary_size(source)
+        tokens = quantize_token_graphs(source, staging, layout.graphs[1:], vocabulary, options)
+        stages.end(*(f"{name} SQNR {ratio:.1f} dB" for name, ratio in tokens.sqnr_db.items()))
+    unchanged = [file for graph in layout.graphs if not (staging / graph.file).exists() for file in graph.files]
+    for file in (*unchanged, *layout.config_files, *layout.vocabulary, *layout.optional_files):
+        if (source / file).is_file():
+            shutil.copyfile(source / file, staging / file)
 
-    clips, table, stressed = _evaluate(folder, run) if run.clips and layout.measures_speech else ([], [], [])
+    clips, table, stressed = _evaluate(source, staging, run) if run.clips and layout.measures_speech else ([], [], [])
+    stages.begin("speed")
     if speed is None:
-        speed = _measure_speed(folder, stages)
+        speed = _measure_speed(folder, staging, stages)
     else:
-        stages.begin("speed")
         stages.end(f"measured above, on the encoder for {speed['runtime']}")
 
     stages.begin("report")
-    section = _manifest_section(folder, encoder, options, ratio, tokens, table)
+    section = _manifest_section(folder, staging, options, encoder, ratio, tokens, table)
     stored = {layout.encoder.name: encoder.stored, **tokens.stored}
     report = {
         "run": run_record(run.command),
@@ -275,60 +241,44 @@ def optimize_folder(
         "stress": [asdict(row) for row in stressed],
         "max_lost_words": run.stress.max_lost_words,
         "speed": speed,
-        **make_report(
-            folder.source, folder.staging, layout.graphs, folder.manifest, section, stored, encoder.sensitivity
-        ),
+        **make_report(source, staging, layout.graphs, folder.manifest, section, stored, encoder.sensitivity),
     }
     if table and options.eval_manifest:
         report["evaluation"] = make_evaluation(options.eval_manifest, clips, table, options.max_wer_increase)
     report["verdict"] = {"checks": checks(report)}
-    write_json(folder.staging / REPORT_JSON, report)
-    write_page(folder.staging / REPORT_HTML, report, clips)
+    write_json(staging / REPORT_JSON, report)
+    write_page(staging / REPORT_HTML, report, clips)
     if options.method and layout.second_name:
         for graph in layout.graphs:
             name = layout.second_name.format(name=graph.name, method=options.method.name)
-            link(folder.staging / graph.file, folder.staging / name)
-    write_manifest(folder.staging, {**folder.manifest, FILES: {}}, "optimize", section)
-    write_card(folder.staging, folder.target, layout)
-    checkpoint = read_location(folder.source, CHECKPOINT)
-    write_locations(folder.staging, folder.target, checkpoint=checkpoint, exported=folder.source)
+            link(staging / graph.file, staging / name)
+    write_manifest(staging, {**folder.manifest, FILES: {}}, "optimize", section)
+    write_card(staging, folder.target, layout)
+    write_locations(staging, folder.target, checkpoint=read_location(source, CHECKPOINT), exported=source)
     stages.end(str(folder.target / REPORT_HTML))
     return speed
 
 
-def _copy_unchanged(folder: Folder) -> None:
-    """Copy what the run did not write, graphs with the weights that an earlier version stored beside them."""
-    layout = folder.layout
-    unchanged = [graph for graph in layout.graphs if not (folder.staging / graph.file).exists()]
-    graphs = [graph.file for graph in unchanged]
-    for file in (*graphs, *layout.config_files, *layout.vocabulary, *layout.optional_files):
-        if (folder.source / file).is_file():
-            shutil.copyfile(folder.source / file, folder.staging / file)
-    for graph in unchanged:
-        if (folder.source / graph.data_file).is_file():
-            save_model(load(folder.readable / graph.file), folder.staging / graph.file, single_file=True)
+def _write_encoder(encoder: OptimizedEncoder, folder: Folder, staging: Path, run: Run) -> float:
+    """Write the encoder into `staging` and return its SQNR on noise, in dB, against the exported one. Raises CheckError
+    where that is too low."""
+    options, stages, layout = run.options, run.stages, folder.layout
+    stages.begin(f"write {layout.encoder.file}")
+    single_file = options.single_file or bool(options.method and layout.second_name)
+    save_model(encoder.model, staging / layout.encoder.file, single_file=single_file)
+    before, after = folder.encoder_bytes(staging).values()
+    stages.end(f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")
+    stages.begin("compare with the exported encoder on noise")
+    floor = MIN_SQNR_DB if encoder.stored else MIN_FLOAT_SQNR_DB
+    ratio = compare(folder.source, staging, floor, layout.encoder)
+    scale = (
+        "on speech, 20 dB changed 2 words in 100, 30 dB fewer than 1" if encoder.stored else "equal but for rounding"
+    )
+    stages.end(f"SQNR {ratio:.1f} dB ({scale})" if math.isfinite(ratio) else "identical")
+    return ratio
 
 
-def _ratio_text(ratio: float, *, is_quantized: bool) -> str:
-    """A signal to quantization noise ratio, and what such a ratio has meant for words (README.md)."""
-    if not math.isfinite(ratio):
-        return "identical"
-    scale = "on speech, 20 dB changed 2 words in 100, 30 dB fewer than 1" if is_quantized else "equal but for rounding"
-    return f"SQNR {ratio:.1f} dB ({scale})"
-
-
-def _quantize_tokens(folder: Folder, run: Run) -> QuantizedTokenGraphs:
-    """Decoder and joint in 8 bits, where the options say so."""
-    if not run.options.int8_tokens:
-        return QuantizedTokenGraphs()
-    layout, vocabulary = folder.layout, folder.layout.vocabulary_size(folder.source)
-    run.stages.begin("decoder and joint, int8")
-    tokens = quantize_token_graphs(folder.readable, folder.staging, layout.graphs[1:], vocabulary, run.options)
-    run.stages.end(*(f"{name} SQNR {ratio:.1f} dB" for name, ratio in tokens.sqnr_db.items()))
-    return tokens
-
-
-def _evaluate(folder: Folder, run: Run) -> tuple[list[EvaluatedClip], list[WordErrors], list[StressRow]]:
+def _evaluate(source: Path, staging: Path, run: Run) -> tuple[list[EvaluatedClip], list[WordErrors], list[StressRow]]:
     """Transcribe the clips with both models, and print the word errors; then under stress, where that is asked for.
 
     Returns the clips, their error rates and the rows of the stress test. Raises as word_limit.judge and judge_stress.
@@ -336,7 +286,7 @@ def _evaluate(folder: Folder, run: Run) -> tuple[list[EvaluatedClip], list[WordE
     options, stages = run.options, run.stages
     assert options.eval_manifest is not None, "clips come from --eval_manifest"
     stages.begin(f"evaluation on {len(run.clips)} clips")
-    models = BothModels(folder.source, folder.staging)
+    models = BothModels(source, staging)
     clips = word_limit.transcribe_with_both(models, options.eval_manifest, run.clips)
     table = word_limit.word_table(clips)
     stages.end(str(table[0]))
@@ -353,11 +303,10 @@ def _evaluate(folder: Folder, run: Run) -> tuple[list[EvaluatedClip], list[WordE
     return clips, table, stress_rows(test)
 
 
-def _measure_speed(folder: Folder, stages: Stages) -> dict[str, Any] | None:
+def _measure_speed(folder: Folder, staging: Path, stages: Stages) -> dict[str, Any] | None:
     """The speeds of the exported and the optimized encoder on this machine; None where they could not be measured."""
-    stages.begin("speed")
     file = folder.layout.encoder.file
-    speeds = measure_speed([folder.source / file, folder.staging / file])
+    speeds = measure_speed([folder.source / file, staging / file])
     if speeds is None:
         stages.end("not measured: too little memory is free")
         return None
@@ -366,16 +315,16 @@ def _measure_speed(folder: Folder, stages: Stages) -> dict[str, Any] | None:
     rates = f"encoder RTFx {before.rtfx:.1f} → {after.rtfx:.1f} (seconds of audio encoded in one second)"
     stages.end(rates, *([f"peak memory {' → '.join(memory)}"] if memory else []))
     sides = {"exported": asdict(before), "optimized": asdict(after)}
-    speed = {**sides, "runtime": folder.layout.runtime, "audio_seconds": AUDIO_SECONDS, **machine()}
-    if reason := why_slower(before.rtfx, after.rtfx, folder.encoder_bytes["exported"]):
+    if reason := why_slower(before.rtfx, after.rtfx, folder.layout.encoder.bytes_in(folder.source)):
         print(reason)
-    return speed
+    return {**sides, "runtime": folder.layout.runtime, "audio_seconds": AUDIO_SECONDS, **machine()}
 
 
 def _manifest_section(
     folder: Folder,
-    encoder: OptimizedEncoder,
+    staging: Path,
     options: OptimizeOptions,
+    encoder: OptimizedEncoder,
     ratio: float,
     tokens: QuantizedTokenGraphs,
     table: list[WordErrors],
@@ -390,10 +339,10 @@ def _manifest_section(
         "calibration": None if manifest is None else fingerprint(manifest),
         "fused": dict(encoder.fused),
         "weights_by_bits": {str(bits): count for bits, count in encoder.weights_by_bits.items()},
-        "encoder_bytes": folder.encoder_bytes,
+        "encoder_bytes": folder.encoder_bytes(staging),
         "sqnr_db_on_noise": round(ratio, 2) if math.isfinite(ratio) else None,
         "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in tokens.sqnr_db.items()},
-        MINIMUM_RUNTIME: minimum_runtime(folder.staging / graph.file for graph in folder.layout.graphs),
+        MINIMUM_RUNTIME: minimum_runtime(staging / graph.file for graph in folder.layout.graphs),
     }
     if table:
         section["wer"] = {"float32": asdict(table[0].float32), "optimized": asdict(table[0].optimized)}

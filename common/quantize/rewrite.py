@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from onnx.external_data_helper import uses_external_data
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from common.cli import Stages, progress, size_text
@@ -137,7 +137,7 @@ def fuse(path: Path) -> tuple[ir.Model, Counter[str]]:
     proto = read_proto(path)
     for tensor in proto.graph.initializer:
         if uses_external_data(tensor) and len(tensor.dims) == 1:
-            load_external_data_for_tensor(tensor, str(path.parent))
+            tensor.raw_data = ir.from_proto(tensor).tobytes()
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
     options = FusionOptions("conformer")
@@ -146,7 +146,7 @@ def fuse(path: Path) -> tuple[ir.Model, Counter[str]]:
     # Patterns that the exported encoder does not have; the search for them takes three quarters of the time.
     options.enable_rotary_embeddings = options.enable_embed_layer_norm = options.enable_qordered_matmul = False
     options.enable_gelu = options.enable_bias_gelu = False
-    model = model_of(optimize_model(proto, "conformer", opt_level=0, optimization_options=options).model, path.parent)
+    model = model_of(optimize_model(proto, "conformer", opt_level=0, optimization_options=options).model)
     return model, Counter(node.op_type for node in model.graph if node.domain == MICROSOFT)
 
 

@@ -10,7 +10,7 @@ from onnx_ir.tape import Tape
 
 from common.cli import CheckError
 from common.contract import MICROSOFT, Graph
-from common.onnx_io import input_of, load, name_of, remove_if_unused, save_model, shared_initializer, tensor_of
+from common.onnx_io import input_of, load, name_of, save_model, shared_initializer, tensor_of
 from common.quantize.blocks import BLOCK_SIZES, RTN
 from common.quantize.columns import HIGH_BITS, quantize_columns
 from common.quantize.fidelity import token_sqnr
@@ -83,7 +83,6 @@ def quantize_embeddings(model: ir.Model) -> dict[str, Stored]:
         taken, scale = (tape.op("Gather", [part, input_of(node, 1)]) for part in (codes, scales))
         row = tape.op("Mul", [tape.op("Cast", [taken], {"to": ir.DataType.FLOAT}), scale])
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [row])
-        remove_if_unused(model.graph, table)
         stored[name] = Stored(form, rows.error)
     return stored
 
@@ -105,8 +104,6 @@ def quantize_lstms(model: ir.Model, form: Format) -> dict[str, Stored]:
         inputs = [x, w_codes, r_codes, *others, *w_scales, *r_scales]
         new = ir.Node(MICROSOFT, "DynamicQuantizeLSTM", inputs, node.attributes.values(), num_outputs=3, name=node.name)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], node.outputs, new.outputs)
-        for matrix in (w, r):
-            remove_if_unused(model.graph, matrix)
     return stored
 
 
