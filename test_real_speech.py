@@ -49,7 +49,7 @@ from common.evaluate.engines import (
     load_reference,
     open_folders,
 )
-from common.evaluate.stress import StressOptions, add_stress_flags, judge_stress, stress_compared
+from common.evaluate.stress import StressOptions, add_stress_flags, stress_compared
 from common.evaluate.text_rules import ids_of_other_words
 from common.evaluate.verdict import judge_times, print_and_judge, print_corpus, transcribe_and_print
 from common.evaluate.wer import MAX_PRINTED_CLIPS
@@ -141,12 +141,12 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         else None
     )
     if args.stress is not None:
-        test = stress_compared(folders, reference, clips, stress)
+        test = stress_compared(folders, reference, clips, stress).run()
         if args.json:
             write_output(args.json, json_text(test.as_json()), stdout)
         if args.html:
             write_output(args.html, stress_page(f"{name} under stress", test), stdout)
-        judge_stress(test, stress.max_lost_words)
+        test.judge()
         return
 
     comparison = Comparison(clips=clips, folders=folders, reference=reference)

@@ -11,13 +11,13 @@ separate runs of several kinds have the same results as one run of all.
 import argparse
 import itertools
 from pathlib import Path
+from typing import Any
 
 from benchmarks.bench import machine
 from common.checkpoint.nemo import load_model
 from common.cli import quiet_libraries
-from common.evaluate.conditions import KINDS
 from common.evaluate.engines import Engine, GenAIEngine, LibraryEngine, OnnxEngine, OpenFolder
-from common.evaluate.stress import FLOAT32, StressOptions, StressRow, StressTest, run_stress, stress_rows
+from common.evaluate.stress import FLOAT32, KINDS, StressOptions, StressTest
 from common.folder import write_json
 from common.run.audio import read_clips
 from common.run.reference import Nemo
@@ -27,17 +27,16 @@ def markdown(test: StressTest) -> str:
     """A line for each condition and a column for each engine that is given every take."""
     names = [engine.name for engine in test.engines if engine.name not in test.whole_of]
     lines = [["condition", *names], ["---"] * (len(names) + 1)]
-    for condition, rows in itertools.groupby(stress_rows(test), key=lambda row: row.condition):
-        by_engine = {row.engine: row for row in rows}
+    for condition, rows in itertools.groupby(test.rows(), key=lambda row: row["condition"]):
+        by_engine = {row["engine"]: row for row in rows}
         lines.append([condition, *(_cell(by_engine[name]) for name in names)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(row: StressRow) -> str:
-    text = row.text
-    points = "" if row.points is None else f" ({row.points:+.1f})"
-    empty = f", {row.windows.empty} empty" if row.windows.empty else ""
-    return f"{text.lost} / {text.added} / {text.changed}{points}{empty}"
+def _cell(row: dict[str, Any]) -> str:
+    text, empty = row["text"], row["windows"]["empty"]
+    points = "" if row["points"] is None else f" ({row['points']:+.1f})"
+    return f"{text['lost']} / {text['added']} / {text['changed']}{points}{f', {empty} empty' if empty else ''}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,14 +57,14 @@ def main(argv: list[str] | None = None) -> int:
         engines.append(OnnxEngine(name, folder))
         if args.genai:
             engines.append(GenAIEngine(f"{name}, GenAI", folder))
-    test = run_stress(
+    test = StressTest(
         engines,
         exported.genai,
         exported,
         read_clips(args.manifest, with_text=True),
         StressOptions(stress=args.stress, seed=args.seed),
         judged=args.optimized[0].name,
-    )
+    ).run()
     print(f"\n{machine()}\n\n{markdown(test)}")
     if args.json:
         write_json(args.json, test.as_json())

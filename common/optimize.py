@@ -13,7 +13,7 @@ from typing import Any
 from common.cli import EXPORT_COMMAND, PUBLISH_COMMAND, Stages, size_text, warn
 from common.evaluate import word_limit
 from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed, why_slower
-from common.evaluate.stress import StressOptions, StressRow, judge_stress, run_stress, stress_rows
+from common.evaluate.stress import StressOptions, StressTest
 from common.evaluate.word_limit import BothModels, EvaluatedClip, WordErrors, read_speech_manifests
 from common.folder import (
     CHECKPOINT,
@@ -238,7 +238,7 @@ def optimize_folder(
     report = {
         "run": run_record(run.command),
         "evaluation": None,
-        "stress": [asdict(row) for row in stressed],
+        "stress": stressed,
         "max_lost_words": run.stress.max_lost_words,
         "speed": speed,
         **make_report(source, staging, layout.graphs, folder.manifest, section, stored, encoder.sensitivity),
@@ -278,10 +278,12 @@ def _write_encoder(encoder: OptimizedEncoder, folder: Folder, staging: Path, run
     return ratio
 
 
-def _evaluate(source: Path, staging: Path, run: Run) -> tuple[list[EvaluatedClip], list[WordErrors], list[StressRow]]:
+def _evaluate(
+    source: Path, staging: Path, run: Run
+) -> tuple[list[EvaluatedClip], list[WordErrors], list[dict[str, Any]]]:
     """Transcribe the clips with both models, and print the word errors; then under stress, where that is asked for.
 
-    Returns the clips, their error rates and the rows of the stress test. Raises as word_limit.judge and judge_stress.
+    Returns the clips, their error rates and the rows of the stress test. Raises as the judges of both.
     """
     options, stages = run.options, run.stages
     assert options.eval_manifest is not None, "clips come from --eval_manifest"
@@ -297,10 +299,10 @@ def _evaluate(source: Path, staging: Path, run: Run) -> tuple[list[EvaluatedClip
         return clips, table, []
     stages.begin(f"{len(clips)} clips under stress")
     engines = [models.float32, models.optimized]
-    test = run_stress(engines, models.genai, models.optimized.folder, run.clips, run.stress)
+    test = StressTest(engines, models.genai, models.optimized.folder, run.clips, run.stress).run()
     stages.end(f"{len(test.conditions)} conditions")
-    judge_stress(test, run.stress.max_lost_words)
-    return clips, table, stress_rows(test)
+    test.judge()
+    return clips, table, test.rows()
 
 
 def _measure_speed(folder: Folder, staging: Path, stages: Stages) -> dict[str, Any] | None:

@@ -105,13 +105,19 @@ def test_a_stretch_says_whether_the_reference_has_words_there():
 def test_an_engine_without_times_is_not_guessed():
     found = flaws_of(sound((6, -20)), nemo=transcript(2.9), genai=Transcript([], ""))
     assert found["genai"].blank is None
-    later = found["genai"].followed_by(found["genai"], 6.0)
-    assert later.blank is None
+    assert (found["genai"] + found["genai"]).blank is None
 
 
 def test_stretches_of_pieces_are_placed_one_after_the_other():
     one = Flaws([Blank(1, 5, 4)], ["a"])
-    assert one.followed_by(one, 20.0) == Flaws([Blank(1, 5, 4), Blank(21, 25, 4)], ["a", "a"])
+    assert one + one == Flaws([Blank(1, 5, 4), Blank(1, 5, 4)], ["a", "a"])
+    (early,), (later,) = (
+        find_flaws(sound((6, -20)), {"nemo": transcript()}, PIECES, CONFIG, reference=None, text=None, begin=begin)[
+            "nemo"
+        ].blank
+        for begin in (0.0, 20.0)
+    )
+    assert (later.start - early.start, later.end - early.end, later.speech) == (20, 20, early.speech)
 
 
 def test_phrases_four_times_in_a_row():

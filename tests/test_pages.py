@@ -18,16 +18,15 @@ from common.evaluate.blanks import Blank, Flaws, flaws_table
 from common.evaluate.speed import measure_speed, why_slower
 from common.evaluate.words import bins, calibration_error, words_right
 from common.report.clips_page import (
-    ShownWord,
     audio_uri,
     clips_page,
     lines_of,
-    marked_row,
-    plain_row,
+    rows_of,
     shown_clip,
     wave_path,
 )
 from common.report.report import checks, graded, run_record, verdict
+from common.run.decode import Confidence, TimedWord
 from tests.helpers import CLIPS, ROWS, rejected
 from tests.test_report import HOSTILE_TEXT, Page
 
@@ -69,43 +68,49 @@ def test_bins_and_calibration_error_by_hand():
 # ---- the page
 
 
+def words_of(row, *, own: bool = True):
+    """The words from the first cell to the last; own: those of the row itself."""
+    return [word for cell in row.cells for word in cell if not own or word.mark != "lost"]
+
+
 def test_differing_words_are_marked():
-    words = [ShownWord(word, start=i, end=i + 1) for i, word in enumerate(["And", "so,", "my", "friends", "ask"])]
-    text = "and so my fellow Americans ask"
-    row = marked_row("ONNX", words, text, text, "And so, my friends ask")
-    assert [word.text for word in row.words if not word.mark] == ["And", "so,", "my", "ask"]
-    (lost,) = [word.text for word in row.words if word.mark == "lost"]
+    timed = [TimedWord(word, i, i + 1, None) for i, word in enumerate(["And", "so,", "my", "friends", "ask"])]
+    texts = {"text": "and so my fellow Americans ask", "ONNX": "And so, my friends ask"}
+    _, row = rows_of(texts, {"ONNX": timed}, with_errors=True)
+    assert [word.text for word in words_of(row) if not word.mark] == ["And", "so,", "my", "ask"]
+    (lost,) = [word.text for word in words_of(row, own=False) if word.mark == "lost"]
     assert lost in ("fellow", "Americans")
-    assert [word.text for word in row.words if word.mark == "other"] == ["friends"]  # in place of the other one
+    assert [word.text for word in words_of(row) if word.mark == "other"] == ["friends"]  # in place of the other one
     assert [len(cell) for cell in row.cells] == [1] * 6
     assert row.errors == (2, 6)
-    assert [word.start for word in row.words if word.mark != "lost"] == [0, 1, 2, 3, 4]
+    assert [word.timed.start for word in words_of(row)] == [0, 1, 2, 3, 4]
+
+
+def rows(*texts: str):
+    return rows_of({str(number): text for number, text in enumerate(texts)}, {}, with_errors=False)
 
 
 def test_rows_line_up_with_the_first_row():
     expected = "one two three four"
     made = ["zero one two three four", "one two four", "one two three four five six", "", "two"]
-    rows = [plain_row("text", expected)]
-    rows += [marked_row(text, [ShownWord(word) for word in text.split()], expected, expected, text) for text in made]
-    assert [row.text for row in rows] == [expected, *made]  # every word of each engine, in its order
-    cells = [[" ".join(word.text for word in cell if word.mark != "lost") for cell in row.cells] for row in rows]
+    shown = rows(expected, *made)
+    own = [" ".join(word.text for word in words_of(row)) for row in shown]
+    assert own == [row.text for row in shown] == [expected, *made]  # every word of each engine, in its order
+    cells = [[" ".join(word.text for word in cell if word.mark != "lost") for cell in row.cells] for row in shown]
     assert cells[1] == ["zero one", "two", "three", "four"]
     assert cells[2] == ["one", "two", "", "four"]
     assert cells[3] == ["one", "two", "three", "four five six"]
     assert cells[5] == ["", "two", "", ""]
-    assert [row.differences for row in rows] == [0, 1, 1, 2, 4, 3]
-    lines = lines_of(
-        [plain_row("text", "word " * 20), marked_row("a", [ShownWord("word")] * 20, "word " * 20, None, "")]
-    )
+    assert [row.differences for row in shown] == [0, 1, 1, 2, 4, 3]
+    lines = lines_of(rows("word " * 20, "word " * 20))
     assert [(line.start, line.stop) for line in lines] == [(0, 7), (7, 14), (14, 20)]
-    (only,) = lines_of([plain_row("text", ""), marked_row("a", [ShownWord("word")] * 20, "", None, "")])
+    (only,) = lines_of(rows("", "word " * 20))
     assert (only.start, only.stop) == (0, 1)
 
 
 def test_a_blank_stretch_is_marked_in_the_waveform():
     flaws = {"onnx": Flaws([Blank(2.0, 6.0, 4.0, reference_has_words=True)], ["no"]), "genai": Flaws(None, [])}
-    rows = [plain_row("text", "one"), plain_row("onnx", "one"), plain_row("genai", "one")]
-    clip = shown_clip("clip", np.zeros(8 * RATE, np.float32), RATE, rows, flaws)
+    clip = shown_clip("clip", np.zeros(8 * RATE, np.float32), RATE, rows("one", "one", "one"), flaws)
     text = clips_page("page", "about", [clip], flaws=flaws_table([("clip", flaws)], "NeMo"))
     assert '<article id="clip-1">' in text  # not of the class that the switch hides
     page = Page(text)
@@ -140,10 +145,10 @@ def test_a_waveform_follows_the_samples():
 
 def test_hostile_text_is_text_and_no_other_script_runs():
     samples = np.zeros(RATE, np.float32)
-    words = [ShownWord(word, 0.0, 0.5, 0.4) for word in HOSTILE_TEXT.split()]
-    rows = [marked_row(HOSTILE_TEXT, words, "none of it", None, HOSTILE_TEXT)]
-    clip = shown_clip(HOSTILE_TEXT, samples, RATE, rows)
-    text = clips_page(HOSTILE_TEXT, HOSTILE_TEXT, [clip])
+    words = [TimedWord(word, 0, 5, Confidence(0.4, 0.4)) for word in HOSTILE_TEXT.split()]
+    texts = {"text": "none of it", HOSTILE_TEXT: HOSTILE_TEXT}
+    clip = shown_clip(HOSTILE_TEXT, samples, RATE, rows_of(texts, {HOSTILE_TEXT: words}, with_errors=False), {})
+    text = clips_page(HOSTILE_TEXT, HOSTILE_TEXT, [clip], frame_seconds=0.08)
     page = Page(text)
     assert page.tags.count("script") == 1
     assert "img" not in page.tags
@@ -290,7 +295,7 @@ def test_a_command_has_no_folders_of_the_user():
     ("optimized", "encoder_bytes", "reason"),
     [
         (12.0, 8_400_000, None),
-        (9.0, 8_400_000, "slower than float32, since the matrices of this small model are so small"),
+        (9.0, 8_400_000, "slower than float32, since preparing a quantized product takes longer"),
         (9.0, 2_400_000_000, "slower than float32 on this CPU"),
     ],
 )

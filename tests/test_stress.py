@@ -1,6 +1,7 @@
 """The conditions of a stress test alter the audio as their names say, the table counts words, and a folder that is
 ruined in a way that only stress shows is found."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import optimize_encoder
 import test_real_speech
 from common import optimize
 from common.evaluate import stress
-from common.evaluate.conditions import CLEAN, CONDITIONS, KINDS, Condition, Speech, conditions_of
+from common.evaluate.stress import CLEAN, CONDITIONS, KINDS, Condition, Speech, Take, conditions_of
 from common.evaluate.wer import word_counts
 from common.folder import write_locations
 from common.onnx_io import save_model
@@ -144,6 +145,13 @@ def test_speed_changes_duration_and_pitch(speed):
     assert peak == pytest.approx(440 * speed, abs=1)
 
 
+def parts_of(take: Take) -> tuple[list[tuple[int, np.ndarray]], np.ndarray]:
+    """The clips of a take with their samples, and the samples that are of none."""
+    edges = [0, *np.flatnonzero(np.diff(take.clips)) + 1, len(take.clips)]
+    runs = [(int(take.clips[begin]), take.samples[begin:end]) for begin, end in itertools.pairwise(edges)]
+    return [run for run in runs if run[0] >= 0], take.samples[take.clips < 0]
+
+
 @pytest.mark.parametrize("pause", [0.0, 1.0])
 def test_joined_clips_follow_each_other_and_each_is_used(speech, pause):
     joined = Condition("test", "join", join=10.0, after=pause)
@@ -153,9 +161,12 @@ def test_joined_clips_follow_each_other_and_each_is_used(speech, pause):
         (take,) = joined.takes(group, speech)
         assert len(take.samples) >= 10 * RATE
         assert len(take.samples) == sum(len(speech.clips[i]) + pause * RATE for i in group)
-        for part in take.parts:
-            np.testing.assert_array_equal(take.samples[part.begin : part.end], speech.clips[part.clip])
-            assert not take.samples[part.end : part.end + round(pause * RATE)].any() or not pause
+        parts, between = parts_of(take)
+        assert tuple(clip for clip, _ in parts) == group
+        for clip, part in parts:
+            np.testing.assert_array_equal(part, speech.clips[clip])
+        assert not between.any()
+        assert len(between) == len(group) * pause * RATE
 
 
 def test_quiet_clips_joined_end_in_a_short_last_window(speech):
@@ -165,10 +176,9 @@ def test_quiet_clips_joined_end_in_a_short_last_window(speech):
     for group in groups:
         (take,) = quiet.takes(group, speech)
         assert 62.49 < len(take.samples) / RATE <= 62.5  # GenAI's second window has less than 3 s
-        assert take.parts[-1].end == len(take.samples)  # and speech until its end
-        for part in take.parts:
-            level = decibels(take.samples[part.begin : part.end])
-            assert level - decibels(speech.clips[part.clip]) == pytest.approx(-30, abs=0.2)
+        assert take.clips[-1] >= 0  # and speech until its end
+        for clip, part in parts_of(take)[0]:
+            assert decibels(part) - decibels(speech.clips[clip]) == pytest.approx(-30, abs=0.2)
 
 
 @pytest.mark.parametrize("piece", [5, 14])
@@ -184,8 +194,8 @@ def test_pieces_are_the_joined_audio_cut_to_their_length(speech, piece):
         assert all(len(take.samples) == piece * RATE for take in pieces[:-1])
         assert len(pieces[-1].samples) / RATE <= 1.5 * piece
         assert len(pieces) == 1 or piece / 2 <= len(pieces[-1].samples) / RATE
-        covered = sum(part.end - part.begin for take in pieces for part in take.parts)
-        assert covered == len(whole.samples)
+        np.testing.assert_array_equal(np.concatenate([take.clips for take in pieces]), whole.clips)
+        assert (whole.clips >= 0).all()
 
 
 def test_cuts_come_in_steps_of_a_tenth_of_a_second(speech):

@@ -10,10 +10,10 @@
   begins and ends with a frame of speech, and does not count the pauses within it.
 """
 
-import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,12 +30,8 @@ RANGE_DB = 20.0  # below the level of speech
 SILENCE = 1e-9  # power: -90 dB of full scale, the least that 16 bits hold
 MIN_SECONDS = 3.0  # of speech in a blank stretch
 EDGE_SECONDS = 0.5  # at each end of a blank stretch, in which a word of another engine may be its neighbour
-MIN_REPEATS = 4
-MAX_PHRASE = 8  # words
-EXPLANATION = (
-    f"blank: more than {MIN_SECONDS:g} s of speech, within {RANGE_DB:g} dB of the clip's level of speech, without a "
-    f"word; repeated: the same word or phrase {MIN_REPEATS} times in a row (docs/stress.md)"
-)
+# The shortest phrase of up to eight words that is there four times in a row or more.
+REPEATED = re.compile(r"(?<!\S)(\S+(?: \S+){0,7}?)(?: \1){3,}(?!\S)")
 
 
 @dataclass(frozen=True)
@@ -46,9 +42,6 @@ class Blank:
     end: float
     speech: float  # of this, at the level of speech
     reference_has_words: bool | None = None  # None: there is no other engine with times to compare with
-
-    def __str__(self) -> str:
-        return f"{self.start:.1f} to {self.end:.1f} s, {self.speech:.1f} s of it speech"
 
 
 @dataclass(frozen=True)
@@ -63,12 +56,10 @@ class Flaws:
         """The blank stretches in which the reference has words."""
         return [each for each in self.blank or () if each.reference_has_words]
 
-    def followed_by(self, other: "Flaws", begin: float) -> "Flaws":
-        """These and those of the same engine in audio that begins `begin` seconds later."""
-        if self.blank is None or other.blank is None:
-            return Flaws(None, self.repeated + other.repeated)
-        later = [replace(each, start=each.start + begin, end=each.end + begin) for each in other.blank]
-        return Flaws(self.blank + later, self.repeated + other.repeated)
+    def __add__(self, other: "Flaws") -> "Flaws":
+        """These and those of the same engine in audio that follows."""
+        known = None if self.blank is None or other.blank is None else self.blank + other.blank
+        return Flaws(known, self.repeated + other.repeated)
 
 
 def find_flaws(
@@ -79,24 +70,37 @@ def find_flaws(
     *,
     reference: str | None,
     text: str | None,
+    begin: float = 0.0,
 ) -> dict[str, Flaws]:
     """The flaws of each engine's transcript of mono samples [N]. In a clip whose text has no word nobody speaks.
 
-    reference: the engine that the others are compared with, where there is one.
+    reference: the engine that the others are compared with, where there is one. begin: seconds of audio before these.
     """
     speech = speech_frames(samples, config.sample_rate)
     if text is not None and not normalize(text):
         speech[:] = False
-    times = {name: _word_times(transcript, pieces, config) for name, transcript in transcripts.items()}
-    lasting = max(config.durations) * config.frame_seconds
+    times = {  # when each token that belongs to a word was emitted, in seconds
+        name: [
+            frame * config.frame_seconds
+            for token, frame in zip(made.tokens, made.frames, strict=True)
+            if token not in pieces.special and pieces.names[token].lstrip(SPACE) not in pieces.marks
+        ]
+        for name, made in transcripts.items()
+        if made.frames is not None
+    }
     expected = times.get(reference or "")
+    lasting = max(config.durations) * config.frame_seconds
     allowed = repeated_phrases(text or "")
     flaws = {}
-    for name, own in times.items():
-        others = None if name == reference else expected
-        blank = None if own is None else [_compared(each, others) for each in blank_stretches(speech, own, lasting)]
-        repeated = [phrase for phrase in repeated_phrases(transcripts[name].text) if phrase not in allowed]
-        flaws[name] = Flaws(blank, repeated)
+    for name, made in transcripts.items():
+        blank = []
+        for each in blank_stretches(speech, times.get(name, ()), lasting):
+            has_words = None
+            if expected is not None and name != reference:
+                has_words = any(each.start + EDGE_SECONDS <= time <= each.end - EDGE_SECONDS for time in expected)
+            blank.append(Blank(each.start + begin, each.end + begin, each.speech, has_words))
+        repeated = [phrase for phrase in repeated_phrases(made.text) if phrase not in allowed]
+        flaws[name] = Flaws(blank if name in times else None, repeated)
     return flaws
 
 
@@ -124,61 +128,23 @@ def blank_stretches(speech: np.ndarray, times: Iterable[float], lasting: float) 
         begin = math.ceil((time + lasting) / FRAME_SECONDS) if time < math.inf else end
 
 
-def _word_times(transcript: Transcript, pieces: Pieces, config: RuntimeConfig) -> list[float] | None:
-    """When each token that belongs to a word was emitted, in seconds; None for an engine without times."""
-    if transcript.frames is None:
-        return None
-    return [
-        frame * config.frame_seconds
-        for token, frame in zip(transcript.tokens, transcript.frames, strict=True)
-        if token not in pieces.special and pieces.names[token].lstrip(SPACE) not in pieces.marks
-    ]
-
-
-def _compared(blank: Blank, expected: Sequence[float] | None) -> Blank:
-    """With whether the reference, which has words at the times `expected`, has one inside, its edges aside."""
-    if expected is None:
-        return blank
-    inside = any(blank.start + EDGE_SECONDS <= time <= blank.end - EDGE_SECONDS for time in expected)
-    return replace(blank, reference_has_words=inside)
-
-
 def repeated_phrases(text: str) -> list[str]:
     """The words or phrases that follow each other four times or more, each once, without case and punctuation."""
-    words = normalize(text).split()
-    found = {}
-    position = 0
-    while position < len(words):
-        for size in range(1, MAX_PHRASE + 1):
-            phrase = words[position : position + size]
-            times = next(
-                n for n in itertools.count(1) if words[position + n * size : position + (n + 1) * size] != phrase
-            )
-            if times >= MIN_REPEATS:
-                found[" ".join(phrase)] = True
-                position += (times - 1) * size
-                break
-        position += 1
-    return list(found)
-
-
-# ---- tables
-
-
-def flaw_rows(clip: str, flaws: Mapping[str, Flaws]) -> Iterator[tuple[str, str, str, str]]:
-    """A row for each flaw in a clip: clip, engine, what it is, and what the reference has there."""
-    for engine, each in flaws.items():
-        for blank in each.blank or ():
-            there = {True: "has words there", False: "blank as well", None: NONE}[blank.reference_has_words]
-            yield clip, engine, f"blank {blank}", there
-        for phrase in each.repeated:
-            yield clip, engine, f"repeated {phrase!r}", NONE
+    return list(dict.fromkeys(match[1] for match in REPEATED.finditer(normalize(text))))
 
 
 def flaws_table(clips: Iterable[tuple[str, Mapping[str, Flaws]]], reference: str | None) -> list[tuple[str, ...]]:
-    """Titles and the rows of all clips, those first where only an engine of ours is blank; [] for no flaw."""
-    rows = [row for clip, flaws in clips for row in flaw_rows(clip, flaws)]
-    rows.sort(key=lambda row: row[3] != "has words there")
+    """Titles, and a row for each flaw: clip, engine, what it is, and what the reference has there. Rows where only an
+    engine of ours is blank come first; [] for no flaw."""
+    there = {True: "has words there", False: "blank as well", None: NONE}
+    rows = []
+    for clip, flaws in clips:
+        for engine, each in flaws.items():
+            for blank in each.blank or ():
+                stretch = f"blank {blank.start:.1f} to {blank.end:.1f} s, {blank.speech:.1f} s of it speech"
+                rows.append((clip, engine, stretch, there[blank.reference_has_words]))
+            rows += [(clip, engine, f"repeated {phrase!r}", NONE) for phrase in each.repeated]
+    rows.sort(key=lambda row: row[3] != there[True])
     return [("clip", "engine", "suspicious", reference or "reference"), *rows] if rows else []
 
 
@@ -187,6 +153,6 @@ def print_flaws(table: Sequence[tuple[str, ...]], without_times: Iterable[str] =
     print_table(table[: MAX_PRINTED_CLIPS + 1] or [("no transcript is blank or repeated",)])
     if len(table) > MAX_PRINTED_CLIPS + 1:
         print(f"and {len(table) - MAX_PRINTED_CLIPS - 1} more, which are in the results")
-    print(EXPLANATION)
+    print("blank: more than 3 s of speech without a word; repeated: four times in a row (docs/stress.md)")
     if names := ", ".join(without_times):
         print(f"blank stretches are not known of {names}, since GenAI gives no times")

@@ -55,22 +55,36 @@ def measure_speed(graphs: Sequence[Path]) -> list[Speed] | None:
     free = _fields(Path("/proc/meminfo")).get("MemAvailable")
     if free and int(free.split()[0]) * 1024 < MEMORY_FACTOR * largest:
         return None
-    root = Path(__file__).resolve().parents[2]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "common.evaluate.speed", str(path.absolute())],
-            cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            cwd=Path(__file__).resolve().parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True,
         )
         for path in graphs
     ]  # fmt: skip
+    answers: list[list[dict[str, Any]]] = [[] for _ in graphs]
+    total = 0.0  # seconds
     try:
-        return _take_turns(processes)
+        while len(answers[0]) <= MIN_ROUNDS or (total < SECONDS and len(answers[0]) <= MAX_ROUNDS):
+            for process, own in zip(processes, answers, strict=True):
+                assert process.stdin, "a pipe"
+                assert process.stdout, "a pipe"
+                process.stdin.write("\n")
+                process.stdin.flush()
+                own.append(json.loads(process.stdout.readline()))
+                total += own[-1]["seconds"] if own[1:] else 0.0
     except (OSError, ValueError):
         return None
     finally:
         for process in processes:
             process.kill()
             process.communicate()
+    fastest = [min(each["seconds"] for each in own[1:]) for own in answers]  # the first run allocates memory
+    return [
+        Speed(round(AUDIO_SECONDS / seconds, 2), own[-1]["peak_memory"])
+        for seconds, own in zip(fastest, answers, strict=True)
+    ]
 
 
 def why_slower(exported: float, optimized: float, encoder_bytes: int) -> str | None:
@@ -81,40 +95,13 @@ def why_slower(exported: float, optimized: float, encoder_bytes: int) -> str | N
     """
     if optimized >= exported:
         return None
+    why = " on this CPU"
     if encoder_bytes < SMALL_ENCODER:
-        return (
-            "The optimized encoder is slower than float32, since the matrices of this small model are so small that "
-            "preparing a quantized product takes longer than the product saves. Where speed counts, use the exported "
-            "folder."
-        )
+        why = ", since preparing a quantized product takes longer than the product saves in so small a model"
     return (
-        "The optimized encoder is slower than float32 on this CPU. Where speed counts, try --quant_method int8, or use "
-        "the exported folder; docs/benchmarks.md compares the methods."
+        f"The optimized encoder is slower than float32{why}. Where speed counts, try --quant_method int8, or use the "
+        "exported folder; docs/benchmarks.md compares the methods."
     )
-
-
-def _take_turns(processes: Sequence["subprocess.Popen[str]"]) -> list[Speed]:
-    """Raises ValueError or OSError where a process has ended."""
-    for process in processes:  # each answers when it is loaded and has run once
-        _answer(process)
-    seconds: list[list[float]] = [[] for _ in processes]
-    peaks: list[int | None] = [None] * len(processes)
-    while len(seconds[0]) < MIN_ROUNDS or (sum(map(sum, seconds)) < SECONDS and len(seconds[0]) < MAX_ROUNDS):
-        for number, process in enumerate(processes):
-            assert process.stdin, "a pipe"
-            process.stdin.write("\n")
-            process.stdin.flush()
-            answer = _answer(process)
-            seconds[number].append(answer["seconds"])
-            peaks[number] = answer["peak_memory"]
-    rates = [AUDIO_SECONDS / min(each) for each in seconds]
-    return [Speed(round(rate, 2), peak) for rate, peak in zip(rates, peaks, strict=True)]
-
-
-def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    assert process.stdout, "a pipe"
-    answer: dict[str, Any] = json.loads(process.stdout.readline())
-    return answer
 
 
 def _serve(path: Path) -> None:
@@ -124,8 +111,6 @@ def _serve(path: Path) -> None:
     shape = (1, features.shape[1], AUDIO_SECONDS * FRAMES_PER_SECOND)
     noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     inputs = {features.name: noise, length.name: np.array([shape[2]])}
-    session.run(None, inputs)
-    print("{}", flush=True)
     for _ in sys.stdin:
         time.sleep(PAUSE)
         start = time.perf_counter()
@@ -133,9 +118,8 @@ def _serve(path: Path) -> None:
         seconds = time.perf_counter() - start
         # Not getrusage: the peak that it reports includes that of the process from which this one was forked.
         peak = _fields(Path("/proc/self/status")).get("VmHWM")
-        print(
-            json.dumps({"seconds": seconds, "peak_memory": int(peak.split()[0]) * 1024 if peak else None}), flush=True
-        )
+        answer = {"seconds": seconds, "peak_memory": int(peak.split()[0]) * 1024 if peak else None}
+        print(json.dumps(answer), flush=True)
 
 
 def _fields(path: Path) -> dict[str, str]:

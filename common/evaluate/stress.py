@@ -1,4 +1,8 @@
-"""What engines lose where speech is hard: the clips under the conditions of `conditions`, word by word.
+"""What engines lose where speech is hard: the clips under the conditions of one table, CONDITIONS, word by word.
+
+Most conditions alter one clip at a time; others join clips, or cut joined clips into pieces. Noise is drawn from the
+seed, the condition's name and the clip's number, so that a condition gives the same audio whichever others run beside
+it. soxr does the resampling.
 
 Each transcript is aligned with two references, without case and punctuation: the engine's own transcript of the same
 clips as they are, which shows what the condition costs that engine, and the clips' texts, by which engines can be
@@ -9,26 +13,34 @@ import itertools
 import math
 import re
 import textwrap
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from common.cli import CheckError, Parser, print_table, progress_bar
 from common.evaluate.blanks import Flaws, find_flaws, flaws_table, print_flaws
-from common.evaluate.conditions import CLEAN, KINDS, Condition, Speech, Take, conditions_of
 from common.evaluate.engines import Engine, GenAIEngine, LibraryEngine, OnnxEngine, OpenFolder, Recording
 from common.evaluate.wer import NONE, WordCounts, changes_text, normalize, word_counts
 from common.run.audio import Clip
-from common.run.config import RuntimeConfig
 from common.run.decode import Transcript
 from common.run.genai import GenAI
 from common.run.reference import Reference
 
 FLOAT32, OPTIMIZED = "float32", "optimized"  # the names of their rows
+TELEPHONE_RATE = 8000  # Hz
+CLIPPING_GAIN = 10.0  # 20 dB over full scale
+VOICES = 5  # that speak at once in babble
+SOFT_SECONDS = 1.0  # at each end of a clip with soft ends
+# Clips are joined to this length before they are cut, so that pieces of every length begin at different places in them.
+CUT_SECONDS = 60.0
+CUT_STEPS = (-0.2, -0.1, 0.0, 0.1, 0.2)  # around each length of a piece: models fail at single lengths
+PAUSE_SECONDS = 1.0  # between clips that are joined with pauses
+FULL_SCALE_16_BITS = 2.0**15
 MIN_SHARE_WITH_WORDS = 0.5  # of a take's speech: with words in so much of it, its transcript is expected to have a word
 MAX_WORST = 10  # clips that are listed
 MAX_LINE = 300  # characters of the words of one
@@ -36,6 +48,194 @@ HEADER = (
     *("condition", "engine", "clean: lost", "added", "changed", "text: lost", "added", "changed", "missed"),
     *("empty", "blank", "alone", "repeated"),
 )
+
+
+# ---- what is done to one clip: the speech, the clip's number, how much, and a generator for noise → samples [N]
+
+
+@dataclass(frozen=True)
+class Speech:
+    """The clips that conditions alter, and what else conditions need."""
+
+    clips: Sequence[np.ndarray]  # mono samples [N] of each
+    sample_rate: int  # Hz
+    seed: int = 0
+    hop_length: int = 1  # samples; engines need a whole number of hops (RuntimeConfig.read_clip)
+
+    @property
+    def durations(self) -> list[float]:
+        """Seconds of each clip."""
+        return [len(clip) / self.sample_rate for clip in self.clips]
+
+
+Alter = Callable[[Speech, int, float, np.random.Generator], np.ndarray]
+
+
+def attenuated(speech: Speech, clip: int, db: float, draw: np.random.Generator) -> np.ndarray:
+    """The samples made quieter by `db`, and rounded to 16 bits as a recording of that level is."""
+    quiet = np.rint(speech.clips[clip] * 10 ** (-db / 20) * FULL_SCALE_16_BITS) / FULL_SCALE_16_BITS
+    return quiet.astype(np.float32)
+
+
+def soft_ends(speech: Speech, clip: int, db: float, draw: np.random.Generator) -> np.ndarray:
+    """The samples with the first and the last second, each at most a third of the clip, made quieter by `db`."""
+    samples = speech.clips[clip].copy()
+    count = min(round(SOFT_SECONDS * speech.sample_rate), len(samples) // 3)
+    for end in (samples[:count], samples[len(samples) - count :]):
+        end *= 10 ** (-db / 20)
+    return samples
+
+
+def clipped(speech: Speech, clip: int, gain: float, draw: np.random.Generator) -> np.ndarray:
+    """The samples amplified until their peak is `gain`, and cut off at full scale."""
+    samples = speech.clips[clip]
+    peak = float(np.abs(samples).max()) or 1.0
+    return np.clip(samples * (gain / peak), -1, 1).astype(np.float32)
+
+
+def narrow_band(speech: Speech, clip: int, rate: float, draw: np.random.Generator) -> np.ndarray:
+    """The samples as a telephone of `rate` in Hz keeps them, at the rate and length that they had."""
+    import soxr
+
+    samples = speech.clips[clip]
+    wide: np.ndarray = soxr.resample(soxr.resample(samples, speech.sample_rate, rate), rate, speech.sample_rate)
+    return np.pad(wide, (0, max(len(samples) - len(wide), 0)))[: len(samples)]
+
+
+def at_speed(speech: Speech, clip: int, speed: float, draw: np.random.Generator) -> np.ndarray:
+    """The samples played `speed` times as fast, which raises their pitch by the same factor."""
+    import soxr
+
+    played: np.ndarray = soxr.resample(speech.clips[clip], speed, 1.0)
+    return played
+
+
+def in_white_noise(speech: Speech, clip: int, snr_db: float, draw: np.random.Generator) -> np.ndarray:
+    """The samples with white noise."""
+    return _mixed(speech.clips[clip], draw.standard_normal(len(speech.clips[clip])), snr_db)
+
+
+def in_babble(speech: Speech, clip: int, snr_db: float, draw: np.random.Generator) -> np.ndarray:
+    """The samples with several other clips at once, all equally loud and each repeated from a random start."""
+    samples = speech.clips[clip]
+    others = [i for i in range(len(speech.clips)) if i != clip and speech.clips[i].any()]
+    babble = np.zeros(len(samples))
+    for other in draw.choice(others, min(VOICES, len(others)), replace=False):
+        voice = speech.clips[other]
+        repeated = np.resize(np.roll(voice, -int(draw.integers(len(voice)))), len(samples))
+        babble += repeated / np.sqrt(np.mean(np.square(voice, dtype=np.float64)))
+    return _mixed(samples, babble, snr_db)
+
+
+def _mixed(samples: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
+    """Samples and noise, both [N], at a signal-to-noise ratio, which is taken from the powers over the whole clip."""
+    power, noise_power = (float(np.mean(np.square(one, dtype=np.float64))) for one in (samples, noise))
+    gain = math.sqrt(power / (noise_power or 1.0)) * 10 ** (-snr_db / 20)
+    mixed: np.ndarray = (samples + gain * noise).astype(np.float32)
+    return mixed
+
+
+# ---- conditions
+
+
+@dataclass(frozen=True)
+class Take:
+    """The audio that an engine is given at one time."""
+
+    samples: np.ndarray  # [N], mono
+    clips: np.ndarray  # [N], the number of the clip that each sample is from; -1 for silence around clips
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is done to the clips: each is altered, gets silence around it, and may be joined with the clips that follow;
+    what is joined may be cut into pieces. --stress selects conditions by their `kind`."""
+
+    name: str
+    kind: str
+    alter: Alter | None = None  # None: the samples as they are
+    amount: float = 0.0  # of alteration, as `alter` takes it
+    before: float = 0.0  # seconds of silence before each clip
+    after: float = 0.0  # seconds of silence after each clip
+    join: float = 0.0  # seconds that joined clips last, or a little longer; 0: each clip by itself
+    exact: bool = False  # whether they last exactly so long: fewer clips, with equal silence before each
+    cut: tuple[float, ...] = ()  # seconds of the pieces of what is joined, in turn, wherever the cuts fall; (): no cuts
+
+    def possible(self, speech: Speech) -> bool:
+        """Whether the speech has what the condition needs: babble is made of other clips."""
+        return self.alter is not in_babble or sum(bool(clip.any()) for clip in speech.clips) > 1
+
+    def groups(self, durations: Sequence[float]) -> Iterator[tuple[int, ...]]:
+        """The numbers of the clips, in the groups that audio is made from.
+
+        The last joined group continues with the first clips, to be as long as the others; where it is cut into pieces,
+        it ends with the last clip.
+        durations: the seconds of each clip.
+        """
+        first, count = 0, len(durations)
+        while first < count:
+            group: list[int] = []
+            length = 0.0
+            for clip in itertools.count(first):
+                longer = length + durations[clip % count] + self.after
+                is_full = longer > self.join if self.exact else length >= self.join
+                if (group and is_full) or (self.cut and clip == count):
+                    break
+                group.append(clip % count)
+                length = longer
+            first += len(group)
+            yield tuple(group)
+
+    def takes(self, group: Sequence[int], speech: Speech) -> list[Take]:
+        """The audio made from one group of clips; the transcripts of these takes together are that of the group. A
+        remainder under half a piece stays with the last piece."""
+        altered = []
+        for clip in group:
+            draw = np.random.default_rng([speech.seed, zlib.crc32(self.name.encode()), clip])
+            altered.append(self.alter(speech, clip, self.amount, draw) if self.alter else speech.clips[clip])
+        before, after, length = (round(s * speech.sample_rate) for s in (self.before, self.after, self.join))
+        if self.exact:
+            before = max(length - sum(map(len, altered)), 0) // len(group)
+        samples = np.concatenate([np.pad(one, (before, after)) for one in altered])
+        owners = [np.full(len(one), clip) for clip, one in zip(group, altered, strict=True)]
+        clips = np.concatenate([np.pad(own, (before, after), constant_values=-1) for own in owners])
+        start = group[0] % max(len(self.cut), 1)  # so that the groups do not begin with the same piece
+        sizes = itertools.cycle(round(s * speech.sample_rate) for s in (*self.cut[start:], *self.cut[:start]))
+        ends = [0]
+        while self.cut and ends[-1] + 1.5 * (size := next(sizes)) <= len(samples):
+            ends.append(ends[-1] + size)
+        pieces = zip(np.split(samples, ends[1:]), np.split(clips, ends[1:]), strict=True)
+        return [Take(piece[: len(piece) // speech.hop_length * speech.hop_length], own) for piece, own in pieces]
+
+
+CLEAN = Condition("as it is", "clean")
+CONDITIONS = (
+    CLEAN,
+    *(Condition(f"-{db} dB", "level", attenuated, db) for db in (20, 40)),
+    Condition("ends 25 dB softer", "level", soft_ends, 25),
+    Condition("clipped", "level", clipped, CLIPPING_GAIN),
+    *(Condition(f"{s:g} s of silence around", "silence", before=s, after=s) for s in (0.3, 0.5, 1.0)),
+    Condition("0.5 s of silence in front", "silence", before=0.5),
+    Condition("0.5 s of silence behind", "silence", after=0.5),
+    *(Condition(f"white noise, {db} dB", "noise", in_white_noise, db) for db in (20, 12, 5)),
+    *(Condition(f"babble, {db} dB", "noise", in_babble, db) for db in (20, 12, 5)),
+    Condition("telephone, 8 kHz", "telephone", narrow_band, TELEPHONE_RATE),
+    *(Condition(f"speed {speed}", "speed", at_speed, speed) for speed in (0.9, 1.1)),
+    *(
+        Condition(f"cut to {s - 0.2:g} to {s + 0.2:g} s", "cut", join=CUT_SECONDS, cut=tuple(s + x for x in CUT_STEPS))
+        for s in (5, 7, 9, 11, 14)
+    ),
+    *(Condition(f"joined to {s} s", "join", join=s) for s in (30, 60, 120)),
+    *(Condition(f"joined to {s} s, with pauses", "join", join=s, after=PAUSE_SECONDS) for s in (30, 60, 120)),
+    # A last window of 2.5 s, where GenAI's windows have the 60 s that are the default.
+    Condition("-30 dB, joined to 62.5 s", "join", attenuated, 30, join=62.5, exact=True),
+)
+KINDS = tuple(dict.fromkeys(condition.kind for condition in CONDITIONS if condition is not CLEAN))
+
+
+def conditions_of(kinds: Sequence[str]) -> list[Condition]:
+    """CLEAN, which the others are compared with, and the conditions of these kinds; no kinds stand for all."""
+    return [each for each in CONDITIONS if each is CLEAN or not kinds or each.kind in kinds]
 
 
 # ---- the flags
@@ -51,17 +251,14 @@ class StressOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for flags that need --stress, an impossible limit, a seed that NumPy does not accept, and a
-        folder that is not empty, in which the audio of two runs would be mixed."""
+        """Raise ValueError for flags that need --stress, an impossible limit, and a folder that is not empty, in which
+        the audio of two runs would be mixed."""
         if self.stress is None and (self.stress_dir or self.max_lost_words is not None):
             raise ValueError("--stress_dir and --max_lost_words need --stress; add it")
-        if self.max_lost_words is not None and not 0 <= self.max_lost_words < math.inf:
+        if self.max_lost_words is not None and not self.max_lost_words >= 0:
             raise ValueError(f"--max_lost_words is a number of points, 0 or more, not {self.max_lost_words}")
-        if self.seed < 0:
-            raise ValueError(f"--seed is 0 or more, not {self.seed}")
-        folder = self.stress_dir
-        if folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise ValueError(f"--stress_dir needs a new or empty folder, and {folder} is none; give another")
+        if self.stress_dir and self.stress_dir.exists() and any(self.stress_dir.iterdir()):
+            raise ValueError(f"--stress_dir needs a new or empty folder, and {self.stress_dir} is none; give another")
 
 
 def add_stress_flags(parser: Parser) -> None:
@@ -82,134 +279,295 @@ def add_stress_flags(parser: Parser) -> None:
 # ---- a test and its results
 
 
-@dataclass(frozen=True)
-class EmptyCounts:
-    """How many takes should have words, and how many of them have none."""
-
-    takes: int = 0
-    empty: int = 0
-
-
-Counts = TypeVar("Counts", WordCounts, EmptyCounts)
-
-
-def total(counts: Iterable[Counts]) -> Counts:
-    """The sums of the fields of one count or more."""
-    every = list(counts)
-    return type(every[0])(*map(sum, zip(*map(astuple, every), strict=True)))
-
-
-@dataclass(frozen=True)
-class StressResult:
-    """One engine's result on one group of clips under one condition."""
-
-    condition: Condition
-    group: tuple[int, ...]
-    engine: str
-    transcript: str
-    clean: WordCounts  # against its own transcript of the clips as they are
-    text: WordCounts  # against the clips' texts
-    windows: EmptyCounts
-    flaws: Flaws  # in seconds of the takes one after the other
-
-    @property
-    def case(self) -> tuple[Condition, tuple[int, ...]]:
-        """The key by which the results of several engines belong together."""
-        return self.condition, self.group
+Case = tuple[Condition, tuple[int, ...]]  # a condition and the numbers of the clips that its audio is made from
 
 
 @dataclass(frozen=True, kw_only=True)
-class StressTest:
-    """The clips, the engines that transcribe them, and the results."""
+class StressResult(Flaws):
+    """One engine's result in one case; its flaws are in seconds of the takes one after the other. The names of the
+    fields are keys of --json."""
 
-    clips: Sequence[Clip]
-    speech: Speech  # the samples of the clips
+    condition: str
+    clips: list[str]  # names
+    engine: str
+    transcript: str
+    against_clean: WordCounts  # its own transcript of the clips as they are
+    against_text: WordCounts  # the clips' texts
+    windows: dict[str, int]  # `takes` that should have words, and those of them that are `empty`
+
+
+def total(counts: Iterable[WordCounts]) -> WordCounts:
+    """The sums of one count or more."""
+    return WordCounts(*map(sum, zip(*map(astuple, counts), strict=True)))
+
+
+@dataclass
+class StressTest:
+    """The clips, the engines that transcribe them, and the results.
+
+    All samples are read at once, 230 MB per hour of audio, since the clips serve as noise for each other.
+    """
+
     engines: Sequence[Engine]
-    # Of the engines that encode a take in one window, however long it is: the name of the engine that cuts it instead.
-    # The former are given only takes that are longer than a window.
-    whole_of: Mapping[str, str]
     features_by: Reference | GenAI
-    folder: OpenFolder  # whose configuration and tokens all engines share
-    baseline: str  # the float32 engine; its transcript of a clip without a text stands for the text
-    judged: str  # the engine that is held to a limit, and whose worst clips are listed
-    kinds: Sequence[str] = ()  # of conditions; none: all
-    results: list[StressResult] = field(default_factory=list)  # in the order of the table
+    folder: OpenFolder  # any of the model's: its configuration and tokens
+    clips: Sequence[Clip]
+    options: StressOptions
+    baseline: str = FLOAT32  # the engine to compare with; its transcript of a clip without a text stands for the text
+    judged: str = OPTIMIZED  # the engine that is held to a limit, and whose worst clips are listed
+    results: dict[Case, dict[str, StressResult]] = field(default_factory=dict)  # by engine, in the order of the table
     clean: dict[tuple[str, int], str] = field(default_factory=dict)  # transcripts as they are, by engine and clip
 
-    @property
-    def config(self) -> RuntimeConfig:
-        """The numbers of decoding."""
-        return self.folder.config
+    def __post_init__(self) -> None:
+        """Add the engines that encode a take in one window, however long it is, behind those that cut it."""
+        self.whole_of: dict[str, str] = {}  # the names of both; the former are given only takes longer than a window
+        engines = []
+        for engine in self.engines:
+            engines.append(engine)
+            if isinstance(engine, OnnxEngine):
+                engines.append(replace(engine, name=f"{engine.name}, one window", whole=True))
+                self.whole_of[engines[-1].name] = engine.name
+        self.engines = engines
+
+    @cached_property
+    def speech(self) -> Speech:
+        """The samples of the clips. Raises as read_clip does."""
+        config = self.folder.config
+        samples = [config.read_clip(clip) for clip in self.clips]
+        return Speech(samples, config.sample_rate, self.options.seed, config.hop_length)
 
     @property
     def conditions(self) -> list[Condition]:
         """The conditions that can be made from the clips."""
-        return [each for each in conditions_of(self.kinds) if each.possible(self.speech)]
+        return [each for each in conditions_of(self.options.stress or ()) if each.possible(self.speech)]
 
-    @property
-    def cases(self) -> list[tuple[Condition, tuple[int, ...]]]:
-        """Each condition with each group of clips that its audio is made from."""
+    def name_of(self, case: Case) -> str:
+        """The condition, the name of the first clip, and how many clips follow."""
+        condition, group = case
+        following = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        return f"{condition.name}, {self.clips[group[0]].label}{following}"
+
+    def text_of(self, group: Sequence[int]) -> str:
+        """The texts of clips by which engines are compared."""
+        texts = [(self.clips[clip].text, clip) for clip in group]
+        return " ".join(self.clean[self.baseline, clip] if text is None else text for text, clip in texts)
+
+    def run(self) -> "StressTest":
+        """Let all engines transcribe the clips under all conditions; print a table and the worst clips, and write their
+        audio. Raises CheckError where an engine fails on a take, and as read_clip does."""
         durations = self.speech.durations
-        return [(condition, group) for condition in self.conditions for group in condition.groups(durations)]
+        cases = [(condition, group) for condition in self.conditions for group in condition.groups(durations)]
+        self._print_outlook(sum(durations[clip] for _, group in cases for clip in group))
+        with progress_bar(total=sum(len(group) for _, group in cases), task="stress", unit="clip") as bar:
+            for case in cases:
+                self.results[case] = self._results_of(case)
+                bar.update(len(case[1]))
+        self._print_table()
+        self._print_worst()
+        return self
 
-    @property
-    def of_baseline(self) -> dict[tuple[Condition, tuple[int, ...]], StressResult]:
-        """The results of the engine that others are compared with, by their cases."""
-        return {each.case: each for each in self.results if each.engine == self.baseline}
+    def _print_outlook(self, seconds: float) -> None:
+        """Say what will be done, and by the first clip about how long it takes. seconds: of audio for each engine."""
+        engines = [engine for engine in self.engines if engine.name not in self.whole_of]
+        recording = Recording(self.speech.clips[0], self.features_by)
+        took = sum(engine.transcribe([recording])[0].seconds for engine in engines) / self.speech.durations[0]
+        print(
+            f"{len(self.clips)} clips under {len(self.conditions)} conditions are {seconds / 60:.1f} min of audio for "
+            f"each of {len(engines)} engines, which takes about {took * seconds / 60:.1f} min",
+            flush=True,
+        )
 
-    @property
+    def _results_of(self, case: Case) -> dict[str, StressResult]:
+        """The results of the engines by their names."""
+        condition, group = case
+        config = self.folder.config
+        takes = condition.takes(group, self.speech)
+        recordings = [Recording(take.samples, self.features_by) for take in takes]
+        is_long = all(len(take.samples) > config.chunk for take in takes)
+        transcripts: dict[str, list[Transcript]] = {}
+        for engine in self.engines:
+            if engine.name in self.whole_of and not is_long:
+                continue
+            try:
+                transcripts[engine.name] = engine.transcribe(recordings)
+            except ValueError as error:
+                raise CheckError(f"{engine.name} fails on {self.name_of(case)}: {error}") from error
+            if condition is CLEAN:
+                self.clean[engine.name, group[0]] = transcripts[engine.name][0].text
+        text = self.text_of(group)
+        with_words = [clip for clip in group if normalize(self.text_of([clip]))]
+        expected, begin = [], 0.0
+        flaws = dict.fromkeys(transcripts, Flaws([], []))
+        for number, take in enumerate(takes):
+            made = {name: own[number] for name, own in transcripts.items()}
+            found = find_flaws(
+                take.samples, made, self.folder.pieces, config, reference=self.baseline, text=text, begin=begin
+            )
+            flaws = {name: own + found[name] for name, own in flaws.items()}
+            begin += len(take.samples) / config.sample_rate
+            spoken = np.isin(take.clips, with_words).sum()
+            expected.append(bool(spoken and spoken >= MIN_SHARE_WITH_WORDS * (take.clips >= 0).sum()))
+        results = {}
+        for name, own in transcripts.items():
+            transcript = " ".join(each.text for each in own)
+            clean = " ".join(self.clean[self.whole_of.get(name, name), clip] for clip in group)
+            empty = [not normalize(each.text) for each in itertools.compress(own, expected)]
+            results[name] = StressResult(
+                condition=condition.name,
+                clips=[self.clips[clip].label for clip in group],
+                engine=name,
+                transcript=transcript,
+                against_clean=word_counts(normalize(clean), normalize(transcript)),
+                against_text=word_counts(normalize(text), normalize(transcript)),
+                windows={"takes": len(empty), "empty": sum(empty)},
+                blank=flaws[name].blank,
+                repeated=flaws[name].repeated,
+            )
+        return results
+
+    # ---- what is found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row of figures for each condition and engine, by their keys in the report's JSON. An engine that is given
+        only some of the takes is compared on those.
+
+        `points`: the share of the texts' words that are missed, beyond the baseline's, in percentage points; None for
+        the baseline, or for no words. `blank`: stretches; None where the engine gives no times. `alone`: of these,
+        stretches in which the baseline has words; None for the baseline as well.
+        """
+        rows = []
+        for condition, engine in itertools.product(self.conditions, self.engines):
+            cases = [by for (other, _), by in self.results.items() if other is condition and engine.name in by]
+            if not cases:
+                continue
+            own = [by[engine.name] for by in cases]
+            text = total(each.against_text for each in own)
+            expected = total(by[self.baseline].against_text for by in cases)
+            is_other, has_times = engine.name != self.baseline, all(each.blank is not None for each in own)
+            rows.append(
+                {
+                    "condition": condition.name,
+                    "engine": engine.name,
+                    "clean": asdict(total(each.against_clean for each in own)),
+                    "text": asdict(text),
+                    "windows": {key: sum(each.windows[key] for each in own) for key in ("takes", "empty")},
+                    "points": text.percent_missed - expected.percent_missed if is_other and text.words else None,
+                    "blank": sum(len(each.blank or ()) for each in own) if has_times else None,
+                    "alone": sum(len(each.alone) for each in own) if is_other and has_times else None,
+                    "repeated": sum(len(each.repeated) for each in own),
+                }
+            )
+        return rows
+
+    def worst(self) -> list[Case]:
+        """The cases in which the judged engine is blank alone, and those with the most errors beyond the baseline's or,
+        where it is the baseline itself, beyond its own on clean clips. Cases without either are left out."""
+        badness = {}
+        for case, by in self.results.items():
+            own, excess = by[self.judged], by[self.judged].against_clean.errors
+            if self.judged != self.baseline:
+                excess = own.against_text.errors - by[self.baseline].against_text.errors
+            if excess > 0 or own.alone:
+                badness[case] = (len(own.alone), excess)
+        return sorted(badness, key=badness.__getitem__, reverse=True)[:MAX_WORST]
+
     def flaws_table(self) -> list[tuple[str, ...]]:
-        """The flaws of the judged engine and of the baseline, as flaws_table gives them."""
-        own = (each for each in self.results if each.engine in (self.judged, self.baseline))
-        cases = ((f"{each.condition.name}, {self.name_of(each.group)}", {each.engine: each.flaws}) for each in own)
+        """The flaws of the judged engine and of the baseline, as flaws_table of `blanks` gives them."""
+        names = dict.fromkeys((self.baseline, self.judged))
+        cases = [(self.name_of(case), {name: by[name] for name in names}) for case, by in self.results.items()]
         return flaws_table(cases, self.baseline)
 
-    def takes(self, condition: Condition, group: Sequence[int]) -> list[Take]:
-        """The takes, each long enough and a whole number of hops, as engines need it (RuntimeConfig.read_clip)."""
-        takes = []
-        for take in condition.takes(group, self.speech):
-            samples = np.pad(take.samples, (0, max(self.config.min_samples - len(take.samples), 0)))
-            takes.append(Take(samples[: len(samples) // self.config.hop_length * self.config.hop_length], take.parts))
-        return takes
-
-    def name_of(self, group: Sequence[int]) -> str:
-        """The name of the first clip, and how many clips follow."""
-        following = f" and {len(group) - 1} more" if len(group) > 1 else ""
-        return f"{self.clips[group[0]].label}{following}"
-
-    def text_of(self, clip: int) -> str:
-        """The text of a clip by which engines are compared."""
-        text = self.clips[clip].text
-        return self.clean[self.baseline, clip] if text is None else text
-
     def as_json(self) -> dict[str, Any]:
-        """Every transcript and count."""
-        return {
-            "seed": self.speech.seed,
-            "results": [
-                {
-                    "condition": each.condition.name,
-                    "clips": [self.clips[clip].label for clip in each.group],
-                    "engine": each.engine,
-                    "transcript": each.transcript,
-                    "against_clean": asdict(each.clean),
-                    "against_text": asdict(each.text),
-                    "windows": asdict(each.windows),
-                    **asdict(each.flaws),
-                }
-                for each in self.results
-            ],
-        }
+        """Every transcript and count, for --json."""
+        results = [asdict(result) for by in self.results.values() for result in by.values()]
+        return {"seed": self.options.seed, "results": results}
+
+    def judge(self) -> None:
+        """Raise CheckError where, under any condition, the judged engine's share of missed words is more than
+        --max_lost_words points above the baseline's, or it is blank where the baseline has words."""
+        limit = self.options.max_lost_words
+        if limit is None:
+            return
+        rows = [row for row in self.rows() if row["engine"] == self.judged and row["points"] is not None]
+        if not rows:
+            raise CheckError("no clip has words, so nothing was compared under stress; give clips with speech")
+        beyond = [f"{row['condition']!r} {row['points']:+.2f} points" for row in rows if row["points"] > limit]
+        if beyond:
+            raise CheckError(
+                f"under stress {self.judged} misses more words than {self.baseline}: {', '.join(beyond)}; expected at "
+                f"most +{limit:g} points under each condition"
+            )
+        alone = [f"{row['condition']!r}" for row in rows if row["alone"]]
+        if alone:
+            raise CheckError(
+                f"under stress {self.judged} is blank where {self.baseline} has words: in {', '.join(alone)}; expected "
+                "no blank stretch of its own"
+            )
+
+    # ---- what is printed
+
+    def _print_table(self) -> None:
+        """What the columns mean, the table, and what cutting into windows costs: the errors on takes longer than a
+        window, in windows and as a whole."""
+        no_texts = all(clip.text is None for clip in self.clips)
+        against = f"{self.baseline}'s transcripts of them as they are" if no_texts else "their texts"
+        print("clean: words lost, added and changed against the engine's own transcripts of the clips as they are")
+        print(f"text: the same against {against}; missed: lost or changed, and points over {self.baseline}")
+        print(f"empty: transcripts without a word; alone: blank stretches in which {self.baseline} has words")
+        rows = self.rows()
+        print_table([HEADER, *map(_cells, rows, [None, *rows])])
+        for whole, name in self.whole_of.items():
+            pairs = [(by[name].against_text, by[whole].against_text) for by in self.results.values() if whole in by]
+            if pairs:
+                cut, uncut = map(total, zip(*pairs, strict=True))
+                print(
+                    f"seams of windows of {self.folder.config.window_seconds:g} s: {name} has {cut.errors} of "
+                    f"{cut.words} words wrong in {len(pairs)} joined clips, and {uncut.errors} where each is one window"
+                )
+        print_flaws(self.flaws_table(), dict.fromkeys(row["engine"] for row in rows if row["blank"] is None))
+
+    def _print_worst(self) -> None:
+        """A line for each of the worst cases: the words of the baseline, or of the clean clips, and what replaces them,
+        cut off where it is long. Their audio goes to --stress_dir as WAV, a file for each take."""
+        import soundfile
+
+        folder = self.options.stress_dir
+        for number, case in enumerate(self.worst(), 1):
+            condition, group = case
+            before = self.results[case][self.baseline].transcript
+            if self.judged == self.baseline:
+                before = " ".join(self.clean[self.judged, clip] for clip in group)
+            changes = changes_text(before, self.results[case][self.judged].transcript)
+            print(f"  {number}. {self.name_of(case)}: {textwrap.shorten(changes, MAX_LINE, placeholder=' …')}")
+            if folder:
+                folder.mkdir(exist_ok=True)
+                title = f"{number:02} {condition.name} {self.clips[group[0]].label}"
+                name = re.sub(r"[^\w.,-]+", "_", title).strip("_")
+                takes = condition.takes(group, self.speech)
+                for piece, take in enumerate(takes, 1):
+                    path = folder / f"{name}{f'_{piece}' if len(takes) > 1 else ''}.wav"
+                    soundfile.write(path, take.samples, self.speech.sample_rate, subtype="FLOAT")
 
 
-# ---- the run
+def _cells(row: dict[str, Any], previous: dict[str, Any] | None) -> tuple[str, ...]:
+    """A line of the table; the condition is named in the first of its rows."""
+    clean, text, windows = row["clean"], row["text"], row["windows"]
+    points = "" if row["points"] is None else f" {row['points']:+.2f}"
+    return (
+        "" if previous and previous["condition"] == row["condition"] else row["condition"],
+        row["engine"],
+        *(str(counts[kind]) for counts in (clean, text) for kind in ("lost", "added", "changed")),
+        f"{WordCounts(**text).percent_missed:.2f} %{points}" if text["words"] else NONE,
+        f"{windows['empty']} of {windows['takes']}" if windows["takes"] else NONE,
+        *(NONE if row[key] is None else str(row[key]) for key in ("blank", "alone", "repeated")),
+    )
 
 
 def stress_compared(
     folders: Sequence[OpenFolder], reference: LibraryEngine | None, clips: Sequence[Clip], options: StressOptions
 ) -> StressTest:
-    """Run a stress test on the engines of a comparison. Raises ValueError where there is a limit but no float32 folder
-    to compare with, and as run_stress does."""
+    """The stress test of the engines of a comparison. Raises ValueError where there is a limit but no float32 folder to
+    compare with."""
     optimized, *exported = folders
     if options.max_lost_words is not None and not exported:
         raise ValueError(
@@ -222,7 +580,7 @@ def stress_compared(
             engines.append(OnnxEngine(name, folder))
         if folder.genai_engine:
             engines.append(GenAIEngine(f"{name}, GenAI" if folder.onnx_engine else name, folder))
-    return run_stress(
+    return StressTest(
         engines,
         reference.reference if reference else optimized.genai,
         optimized,
@@ -231,284 +589,3 @@ def stress_compared(
         baseline=FLOAT32 if exported else names[0] if reference is None else reference.name,
         judged=names[0],
     )
-
-
-def run_stress(
-    engines: Sequence[Engine],
-    features_by: Reference | GenAI,
-    folder: OpenFolder,
-    clips: Sequence[Clip],
-    options: StressOptions,
-    *,
-    baseline: str = FLOAT32,
-    judged: str = OPTIMIZED,
-) -> StressTest:
-    """Let all engines transcribe the clips under all conditions, and print a table and the worst clips.
-
-    Plain ONNX Runtime transcribes what is longer than a window a second time, in one window. All samples are read at
-    once, 230 MB per hour of audio, since the clips serve as noise for each other. folder: any of the model's, for its
-    configuration and tokens.
-    Raises CheckError where an engine fails on a take, and as read_clip does.
-    """
-    variants: list[Engine] = []
-    whole_of = {}
-    for engine in engines:
-        variants.append(engine)
-        if isinstance(engine, OnnxEngine):
-            whole = OnnxEngine(f"{engine.name}, one window", engine.folder, whole=True, spell=engine.spell)
-            variants.append(whole)
-            whole_of[whole.name] = engine.name
-    test = StressTest(
-        clips=clips,
-        speech=Speech([folder.config.read_clip(clip) for clip in clips], folder.config.sample_rate, options.seed),
-        engines=variants,
-        whole_of=whole_of,
-        features_by=features_by,
-        folder=folder,
-        baseline=baseline,
-        judged=judged,
-        kinds=options.stress or (),
-    )
-    print(_outlook(test), flush=True)
-    with progress_bar(total=sum(len(group) for _, group in test.cases), task="stress", unit="clip") as bar:
-        for condition, group in test.cases:
-            test.results.extend(_run_case(test, condition, group))
-            bar.update(len(group))
-    print_stress(test)
-    worst = worst_results(test)
-    print_worst(test, worst)
-    if options.stress_dir:
-        write_worst(options.stress_dir, test, worst)
-    return test
-
-
-def _outlook(test: StressTest) -> str:
-    """What will be done, and about how long by the second run of the first clip, since a first run is slower."""
-    durations = test.speech.durations
-    engines = [engine for engine in test.engines if engine.name not in test.whole_of]
-    (take,) = test.takes(CLEAN, [0])
-    for _ in range(2):
-        start = time.perf_counter()
-        recording = Recording(take.samples, test.features_by)
-        for engine in engines:
-            engine.transcribe([recording])
-        seconds = time.perf_counter() - start
-    audio = sum(durations[clip] for _, group in test.cases for clip in group)
-    expected = audio * seconds / durations[0]
-    left_out = [each.name for each in conditions_of(test.kinds) if not each.possible(test.speech)]
-    return (
-        f"{len(durations)} clips under {len(test.conditions)} conditions are {audio / 60:.1f} min of audio for each of "
-        f"{len(engines)} engines, which takes about "
-        + (f"{expected:.0f} s" if expected < 100 else f"{expected / 60:.0f} min")
-        + (f"; these conditions need several clips and are left out: {', '.join(left_out)}" if left_out else "")
-    )
-
-
-def _run_case(test: StressTest, condition: Condition, group: tuple[int, ...]) -> Iterator[StressResult]:
-    """The engines' results, one after the other."""
-    takes = test.takes(condition, group)
-    recordings = [Recording(take.samples, test.features_by) for take in takes]
-    is_long = all(len(take.samples) > test.config.chunk for take in takes)
-    transcripts: dict[str, list[Transcript]] = {}
-    for engine in test.engines:
-        if engine.name in test.whole_of and not is_long:
-            continue
-        try:
-            transcripts[engine.name] = engine.transcribe(recordings)
-        except ValueError as error:
-            raise CheckError(f"{engine.name} fails on {test.name_of(group)}, {condition.name}: {error}") from error
-        if condition is CLEAN:
-            test.clean[engine.name, group[0]] = transcripts[engine.name][0].text
-    text = " ".join(map(test.text_of, group))
-    flaws = _flaws(test, takes, transcripts, text)
-    for name, made in transcripts.items():
-        transcript = " ".join(each.text for each in made)
-        clean = " ".join(test.clean[test.whole_of.get(name, name), clip] for clip in group)
-        yield StressResult(
-            condition,
-            group,
-            name,
-            transcript,
-            clean=word_counts(normalize(clean), normalize(transcript)),
-            text=word_counts(normalize(text), normalize(transcript)),
-            windows=total(_empty_counts(test, take, each) for take, each in zip(takes, made, strict=True)),
-            flaws=flaws[name],
-        )
-
-
-def _flaws(
-    test: StressTest, takes: Sequence[Take], transcripts: Mapping[str, Sequence[Transcript]], text: str
-) -> dict[str, Flaws]:
-    """The flaws of each engine in takes one after the other. `text`: of them all."""
-    flaws = {name: Flaws([], []) for name in transcripts}
-    begin = 0.0
-    for number, take in enumerate(takes):
-        made = {name: own[number] for name, own in transcripts.items()}
-        found = find_flaws(take.samples, made, test.folder.pieces, test.config, reference=test.baseline, text=text)
-        flaws = {name: flaws[name].followed_by(found[name], begin) for name in flaws}
-        begin += len(take.samples) / test.config.sample_rate
-    return flaws
-
-
-def _empty_counts(test: StressTest, take: Take, transcript: Transcript) -> EmptyCounts:
-    """Whether a take should have words, and has none."""
-    with_words = [part for part in take.parts if normalize(test.text_of(part.clip))]
-    length, whole_length = (sum(part.end - part.begin for part in parts) for parts in (with_words, take.parts))
-    expects_words = bool(with_words) and length >= MIN_SHARE_WITH_WORDS * whole_length
-    return EmptyCounts(int(expects_words), int(expects_words and not normalize(transcript.text)))
-
-
-# ---- the table
-
-
-@dataclass(frozen=True)
-class StressRow:
-    """One engine's figures under one condition. The names of the fields are keys of the report's JSON."""
-
-    condition: str
-    engine: str
-    clean: WordCounts  # against its own transcripts of the clips as they are
-    text: WordCounts  # against the clips' texts
-    windows: EmptyCounts
-    points: float | None  # of the texts' words missed, beyond the baseline's; None for the baseline, or for no words
-    blank: int | None = None  # blank stretches; None: the engine gives no times
-    alone: int | None = None  # of these, those in which the baseline has words; None for the baseline as well
-    repeated: int = 0  # phrases
-
-
-def stress_rows(test: StressTest) -> list[StressRow]:
-    """A row for each condition and engine. An engine that is given only some of the takes is compared on those."""
-    baseline = test.of_baseline
-    rows = []
-    for condition, engine in itertools.product(test.conditions, test.engines):
-        own = [each for each in test.results if each.condition is condition and each.engine == engine.name]
-        if not own:
-            continue
-        text = total(each.text for each in own)
-        expected = total(baseline[each.case].text for each in own)
-        compared = engine.name != test.baseline and text.words
-        flaws = [each.flaws for each in own]
-        timed = all(each.blank is not None for each in flaws)
-        rows.append(
-            StressRow(
-                condition.name,
-                engine.name,
-                clean=total(each.clean for each in own),
-                text=text,
-                windows=total(each.windows for each in own),
-                points=text.percent_missed - expected.percent_missed if compared else None,
-                blank=sum(len(each.blank or ()) for each in flaws) if timed else None,
-                alone=sum(len(each.alone) for each in flaws) if timed and engine.name != test.baseline else None,
-                repeated=sum(len(each.repeated) for each in flaws),
-            )
-        )
-    return rows
-
-
-def print_stress(test: StressTest) -> None:
-    """Print what the columns mean, the table, and what seams cost."""
-    no_texts = all(clip.text is None for clip in test.clips)
-    against = f"{test.baseline}'s transcripts of them as they are" if no_texts else "their texts"
-    print("clean: words lost, added and changed against the engine's own transcripts of the clips as they are")
-    print(f"text: the same against {against}; missed: lost or changed, of all words, and points over {test.baseline}")
-    print(f"empty: transcripts without a word; alone: blank stretches in which {test.baseline} has words")
-    rows = stress_rows(test)
-    repeated = [False, *(row.condition == before.condition for before, row in itertools.pairwise(rows))]
-    print_table([HEADER, *(_cells(row, repeated=again) for row, again in zip(rows, repeated, strict=True))])
-    for whole, name in test.whole_of.items():
-        _print_seams(test, name, whole)
-    print_flaws(test.flaws_table, {each.engine: None for each in test.results if each.flaws.blank is None})
-
-
-def _cells(row: StressRow, *, repeated: bool) -> tuple[str, ...]:
-    clean, text, windows = row.clean, row.text, row.windows
-    points = "" if row.points is None else f" {row.points:+.2f}"
-    return (
-        "" if repeated else row.condition,
-        row.engine,
-        *map(str, (clean.lost, clean.added, clean.changed, text.lost, text.added, text.changed)),
-        f"{text.percent_missed:.2f} %{points}" if text.words else NONE,
-        f"{windows.empty} of {windows.takes}" if windows.takes else NONE,
-        *(NONE if count is None else str(count) for count in (row.blank, row.alone, row.repeated)),
-    )
-
-
-def _print_seams(test: StressTest, engine: str, whole: str) -> None:
-    """What cutting into windows costs: the errors on takes longer than a window, in windows and as a whole."""
-    in_one = {each.case: each.text for each in test.results if each.engine == whole}
-    cut = [each.text for each in test.results if each.engine == engine and each.case in in_one]
-    if cut:
-        words = total(cut)
-        print(
-            f"seams of windows of {test.config.window_seconds:g} s: {engine} has {words.errors} of "
-            f"{words.words} words wrong in {len(cut)} joined clips, and {total(in_one.values()).errors} where "
-            "each is one window"
-        )
-
-
-def worst_results(test: StressTest) -> list[StressResult]:
-    """The results of the judged engine that is blank alone, and those with the most errors beyond the baseline's or,
-    where it is the baseline itself, beyond its own on clean clips. Results without either are left out."""
-    baseline = test.of_baseline
-
-    def excess(result: StressResult) -> int:
-        if test.judged == test.baseline:
-            return result.clean.errors
-        return result.text.errors - baseline[result.case].text.errors
-
-    found = [each for each in test.results if each.engine == test.judged and (excess(each) > 0 or each.flaws.alone)]
-    return sorted(found, key=lambda each: (len(each.flaws.alone), excess(each)), reverse=True)[:MAX_WORST]
-
-
-def print_worst(test: StressTest, worst: Sequence[StressResult]) -> None:
-    """Print a line for each result: the words of the baseline, or of the clean clips, and what replaces them. Long
-    lines are cut off."""
-    baseline = test.of_baseline
-    for number, each in enumerate(worst, 1):
-        clean = " ".join(test.clean[each.engine, clip] for clip in each.group)
-        before = clean if each.engine == test.baseline else baseline[each.case].transcript
-        shown = textwrap.shorten(changes_text(before, each.transcript), MAX_LINE, placeholder=" …")
-        print(f"  {number}. {each.condition.name}, {test.name_of(each.group)}: {shown}")
-
-
-def write_worst(folder: Path, test: StressTest, worst: Sequence[StressResult]) -> None:
-    """Write the audio of the worst results as WAV, made again from the seed: a file for each take."""
-    import soundfile
-
-    folder.mkdir(exist_ok=True)
-    for number, each in enumerate(worst, 1):
-        takes = test.takes(each.condition, each.group)
-        clip = test.clips[each.group[0]].label
-        name = re.sub(r"[^\w.,-]+", "_", f"{number:02} {each.condition.name} {clip}").strip("_")
-        for piece, take in enumerate(takes, 1):
-            path = folder / f"{name}{f'_{piece}' if len(takes) > 1 else ''}.wav"
-            soundfile.write(path, take.samples, test.config.sample_rate, subtype="FLOAT")
-    print(f"wrote the audio of the {len(worst)} worst clips to {folder}")
-
-
-def judge_stress(test: StressTest, limit: float | None) -> None:
-    """Raise CheckError where, under any condition, the judged engine's share of missed words is more than `limit`
-    percentage points above the baseline's, or it is blank where the baseline has words; None is no limit."""
-    if limit is None:
-        return
-    rows = [row for row in stress_rows(test) if row.engine == test.judged and row.points is not None]
-    if not rows:
-        raise CheckError("no clip has words, so nothing was compared under stress; give clips with speech")
-    beyond = [
-        f"{row.condition!r} {row.points:+.2f} points ({row.text.missed} of {row.text.words} words)"
-        for row in rows
-        if row.points is not None and row.points > limit
-    ]
-    if beyond:
-        raise CheckError(
-            f"under stress {test.judged} misses more words than {test.baseline}: {', '.join(beyond)}; expected at "
-            f"most +{limit:g} points under each condition"
-        )
-    alone = [(each, blank) for each in test.results if each.engine == test.judged for blank in each.flaws.alone]
-    if alone:
-        first, blank = alone[0]
-        more = f", and {len(alone) - 1} more" if alone[1:] else ""
-        raise CheckError(
-            f"under stress {test.judged} is blank where {test.baseline} has words: in {first.condition.name!r}, "
-            f"{test.name_of(first.group)}, {blank}{more}; expected no blank stretch of its own"
-        )

@@ -1,8 +1,6 @@
-"""The rules by which NeMo's text of a clip may differ from an exported folder's text of the same tokens, and the texts
-of onnx-asr and sherpa-onnx from both."""
+"""The rules by which the reference's text of a clip may differ from an exported folder's text of the same tokens."""
 
 import re
-import string
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,32 +11,14 @@ from typing import Any
 _MARK = re.compile(r"▁?(<.+>|\[.+\])", re.DOTALL)
 
 
-def unchanged(text: str) -> str:
-    return text
-
-
 @dataclass(frozen=True)
 class TextRule:
-    """A difference between NeMo's text and an exported folder's that is no error, and how to remove it from both."""
+    """A difference between the reference's text and an exported folder's that is no error, and how to remove it: from
+    the reference's text or, where both texts may have it, from both."""
 
     name: str
-    nemo: Callable[[str], str]
-    exported: Callable[[str], str] = unchanged
-
-
-def runtime_rule(runtime: str) -> TextRule:
-    """How the text of onnx-asr 0.12.0 or sherpa-onnx 2.0.1 differs from what an exported folder's tokens spell.
-
-    Both delete spaces before marks, also before those that open something or stand alone, and before symbols, where
-    NeMo keeps them: `costs $5 (net)` becomes `costs$5(net)`. Two words that are so joined are two word errors; in the
-    normalised word error rate, which has a space for each mark, they are none.
-    """
-    marks, kind = {
-        "onnx-asr": (r"[^\w\s]", "every character that is no letter, digit or _"),
-        "sherpa-onnx": (f"[{re.escape(string.punctuation)}]", "every ASCII mark"),
-    }[runtime]
-    close_up = _remover(rf"\s+(?={marks})")
-    return TextRule(f"{runtime} deletes the space before {kind}", close_up, close_up)
+    remove: Callable[[str], str]
+    from_both: bool = False
 
 
 def text_rules(sentencepiece_model: bytes, library: str = "NeMo") -> tuple[TextRule, ...]:
@@ -51,29 +31,26 @@ def text_rules(sentencepiece_model: bytes, library: str = "NeMo") -> tuple[TextR
     checkpoint's tokenizer.json says so.
     """
     proto = _parsed(sentencepiece_model)
-    spellings = [_spelling(piece.piece) for piece in proto.pieces if _is_mark(piece)]
-    marks = TextRule(f"{library} shows marks such as <|en|>", _remover("|".join(spellings) or "(?!)"))
-    spaces = TextRule(f"{library} keeps spaces at both ends", str.strip, str.strip)
+    # The space before a mark is missing where it is the first piece.
+    marks = (re.sub("^▁", " ?", re.escape(piece.piece)) for piece in proto.pieces if _is_mark(piece))
+    marks_rule = TextRule(f"{library} shows marks such as <|en|>", _remover("|".join(marks) or "(?!)"))
+    spaces_rule = TextRule(f"{library} keeps spaces at both ends", str.strip, from_both=True)
     if library != "NeMo":
-        return marks, spaces
+        return marks_rule, spaces_rule
     # NeMo may have deleted the space after ` ⁇ `, if a punctuation mark followed.
     unknown = " ?" + re.escape(proto.trainer_spec.unk_surface.strip()) + " ?"
     return (
-        marks,
+        marks_rule,
         TextRule(f"NeMo shows{proto.trainer_spec.unk_surface}for <unk>", _remover(unknown)),
-        spaces,
-        TextRule("NeMo deletes the space before punctuation", _close_up, _close_up),
+        spaces_rule,
+        TextRule("NeMo deletes the space before punctuation", _close_up, from_both=True),
     )
 
 
 def ids_of_other_words(sentencepiece_model: bytes) -> frozenset[int]:
     """Tokens that NeMo's timestamps turn into words of their own: the unknown piece, marks, and each byte."""
-    proto = _parsed(sentencepiece_model)
-    return frozenset(
-        index
-        for index, piece in enumerate(proto.pieces)
-        if piece.type in (piece.UNKNOWN, piece.CONTROL, piece.BYTE) or _is_mark(piece)
-    )
+    pieces = enumerate(_parsed(sentencepiece_model).pieces)
+    return frozenset(i for i, each in pieces if each.type in (each.UNKNOWN, each.CONTROL, each.BYTE) or _is_mark(each))
 
 
 def _parsed(sentencepiece_model: bytes) -> Any:
@@ -88,12 +65,6 @@ def _is_mark(piece: Any) -> bool:
     return bool(piece.type == piece.USER_DEFINED) and _MARK.fullmatch(piece.piece) is not None
 
 
-def _spelling(piece: str) -> str:
-    """A regular expression for a mark as it is shown; the space before it is missing where it is the first piece."""
-    text = re.escape(piece.removeprefix("▁"))
-    return f" ?{text}" if piece.startswith("▁") else text
-
-
 def _remover(pattern: str) -> Callable[[str], str]:
     compiled = re.compile(pattern)
     return lambda text: compiled.sub("", text)
@@ -106,22 +77,23 @@ def _close_up(text: str) -> str:
     return re.sub(rf"\s+(?=[{re.escape(''.join(sorted(marks)))}])", "", text) if marks else text
 
 
-def explaining_rules(nemo: str, exported: str, rules: Sequence[TextRule]) -> list[str] | None:
+def explaining_rules(reference: str, exported: str, rules: Sequence[TextRule]) -> list[str] | None:
     """Names of the rules by which two texts of the same tokens differ, empty where they are equal; None where no rule
     explains the difference."""
     names = []
     for rule in rules:
-        if nemo == exported:
+        if reference == exported:
             break
-        without = rule.nemo(nemo), rule.exported(exported)
-        if without != (nemo, exported):
+        without = comparable(reference, exported, [rule])
+        if without != (reference, exported):
             names.append(rule.name)
-        nemo, exported = without
-    return names if nemo == exported else None
+        reference, exported = without
+    return names if reference == exported else None
 
 
-def comparable(nemo: str, exported: str, rules: Sequence[TextRule]) -> tuple[str, str]:
+def comparable(reference: str, exported: str, rules: Sequence[TextRule]) -> tuple[str, str]:
     """Both texts without the differences that rules explain, so that their words can be compared."""
     for rule in rules:
-        nemo, exported = rule.nemo(nemo), rule.exported(exported)
-    return nemo, exported
+        reference = rule.remove(reference)
+        exported = rule.remove(exported) if rule.from_both else exported
+    return reference, exported

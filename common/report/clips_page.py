@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from common.evaluate.blanks import Flaws, flaw_rows
-from common.evaluate.compare import ComparedClip, Comparison
-from common.evaluate.stress import StressResult, StressTest, stress_rows, worst_results
+from common.evaluate.blanks import Flaws, flaws_table
+from common.evaluate.compare import Comparison
+from common.evaluate.stress import StressTest
 from common.evaluate.verdict import corpus_notes, corpus_table
 from common.evaluate.wer import normalize, word_errors, word_runs
 from common.evaluate.words import Bin, bins, calibration_error, comparable_words, words_right
 from common.report import render
-from common.run.decode import Transcript
+from common.run.decode import TimedWord
 
 SCRIPT = Path(__file__).resolve().parent / "clips.js"
 LINE_CHARACTERS = 38  # of a line of words, on a phone 390 pixels wide
@@ -33,54 +33,53 @@ MEASURES = ("max_prob", "entropy")  # of Confidence
 
 @dataclass(frozen=True)
 class ShownWord:
-    """A word of a row. `mark`: "other" where the baseline has another word or none, "lost" for a word of the baseline
-    that the row lacks."""
+    """A word of a row. `mark`: "other" where the first row has another word or none, "lost" for a word of the first row
+    that this one lacks."""
 
     text: str
-    start: float | None = None  # seconds
-    end: float | None = None
-    confidence: float | None = None  # `max_prob`
+    timed: TimedWord | None = None  # with its times, if they are known
     mark: str = ""
 
     @property
     def shade(self) -> int:
         """From 0, for a word that is sure, up to 3."""
-        return 0 if self.confidence is None else sum(self.confidence < limit for limit in (0.9, 0.7, 0.5))
+        sure = self.timed.confidence.max_prob if self.timed and self.timed.confidence else 1.0
+        return sum(sure < limit for limit in (0.9, 0.7, 0.5))
 
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One engine's words, in a cell for each word of the baseline, so that the rows of a clip line up."""
+    """The words of one text or engine, in a cell for each word of the first row, so that the rows of a clip line up."""
 
     engine: str
+    text: str
     cells: list[list[ShownWord]]
-    errors: tuple[int, int] | None = None  # and the number of words of the text, both without case and punctuation
-
-    @property
-    def words(self) -> list[ShownWord]:
-        """The words from the first cell to the last."""
-        return [word for cell in self.cells for word in cell]
-
-    @property
-    def text(self) -> str:
-        """The engine's own words."""
-        return " ".join(word.text for word in self.words if word.mark != "lost")
+    errors: tuple[int, int] | None  # and the number of words of the text, both without case and punctuation
 
     @property
     def differences(self) -> int:
         """Words that are marked."""
-        return sum(bool(word.mark) for word in self.words)
+        return sum(bool(word.mark) for cell in self.cells for word in cell)
 
 
 def comparison_page(title: str, comparison: Comparison) -> str:
-    """The page of a comparison of engines; clips whose transcripts differ most come first. The clips are read again,
-    one at a time. Raises as read_clip does."""
-    seconds = sum(clip.seconds for clip in comparison.clips)
-    clips = [_compared(clip, comparison) for clip in comparison.clips]
+    """The page of a comparison of engines; clips whose transcripts differ most come first. Without a text the first row
+    of a clip is the first engine's, the reference's where there is one. The clips are read again, one at a time. Raises
+    as read_clip does."""
+    config = comparison.config
+    clips = []
+    for clip in comparison.clips:
+        made = clip.transcripts
+        texts = {} if clip.text is None else {"text": clip.text}
+        texts |= {engine: transcript.text for engine, transcript in made.items()}
+        words = {engine: transcript.words for engine, transcript in made.items() if transcript.words}
+        rows = rows_of(texts, words, with_errors=clip.text is not None)
+        clips.append(shown_clip(clip.label, config.read_clip(clip), config.sample_rate, rows, clip.flaws))
     return clips_page(
         title,
-        f"{_count(len(comparison.clips), 'clip')}, {seconds:.0f} s of audio",
+        f"Clips: {len(clips)}; audio: {sum(clip.seconds for clip in comparison.clips):.0f} s",
         sorted(clips, key=lambda clip: (bool(clip["flaws"]), clip["differences"]), reverse=True),
+        frame_seconds=config.frame_seconds,
         figures=corpus_table(comparison),
         notes=corpus_notes(comparison),
         flaws=comparison.flaws_table,
@@ -89,89 +88,78 @@ def comparison_page(title: str, comparison: Comparison) -> str:
 
 
 def stress_page(title: str, test: StressTest) -> str:
-    """The page of a stress test: its table, and its worst results with their audio, made again from the seed."""
-    worst = worst_results(test)
-    listed = _count(len(worst), "worst result")
+    """The page of a stress test: its table, and its worst cases with their audio, made again from the seed: the takes
+    one after the other, and all engines' transcripts of them."""
+    clips = []
+    for case in test.worst():
+        condition, group = case
+        samples = np.concatenate([take.samples for take in condition.takes(group, test.speech)])
+        has_text = all(test.clips[clip].text is not None for clip in group)
+        texts = {"text" if has_text else f"{test.baseline}, as it is": test.text_of(group)}
+        texts |= {engine: result.transcript for engine, result in test.results[case].items()}
+        rows = rows_of(texts, {}, with_errors=True)
+        clips.append(shown_clip(test.name_of(case), samples, test.speech.sample_rate, rows, test.results[case]))
     return clips_page(
         title,
-        f"{_count(len(test.clips), 'clip')} under {_count(len(test.conditions), 'condition')}, seed "
-        f"{test.speech.seed}; {listed} of {test.judged}",
-        [_stressed(each, test) for each in worst],
-        stress=stress_rows(test),
+        f"Clips: {len(test.clips)}; conditions: {len(test.conditions)}; seed: {test.options.seed}; worst results of "
+        f"{test.judged}: {len(clips)}",
+        clips,
+        stress=test.rows(),
         baseline=test.baseline,
-        flaws=test.flaws_table,
+        flaws=test.flaws_table(),
     )
 
 
-def clips_page(
-    title: str,
-    about: str,
-    clips: Sequence[dict[str, Any]],
-    *,
-    flaws: Sequence[tuple[str, ...]] = (),
-    reliability: Mapping[tuple[str, str], list[Bin]] | None = None,
-    baseline: str = "",
-    **tables: Any,
-) -> str:
+def clips_page(title: str, about: str, clips: Sequence[dict[str, Any]], **tables: Any) -> str:
     """The HTML of a page. about: the clips, in a sentence. clips: as shown_clip gives each.
 
-    flaws: the table of flaws_table. reliability: by engine and measure of confidence. baseline: of the stress test.
-    tables: `figures` over all clips and their `notes`, as corpus_table and corpus_notes give them; `stress`, the rows
-    of a stress test.
+    tables: `figures` over all clips and their `notes`, as corpus_table and corpus_notes give them; `flaws`, as
+    flaws_table gives them; `reliability`, bins by engine and measure of confidence; `stress`, the rows of a stress
+    test, and the name of its `baseline`; `frame_seconds`, the unit of the words' times.
     """
     script = SCRIPT.read_text(encoding="utf-8")
+    words = [word for clip in clips for row in clip["rows"] for cell in row.cells for word in cell]
     return render(
         "clips.html.j2",
         title=title,
         about=about,
         clips=clips,
-        has_confidence=any(word.confidence is not None for clip in clips for row in clip["rows"] for word in row.words),
-        flaws=flaws,
-        reliability=reliability,
-        baseline=baseline,
+        has_confidence=any(word.timed and word.timed.confidence for word in words),
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         columns=WAVE_COLUMNS,
         calibration_error=calibration_error,
-        **{"figures": None, "notes": (), "stress": (), **tables},
+        **{"figures": (), "flaws": (), "reliability": {}, "stress": (), **tables},
     )
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 # ---- rows of words
 
 
-def marked_row(engine: str, words: Sequence[ShownWord], baseline: str, text: str | None, transcript: str) -> ShownRow:
-    """An engine's words, compared with those of `baseline` without case and punctuation.
+def rows_of(texts: Mapping[str, str], words: Mapping[str, Sequence[TimedWord]], *, with_errors: bool) -> list[ShownRow]:
+    """The rows of a clip from its texts by their names. The words of the others are compared with the first one's
+    without case and punctuation, and lie in its columns.
 
-    text: what the errors of `transcript` are counted against, where it is known; a pause may divide one of its words.
+    words: of the texts whose words have times; a pause may divide a word of the text. with_errors: whether the first
+    text is the one that word errors are counted against.
     """
-    expected_words = baseline.split()
-    cells: list[list[ShownWord]] = [[] for _ in expected_words or [""]]
-    for expected, own, is_equal in word_runs(
-        comparable_words(expected_words), comparable_words(word.text for word in words)
-    ):
-        for place, i in itertools.zip_longest(expected, own):
-            if i is None:
-                cells[place].append(ShownWord(expected_words[place], mark="lost"))
-            else:  # an inserted word stands behind the word before it
-                cell = cells[max(expected.start - 1, 0) if place is None else place]
-                cell.append(words[i] if is_equal else replace(words[i], mark="other"))
-    if text is None:
-        return ShownRow(engine, cells)
-    return ShownRow(engine, cells, word_errors(normalize(text), normalize(transcript)))
-
-
-def _plain(text: str) -> list[ShownWord]:
-    return [ShownWord(word) for word in text.split()]
-
-
-def plain_row(name: str, text: str) -> ShownRow:
-    """The row of the baseline, a word in each cell."""
-    return ShownRow(name, [[word] for word in _plain(text)] or [[]])
+    first, *_ = texts.values()
+    expected = first.split()
+    rows: list[ShownRow] = []
+    for name, text in texts.items():
+        own = [ShownWord(word.text, word) for word in words.get(name, ())] or [ShownWord(word) for word in text.split()]
+        cells: list[list[ShownWord]] = [[] for _ in expected or [""]]
+        runs = word_runs(comparable_words(expected), comparable_words(word.text for word in own))
+        for places, numbers, is_equal in runs:
+            for place, i in itertools.zip_longest(places, numbers):
+                if i is None:
+                    cells[place].append(ShownWord(expected[place], mark="lost"))
+                else:  # an inserted word stands behind the word before it
+                    cell = cells[max(places.start - 1, 0) if place is None else place]
+                    cell.append(own[i] if is_equal else replace(own[i], mark="other"))
+        errors = word_errors(normalize(first), normalize(text)) if with_errors and rows else None
+        rows.append(ShownRow(name, text, cells, errors))
+    return rows
 
 
 def lines_of(rows: Sequence[ShownRow]) -> list[slice]:
@@ -189,27 +177,12 @@ def lines_of(rows: Sequence[ShownRow]) -> list[slice]:
     return lines
 
 
-def _words(transcript: Transcript, frame_seconds: float) -> list[ShownWord]:
-    """The words of a transcript, with their times and confidences where it has them."""
-    if transcript.words is None:
-        return _plain(transcript.text)
-    return [
-        ShownWord(
-            word.text,
-            word.start * frame_seconds,
-            word.end * frame_seconds,
-            word.confidence.max_prob if word.confidence else None,
-        )
-        for word in transcript.words
-    ]
-
-
 def shown_clip(
-    name: str, samples: np.ndarray, rate: int, rows: list[ShownRow], flaws: Mapping[str, Flaws] | None = None
+    name: str, samples: np.ndarray, rate: int, rows: list[ShownRow], flaws: Mapping[str, Flaws]
 ) -> dict[str, Any]:
-    """What the page shows of a clip of mono samples [N] at `rate` in Hz. rows: the baseline's first."""
+    """What the page shows of a clip of mono samples [N] at `rate` in Hz."""
     seconds = len(samples) / rate
-    blank = {(each.start, each.end) for own in (flaws or {}).values() for each in own.blank or ()}
+    blank = {(each.start, each.end) for own in flaws.values() for each in own.blank or ()}
     return {
         "name": name,
         "seconds": seconds,
@@ -218,38 +191,9 @@ def shown_clip(
         "rows": rows,
         "lines": lines_of(rows),
         "differences": max(row.differences for row in rows),
-        "flaws": list(flaw_rows(name, flaws or {})),
+        "flaws": flaws_table([(name, flaws)], None)[1:],
         "blank": [(WAVE_COLUMNS * start / seconds, WAVE_COLUMNS * (end - start) / seconds) for start, end in blank],
     }
-
-
-def _compared(clip: ComparedClip, comparison: Comparison) -> dict[str, Any]:
-    """A clip of a comparison; the baseline is its text, else the transcript of the first engine, the reference's where
-    there is one."""
-    config = comparison.config
-    baseline = clip.transcripts[comparison.engines[0].name].text if clip.text is None else clip.text
-    rows = [] if clip.text is None else [plain_row("text", clip.text)]
-    for engine, transcript in clip.transcripts.items():
-        words = _words(transcript, config.frame_seconds)
-        rows.append(marked_row(engine, words, baseline, clip.text, transcript.text))
-    return shown_clip(clip.label, config.read_clip(clip), config.sample_rate, rows, clip.flaws)
-
-
-def _stressed(result: StressResult, test: StressTest) -> dict[str, Any]:
-    """A result of a stress test: the takes one after the other, and all engines' transcripts of them."""
-    takes = [take.samples for take in test.takes(result.condition, result.group)]
-    name = f"{result.condition.name}: {test.name_of(result.group)}"
-    if len(takes) > 1:
-        name += f", {len(takes)} pieces"
-    text = " ".join(map(test.text_of, result.group))
-    has_text = all(test.clips[clip].text is not None for clip in result.group)
-    own = [each for each in test.results if each.case == result.case]
-    rows = [
-        plain_row("text" if has_text else f"{test.baseline}, as it is", text),
-        *(marked_row(each.engine, _plain(each.transcript), text, text, each.transcript) for each in own),
-    ]
-    flaws = {each.engine: each.flaws for each in own}
-    return shown_clip(name, np.concatenate(takes), test.config.sample_rate, rows, flaws)
 
 
 def _reliability(comparison: Comparison) -> Iterator[tuple[tuple[str, str], list[Bin]]]:
