@@ -32,14 +32,8 @@ from common.run.genai import GenAI
 from common.run.reference import Reference
 
 FLOAT32, OPTIMIZED = "float32", "optimized"  # the names of their rows
-TELEPHONE_RATE = 8000  # Hz
-CLIPPING_GAIN = 10.0  # 20 dB over full scale
 VOICES = 5  # that speak at once in babble
 SOFT_SECONDS = 1.0  # at each end of a clip with soft ends
-# Clips are joined to this length before they are cut, so that pieces of every length begin at different places in them.
-CUT_SECONDS = 60.0
-CUT_STEPS = (-0.2, -0.1, 0.0, 0.1, 0.2)  # around each length of a piece: models fail at single lengths
-PAUSE_SECONDS = 1.0  # between clips that are joined with pauses
 FULL_SCALE_16_BITS = 2.0**15
 MIN_SHARE_WITH_WORDS = 0.5  # of a take's speech: with words in so much of it, its transcript is expected to have a word
 MAX_WORST = 10  # clips that are listed
@@ -213,20 +207,21 @@ CONDITIONS = (
     CLEAN,
     *(Condition(f"-{db} dB", "level", attenuated, db) for db in (20, 40)),
     Condition("ends 25 dB softer", "level", soft_ends, 25),
-    Condition("clipped", "level", clipped, CLIPPING_GAIN),
+    Condition("clipped", "level", clipped, 10),  # 20 dB over full scale
     *(Condition(f"{s:g} s of silence around", "silence", before=s, after=s) for s in (0.3, 0.5, 1.0)),
     Condition("0.5 s of silence in front", "silence", before=0.5),
     Condition("0.5 s of silence behind", "silence", after=0.5),
     *(Condition(f"white noise, {db} dB", "noise", in_white_noise, db) for db in (20, 12, 5)),
     *(Condition(f"babble, {db} dB", "noise", in_babble, db) for db in (20, 12, 5)),
-    Condition("telephone, 8 kHz", "telephone", narrow_band, TELEPHONE_RATE),
+    Condition("telephone, 8 kHz", "telephone", narrow_band, 8000),
     *(Condition(f"speed {speed}", "speed", at_speed, speed) for speed in (0.9, 1.1)),
+    # Models fail at single lengths, so there are steps around each; joined clips are cut at different places.
     *(
-        Condition(f"cut to {s - 0.2:g} to {s + 0.2:g} s", "cut", join=CUT_SECONDS, cut=tuple(s + x for x in CUT_STEPS))
+        Condition(f"cut to {s - 0.2:g} to {s + 0.2:g} s", "cut", join=60, cut=(s - 0.2, s - 0.1, s, s + 0.1, s + 0.2))
         for s in (5, 7, 9, 11, 14)
     ),
     *(Condition(f"joined to {s} s", "join", join=s) for s in (30, 60, 120)),
-    *(Condition(f"joined to {s} s, with pauses", "join", join=s, after=PAUSE_SECONDS) for s in (30, 60, 120)),
+    *(Condition(f"joined to {s} s, with pauses", "join", join=s, after=1) for s in (30, 60, 120)),
     # A last window of 2.5 s, where GenAI's windows have the 60 s that are the default.
     Condition("-30 dB, joined to 62.5 s", "join", attenuated, 30, join=62.5, exact=True),
 )
