@@ -8,11 +8,12 @@
 
 In: an exported folder. Out: a table on the standard output, and ternary.json in the work directory with every figure.
 Each form is written first (FORMS); a folder that is there is used again. Expect 15 minutes, 10 GB of disk and 6 GB of
-memory at 0.6B.
+memory at 0.6B. With --rounds 0 nothing is timed but loading, and one encoder at a time is in memory.
 
 - "bits equal" compares the output with that of the same integers stored in 8 bits: the same scales, the same operators.
 - SQNR is in dB against float32 on the same noise. "weights alone" is float32 with the weights that the integers stand
-  for, so that activations are not rounded; its size, speed and memory are those of float32.
+  for, so that activations are not rounded; its size, speed and memory are those of float32. Both are there for
+  multipliers that are safe on every CPU and for those of --full_range.
 - Encoders of one length of clip take turns in processes of their own (A B C A B C …). A speed is the median over rounds
   of the ratio to the 8-bit form in the same round.
 - Load times and memory are medians over fresh processes; files are in the page cache. Memory is what the session adds:
@@ -49,8 +50,9 @@ from common.run.ort import open_session
 CLIP_SECONDS = (10, 20, 60)
 FRAMES_PER_SECOND = 100
 ROUNDS, LOADS = 7, 3
-FLOAT32, EIGHT, ALONE = "float32", "the same integers in 8 bits", "weights alone, float32"
+FLOAT32, EIGHT = "float32", "the same integers in 8 bits"
 TERNARY, FOUR, BLOCKS = "int8, ternary in 2 bits", "int8 --weight_bits 4, not ternary", "rtn --weight_bits 2"
+ALONE, ALONE_FULL = "weights alone, float32", "weights alone of --full_range, float32"
 BASELINE = EIGHT
 
 
@@ -73,9 +75,9 @@ def integers(source: Path, target: Path, bits: int | None) -> None:
     save_model(model, target / ENCODER.file)
 
 
-def weights_alone(source: Path, target: Path) -> None:
-    """The float32 encoder, but its ternary weights are those that the integers of TERNARY stand for."""
-    model, options = load(source / ENCODER.file), OptimizeOptions(quant_method=INT8.name)
+def weights_alone(source: Path, target: Path, *, full_range: bool) -> None:
+    """The float32 encoder, but its ternary weights are those that int8's integers stand for."""
+    model, options = load(source / ENCODER.file), OptimizeOptions(quant_method=INT8.name, full_range=full_range)
     plan = plan_encoder(model, INT8, options)
 
     def became(weight: np.ndarray, form: Format) -> np.ndarray:
@@ -93,11 +95,13 @@ def weights_alone(source: Path, target: Path) -> None:
 IN_BLOCKS = ("--weight_bits", "2", "--skip_fusion")
 FORMS: dict[str, Callable[[Path, Path], None]] = {
     TERNARY: partial(optimized, flags=("--quant_method", "int8")),
+    f"{TERNARY}, --full_range": partial(optimized, flags=("--quant_method", "int8", "--full_range")),
     EIGHT: partial(integers, bits=None),
     FOUR: partial(integers, bits=4),
     BLOCKS: partial(optimized, flags=IN_BLOCKS),
     f"{BLOCKS} --accuracy_level 0": partial(optimized, flags=(*IN_BLOCKS, "--accuracy_level", "0")),
-    ALONE: weights_alone,
+    ALONE: partial(weights_alone, full_range=False),
+    ALONE_FULL: partial(weights_alone, full_range=True),
 }
 
 
@@ -142,13 +146,17 @@ def noise(folder: Path, length: int) -> np.ndarray:
 
 
 def compare(folders: dict[str, Path], lengths: Sequence[int], rounds: int) -> dict[str, dict]:
-    """Outputs and times of every form, of which one is in memory for the outputs and all are for the times."""
+    """Outputs of the forms, of which one at a time is in memory, and then times of all but the weights alone."""
     results: dict[str, dict] = {name: {"sqnr_db": {}, "bits_equal": {}, "seconds": {}} for name in folders}
     for length in lengths:
         features = noise(folders[FLOAT32], length)
-        workers = {name: process(load_onnx, folder) for name, folder in folders.items() if name != ALONE}
+        outputs = {}
+        for name, folder in folders.items():
+            with process(load_onnx, folder) as worker:
+                outputs[name] = worker.submit(output, features).result()
+        timed = {name: folder for name, folder in folders.items() if name not in (ALONE, ALONE_FULL)}
+        workers = {name: process(load_onnx, folder) for name, folder in timed.items()}
         try:
-            outputs = {name: worker.submit(output, features).result() for name, worker in workers.items()}
             for _ in tqdm(range(rounds), desc=f"{length} s", leave=False, disable=None):
                 for name, worker in workers.items():
                     taken = worker.submit(seconds, features).result()
@@ -156,8 +164,6 @@ def compare(folders: dict[str, Path], lengths: Sequence[int], rounds: int) -> di
         finally:
             for worker in workers.values():
                 worker.shutdown()
-        with process(load_onnx, folders[ALONE]) as worker:
-            outputs[ALONE] = worker.submit(output, features).result()
         for name, found in outputs.items():
             results[name]["sqnr_db"][length] = sqnr_db(outputs[FLOAT32], found)
             results[name]["bits_equal"][length] = bool(np.array_equal(found, outputs[BASELINE]))

@@ -15,6 +15,7 @@ from common.quantize.rounding import (
     TINY,
     InputMoments,
     Packed,
+    best_of,
     ceil_div,
     inverse_of,
     relative_error,
@@ -23,6 +24,7 @@ from common.quantize.rounding import (
     sum_of_products,
     symmetric_scales,
 )
+from common.quantize.ternary import signs_and_sizes
 
 LOW_BITS, HIGH_BITS = 4, 8
 LARGEST_CODE = 127
@@ -31,6 +33,9 @@ BLOCK = 128  # rows whose feedback is computed by one product; nothing else depe
 # By how many codes the largest weight of a column may lie beyond the range of 4 bits. It is then clipped, but the finer
 # scale makes up for that in the rest of the column.
 SCALE_STEPS = (0.0, 1.0, 2.0, 3.5, 5.5)
+# Scales of ternary columns are tried in steps of a quarter of a code, from half the largest code on, since with a scale
+# twice as large the codes of half the scale are at hand as well. More scales would gain less than 0.1 dB.
+TRIED_PER_CODE = 4
 
 
 def column_bytes(shape: tuple[int, ...], bits: int) -> tuple[int, int]:
@@ -45,6 +50,24 @@ def quantize_columns(weight: np.ndarray, bits: int, *, full_range: bool = False)
     codes = steps_of(weight, inverse_of(scales), 2 ** (bits - 1), bits).astype(np.int8)
     if not full_range:
         _limit_pairs(codes)
+    return Packed(codes, scales, error=relative_error(weight, codes * scales))
+
+
+def ternary_columns(weight: np.ndarray, group: int, *, full_range: bool = False) -> Packed:
+    """Round a weight [K, N] that is ternary in groups of `group` rows, whose codes are then −c, 0 and c, c · scale ≈ m.
+    The scale of a column is that of least error: nothing is lost where all its m are whole multiples of one number.
+
+    Without the full range c is at most half of PAIR_LIMIT, since two neighbours may both be c.
+    """
+    signs, sizes = signs_and_sizes(weight, group)
+    largest = LARGEST_CODE if full_range else PAIR_LIMIT // 2
+    counts = np.abs(signs).sum(axis=1, dtype=np.float32)  # by which the error of m counts in a column's
+    per_size = inverse_of(sizes.max(axis=0))
+    tried = np.arange(TRIED_PER_CODE * largest // 2, TRIED_PER_CODE * largest + 1, dtype=np.float32) / TRIED_PER_CODE
+    candidates = ((code * per_size, 0) for code in tried)
+    scales = best_of(sizes.astype(np.float64), counts, candidates, HIGH_BITS)[0].astype(np.float32)
+    multipliers = np.minimum(np.rint(sizes * inverse_of(scales)), largest)
+    codes = (signs * multipliers[:, None].astype(np.int8)).reshape(weight.shape)
     return Packed(codes, scales, error=relative_error(weight, codes * scales))
 
 

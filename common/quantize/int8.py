@@ -33,7 +33,7 @@ from onnx_ir.tape import Tape
 from common.contract import MICROSOFT, EncoderWeight, Role, encoder_weight
 from common.onnx_io import add_initializer, input_of, load, shared_initializer
 from common.quantize.calibration import Product, SizeModel, smallest_plan, spend, visit_products
-from common.quantize.columns import HIGH_BITS, LOW_BITS, column_bytes, fit_columns, quantize_columns
+from common.quantize.columns import HIGH_BITS, LOW_BITS, column_bytes, fit_columns, quantize_columns, ternary_columns
 from common.quantize.methods import (
     TERNARY_BITS,
     Calibrated,
@@ -93,7 +93,9 @@ class IntegerMethod(QuantMethod):
         return Format(TERNARY_BITS, group, options.full_range)
 
     def pack(self, weight: np.ndarray, form: Format) -> Packed:
-        return quantize_columns(weight, _product_bits(form), full_range=form.full_range)
+        if form.bits == TERNARY_BITS:
+            return ternary_columns(weight, _group_of(form), full_range=form.full_range)
+        return quantize_columns(weight, form.bits, full_range=form.full_range)
 
     def replace(self, model: ir.Model, options: OptimizeOptions) -> Replace:
         rewriter = _Rewriter(model)
@@ -181,11 +183,6 @@ def _measure(encoder: Path, batches: Sequence[np.ndarray], forms: Iterable[Forma
 def _wide(options: OptimizeOptions) -> Format:
     """The format of a weight with 8 bits in the file."""
     return Format(HIGH_BITS, full_range=options.full_range)
-
-
-def _product_bits(form: Format) -> int:
-    """Bits of a weight when it is multiplied."""
-    return HIGH_BITS if form.bits == TERNARY_BITS else form.bits
 
 
 def _group_of(form: Format) -> int:
