@@ -45,13 +45,13 @@ from common.evaluate.engines import (
     NEMO_ENGINE,
     ONNX_ENGINE,
     add_engine_flags,
+    engines_of,
     input_files,
     load_reference,
     open_folders,
 )
 from common.evaluate.stress import StressOptions, add_stress_flags, stress_compared
-from common.evaluate.text_rules import ids_of_other_words
-from common.evaluate.verdict import judge_times, print_and_judge, print_corpus, transcribe_and_print
+from common.evaluate.verdict import judge, print_corpus, transcribe_and_print
 from common.evaluate.wer import MAX_PRINTED_CLIPS
 from common.evaluate.words import SUBTITLES, subtitle_paths
 from common.folder import check_outputs, json_text, output_path, printing_beside, write_output
@@ -119,15 +119,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     listed = read_clips(args.manifest) if args.manifest else [Clip(path) for path in args.audio]
     clips = [ComparedClip(**vars(clip)) for clip in listed]
     subtitles = {suffix: subtitle_paths(path, suffix, clips) for suffix in SUBTITLES if (path := getattr(args, suffix))}
-    page_with_times = args.html and ONNX_ENGINE in args.engines and args.stress is None
-    with_times = bool(args.timestamps or subtitles or page_with_times)
-    folders = open_folders(
-        genai_folder(args.model_dir or default_model_dir()),
-        args.engines,
-        args.folders,
-        batch_size=args.batch_size,
-        with_times=with_times,
-    )
+    folders = open_folders(genai_folder(args.model_dir or default_model_dir()), args.folders)
     outputs = [path for path in (args.json, args.html, *itertools.chain(*subtitles.values())) if path]
     new_folders = [getattr(args, suffix) for suffix in subtitles if len(clips) > 1]
     check_outputs(outputs, input_files(folders, clips, args.manifest, args.model_name), new_folders)
@@ -135,13 +127,11 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
     config.check_clips(clips)
     if GENAI_ENGINE in args.engines:
         _ = folders[0].genai  # loaded now, so that a fault of the folder shows before NeMo takes its time
-    reference = (
-        load_reference(folders[0], args.model_name, args.checkpoint_format, with_times=with_times)
-        if NEMO_ENGINE in args.engines
-        else None
-    )
+    reference = None
+    if NEMO_ENGINE in args.engines:
+        reference = load_reference(folders[0], args.model_name, args.checkpoint_format)
     if args.stress is not None:
-        test = stress_compared(folders, reference, clips, stress).run()
+        test = stress_compared(folders, args.engines, reference, clips, stress).run()
         if args.json:
             write_output(args.json, json_text(test.as_json()), stdout)
         if args.html:
@@ -149,7 +139,11 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         test.judge()
         return
 
-    comparison = Comparison(clips=clips, folders=folders, reference=reference)
+    with_times = bool(args.timestamps or subtitles or args.html)
+    engines = engines_of(folders, args.engines, reference, batch_size=args.batch_size, with_times=with_times)
+    comparison = Comparison(
+        clips=clips, folders=folders, engines=engines, reference=reference, batch_size=args.batch_size
+    )
     transcribe_and_print(comparison, print_times=args.timestamps)
     print_corpus(comparison)
     if args.json:
@@ -162,9 +156,7 @@ def _compare(args: argparse.Namespace, stdout: TextIO) -> None:
         for clip, path in zip(clips, paths, strict=True):
             path.parent.mkdir(exist_ok=True)
             write_output(path, SUBTITLES[suffix](comparison.words(clip), config.frame_seconds), stdout)
-    print_and_judge(comparison)
-    if reference and with_times:
-        judge_times(comparison, ids_of_other_words(reference.reference.sentencepiece_model))
+    judge(comparison, with_times=bool(reference and with_times))
     if reference:
         print(f"if the words are good enough to publish, next: {PUBLISH_COMMAND.format(folders[0].path)}")
 

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.bench import machine
 from common.checkpoint.nemo import load_model
 from common.cli import quiet_libraries
-from common.evaluate.engines import Engine, GenAIEngine, LibraryEngine, OnnxEngine, OpenFolder
+from common.evaluate.engines import OpenFolder, genai_engine, library_engine, onnx_engine
 from common.evaluate.stress import FLOAT32, KINDS, StressOptions, StressTest
 from common.folder import write_json
 from common.run.audio import read_clips
@@ -52,11 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet_libraries()
     exported = OpenFolder(args.model_dir)
-    engines: list[Engine] = [LibraryEngine(Nemo(load_model(args.model_name)))] if args.model_name else []
+    engines = [library_engine(Nemo(load_model(args.model_name)))] if args.model_name else []
     for name, folder in {FLOAT32: exported, **{path.name: OpenFolder(path) for path in args.optimized}}.items():
-        engines.append(OnnxEngine(name, folder))
+        engines.append(onnx_engine(name, folder))
         if args.genai:
-            engines.append(GenAIEngine(f"{name}, GenAI", folder))
+            engines.append(genai_engine(f"{name}, GenAI", folder))
     test = StressTest(
         engines,
         exported.genai,

@@ -23,7 +23,8 @@ from sentencepiece import SentencePieceTrainer
 import export_parakeet_to_onnx
 import export_tokenizer
 from common.checkpoint.tokenizer import ModelProto, Piece
-from common.evaluate.engines import GenAIEngine, OnnxEngine
+from common.evaluate.compare import ComparedClip, Comparison
+from common.evaluate.engines import GENAI_ENGINE, NEMO_ENGINE, ONNX_ENGINE, Engine
 from common.folder import sha256
 from common.layouts.layout import REPORT_FILES, Layout
 from common.layouts.sherpa_onnx import SHERPA_ONNX
@@ -43,18 +44,34 @@ CLIPS = [SAMPLES / row["audio_filepath"] for row in ROWS]
 # ---- comparisons
 
 
-def folder_of_engines(genai: str, onnx: str, *, is_float32: bool = True) -> Any:
-    """A folder of a comparison that has taken place, with the names of its engines; its windows have 60 s."""
-    engines = [GenAIEngine(genai, None), OnnxEngine(onnx, None)]
-    config = SimpleNamespace(sample_rate=16_000, window_seconds=60, frame_seconds=0.08, durations=(0, 4))
-    return SimpleNamespace(
-        genai_engine=engines[0],
-        onnx_engine=engines[1],
-        engines=engines,
-        is_float32=is_float32,
-        config=config,
-        pieces=None,  # these engines give no tokens to look up
+def comparison_of(
+    clips: Sequence[ComparedClip],
+    *,
+    genai: Any = None,
+    onnx: Any = None,
+    is_float32: bool = True,
+    with_nemo: bool = False,
+) -> Comparison:
+    """A comparison of the engines G and R, in GenAI and plain ONNX Runtime, on one folder; its windows have 60 s.
+
+    genai, onnx: what transcribes; None: the comparison has taken place.
+    """
+    config = SimpleNamespace(
+        sample_rate=16_000,
+        window_seconds=60,
+        frame_seconds=0.08,
+        durations=(0, 4),
+        read_clip=lambda clip: np.zeros(16_000, np.float32),
     )
+    # These engines give no tokens to look up.
+    folder: Any = SimpleNamespace(is_float32=is_float32, config=config, pieces=None, genai=None)
+    engines = [Engine("G", GENAI_ENGINE, genai, folder), Engine("R", ONNX_ENGINE, onnx, folder)]
+    reference: Any = SimpleNamespace(name="NeMo", sentencepiece_model=b"") if with_nemo else None
+    if with_nemo:
+        engines.insert(0, Engine("NeMo", NEMO_ENGINE, None))
+    comparison = Comparison(clips=clips, folders=[folder], engines=engines, reference=reference)
+    comparison.rules = ()
+    return comparison
 
 
 # ---- scripts

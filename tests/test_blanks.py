@@ -22,7 +22,7 @@ CONFIG = RuntimeConfig(
     durations=(0, 1, 2, 3, 4), max_symbols=10, decoder_layers=1, decoder_dim=1,
 )  # fmt: skip
 WORD, MARK, SPECIAL = range(3)
-PIECES = Pieces(("▁word", "▁.", "<pad>"), frozenset({SPECIAL}), frozenset(), frozenset("."))
+PIECES = Pieces(("▁word", "▁.", "<pad>"), frozenset({SPECIAL}), frozenset("."), str)
 
 
 def sound(*parts: tuple[float, float]) -> np.ndarray:

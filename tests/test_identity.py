@@ -1,5 +1,6 @@
 """NeMo's own text compared with the exported folder's, and folders with parts of different checkpoints."""
 
+import contextlib
 import io
 import json
 import random
@@ -7,7 +8,6 @@ import re
 import shutil
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,20 +17,12 @@ import export_tokenizer
 import optimize_encoder
 import test_e2e
 import test_real_speech
+from common.cli import CheckError
 from common.contract import TOKENIZER_FILES
 from common.evaluate.blanks import Flaws
-from common.evaluate.compare import ComparedClip, Comparison
-from common.evaluate.engines import Engine, LibraryEngine
+from common.evaluate.compare import ComparedClip
 from common.evaluate.text_rules import explaining_rules, text_rules
-from common.evaluate.verdict import (
-    clip_notes,
-    judge_texts,
-    judge_times,
-    print_verdict,
-    print_warnings,
-    transcribe_and_print,
-)
-from common.evaluate.wer import high_error_warning, word_error_rate
+from common.evaluate.verdict import judge, judge_texts, judge_tokens, transcribe_and_print
 from common.folder import read_manifest, staged_folder, write_json
 from common.layouts.genai import GENAI
 from common.layouts.layout import check_same_checkpoint
@@ -40,7 +32,7 @@ from common.layouts.views import write_view
 from common.run.audio import Clip, load_clip
 from common.run.decode import Hypothesis, Step, Transcript
 from common.run.reference import Nemo
-from tests.helpers import SAMPLES, TINY, change_weights, folder_of_engines, rejected
+from tests.helpers import SAMPLES, TINY, change_weights, comparison_of, rejected
 
 CLIPS = [SAMPLES / "clips" / f"{name}.flac" for name in ("029_hibari", "128_rms", "105_slt")]
 # Pieces that the bundled checkpoint emits on CLIPS, and the pieces that replace them, whose text differs by rule.
@@ -130,7 +122,7 @@ def test_what_differs_by_rule_is_named_and_no_failure(both_parts, swapped, capsy
         "0 transcripts with the tokens of NeMo also have its text, letter for letter; 6 differ from it by rule"
         in output
     )
-    assert "clips left out: 2 with bytes, marks or unknown pieces" in output
+    assert "2 clips left out" in output
 
 
 def test_a_tokenizer_that_hides_digits_is_noticed(both_parts, swapped, capsys):
@@ -194,59 +186,46 @@ def clip_of(nemo, genai, raw, **fields):
     return ComparedClip(SAMPLES / "a.wav", seconds=1.0, transcripts={"NeMo": nemo, "G": genai, "R": raw}, **fields)
 
 
-def comparison_of(clip, *, is_float32=True):
-    reference = LibraryEngine(SimpleNamespace(name="NeMo")) if "NeMo" in clip.transcripts else None
-    folder = folder_of_engines("G", "R", is_float32=is_float32)
-    return Comparison(clips=[clip], folders=[folder], reference=reference)
-
-
 def test_nothing_compared_is_printed(capsys):
     other = transcript("b", (2,))
     clip = clip_of(transcript("a", (1,)), other, other, one_window=False)
-    comparison = comparison_of(clip)
-    print_verdict(comparison)
-    judge_texts(comparison)
-    judge_times(comparison, frozenset())
+    judge(comparison_of([clip], with_nemo=True), with_times=True)
     output = capsys.readouterr().out
-    assert "NeMo transcribed them whole, GenAI and ONNX Runtime did not; word errors against NeMo: G 100.00 %" in output
-    assert "no clip was compared" in output
+    assert "1 of 1 clips have several windows of 60 s, and NeMo transcribed them whole" in output
+    assert "word errors against it: G 100.00 %" in output
+    assert "nothing was compared with NeMo token for token: that needs a float32 folder and a clip of at most" in output
     assert "no text was compared with that of NeMo" in output
-    assert "R: no times of words were compared with those of NeMo; clips left out: 1 of several windows" in output
+    assert "R: no times of words were compared; 1 clips left out" in output
     assert "0 of 0" not in output
-    assert clip_notes(comparison, clip) == [
-        "NeMo transcribed this clip whole, GenAI and ONNX Runtime in windows of 60 s"
-    ]
-    print_verdict(comparison_of(clip, is_float32=False))
-    assert "no float32 engine was compared" in capsys.readouterr().out
+    clip.one_window = True
+    judge_tokens(comparison_of([clip], is_float32=False, with_nemo=True))
+    assert "nothing was compared with NeMo token for token" in capsys.readouterr().out
 
 
 def test_empty_transcripts_are_flagged(capsys):
     empty = transcript("", ())
-    comparison = comparison_of(clip_of(empty, empty, empty))
-    print_warnings(comparison)
-    judge_texts(comparison)
+    judge(comparison_of([clip_of(empty, empty, empty)], with_nemo=True), with_times=False)
     output = capsys.readouterr().out
     assert [f"every transcript of {name} is empty" in output for name in ("NeMo", "G", "R")] == [True] * 3
     assert "no text was compared" in output
 
 
 def test_genai_and_tokenizers_show_the_same_tokens_alike(capsys):
-    from common.cli import CheckError
-
     clip = clip_of(transcript("a"), transcript("a"), transcript("a"))
     del clip.transcripts["NeMo"]
-    judge_texts(comparison_of(clip))
+    judge_texts(comparison_of([clip]))
     clip.transcripts["G"] = transcript("b")
     with pytest.raises(CheckError, match="the same tokens have different texts"):
-        judge_texts(comparison_of(clip))
+        judge_texts(comparison_of([clip]))
     assert "no rule explains it" in capsys.readouterr().out
 
 
 def test_a_high_error_rate_is_flagged(capsys):
-    assert high_error_warning(word_error_rate(["a b c d e"], ["a b x y z"])) is None
-    assert "different checkpoints" in high_error_warning(word_error_rate(["a b c d e"], ["a v x y z"]))
-    print_warnings(comparison_of(clip_of(*[transcript("a v x y z")] * 3, text="a b c d e")))
-    assert "the float32 model has 80 % of the words wrong" in capsys.readouterr().out
+    for text, is_flagged in (("a b x y z", False), ("a v x y z", True)):
+        judge(comparison_of([clip_of(*[transcript(text)] * 3, text="a b c d e")], with_nemo=True), with_times=False)
+        output = capsys.readouterr().out
+        assert ("different checkpoints" in output) is is_flagged
+    assert "the float32 model has 80 % of the words wrong" in output
 
 
 class TestPartsOfDifferentCheckpoints:
@@ -353,18 +332,15 @@ def decided(*decisions):
     )
 
 
-class Decoding(Engine):
-    """An engine that gives these decodings; GenAI gives tokens alone."""
+def decoding(*made, with_steps):
+    """What transcribes: it gives these decodings; GenAI gives tokens alone."""
+    left = iter(made)
 
-    def __init__(self, name, *made, with_steps):
-        super().__init__(name)
-        self.made, self.with_steps = iter(made), with_steps
+    def transcribe(recordings):
+        now = [next(left) for _ in recordings]
+        return [Transcript(one.tokens, str(one.tokens), 0.5, hypothesis=one if with_steps else None) for one in now]
 
-    def transcribe(self, recordings):
-        made = [next(self.made) for _ in recordings]
-        return [
-            Transcript(one.tokens, str(one.tokens), 0.5, hypothesis=one if self.with_steps else None) for one in made
-        ]
+    return transcribe
 
 
 @pytest.mark.parametrize("is_float32", [False, True])
@@ -372,17 +348,15 @@ def test_clips_on_which_the_runtimes_differ_on_a_quantized_folder_are_counted(is
     monkeypatch.setattr("common.evaluate.compare.find_flaws", lambda *_, **__: {name: Flaws(None, []) for name in "GR"})
     same, near, far = (decided(FIRST, (2, 2, margin)) for margin in (5.0, 0.004, 0.31))
     other = decided(FIRST, (2, 3, 5.0))
-    folder = folder_of_engines("G", "R", is_float32=is_float32)
-    folder.genai_engine = Decoding("G", same, other, decided(FIRST), with_steps=False)
-    folder.onnx_engine = Decoding("R", same, near, far, with_steps=True)
-    folder.onnx_engine.batch_size = 1
-    folder.engines = [folder.genai_engine, folder.onnx_engine]
-    folder.genai = folder.pieces = None
-    folder.config.read_clip = lambda clip: np.zeros(16_000, np.float32)
-    clips = [ComparedClip(Path(f"{name}.wav")) for name in "abc"]
-    comparison = Comparison(clips=clips, folders=[folder], reference=None)
+    comparison = comparison_of(
+        [ComparedClip(Path(f"{name}.wav")) for name in "abc"],
+        genai=decoding(same, other, decided(FIRST), with_steps=False),
+        onnx=decoding(same, near, far, with_steps=True),
+        is_float32=is_float32,
+    )
     transcribe_and_print(comparison, print_times=False)
-    print_verdict(comparison)
+    with pytest.raises(CheckError) if is_float32 else contextlib.nullcontext():
+        judge_tokens(comparison)
     out, found = capsys.readouterr().out, comparison.as_json()
     if is_float32:
         assert found["draws"] == []
@@ -394,9 +368,8 @@ def test_clips_on_which_the_runtimes_differ_on_a_quantized_folder_are_counted(is
         ("G", 2, 3, 0.004), ("G", 2, None, 0.31),
     ]  # fmt: skip
     assert (
-        "G differs from plain ONNX Runtime, token 2 of the transcript, encoder frame 2: expected 2, got 3; logits "
-        in out
+        "G differs from plain ONNX Runtime, token 2 of the transcript, encoder frame 2: expected 2, got 3; on "
+        "quantized weights, rounding of the features decides (logits 4.0e-03 apart)" in out
     )
-    assert "4.0e-03 apart" in out
     assert "G differs from plain ONNX Runtime on 2 of 3 clips: on quantized weights, rounding of the features" in out
-    assert "whose logits are at most 3.1e-01 apart" in out
+    assert "by logits that are at most 3.1e-01 apart" in out

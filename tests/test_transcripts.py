@@ -3,18 +3,17 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from common.cli import CheckError
 from common.contract import PARITY_TOLERANCE
 from common.evaluate.blanks import Blank, Flaws
-from common.evaluate.compare import ComparedClip, Comparison, Difference, first_difference
-from common.evaluate.engines import Engine, labels
+from common.evaluate.compare import BLANK_ZERO, NEAR_TIE, ComparedClip, Difference, first_difference
+from common.evaluate.engines import labels
 from common.evaluate.verdict import judge_tokens, print_corpus, transcribe_and_print
 from common.evaluate.wer import marked_changes, normalize, word_error_rate, word_errors
 from common.run.decode import Hypothesis, Step, TimedWord, Transcript
-from tests.helpers import folder_of_engines
+from tests.helpers import comparison_of
 
 BLANK = 9
 
@@ -99,7 +98,7 @@ def test_a_clear_difference_has_no_excuse(tokens, frames, index):
 def test_a_near_tie_excuses_only_where_the_decodings_part():
     near = PARITY_TOLERANCE / 2
     at_the_blank = hypothesis(STEPS[0], (1, BLANK, near, False), STEPS[2])
-    assert "margin" in first_difference(emitted([1, 3], [0, 2]), at_the_blank).excuse
+    assert first_difference(emitted([1, 3], [0, 2]), at_the_blank).excuse == NEAR_TIE
     before = hypothesis((0, 1, 5.0, False), (1, 4, near, False), (2, 5, 5.0, False), (3, 2, 5.0, False))
     assert first_difference(emitted([1, 4, 5, 3], [0, 1, 2, 3]), before).excuse is None
     after = hypothesis(STEPS[0], STEPS[2], (3, 4, near, False))
@@ -108,7 +107,7 @@ def test_a_near_tie_excuses_only_where_the_decodings_part():
 
 def test_a_blank_of_duration_zero_excuses():
     at_the_blank = hypothesis(STEPS[0], (1, BLANK, 5.0, True), STEPS[2])
-    assert "duration 0" in first_difference(emitted([1, 3], [0, 2]), at_the_blank).excuse
+    assert first_difference(emitted([1, 3], [0, 2]), at_the_blank).excuse == BLANK_ZERO
 
 
 def test_token_differences():
@@ -123,12 +122,12 @@ def comparison_with(difference):
     transcripts = {"G": Transcript([1], "a", 0.5, 0.25), "R": Transcript([2], "b", 0.25, words=words)}
     clip = ComparedClip(Path("a.wav"), text="a", seconds=1.0, transcripts=transcripts, differences={"R": difference})
     clip.flaws = {"G": Flaws(None, []), "R": Flaws([Blank(1.5, 5.0, 3.25, reference_has_words=True)], ["no"])}
-    return Comparison(clips=[clip], folders=[folder_of_engines("G", "R")], reference=None)
+    return comparison_of([clip])
 
 
 def test_the_keys_of_the_json_results():
     """Other programs read these keys, so they must not change."""
-    found = comparison_with(Difference(0, 3, 1, 2, "a reason")).as_json()
+    found = comparison_with(Difference(0, 3, 1, 2, "a reason", None)).as_json()
     words = [{"text": "a", "start": 0.24, "end": 0.4}]
     blank = [{"start": 1.5, "end": 5.0, "speech": 3.25, "reference_has_words": True}]
     rate = {"errors": 0, "words": 1, "low": 0.0, "high": 0.0}
@@ -163,11 +162,17 @@ def test_the_keys_of_the_json_results():
     ("difference", "text"),
     [
         (
-            Difference(0, 3, 1, 2, None),
+            Difference(0, 3, 1, 2, None, None),
             "token 1 of the transcript, encoder frame 3: expected 1, got 2; nothing excuses",
         ),
-        (Difference(4, 9, None, 2, None), "token 5 of the transcript, encoder frame 9: expected no token, got 2; "),
-        (Difference(4, 9, 7, 7, "near"), "token 5 of the transcript, encoder frame 9: token 7 is emitted at another"),
+        (
+            Difference(4, 9, None, 2, None, 0.5),
+            "token 5 of the transcript, encoder frame 9: expected no token, got 2;",
+        ),
+        (
+            Difference(4, 9, 7, 7, "near", None),
+            "token 5 of the transcript, encoder frame 9: token 7 is emitted at an",
+        ),
     ],
 )
 def test_a_difference_in_words(difference, text, capsys):
@@ -189,32 +194,23 @@ def test_folders_of_one_name_have_labels_of_their_own():
     assert labels(both[:1]) == ["genai"]
 
 
-class Scripted(Engine):
-    """An engine that gives a text for each clip, in half a second, of which the features take half."""
-
-    def __init__(self, name, *texts):
-        super().__init__(name)
-        self.texts = iter(texts)
-
-    def transcribe(self, recordings):
-        return [Transcript([1], next(self.texts), 0.5, 0.25) for _ in recordings]
+def scripted(*made):
+    """What transcribes: it gives a text for each clip, in half a second, of which the features take half."""
+    texts = iter(made)
+    return lambda recordings: [Transcript([1], next(texts), 0.5, 0.25) for _ in recordings]
 
 
-def printed(capsys, *engines, texts=(None, None)):
-    """What is printed for two clips of one second."""
-    folder = folder_of_engines("", "", is_float32=False)
-    folder.engines = engines
-    folder.onnx_engine, folder.genai = None, None
-    folder.config.read_clip = lambda clip: np.zeros(16_000, np.float32)
+def printed(capsys, genai, onnx, texts=(None, None)):
+    """What is printed for two clips of one second, for which the engines give these texts."""
     clips = [ComparedClip(Path(name), text=text) for name, text in zip(("a.wav", "b.wav"), texts, strict=True)]
-    comparison = Comparison(clips=clips, folders=[folder], reference=None)
+    comparison = comparison_of(clips, genai=scripted(*genai), onnx=scripted(*onnx), is_float32=False)
     transcribe_and_print(comparison, print_times=False)
     print_corpus(comparison)
     return capsys.readouterr().out.splitlines()
 
 
 def test_rows_are_printed_for_the_clips_alone_on_which_engines_differ(capsys):
-    lines = printed(capsys, Scripted("G", "one two", "three"), Scripted("R", "one two", "tree"))
+    lines = printed(capsys, ("one two", "three"), ("one two", "tree"))
     assert lines[:5] == ["a.wav  1.0 s  one two", "b.wav  1.0 s  three", "  engine  transcript", "  G       three",
                          "  R       tree"]  # fmt: skip
     assert lines[5:9] == ["2 clips, 2 s of audio", "engine  RTFx  without features", "G       2.0   4.0",
@@ -222,7 +218,7 @@ def test_rows_are_printed_for_the_clips_alone_on_which_engines_differ(capsys):
 
 
 def test_the_text_of_a_clip_is_printed_where_the_transcript_has_other_words(capsys):
-    lines = printed(capsys, Scripted("G", "one two", "three"), texts=("one two", "tree"))
+    lines = printed(capsys, ("one two", "three"), ("one two", "three"), texts=("one two", "tree"))
     assert lines[:3] == ["a.wav  1.0 s  one two", "b.wav  1.0 s  three", "  text of the clip: tree"]
     assert lines[4].endswith("  normalised WER")
     assert re.match(r"G +2\.0 +4\.0 +33\.33 % \[", lines[5])

@@ -5,25 +5,25 @@ reference computes its own features, and plain ONNX Runtime is given those or, w
 always computes its own.
 
 Greedy decoding follows the largest logit, so two engines that differ by rounding alone may differ in a token where two
-logits are nearly equal. Such a difference is excused, and so are those where the rules of NeMo and GenAI differ, and
-where a step is forced that transformers does not force. On a quantized folder, where rounding of the activations makes
-small differences larger, GenAI and plain ONNX Runtime may differ on clips that they decode alike in float32: these are
-listed, with the distance of the two choices.
+logits are nearly equal. The reasons that excuse a difference are listed in EXCUSES. On a quantized folder, where
+rounding of the activations makes small differences larger, GenAI and plain ONNX Runtime may differ on clips that they
+decode alike in float32: these are listed, with the distance of the two choices.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from common.contract import PARITY_TOLERANCE
 from common.evaluate.blanks import Flaws, find_flaws, flaws_table
-from common.evaluate.engines import Engine, LibraryEngine, OpenFolder, Recording
-from common.evaluate.text_rules import TextRule, comparable
+from common.evaluate.engines import GENAI_ENGINE, ONNX_ENGINE, Engine, OpenFolder, Recording
+from common.evaluate.text_rules import TextRule, comparable, text_rules
 from common.evaluate.wer import WordErrorRate, normalize, word_error_rate
 from common.run.audio import Clip
 from common.run.config import RuntimeConfig
 from common.run.decode import Hypothesis, Step, TimedWord, Transcript
+from common.run.reference import Reference
 
 # So much audio at a time is sorted by length into batches: more needs less padding, and more memory, 8 MB a minute.
 POOL_SECONDS = 1200
@@ -31,42 +31,49 @@ POOL_SECONDS = 1200
 
 # ---- where two decodings differ
 
+NEAR_TIE = f"the two best choices are closer than the tolerance of {PARITY_TOLERANCE:.0e}"
+BLANK_ZERO = "a blank has duration 0, where the greedy rules of NeMo and GenAI differ"
 NO_LIMIT = "a step was forced after the configured number of tokens on one frame, which transformers does not limit"
+QUANTIZED = "on quantized weights, rounding of the features decides"  # excuses GenAI and plain ONNX Runtime
+
+# The reasons that excuse a difference from the reference, and whether a decision just before it gives that reason.
+EXCUSES: dict[str, Callable[[Step], bool]] = {
+    NO_LIMIT: lambda step: step.is_forced,
+    NEAR_TIE: lambda step: step.margin < PARITY_TOLERANCE,
+    BLANK_ZERO: lambda step: step.blank_zero,
+}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first difference of two decodings."""
+    """The first difference of two decodings. The names of the fields are keys of --json."""
 
     index: int  # of the token among those emitted
     frame: int  # encoder frame
     expected: int | None  # token; None: the reference has ended
     actual: int | None  # token; None: the decoding has ended
     excuse: str | None  # None: nothing excuses it
-    margin: float | None = None  # between the two best choices of the nearest decision, where decisions are known
+    margin: float | None  # logits; between the two best choices of the nearest decision
 
     def __str__(self) -> str:
         """In words; tokens are counted from 1."""
-        return self.explained(self.excuse or "nothing excuses it")
-
-    def explained(self, reason: str) -> str:
-        """The same with another reason."""
-        place = f"token {self.index + 1} of the transcript, encoder frame {self.frame}"
-        if self.expected == self.actual:
-            return f"{place}: token {self.expected} is emitted at another frame; {reason}"
         expected, actual = ("no token" if token is None else token for token in (self.expected, self.actual))
-        return f"{place}: expected {expected}, got {actual}; {reason}"
+        what = f"expected {expected}, got {actual}"
+        if expected == actual:
+            what = f"token {expected} is emitted at another frame"
+        margin = "" if self.margin is None else f" (logits {self.margin:.1e} apart)"
+        place = f"token {self.index + 1} of the transcript, encoder frame {self.frame}"
+        return f"{place}: {what}; {self.excuse or 'nothing excuses it'}{margin}"
 
 
 def first_difference(
-    expected: Transcript | Hypothesis, actual: Transcript | Hypothesis, *, limits_symbols: bool = True
+    expected: Transcript | Hypothesis, actual: Transcript | Hypothesis, excuses: Sequence[str] = (NEAR_TIE, BLANK_ZERO)
 ) -> Difference | None:
-    """Compare the tokens of two decodings and, where both have them, the encoder frames that these were emitted at;
-    None where they are equal. Without frames, `expected` is a Hypothesis.
+    """Compare the tokens of two decodings, of which one is a Hypothesis, and where both have them the encoder frames
+    that these were emitted at; None where they are equal.
 
     If `actual` is a Hypothesis, its decisions between the last common token and the first different one may excuse the
-    difference: if the two best choices of one of them are closer than the parity tolerance, if NeMo and GenAI differ by
-    design in one of them, or if a step was forced and `expected` forces none (`limits_symbols` is false).
+    difference, by one of `excuses`.
     """
     one: Sequence[object] = expected.tokens
     other: Sequence[object] = actual.tokens
@@ -77,43 +84,22 @@ def first_difference(
         return None
     pairs = enumerate(zip(one, other, strict=False))
     index = next((i for i, (own, its) in pairs if own != its), min(len(one), len(other)))
+    traced = actual if isinstance(actual, Hypothesis) else expected
+    assert isinstance(traced, Hypothesis), "a Hypothesis knows its decisions"
+    places = [i for i, step in enumerate(traced.steps) if step.token != traced.blank_id]
+    begin = places[index - 1] if index else 0  # that token's duration is one of the decisions
+    end = places[index] + 1 if index < len(places) else len(traced.steps)
+    decisions = traced.steps[begin:end]
     frames = [each.frames[index] for each in (expected, actual) if each.frames and index < len(each.frames)]
-    if not frames:  # `actual`, which has no frames, goes on where `expected` has ended
-        assert isinstance(expected, Hypothesis), "without frames only a Hypothesis says where it ended"
-        frames = [expected.steps[-1].frame]
+    reasons = (reason for reason in excuses if any(map(EXCUSES[reason], decisions)))
     return Difference(
         index,
-        frames[0],
+        frames[0] if frames else decisions[-1].frame,
         expected.tokens[index] if index < len(expected.tokens) else None,
         actual.tokens[index] if index < len(actual.tokens) else None,
-        _excuse(actual, index, limits_symbols=limits_symbols) if isinstance(actual, Hypothesis) else None,
-        next((_margin(each, index) for each in (actual, expected) if isinstance(each, Hypothesis)), None),
+        excuse=next(reasons, None) if traced is actual else None,
+        margin=min((step.margin for step in decisions), default=None),
     )
-
-
-def _decisions(hypothesis: Hypothesis, index: int) -> list[Step]:
-    """The decisions between token `index` - 1 and token `index`."""
-    positions = [i for i, step in enumerate(hypothesis.steps) if step.token != hypothesis.blank_id]
-    begin = positions[index - 1] if index else 0  # that token's duration is one of the decisions
-    end = positions[index] + 1 if index < len(positions) else len(hypothesis.steps)
-    return hypothesis.steps[begin:end]
-
-
-def _margin(hypothesis: Hypothesis, index: int) -> float | None:
-    """The smallest distance of the two best choices in those decisions; None where there are none."""
-    return min((step.margin for step in _decisions(hypothesis, index)), default=None)
-
-
-def _excuse(hypothesis: Hypothesis, index: int, *, limits_symbols: bool) -> str | None:
-    """The excuse for a different decision between token `index` - 1 and token `index`; None if there is none."""
-    nearest = _margin(hypothesis, index)
-    if nearest is not None and nearest < PARITY_TOLERANCE:
-        return f"top-two margin {nearest:.1e} under the tolerance {PARITY_TOLERANCE:.0e}"
-    if any(step.blank_zero for step in _decisions(hypothesis, index)):
-        return "blank with duration 0, where the greedy rules of NeMo and GenAI differ"
-    if not limits_symbols and any(step.is_forced for step in _decisions(hypothesis, index)):
-        return NO_LIMIT
-    return None
 
 
 # ---- the comparison
@@ -131,70 +117,45 @@ class ComparedClip(Clip):
     flaws: dict[str, Flaws] = field(default_factory=dict)  # of each engine's transcript
 
 
-@dataclass(frozen=True)
-class EngineFigures:
-    """One engine's figures over all clips, by their keys in --json; None where there is nothing to compare with."""
-
-    rtfx: float  # seconds of audio that are transcribed in one second, features included
-    rtfx_without_features: float
-    wer: WordErrorRate | None = None  # against the clips' texts, as written
-    normalised_wer: WordErrorRate | None = None  # without case and punctuation
-    clips_compared: int | None = None  # of one window, with the reference; the names below say nemo for any reference
-    clips_of_several_windows: int | None = None
-    clips_differing_from_nemo: int | None = None  # of those compared, with other tokens than the reference's
-    wer_against_nemo: WordErrorRate | None = None  # on the clips of one window
-    wer_against_nemo_of_several_windows: WordErrorRate | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class Comparison:
-    """The clips and the engines of a comparison: the reference first, then GenAI and plain ONNX Runtime on each
-    folder."""
+    """The clips and the engines of a comparison."""
 
     clips: Sequence[ComparedClip]
-    folders: Sequence[OpenFolder]
-    reference: LibraryEngine | None
-
-    @property
-    def engines(self) -> list[Engine]:
-        """The engines in the order in which they run."""
-        own: list[Engine] = [engine for folder in self.folders for engine in folder.engines]
-        return own if self.reference is None else [self.reference, *own]
-
-    @property
-    def rules(self) -> Sequence[TextRule]:
-        """The rules by which the reference's text may differ from a folder's."""
-        return self.reference.rules if self.reference else ()
+    folders: Sequence[OpenFolder]  # the one that is asked for first
+    engines: Sequence[Engine]  # in the order of engines_of
+    reference: Reference | None = None
+    batch_size: int = 1  # of plain ONNX Runtime
 
     @property
     def config(self) -> RuntimeConfig:
         """The numbers of decoding, which all folders share."""
         return self.folders[0].config
 
+    @cached_property
+    def rules(self) -> Sequence[TextRule]:
+        """The rules by which the reference's text may differ from a folder's."""
+        return text_rules(self.reference.sentencepiece_model, self.reference.name) if self.reference else ()
+
     @property
-    def float32_folders(self) -> list[OpenFolder]:
-        """The folders whose engines must have the reference's tokens."""
-        return [folder for folder in self.folders if folder.is_float32]
+    def by_folder(self) -> list[tuple[OpenFolder, Engine | None, Engine | None]]:
+        """Each folder with its engines, GenAI and plain ONNX Runtime; None for one that does not run."""
+        found = [{each.kind: each for each in self.engines if each.folder is folder} for folder in self.folders]
+        own = ((each.get(GENAI_ENGINE), each.get(ONNX_ENGINE)) for each in found)
+        return [(folder, *engines) for folder, engines in zip(self.folders, own, strict=True)]
 
     @property
     def timed_reference(self) -> str | None:
         """The engine with whose words blank stretches are compared: the reference or, without one, plain ONNX Runtime
         in float32."""
-        own = [folder.onnx_engine.name for folder in self.float32_folders if folder.onnx_engine]
-        return self.reference.name if self.reference else own[-1] if own else None
+        if self.reference:
+            return self.reference.name
+        return next((onnx.name for folder, _, onnx in reversed(self.by_folder) if onnx and folder.is_float32), None)
 
     @property
     def flaws_table(self) -> list[tuple[str, ...]]:
         """The flaws of all transcripts, as flaws_table gives them."""
         return flaws_table(((clip.label, clip.flaws) for clip in self.clips), self.timed_reference)
-
-    @property
-    def clips_of_one_window(self) -> list[ComparedClip]:
-        return [clip for clip in self.clips if clip.one_window]
-
-    @property
-    def clips_of_several_windows(self) -> list[ComparedClip]:
-        return [clip for clip in self.clips if not clip.one_window]
 
     def transcribe(self) -> Iterator[tuple[list[ComparedClip], Engine]]:
         """Let each engine in turn transcribe the clips, one at a time or in pools to make batches from.
@@ -202,30 +163,8 @@ class Comparison:
         Yields a pool whenever an engine has transcribed it; where that was the last engine, its differences are known
         as well. Raises as RuntimeConfig.read_clip and Engine.transcribe do.
         """
-        engines = self.engines
-        for clips, recordings in self._pools():
-            for engine in engines:
-                for clip, transcript in zip(clips, engine.transcribe(recordings), strict=True):
-                    clip.transcripts[engine.name] = transcript
-                if engine is engines[-1]:
-                    for clip, recording in zip(clips, recordings, strict=True):
-                        self._find_differences(clip, recording)
-                        clip.flaws = find_flaws(
-                            recording.samples,
-                            clip.transcripts,
-                            self.folders[0].pieces,
-                            self.config,
-                            reference=self.timed_reference,
-                            text=clip.text,
-                        )
-                yield clips, engine
-
-    def _pools(self) -> Iterator[tuple[list[ComparedClip], list[Recording]]]:
-        """The clips with their samples, one at a time or in pools to make batches from."""
-        features_by = self.reference.reference if self.reference else self.folders[0].genai
-        onnx = self.folders[0].onnx_engine
-        in_batches = onnx is not None and onnx.batch_size > 1
-        clips: list[ComparedClip] = []
+        features_by = self.reference or self.folders[0].genai
+        clips: list[ComparedClip] = []  # of the pool
         recordings: list[Recording] = []
         for clip in self.clips:
             samples = self.config.read_clip(clip)
@@ -233,120 +172,116 @@ class Comparison:
             clip.one_window = clip.seconds <= self.config.window_seconds
             clips.append(clip)
             recordings.append(Recording(samples, features_by))
-            if not in_batches or sum(each.seconds for each in clips) >= POOL_SECONDS or clip is self.clips[-1]:
-                yield clips, recordings
-                clips, recordings = [], []
+            is_full = self.batch_size == 1 or sum(each.seconds for each in clips) >= POOL_SECONDS
+            if not is_full and clip is not self.clips[-1]:
+                continue
+            for engine in self.engines:
+                for own, transcript in zip(clips, engine.transcribe(recordings), strict=True):
+                    own.transcripts[engine.name] = transcript
+                if engine is self.engines[-1]:
+                    for own, recording in zip(clips, recordings, strict=True):
+                        self._find_differences(own, recording)
+                yield clips, engine
+            clips, recordings = [], []
 
     def _find_differences(self, clip: ComparedClip, recording: Recording) -> None:
-        """Compare float32 engines with the reference; without a reference, GenAI with plain ONNX Runtime. On quantized
-        folders GenAI is compared with plain ONNX Runtime.
+        """Compare float32 engines with the reference, or without one GenAI with plain ONNX Runtime. On quantized
+        folders GenAI is compared with plain ONNX Runtime. Find the flaws of all transcripts.
 
-        The decisions of plain ONNX Runtime are not needed afterwards and are dropped.
+        GenAI computes its own features, so where its tokens are not the reference's, it is compared with plain ONNX
+        Runtime on those features by GenAI's rule, and that result with the reference. The reference decodes a clip
+        whole and may well decode it differently than in windows, so it is no reference for a clip of several windows.
         """
-        limits_symbols = self.reference is None or self.reference.reference.limits_symbols
-        for folder in self.float32_folders:
-            for engine, expected, actual in self._pairs_to_compare(clip, recording, folder):
-                difference = first_difference(expected, actual, limits_symbols=limits_symbols)
-                # Only the reference's own decisions excuse a difference: where a broken graph gives equal logits, each
-                # of its decisions is a near tie. A step is forced only after tokens that the reference has as well.
-                if difference and difference.excuse not in (None, NO_LIMIT) and self.reference:
-                    own = first_difference(actual, self.reference.reference.trace(recording.features))
-                    difference = replace(difference, excuse=own.excuse if own else None)
-                if difference:
-                    clip.differences.setdefault(engine.name, difference)
-        for folder in self.folders:
-            if folder.is_float32 or not folder.genai_engine or not folder.onnx_engine:
+        library = self.reference
+        expected = clip.transcripts[library.name] if library and clip.one_window else None
+        pairs: list[tuple[Engine, Transcript | Hypothesis, Transcript | Hypothesis]] = []  # which must be equal
+        for folder, genai, onnx in self.by_folder:
+            traced = clip.transcripts[onnx.name].hypothesis if onnx else None
+            if onnx and traced and expected and folder.is_float32:
+                pairs.append((onnx, expected, traced))
+            if not genai:
                 continue
-            traced, name = clip.transcripts[folder.onnx_engine.name].hypothesis, folder.genai_engine.name
-            if traced and (draw := first_difference(traced, clip.transcripts[name])):
-                clip.draws[name] = draw
-        for name, transcript in clip.transcripts.items():
-            clip.transcripts[name] = replace(transcript, hypothesis=None)
-
-    def _pairs_to_compare(
-        self, clip: ComparedClip, recording: Recording, folder: OpenFolder
-    ) -> Iterator[tuple[Engine, Transcript | Hypothesis, Transcript | Hypothesis]]:
-        """Yield each engine of a folder that may differ, with two decodings that must be equal.
-
-        GenAI computes its own features, so it is compared with plain ONNX Runtime on those features by GenAI's rule,
-        and that result with the reference. Without a reference, a clip in a batch is also compared with itself alone.
-        The reference decodes a clip whole and may well decode it differently than in windows, so it is no reference for
-        a clip of several windows.
-        """
-        onnx, genai = folder.onnx_engine, folder.genai_engine
-        traced = clip.transcripts[onnx.name].hypothesis if onnx else None
-        reference = clip.transcripts[self.reference.name] if self.reference and clip.one_window else None
-        if onnx and traced and reference:
-            yield onnx, reference, traced
-        if not genai or not (traced or reference):
-            return
-        made = clip.transcripts[genai.name]
-        if made.tokens == (reference.tokens if reference else None if self.reference or not traced else traced.tokens):
-            return
-        alone = traced if onnx and not self.reference and onnx.batch_size == 1 else None  # on GenAI's features
-        own = alone or folder.onnx.transcribe(folder.genai.features(recording.samples))
-        yield genai, own, made
-        if reference:
-            yield genai, reference, own
-        if onnx and traced and not self.reference:
-            yield onnx, own, traced
+            made = clip.transcripts[genai.name]
+            if not folder.is_float32:
+                if traced and (draw := first_difference(traced, made)):
+                    clip.draws[genai.name] = replace(draw, excuse=QUANTIZED)
+            elif library is None:
+                if traced:  # in batches, which round differently, near ties are excused
+                    pairs.append((genai, traced, made) if self.batch_size == 1 else (genai, made, traced))
+            elif (traced or expected) and made.tokens != (expected.tokens if expected else None):
+                own = folder.onnx.transcribe(folder.genai.features(recording.samples))
+                pairs += [(genai, own, made), *([(genai, expected, own)] if expected else [])]
+        excuses = (NEAR_TIE, BLANK_ZERO) if library is None or library.limits_symbols else tuple(EXCUSES)
+        for engine, one, other in pairs:
+            difference = first_difference(one, other, excuses)
+            # Only the reference's own decisions excuse a difference: where a broken graph gives equal logits, each of
+            # its decisions is a near tie. A step is forced only after tokens that the reference has as well.
+            if library and difference and difference.excuse not in (None, NO_LIMIT):
+                own_difference = first_difference(other, library.trace(recording.features))
+                difference = replace(difference, excuse=own_difference.excuse if own_difference else None)
+            if difference:
+                clip.differences.setdefault(engine.name, difference)
+        pieces, reference = self.folders[0].pieces, self.timed_reference
+        clip.flaws = find_flaws(
+            recording.samples, clip.transcripts, pieces, self.config, reference=reference, text=clip.text
+        )
 
     @cached_property
-    def figures(self) -> dict[str, EngineFigures]:
-        """The figures of each engine, in the order in which the engines ran."""
-        return {engine.name: self._figures_of(engine) for engine in self.engines}
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """The figures of each engine over all clips, by their keys in --json; a figure is left out where there is
+        nothing to compare with. The keys say nemo for any reference."""
+        return {engine.name: self._figures_of(engine.name) for engine in self.engines}
 
-    def _figures_of(self, engine: Engine) -> EngineFigures:
-        made = [(clip, clip.transcripts[engine.name]) for clip in self.clips]
+    def _figures_of(self, engine: str) -> dict[str, Any]:
+        made = [clip.transcripts[engine] for clip in self.clips]
         audio_seconds = sum(clip.seconds for clip in self.clips)
-        seconds = sum(transcript.seconds for _, transcript in made)
-        features_seconds = sum(transcript.features_seconds for _, transcript in made)
-        pairs = [(clip.text, transcript.text) for clip, transcript in made if clip.text is not None]
-        figures = EngineFigures(
-            rtfx=audio_seconds / seconds,
-            rtfx_without_features=audio_seconds / (seconds - features_seconds),
-            wer=_error_rate(pairs),
-            normalised_wer=_error_rate([(normalize(text), normalize(transcript)) for text, transcript in pairs]),
-        )
-        if self.reference in (None, engine):
-            return figures
-        whole, cut = self.clips_of_one_window, self.clips_of_several_windows
-        return replace(
-            figures,
-            clips_compared=len(whole),
-            clips_of_several_windows=len(cut),
-            clips_differing_from_nemo=sum(
-                clip.transcripts[engine.name].tokens != self.expected(clip).tokens for clip in whole
-            ),
-            wer_against_nemo=_error_rate([self.comparable_texts(clip, engine.name) for clip in whole]),
-            wer_against_nemo_of_several_windows=_error_rate([self.comparable_texts(clip, engine.name) for clip in cut]),
-        )
-
-    def expected(self, clip: ComparedClip) -> Transcript:
-        """The reference's transcript of a clip."""
-        assert self.reference, "only where there is a reference"
-        return clip.transcripts[self.reference.name]
+        seconds = sum(transcript.seconds for transcript in made)
+        features_seconds = sum(transcript.features_seconds for transcript in made)
+        texts = [(clip.text, own.text) for clip, own in zip(self.clips, made, strict=True) if clip.text is not None]
+        figures: dict[str, Any] = {
+            "rtfx": audio_seconds / seconds,  # seconds of audio that are transcribed in one second
+            "rtfx_without_features": audio_seconds / (seconds - features_seconds),
+            "wer": _error_rate(texts),
+            "normalised_wer": _error_rate([(normalize(text), normalize(transcript)) for text, transcript in texts]),
+        }
+        if self.reference and engine != self.reference.name:
+            expected = self.reference.name
+            whole = [clip for clip in self.clips if clip.one_window]
+            cut = [clip for clip in self.clips if not clip.one_window]
+            other = [clip for clip in whole if clip.transcripts[engine].tokens != clip.transcripts[expected].tokens]
+            figures |= {
+                "clips_compared": len(whole),
+                "clips_of_several_windows": len(cut),
+                "clips_differing_from_nemo": len(other),
+                "wer_against_nemo": _error_rate([self.comparable_texts(clip, engine) for clip in whole]),
+                "wer_against_nemo_of_several_windows": _error_rate(
+                    [self.comparable_texts(clip, engine) for clip in cut]
+                ),
+            }
+        return {key: value for key, value in figures.items() if value is not None}
 
     def comparable_texts(self, clip: ComparedClip, engine: str) -> tuple[str, str]:
         """The reference's text of a clip and an engine's, both without what differs by rule."""
-        return comparable(self.expected(clip).text, clip.transcripts[engine].text, self.rules)
+        assert self.reference, "only where there is a reference"
+        return comparable(clip.transcripts[self.reference.name].text, clip.transcripts[engine].text, self.rules)
 
     def words(self, clip: ComparedClip) -> list[TimedWord]:
         """The words of a clip with their times, by plain ONNX Runtime on the first folder."""
-        onnx = self.folders[0].onnx_engine
+        _, _, onnx = self.by_folder[0]
         return (clip.transcripts[onnx.name].words or []) if onnx else []
 
     def as_json(self) -> dict[str, Any]:
         """Every transcript, figure and difference, for --json."""
+        places = [{"audio_filepath": str(clip.path), "offset": clip.offset} for clip in self.clips]
+        placed = list(zip(places, self.clips, strict=True))
         return {
             "engines": {
-                engine: {key: value for key, value in asdict(figures).items() if value is not None}
+                engine: {key: asdict(x) if isinstance(x, WordErrorRate) else x for key, x in figures.items()}
                 for engine, figures in self.figures.items()
             },
             "clips": [
                 {
-                    "audio_filepath": str(clip.path),
-                    "offset": clip.offset,
+                    **place,
                     "duration": clip.seconds,
                     "text": clip.text,
                     "engines": {
@@ -354,37 +289,37 @@ class Comparison:
                         for name, made in clip.transcripts.items()
                     },
                 }
-                for clip in self.clips
+                for place, clip in placed
             ],
-            "differences": self._listed([clip.differences for clip in self.clips]),
-            "draws": self._listed([clip.draws for clip in self.clips]),
+            **{
+                found: [
+                    {**place, "engine": engine, **asdict(each)}
+                    for place, clip in placed
+                    for engine, each in getattr(clip, found).items()
+                ]
+                for found in ("differences", "draws")
+            },
         }
 
-    def _listed(self, found: Sequence[Mapping[str, Difference]]) -> list[dict[str, Any]]:
-        """What was found on each clip, by engine, in one list."""
-        return [
-            {"audio_filepath": str(clip.path), "offset": clip.offset, "engine": engine, **asdict(difference)}
-            for clip, by_engine in zip(self.clips, found, strict=True)
-            for engine, difference in by_engine.items()
-        ]
-
     def _transcript_json(self, transcript: Transcript) -> dict[str, Any]:
+        words = [
+            {
+                "text": word.text,
+                "start": round(word.start * self.config.frame_seconds, 3),
+                "end": round(word.end * self.config.frame_seconds, 3),
+                **({name: round(x, 4) for name, x in asdict(word.confidence).items()} if word.confidence else {}),
+            }
+            for word in transcript.words or ()
+        ]
         return {
             "tokens": transcript.tokens,
             "text": transcript.text,
             "seconds": transcript.seconds,
             "features_seconds": transcript.features_seconds,
-            "words": None if transcript.words is None else [self._word_json(word) for word in transcript.words],
+            "words": None if transcript.words is None else words,
         }
-
-    def _word_json(self, word: TimedWord) -> dict[str, Any]:
-        start, end = (round(frame * self.config.frame_seconds, 3) for frame in (word.start, word.end))
-        confidence = {} if word.confidence is None else asdict(word.confidence)
-        return {"text": word.text, "start": start, "end": end, **{name: round(x, 4) for name, x in confidence.items()}}
 
 
 def _error_rate(pairs: Sequence[tuple[str, str]]) -> WordErrorRate | None:
     """The error rate over pairs of a reference and a transcript; None without pairs."""
-    if not pairs:
-        return None
-    return word_error_rate([reference for reference, _ in pairs], [transcript for _, transcript in pairs])
+    return word_error_rate([one for one, _ in pairs], [other for _, other in pairs]) if pairs else None

@@ -6,20 +6,17 @@ ONNX Runtime computes no features: it is given NeMo's or, without NeMo, those of
 
 import argparse
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from common.checkpoint import transformers
 from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, find_checkpoint, recorded_checkpoint
 from common.cli import Parser
-from common.evaluate.text_rules import TextRule, text_rules
 from common.evaluate.words import Pieces, timed_words
 from common.export.scripts import suppress, suppressed_ids
 from common.folder import CHECKPOINT, EXPORTED, FILES, MANIFEST, is_float16, read_location, read_manifest
@@ -27,7 +24,7 @@ from common.layouts.genai import GENAI
 from common.layouts.layout import check_same_checkpoint
 from common.run.audio import Clip
 from common.run.config import RuntimeConfig
-from common.run.decode import BlankZero, Hypothesis, TimedWord, Transcript
+from common.run.decode import BlankZero, Transcript
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime, OpenGraph, OrtGraph
 from common.run.reference import Nemo, Reference, Transformers
@@ -39,6 +36,13 @@ WARM_UP_FRAMES = 100  # of features
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def timed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, float]:
+    """The result of a call, and the seconds that it took."""
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    return result, time.perf_counter() - start
 
 
 @dataclass(eq=False)
@@ -56,99 +60,6 @@ class Recording:
         return features
 
 
-@dataclass(eq=False)
-class Engine(ABC):
-    """A model in the library or the runtime that transcribes with it.
-
-    It is loaded when it is first used, and then runs once on noise, since a first run allocates memory.
-    """
-
-    name: str  # of its rows and its results; no other engine of a comparison has it
-
-    @abstractmethod
-    def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
-        """A transcript of each recording. Raises ValueError where the model gives no numbers, and ValueError or
-        FileNotFoundError where it is loaded now and that fails."""
-
-
-class LibraryEngine(Engine):
-    """The reference: NeMo or transformers, which encode every recording in one window."""
-
-    def __init__(self, reference: Reference, rules: Sequence[TextRule] = (), *, with_times: bool = False) -> None:
-        """rules: those by which its text may differ from an exported folder's. with_times: whether to give words."""
-        super().__init__(reference.name)
-        self.reference = reference
-        self.rules = rules
-        self.with_times = with_times
-
-    def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
-        transcripts = []
-        for recording in recordings:
-            made, seconds = timed(self.reference.transcribe, recording.features)
-            transcripts.append(
-                replace(
-                    made,
-                    seconds=recording.features_seconds + seconds,
-                    features_seconds=recording.features_seconds,
-                    words=self.reference.words(recording.features) if self.with_times else None,
-                )
-            )
-        return transcripts
-
-
-@dataclass(eq=False)
-class GenAIEngine(Engine):
-    """A model folder in GenAI, which computes its own features and text, and gives no times."""
-
-    folder: "OpenFolder"
-
-    def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
-        genai = self.folder.genai
-        transcripts = []
-        for recording in recordings:
-            inputs, features_seconds = timed(genai.inputs, recording.samples)
-            tokens, seconds = timed(genai.generate, inputs, len(recording.samples))
-            transcripts.append(Transcript(tokens, genai.text(tokens), features_seconds + seconds, features_seconds))
-        return transcripts
-
-
-@dataclass(eq=False)
-class OnnxEngine(Engine):
-    """A model folder in plain ONNX Runtime, which is given the features of another engine."""
-
-    folder: "OpenFolder"
-    _: KW_ONLY
-    rule: BlankZero = BlankZero.GENAI
-    batch_size: int = 1
-    whole: bool = False  # whether to encode every recording in one window, however long it is
-    with_times: bool = False  # whether to give words
-    spell: Callable[[list[int]], str] | None = None  # the text of tokens; None: by the folder's tokenizer.json
-
-    def transcribe(self, recordings: Sequence[Recording]) -> list[Transcript]:
-        """A transcript of each recording; the time of all of them is divided among them by their length."""
-        features = [recording.features for recording in recordings]
-        onnx = self.folder.onnx
-        hypotheses, seconds = timed(onnx.transcribe_all, features, self.rule, self.batch_size, whole=self.whole)
-        per_sample = seconds / sum(len(recording.samples) for recording in recordings)
-        spell = self.spell or self.folder.spell
-        return [
-            Transcript(
-                hypothesis.tokens,
-                spell(hypothesis.tokens),
-                recording.features_seconds + per_sample * len(recording.samples),
-                recording.features_seconds,
-                hypothesis.frames,
-                self._words(hypothesis, self.folder.config.frame_seconds),
-                self._words(hypothesis),
-                hypothesis,
-            )
-            for recording, hypothesis in zip(recordings, hypotheses, strict=True)
-        ]
-
-    def _words(self, hypothesis: Hypothesis, frame_seconds: float = 0.0) -> list[TimedWord] | None:
-        return timed_words(hypothesis.emitted, self.folder.pieces, frame_seconds) if self.with_times else None
-
-
 class OpenFolder:
     """A model folder whose runtimes are loaded when they are first used.
 
@@ -159,22 +70,13 @@ class OpenFolder:
         self.path = path
         self.config = RuntimeConfig.read(path)
         self._open_graph = open_graph
-        self.genai_engine: GenAIEngine | None = None  # the engines of a comparison; None where they are not to run
-        self.onnx_engine: OnnxEngine | None = None
-
-    @property
-    def engines(self) -> list[Engine]:
-        """The engines of a comparison that run this folder, in their order."""
-        return [engine for engine in (self.genai_engine, self.onnx_engine) if engine is not None]
 
     @cached_property
     def is_float32(self) -> bool:
         """Whether the weights are those of the export, unquantized and float32, so that it must equal the reference."""
         manifest = read_manifest(self.path)
-        if is_float16(manifest):
-            return False
         if "optimize" not in manifest:
-            return True
+            return not is_float16(manifest)
         flags = manifest["optimize"].get("flags", {})
         return bool(flags.get("skip_quantization")) and flags.get("decoder_joint_precision", "fp32") == "fp32"
 
@@ -199,89 +101,81 @@ class OpenFolder:
 
     @cached_property
     def spell(self) -> Callable[[list[int]], str]:
-        """A function that gives the text of tokens, by Hugging Face's reader of the folder's tokenizer.json."""
-        tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
-        return lambda tokens: str(tokenizer.decode(tokens)).strip()
+        """A function that gives the text of tokens: Hugging Face's reader of tokenizer.json, where no other is set."""
+        return self.pieces.spell
 
     def noise(self) -> np.ndarray:
         """A second of noise, [samples], to warm an engine up with."""
         return np.random.default_rng(0).normal(0, 0.1, self.config.sample_rate).astype(np.float32)
 
 
-def input_files(folders: Sequence[OpenFolder], clips: Sequence[Clip], *named: Path | str | None) -> Iterator[Path]:
-    """The files that a comparison reads, which no result may overwrite; `named`: those on its command line, if any."""
-    yield from (Path(path) for path in named if path)
-    yield from (clip.path for clip in clips)
-    for folder in folders:
-        manifest = read_manifest(folder.path)
-        yield from (folder.path / name for name in {MANIFEST, *GENAI.files, *manifest.get(FILES, {})})
-        if checkpoint := read_location(folder.path, CHECKPOINT):
-            yield checkpoint
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """What transcribes: the library that a checkpoint belongs to, or a runtime with a model folder.
 
-
-def open_folders(
-    path: Path, engines: frozenset[str], folders: str = BOTH_FOLDERS, *, batch_size: int = 1, with_times: bool = False
-) -> list[OpenFolder]:
-    """The folder at `path`, and the exported folder that it was optimized from, where that is still there.
-
-    engines: those of ENGINES that run.
-    folders: one of FOLDERS; a folder that is asked for alone must be there.
-    batch_size: the number of clips that plain ONNX Runtime takes at a time.
-    with_times: whether words are given with their times as well.
-    Raises ValueError or FileNotFoundError, naming the command that repairs the folder, where one lacks a file or holds
-    parts of different checkpoints.
+    `transcribe` gives a transcript of each recording. It raises ValueError where the model gives no numbers, and
+    ValueError or FileNotFoundError where the model is loaded now and that fails.
     """
-    paths = _chosen_folders(path, folders)
-    for each in paths:
-        GENAI.check_one_checkpoint(each)
-        check_same_checkpoint(path, each)
-    opened = [OpenFolder(each) for each in paths]
-    for folder, label in zip(opened, labels(paths), strict=True):
-        if GENAI_ENGINE in engines:
-            folder.genai_engine = GenAIEngine(f"GenAI {label}", folder)
-        if ONNX_ENGINE in engines:
-            folder.onnx_engine = OnnxEngine(
-                f"ONNX Runtime {label}",
-                folder,
-                rule=BlankZero.NEMO if NEMO_ENGINE in engines else BlankZero.GENAI,
-                batch_size=batch_size,
-                with_times=with_times,
+
+    name: str  # of its rows and its results; no other engine of a comparison has it
+    kind: str  # of ENGINES
+    transcribe: Callable[[Sequence[Recording]], list[Transcript]]
+    folder: OpenFolder | None = None  # None: the library
+
+
+def library_engine(reference: Reference, *, with_times: bool = False) -> Engine:
+    """NeMo or transformers, which encode every recording in one window. with_times: whether to give words."""
+
+    def transcribe(recording: Recording) -> Transcript:
+        made, seconds = timed(reference.transcribe, recording.features)
+        words = reference.words(recording.features) if with_times else None
+        before = recording.features_seconds
+        return replace(made, seconds=before + seconds, features_seconds=before, words=words)
+
+    return Engine(reference.name, NEMO_ENGINE, lambda recordings: list(map(transcribe, recordings)))
+
+
+def genai_engine(name: str, folder: OpenFolder) -> Engine:
+    """A folder in GenAI, which computes its own features and text, and gives no times."""
+
+    def transcribe(recording: Recording) -> Transcript:
+        inputs, before = timed(folder.genai.inputs, recording.samples)
+        tokens, seconds = timed(folder.genai.generate, inputs, len(recording.samples))
+        return Transcript(tokens, folder.genai.text(tokens), before + seconds, before)
+
+    return Engine(name, GENAI_ENGINE, lambda recordings: list(map(transcribe, recordings)), folder)
+
+
+def onnx_engine(
+    name: str, folder: OpenFolder, *, rule: BlankZero = BlankZero.GENAI, batch_size: int = 1, whole: bool = False
+) -> Engine:
+    """A folder in plain ONNX Runtime, which is given the features of another engine.
+
+    whole: encode every recording in one window, however long it is. The time of several recordings is divided among
+    them by their length.
+    """
+
+    def transcribe(recordings: Sequence[Recording]) -> list[Transcript]:
+        features = [recording.features for recording in recordings]
+        made, seconds = timed(folder.onnx.transcribe_all, features, rule, batch_size, whole=whole)
+        per_sample = seconds / sum(len(recording.samples) for recording in recordings)
+        return [
+            Transcript(
+                hypothesis.tokens,
+                folder.spell(hypothesis.tokens),
+                recording.features_seconds + per_sample * len(recording.samples),
+                recording.features_seconds,
+                hypothesis.frames,
+                timed_words(hypothesis.emitted, folder.pieces, folder.config.frame_seconds),
+                hypothesis,
             )
-    return opened
+            for recording, hypothesis in zip(recordings, made, strict=True)
+        ]
+
+    return Engine(name, ONNX_ENGINE, transcribe, folder)
 
 
-def labels(folders: Sequence[Path]) -> list[str]:
-    """A label for each folder that no other has: its name, with as many folders above it as tell them apart."""
-    parts = [folder.absolute().parts for folder in folders]
-    length = 1
-    while len({each[-length:] for each in parts}) < len(set(parts)):
-        length += 1
-    return ["/".join(each[-length:]) for each in parts]
-
-
-def _chosen_folders(path: Path, folders: str) -> list[Path]:
-    is_optimized = "optimize" in read_manifest(path)
-    exported = read_location(path, EXPORTED)
-    beside = [exported.resolve()] if exported and exported.is_dir() else []
-    if folders == BOTH_FOLDERS:
-        return [path, *beside]
-    if folders == OPTIMIZED_FOLDER and not is_optimized:
-        raise ValueError(f"--folders {folders} needs an optimized folder; {path} is an exported one")
-    if folders == EXPORTED_FOLDER and is_optimized:
-        if not beside:
-            raise FileNotFoundError(
-                f"the exported folder that {path} was optimized from is not there; name it as --model_dir"
-            )
-        return beside
-    return [path]
-
-
-def engine_names(text: str) -> frozenset[str]:
-    """The value of --engines. Raises ArgumentTypeError for a name that is not one of ENGINES."""
-    names = frozenset(text.split(","))
-    if not names <= {*ENGINES}:
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(ENGINES)}, got {text}")
-    return names
+# ---- the engines and the folders of a command line
 
 
 def add_engine_flags(parser: Parser) -> None:
@@ -298,13 +192,52 @@ def add_engine_flags(parser: Parser) -> None:
     parser.add_argument("--checkpoint_format", choices=FORMAT_NAMES, help=FORMAT_HELP)
 
 
+def engine_names(text: str) -> frozenset[str]:
+    """The value of --engines. Raises ArgumentTypeError for a name that is not one of ENGINES."""
+    names = frozenset(text.split(","))
+    if not names <= {*ENGINES}:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(ENGINES)}, got {text}")
+    return names
+
+
+def open_folders(path: Path, folders: str = BOTH_FOLDERS) -> list[OpenFolder]:
+    """The folder at `path`, and the exported folder that it was optimized from, where that is still there.
+
+    folders: one of FOLDERS; a folder that is asked for alone must be there.
+    Raises ValueError or FileNotFoundError, naming the command that repairs the folder, where one lacks a file or holds
+    parts of different checkpoints.
+    """
+    is_optimized = "optimize" in read_manifest(path)
+    exported = read_location(path, EXPORTED)
+    beside = [exported.resolve()] if exported and exported.is_dir() else []
+    if folders == OPTIMIZED_FOLDER and not is_optimized:
+        raise ValueError(f"--folders {folders} needs an optimized folder; {path} is an exported one")
+    if folders == EXPORTED_FOLDER and is_optimized and not beside:
+        raise FileNotFoundError(
+            f"the exported folder that {path} was optimized from is not there; name it as --model_dir"
+        )
+    paths = beside if folders == EXPORTED_FOLDER and is_optimized else [path]
+    if folders == BOTH_FOLDERS:
+        paths += beside
+    for each in paths:
+        GENAI.check_one_checkpoint(each)
+        check_same_checkpoint(path, each)
+    return [OpenFolder(each) for each in paths]
+
+
+def input_files(folders: Sequence[OpenFolder], clips: Sequence[Clip], *named: Path | str | None) -> Iterator[Path]:
+    """The files that a comparison reads, which no result may overwrite; `named`: those on its command line, if any."""
+    yield from (Path(path) for path in named if path)
+    yield from (clip.path for clip in clips)
+    for folder in folders:
+        yield from (folder.path / name for name in {MANIFEST, *GENAI.files, *read_manifest(folder.path).get(FILES, {})})
+        if checkpoint := read_location(folder.path, CHECKPOINT):
+            yield checkpoint
+
+
 def load_reference(
-    folder: OpenFolder,
-    model_name: str | None = None,
-    checkpoint_format: str | None = None,
-    *,
-    with_times: bool = False,
-) -> LibraryEngine:
+    folder: OpenFolder, model_name: str | None = None, checkpoint_format: str | None = None
+) -> Reference:
     """Load the reference.
 
     model_name: the checkpoint, or None for the one that `folder` was exported from.
@@ -324,11 +257,36 @@ def load_reference(
             "give another --model_name"
         )
     reference.transcribe(reference.features(folder.noise()))
-    return LibraryEngine(reference, text_rules(reference.sentencepiece_model, reference.name), with_times=with_times)
+    return reference
 
 
-def timed(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> tuple[R, float]:
-    """The result of a call, and the seconds that it took."""
-    start = time.perf_counter()
-    result = function(*args, **kwargs)
-    return result, time.perf_counter() - start
+def engines_of(
+    folders: Sequence[OpenFolder],
+    kinds: frozenset[str],
+    reference: Reference | None,
+    *,
+    batch_size: int = 1,
+    with_times: bool = False,
+) -> list[Engine]:
+    """The reference, then GenAI and plain ONNX Runtime on each folder, as far as `kinds`, of ENGINES, names them.
+
+    batch_size: the number of clips that plain ONNX Runtime takes at a time. with_times: whether the reference gives
+    words as well.
+    """
+    engines = [library_engine(reference, with_times=with_times)] if reference else []
+    rule = BlankZero.NEMO if reference else BlankZero.GENAI
+    for folder, label in zip(folders, labels([folder.path for folder in folders]), strict=True):
+        if GENAI_ENGINE in kinds:
+            engines.append(genai_engine(f"GenAI {label}", folder))
+        if ONNX_ENGINE in kinds:
+            engines.append(onnx_engine(f"ONNX Runtime {label}", folder, rule=rule, batch_size=batch_size))
+    return engines
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """A label for each folder that no other has: its name, with as many folders above it as tell them apart."""
+    parts = [folder.absolute().parts for folder in folders]
+    length = 1
+    while len({each[-length:] for each in parts}) < len(set(parts)):
+        length += 1
+    return ["/".join(each[-length:]) for each in parts]

@@ -15,7 +15,7 @@ import re
 import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,16 @@ import numpy as np
 
 from common.cli import CheckError, Parser, print_table, progress_bar
 from common.evaluate.blanks import Flaws, find_flaws, flaws_table, print_flaws
-from common.evaluate.engines import Engine, GenAIEngine, LibraryEngine, OnnxEngine, OpenFolder, Recording
+from common.evaluate.engines import (
+    GENAI_ENGINE,
+    ONNX_ENGINE,
+    Engine,
+    OpenFolder,
+    Recording,
+    genai_engine,
+    library_engine,
+    onnx_engine,
+)
 from common.evaluate.wer import NONE, WordCounts, changes_text, normalize, word_counts
 from common.run.audio import Clip
 from common.run.decode import Transcript
@@ -319,8 +328,8 @@ class StressTest:
         engines = []
         for engine in self.engines:
             engines.append(engine)
-            if isinstance(engine, OnnxEngine):
-                engines.append(replace(engine, name=f"{engine.name}, one window", whole=True))
+            if engine.folder and engine.kind == ONNX_ENGINE:
+                engines.append(onnx_engine(f"{engine.name}, one window", engine.folder, whole=True))
                 self.whole_of[engines[-1].name] = engine.name
         self.engines = engines
 
@@ -559,25 +568,29 @@ def _cells(row: dict[str, Any], previous: dict[str, Any] | None) -> tuple[str, .
 
 
 def stress_compared(
-    folders: Sequence[OpenFolder], reference: LibraryEngine | None, clips: Sequence[Clip], options: StressOptions
+    folders: Sequence[OpenFolder],
+    kinds: frozenset[str],
+    reference: Reference | None,
+    clips: Sequence[Clip],
+    options: StressOptions,
 ) -> StressTest:
-    """The stress test of the engines of a comparison. Raises ValueError where there is a limit but no float32 folder to
-    compare with."""
+    """The stress test of the engines of a comparison, `kinds` of ENGINES. Raises ValueError where there is a limit but
+    no float32 folder to compare with."""
     optimized, *exported = folders
     if options.max_lost_words is not None and not exported:
         raise ValueError(
             f"--max_lost_words needs an optimized folder and the exported one beside it, and {optimized.path} is alone"
         )
     names = [OPTIMIZED if exported or not optimized.is_float32 else FLOAT32, FLOAT32]
-    engines: list[Engine] = [] if reference is None else [reference]
+    engines = [library_engine(reference)] if reference else []
     for folder, name in reversed(list(zip(folders, names, strict=False))):
-        if folder.onnx_engine:
-            engines.append(OnnxEngine(name, folder))
-        if folder.genai_engine:
-            engines.append(GenAIEngine(f"{name}, GenAI" if folder.onnx_engine else name, folder))
+        if ONNX_ENGINE in kinds:
+            engines.append(onnx_engine(name, folder))
+        if GENAI_ENGINE in kinds:
+            engines.append(genai_engine(f"{name}, GenAI" if ONNX_ENGINE in kinds else name, folder))
     return StressTest(
         engines,
-        reference.reference if reference else optimized.genai,
+        reference or optimized.genai,
         optimized,
         clips,
         options,

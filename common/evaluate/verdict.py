@@ -1,38 +1,38 @@
 """What a comparison prints: the transcripts of each clip, a table over all clips, and the verdict.
 
 The verdict says what was compared with what, where the engines differ, and whether that is an error. What could not be
-compared is listed too, with the reason.
+compared is counted too, with the reason.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from typing import Any
 
 from common.cli import CheckError, print_table, progress_bar
 from common.contract import ENCODER
 from common.evaluate.blanks import print_flaws
-from common.evaluate.compare import ComparedClip, Comparison, Difference
+from common.evaluate.compare import QUANTIZED, ComparedClip, Comparison
+from common.evaluate.engines import GENAI_ENGINE
 from common.evaluate.speed import why_slower
-from common.evaluate.text_rules import explaining_rules
-from common.evaluate.wer import (
-    CONFIDENCE,
-    MAX_PRINTED_CLIPS,
-    NONE,
-    empty_warning,
-    high_error_warning,
-    no_rate,
-    word_errors,
-)
-from common.evaluate.words import furthest_apart
-from common.run.decode import TimedWord
+from common.evaluate.text_rules import explaining_rules, ids_of_other_words
+from common.evaluate.wer import CONFIDENCE, MAX_PRINTED_CLIPS, NONE, no_rate, print_warnings, word_errors
+from common.evaluate.words import furthest_apart, timed_words
 
 # The largest difference of a word's start or end from the reference's, in encoder frames.
 TIMES_TOLERANCE = 1
 CLEARLY_SLOWER = 0.9  # of the speed of float32; less of a difference may be chance
-CLIP_HEADER = ("engine", "WER", "against {}", "transcript")
-CORPUS_HEADER = (
-    *("engine", "RTFx", "without features", "WER", "normalised WER", "against {}"),
-    "clips with other tokens",
-)
+# The columns of the table over all clips: the key of the figure, the title, and what it means. {0} is the reference,
+# {1} the engine that computes the features.
+COLUMNS = (
+    ("rtfx", "RTFx", "seconds of audio transcribed in one second; larger is faster"),
+    ("rtfx_without_features", "without features",
+     "the same without the time of the features; plain ONNX Runtime is given those of {1}"),
+    ("wer", "WER", f"word error rate against the clips' texts, with its {CONFIDENCE} % bootstrap interval over clips"),
+    ("normalised_wer", "normalised WER", "without case and punctuation (whisper_normalizer)"),
+    ("wer_against_nemo", "against {0}",
+     "WER against its text, on clips of one window, without what differs by rule"),
+    ("clips_differing_from_nemo", "clips with other tokens",
+     "clips of one window whose tokens differ from those of {0}"),
+)  # fmt: skip
 
 
 # ---- transcripts and the table
@@ -45,37 +45,31 @@ def transcribe_and_print(comparison: Comparison, *, print_times: bool) -> None:
     transcripts of all engines where they differ, and the times of its words where `print_times` asks for them. Shows a
     progress bar where there are many.
     """
-    if len(comparison.clips) > MAX_PRINTED_CLIPS:
-        with progress_bar(total=len(comparison.clips), task="transcribing", unit="clip") as bar:
-            for pool, engine in comparison.transcribe():
-                if engine is comparison.engines[-1]:
-                    bar.update(len(pool))
-        return
+    count = len(comparison.clips)
     first, last = comparison.engines[0], comparison.engines[-1]
-    for pool, engine in comparison.transcribe():
-        if engine is first and len(pool) == 1:
-            _print_transcript(pool[0], engine.name)
-        if engine is not last:
-            continue
-        for clip in pool:
-            if len(pool) > 1:
-                _print_transcript(clip, first.name)
-            if len({transcript.text for transcript in clip.transcripts.values()}) > 1:
-                _print_engines(comparison, clip)
-            if print_times:
-                print_words(comparison.words(clip), comparison.config.frame_seconds)
-
-
-def _print_transcript(clip: ComparedClip, engine: str) -> None:
-    """One line, and the text of the clip where the transcript has other words."""
-    text = clip.transcripts[engine].text
-    print(f"{clip.name}  {clip.seconds:.1f} s  {text}", flush=True)
-    if clip.text is not None and word_errors(clip.text, text)[0]:
-        print(f"  text of the clip: {clip.text}", flush=True)
+    with progress_bar(total=count, task="transcribing", unit="clip", shown=count > MAX_PRINTED_CLIPS) as bar:
+        for pool, engine in comparison.transcribe():
+            for clip in pool if count <= MAX_PRINTED_CLIPS else ():
+                if engine is (first if len(pool) == 1 else last):
+                    text = clip.transcripts[first.name].text
+                    print(f"{clip.name}  {clip.seconds:.1f} s  {text}", flush=True)
+                    if clip.text is not None and word_errors(clip.text, text)[0]:
+                        print(f"  text of the clip: {clip.text}", flush=True)
+                if engine is last:
+                    _print_engines(comparison, clip)
+                    for word in comparison.words(clip) if print_times else ():
+                        start, end = (frame * comparison.config.frame_seconds for frame in (word.start, word.end))
+                        sure = f"{100 * word.confidence.max_prob:4.0f} %" if word.confidence else ""
+                        print(f"  {start:8.2f} {end:8.2f} {sure}  {word.text}")
+            if engine is last:
+                bar.update(len(pool))
 
 
 def _print_engines(comparison: Comparison, clip: ComparedClip) -> None:
-    """A table of all engines' transcripts of a clip on which they differ, and why they may."""
+    """A table of all engines' transcripts of a clip on which they differ, and where the runtimes part on quantized
+    weights."""
+    if len({made.text for made in clip.transcripts.values()}) == 1:
+        return
     reference = comparison.reference.name if comparison.reference else None
     rows = [
         (
@@ -87,24 +81,10 @@ def _print_engines(comparison: Comparison, clip: ComparedClip) -> None:
         )
         for engine, made in clip.transcripts.items()
     ]
-    print_table(_with_figures(_titles(CLIP_HEADER, comparison), rows), indent="  ")
-    for note in clip_notes(comparison, clip):
-        print(f"  {note}")
-
-
-def _explained(draw: Difference) -> str:
-    """A difference of the runtimes on a quantized folder, with the margin of the decision."""
-    return draw.explained("no decision is known" if draw.margin is None else f"logits {draw.margin:.1e} apart")
-
-
-def _titles(header: Sequence[str], comparison: Comparison) -> tuple[str, ...]:
-    return tuple(title.format(comparison.reference.name if comparison.reference else "") for title in header)
-
-
-def _with_figures(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """A table of the columns in which there is something to compare with."""
-    columns = [column for column in zip(titles, *rows, strict=True) if any(cell != NONE for cell in column[1:])]
-    return list(zip(*columns, strict=True))
+    columns = zip(("engine", "WER", f"against {reference}", "transcript"), *rows, strict=True)
+    print_table(list(zip(*(each for each in columns if {*each[1:]} != {NONE}), strict=True)), indent="  ")
+    for engine, draw in clip.draws.items():
+        print(f"  {engine} differs from plain ONNX Runtime, {draw}")
 
 
 def _clip_percent(reference: str, transcript: str) -> str:
@@ -113,177 +93,112 @@ def _clip_percent(reference: str, transcript: str) -> str:
     return f"{100 * errors / words:.1f}" if words else no_rate(errors)
 
 
-def clip_notes(comparison: Comparison, clip: ComparedClip) -> list[str]:
-    """What a reader of a clip's table must know: why its rows may differ from the reference's."""
-    notes = [f"{engine} differs from plain ONNX Runtime, {_explained(draw)}" for engine, draw in clip.draws.items()]
-    if comparison.reference is None:
-        return notes
-    name = comparison.reference.name
-    if not clip.one_window:
-        windows = f"windows of {comparison.config.window_seconds:g} s"
-        notes.append(f"{name} transcribed this clip whole, GenAI and ONNX Runtime in {windows}")
-    expected = comparison.expected(clip)
-    named = Counter(
-        rule
-        for made in clip.transcripts.values()
-        if made is not expected and made.tokens == expected.tokens
-        for rule in explaining_rules(expected.text, made.text, comparison.rules) or ()
-    )
-    if named:
-        notes.append(f"differs from the text of {name} by rule: {'; '.join(named)}")
-    return notes
-
-
-def print_words(words: Iterable[TimedWord], frame_seconds: float) -> None:
-    """A line for each word: start and end in seconds, and its probability (`max_prob` of Confidence) in per cent."""
-    for word in words:
-        sure = f"{100 * word.confidence.max_prob:4.0f} %" if word.confidence else ""
-        print(f"  {word.start * frame_seconds:8.2f} {word.end * frame_seconds:8.2f} {sure}  {word.text}")
-
-
 def print_corpus(comparison: Comparison) -> None:
     """Print one table over all clips, with a line for each engine, and what its columns mean."""
     clips = comparison.clips
-    audio_seconds = sum(clip.seconds for clip in clips)
-    print(f"{len(clips)} clip{'' if len(clips) == 1 else 's'}, {audio_seconds:.0f} s of audio")
+    print(f"{len(clips)} clip{'' if len(clips) == 1 else 's'}, {sum(clip.seconds for clip in clips):.0f} s of audio")
     print_table(corpus_table(comparison))
     print("\n".join(corpus_notes(comparison)))
     if reason := _why_clearly_slower(comparison):
         print(reason)
-    genai = [folder.genai_engine.name for folder in comparison.folders if folder.genai_engine]
+    genai = [engine.name for engine in comparison.engines if engine.kind == GENAI_ENGINE]
     print_flaws(comparison.flaws_table, without_times=genai)
-
-
-def corpus_table(comparison: Comparison) -> list[tuple[str, ...]]:
-    """Titles, and a row of figures over all clips for each engine; columns without a figure are left out."""
-    titles = _titles(CORPUS_HEADER, comparison)
-    rows = [
-        (
-            engine,
-            f"{figures.rtfx:.1f}",
-            f"{figures.rtfx_without_features:.1f}",
-            str(figures.wer or NONE),
-            str(figures.normalised_wer or NONE),
-            str(figures.wer_against_nemo or NONE),
-            NONE
-            if figures.clips_compared is None
-            else f"{figures.clips_differing_from_nemo} of {figures.clips_compared}",
-        )
-        for engine, figures in comparison.figures.items()
-    ]
-    return _with_figures(titles, rows)
-
-
-def corpus_notes(comparison: Comparison) -> list[str]:
-    """What the columns of corpus_table mean, a line for each."""
-    source = comparison.reference.name if comparison.reference else "GenAI"
-    notes = [
-        "RTFx: seconds of audio transcribed in one second; larger is faster",
-        f"without features: the same without the time of the features; plain ONNX Runtime is given those of {source}",
-    ]
-    if any(clip.text is not None for clip in comparison.clips):
-        notes += [
-            f"WER: word error rate against the clips' texts, with its {CONFIDENCE} % bootstrap interval over clips",
-            "normalised WER: without case and punctuation (whisper_normalizer)",
-        ]
-    if comparison.reference:
-        notes += [
-            f"against {source}: WER against its text, on clips of one window, without what differs by rule",
-            f"clips with other tokens: clips of one window whose tokens differ from those of {source}",
-        ]
-    return notes
 
 
 def _why_clearly_slower(comparison: Comparison) -> str | None:
     """Why an optimized folder is clearly slower than the exported one in the same runtime; None where it is not."""
     if len(comparison.folders) < 2 or comparison.folders[0].is_float32:
         return None
-    optimized, exported = comparison.folders
-    encoder_bytes = ENCODER.bytes_in(exported.path)
-    for own, other in zip(optimized.engines, exported.engines, strict=True):
-        before, after = (comparison.figures[each.name].rtfx_without_features for each in (other, own))
-        if reason := why_slower(CLEARLY_SLOWER * before, after, encoder_bytes):
-            return reason
+    (_, *optimized), (folder, *exported) = comparison.by_folder
+    for own, former in zip(optimized, exported, strict=True):
+        if own and former:
+            before, after = (comparison.figures[each.name]["rtfx_without_features"] for each in (former, own))
+            if reason := why_slower(CLEARLY_SLOWER * before, after, ENCODER.bytes_in(folder.path)):
+                return reason
     return None
+
+
+def corpus_table(comparison: Comparison) -> list[tuple[str, ...]]:
+    """Titles, and a row of figures over all clips for each engine."""
+    keys, titles, _ = zip(*_columns(comparison), strict=True)
+    return [
+        ("engine", *titles),
+        *((engine, *(_cell(figures, key) for key in keys)) for engine, figures in comparison.figures.items()),
+    ]
+
+
+def corpus_notes(comparison: Comparison) -> list[str]:
+    """What the columns of corpus_table mean, a line for each."""
+    return [f"{title}: {meaning}" for _, title, meaning in _columns(comparison)]
+
+
+def _columns(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """Those of COLUMNS in which an engine has a figure."""
+    library = comparison.reference.name if comparison.reference else ""
+    return [
+        (key, title.format(library), meaning.format(library, library or "GenAI"))
+        for key, title, meaning in COLUMNS
+        if any(key in figures for figures in comparison.figures.values())
+    ]
+
+
+def _cell(figures: dict[str, Any], key: str) -> str:
+    value = figures.get(key, NONE)
+    if isinstance(value, float):
+        return f"{value:.1f}"
+    return f"{value} of {figures['clips_compared']}" if isinstance(value, int) else str(value)
 
 
 # ---- the verdict
 
 
-def print_and_judge(comparison: Comparison) -> None:
-    """Say what was compared, and with what result. Raises CheckError as judge_tokens and judge_texts do."""
-    print_warnings(comparison)
-    print_verdict(comparison)
+def judge(comparison: Comparison, *, with_times: bool) -> None:
+    """Say what was compared, and with what result, and warn where the figures mean little.
+
+    with_times: compare times of words with the reference's as well. Raises CheckError as judge_tokens, judge_texts and
+    judge_times do.
+    """
+    float32 = [each for folder, *own in comparison.by_folder if folder.is_float32 for each in reversed(own) if each]
+    judged = float32[0].name if float32 else comparison.reference.name if comparison.reference else ""
+    print_warnings(
+        {engine: [clip.transcripts[engine].text for clip in comparison.clips] for engine in comparison.figures},
+        comparison.figures.get(judged, {}).get("normalised_wer"),
+    )
     judge_tokens(comparison)
     judge_texts(comparison)
-
-
-def print_warnings(comparison: Comparison) -> None:
-    """Warn of each engine whose transcripts are all empty, and of a float32 engine that has most words wrong."""
-    for engine in comparison.figures:
-        if warning := empty_warning(engine, (clip.transcripts[engine].text for clip in comparison.clips)):
-            print(warning)
-    float32 = [engine for folder in comparison.float32_folders for engine in reversed(folder.engines)]
-    judged = float32[0] if float32 else comparison.reference
-    rate = comparison.figures[judged.name].normalised_wer if judged else None
-    if rate and (warning := high_error_warning(rate)):
-        print(warning)
-
-
-def print_verdict(comparison: Comparison) -> None:
-    """Say what the comparison of tokens found, and what was not compared."""
-    if comparison.reference is None:
-        print("nothing was compared with NeMo (--skip_nemo)")
-    reference = comparison.reference.name if comparison.reference else "plain ONNX Runtime"
-    compared = comparison.clips_of_one_window if comparison.reference else comparison.clips
-    folders = comparison.float32_folders
-    if not folders:
-        print("no float32 engine was compared: the exported folder is not beside the optimized one, or was not chosen")
-    elif not any(folder.engines for folder in folders):
-        print("no engines were compared token for token: no engine of a float32 folder ran")
-    elif comparison.reference is None and all(len(folder.engines) < 2 for folder in folders):
-        print("no engines were compared token for token: of each float32 folder one engine ran")
-    elif compared:
-        equal = sum(not clip.differences for clip in compared)
-        engine = "float32 ONNX" if comparison.reference else "GenAI in float32"
-        kind = " of one window" if comparison.reference else ""
-        print(f"{engine} equals {reference} token for token on {equal} of {len(compared)} clips{kind}")
-    else:
-        print(
-            f"no clip was compared with {reference} token for token: none fits a window of "
-            f"{comparison.config.window_seconds:g} s, and {reference} transcribes a clip whole"
-        )
-    _print_clips_of_several_windows(comparison)
-    _print_draws(comparison)
-
-
-def _print_draws(comparison: Comparison) -> None:
-    """Count the clips on which GenAI and plain ONNX Runtime differ on a quantized folder."""
-    for engine in comparison.figures:
-        draws = [clip.draws[engine] for clip in comparison.clips if engine in clip.draws]
-        if draws:
-            margins = [draw.margin for draw in draws if draw.margin is not None]
-            apart = f", whose logits are at most {max(margins):.1e} apart" if margins else ""
-            print(
-                f"{engine} differs from plain ONNX Runtime on {len(draws)} of {len(comparison.clips)} clips: on "
-                f"quantized weights, rounding of the features decides between two choices there{apart}"
-            )
-
-
-def _print_clips_of_several_windows(comparison: Comparison) -> None:
-    rates = {engine: row.wer_against_nemo_of_several_windows for engine, row in comparison.figures.items()}
-    words = ", ".join(f"{engine} {rate.percent:.2f} %" for engine, rate in rates.items() if rate)
-    if comparison.reference and words:
-        name = comparison.reference.name
-        print(
-            f"{len(comparison.clips_of_several_windows)} of {len(comparison.clips)} clips have several windows of "
-            f"{comparison.config.window_seconds:g} s and are not compared token for token: {name} transcribed them "
-            f"whole, GenAI and ONNX Runtime did not; word errors against {name}: {words}"
-        )
+    if with_times:
+        judge_times(comparison)
 
 
 def judge_tokens(comparison: Comparison) -> None:
-    """List every difference of a float32 engine; raise CheckError if one has no excuse."""
+    """Say on how many clips the tokens are equal, and what was not compared, and list every difference of a float32
+    engine; raise CheckError if one has no excuse."""
+    library, window = comparison.reference, f"{comparison.config.window_seconds:g} s"
+    reference = library.name if library else "plain ONNX Runtime"
+    clips = [clip for clip in comparison.clips if clip.one_window or not library]
+    pairs = [own for folder, *own in comparison.by_folder if folder.is_float32]
+    if library is None:
+        print("nothing was compared with NeMo, which did not run")
+    if clips and any(any(own) if library else all(own) for own in pairs):
+        equal = sum(not clip.differences for clip in clips)
+        engine, kind = ("float32 ONNX", " of one window") if library else ("GenAI in float32", "")
+        print(f"{engine} equals {reference} token for token on {equal} of {len(clips)} clips{kind}")
+    else:
+        needed = f"a clip of at most {window}" if library else "both genai and onnx among --engines"
+        print(f"nothing was compared with {reference} token for token: that needs a float32 folder and {needed}")
+    cut = {engine: each.get("wer_against_nemo_of_several_windows") for engine, each in comparison.figures.items()}
+    if words := ", ".join(f"{engine} {rate.percent:.2f} %" for engine, rate in cut.items() if rate):
+        print(
+            f"{len(comparison.clips) - len(clips)} of {len(comparison.clips)} clips have several windows of {window}, "
+            f"and {reference} transcribed them whole; word errors against it: {words}"
+        )
+    for engine in comparison.figures:
+        draws = [clip.draws[engine] for clip in comparison.clips if engine in clip.draws]
+        if draws:
+            print(
+                f"{engine} differs from plain ONNX Runtime on {len(draws)} of {len(comparison.clips)} clips: "
+                f"{QUANTIZED}, by logits that are at most {max(draw.margin or 0 for draw in draws):.1e} apart"
+            )
     unexcused = 0
     for clip in comparison.clips:
         for engine, difference in clip.differences.items():
@@ -296,14 +211,10 @@ def judge_tokens(comparison: Comparison) -> None:
 def judge_texts(comparison: Comparison) -> None:
     """Compare texts of equal tokens: each engine's with the reference's own, and GenAI's with what `tokenizers` makes
     of plain ONNX Runtime's. Print what was compared; raise CheckError where texts differ and no rule explains it."""
-    pairs = [
-        (folder.onnx_engine.name, folder.genai_engine.name)
-        for folder in comparison.folders
-        if folder.onnx_engine and folder.genai_engine
-    ]
+    pairs = [(onnx.name, genai.name) for _, genai, onnx in comparison.by_folder if genai and onnx]
     library = comparison.reference.name if comparison.reference else None
     if library:
-        pairs = [(library, engine.name) for folder in comparison.folders for engine in folder.engines] + pairs
+        pairs += [(library, engine.name) for engine in comparison.engines if engine.folder]
     explanations: list[list[str]] = []  # of each text compared with the reference's own, the rules by which it differs
     wrong = []
     for clip in comparison.clips:
@@ -319,8 +230,16 @@ def judge_texts(comparison: Comparison) -> None:
                 )
             elif reference == library:
                 explanations.append(names)
-    if library and (explanations or not wrong):
-        print(_texts_summary(explanations, library))
+    if explanations:
+        same = sum(not names for names in explanations)
+        named = Counter(name for names in explanations for name in names)
+        by_rule = "; ".join(f"{name} ({count})" for name, count in named.items())
+        print(
+            f"{same} transcripts with the tokens of {library} also have its text, letter for letter"
+            + (f"; {len(explanations) - same} differ from it by rule: {by_rule}" if named else "")
+        )
+    elif library and not wrong:
+        print(f"no text was compared with that of {library}: no engine has its tokens on a clip with words")
     if wrong:
         print("\n".join(wrong))
         raise CheckError(
@@ -329,62 +248,40 @@ def judge_texts(comparison: Comparison) -> None:
         )
 
 
-def _texts_summary(explanations: Sequence[Sequence[str]], reference: str) -> str:
-    if not explanations:
-        return f"no text was compared with that of {reference}: no engine has its tokens on a clip with words"
-    same = sum(not names for names in explanations)
-    by_rule = Counter(name for names in explanations for name in names)
-    named = "; ".join(f"{name} ({count})" for name, count in by_rule.items())
-    return f"{same} transcripts with the tokens of {reference} also have its text, letter for letter" + (
-        f"; {len(explanations) - same} differ from it by rule: {named}" if by_rule else ""
-    )
-
-
-def judge_times(comparison: Comparison, ids_of_other_words: frozenset[int]) -> None:
+def judge_times(comparison: Comparison) -> None:
     """Say how far the times of float32 ONNX's words are from the reference's; raise CheckError beyond the tolerance.
 
-    Only clips of one window are compared whose tokens are the same and none of `ids_of_other_words` (text_rules.py).
+    Only clips of one window are compared whose tokens are the same and none of ids_of_other_words.
     """
     assert comparison.reference, "times are compared with a reference's"
     name = comparison.reference.name
-    for onnx in (folder.onnx_engine.name for folder in comparison.float32_folders if folder.onnx_engine):
-        words = 0
-        furthest = 0.0
-        left_out: Counter[str] = Counter()
-        for clip in comparison.clips:
-            if reason := _why_no_times(clip, name, onnx, ids_of_other_words):
-                left_out[reason] += 1
-                continue
-            expected, actual = clip.transcripts[name].words or [], clip.transcripts[onnx].nemo_words or []
-            apart = furthest_apart(expected, actual)
-            if apart > TIMES_TOLERANCE:
-                raise CheckError(f"{clip.name}: {_times_error(name, expected, actual, apart)}")
-            words += len(expected)
-            furthest = max(furthest, apart)
-        without = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        if not words:
-            print(f"{onnx}: no times of words were compared with those of {name}; clips left out: {without}")
+    others = ids_of_other_words(comparison.reference.sentencepiece_model)
+    for folder, _, onnx in comparison.by_folder:
+        if not onnx or not folder.is_float32:
             continue
+        counts, apart = [], [0.0]  # words of each clip that is compared, and frames
+        for clip in comparison.clips:
+            expected, actual = clip.transcripts[name], clip.transcripts[onnx.name]
+            is_same = clip.one_window and expected.tokens == actual.tokens and not others.intersection(expected.tokens)
+            if not (is_same and expected.words and actual.hypothesis):
+                continue
+            words = timed_words(actual.hypothesis.emitted, folder.pieces)  # as NeMo joins them
+            counts.append(len(words))
+            apart.append(furthest_apart(expected.words, words))
+            if apart[-1] > TIMES_TOLERANCE:
+                raise CheckError(
+                    f"{clip.name}: expected words within {TIMES_TOLERANCE} encoder frame of those of {name}, got "
+                    f"{apart[-1]:g}: {[word.text for word in words]} for {[word.text for word in expected.words]}"
+                )
+        found = f"the times of {sum(counts)} words differ from those of {name} by at most {max(apart):g} frames of "
+        found = f"{found}{comparison.config.frame_seconds:g} s" if counts else "no times of words were compared"
+        left_out = len(comparison.clips) - len(counts)
         print(
-            f"{onnx}: {words} words; their times differ from those of {name} by at most {furthest:g} frames of "
-            f"{comparison.config.frame_seconds:g} s" + (f"; clips left out: {without}" if without else "")
+            f"{onnx.name}: {found}"
+            + (
+                f"; {left_out} clips left out, with other tokens, several windows, no words with times of {name}, or "
+                "bytes, marks or unknown pieces"
+                if left_out
+                else ""
+            )
         )
-
-
-def _why_no_times(clip: ComparedClip, reference: str, onnx: str, ids_of_other_words: frozenset[int]) -> str | None:
-    expected, actual = clip.transcripts[reference], clip.transcripts[onnx]
-    if not clip.one_window:
-        return "of several windows"
-    if expected.tokens != actual.tokens:
-        return f"with other tokens than {reference}"
-    if expected.words is None:
-        return f"to whose words {reference} gives no times"
-    if not expected.words:
-        return "without a word"
-    return "with bytes, marks or unknown pieces" if ids_of_other_words.intersection(expected.tokens) else None
-
-
-def _times_error(name: str, expected: Sequence[TimedWord], actual: Sequence[TimedWord], apart: float) -> str:
-    if apart < float("inf"):
-        return f"expected words within {TIMES_TOLERANCE} encoder frame of those of {name}, got {apart:g}"
-    return f"expected the words of {name}, {[word.text for word in expected]}, got {[word.text for word in actual]}"

@@ -1,6 +1,6 @@
 """Word error rates with their intervals, and transcripts aligned word by word."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,8 +78,6 @@ def word_counts(reference: str, hypothesis: str) -> WordCounts:
     """Count the words of an alignment with the fewest errors (jiwer)."""
     import jiwer
 
-    if not reference.split():  # jiwer does not accept an empty reference; every word is an insertion
-        return WordCounts(0, len(hypothesis.split()), 0, 0)
     counts = jiwer.process_words(reference, hypothesis)
     return WordCounts(counts.deletions, counts.insertions, counts.substitutions, len(reference.split()))
 
@@ -96,9 +94,9 @@ def word_error_rate(references: list[str], hypotheses: list[str], baseline: list
     With a `baseline`, the result is how much higher the rate is than that of the baseline's hypotheses. Each draw takes
     both from the same clips, so the interval is that of the difference.
     """
-    counts = _counts(references, hypotheses)
+    counts = np.array([word_errors(*pair) for pair in zip(references, hypotheses, strict=True)])  # [clips, 2]
     if baseline is not None:
-        counts[:, 0] -= _counts(references, baseline)[:, 0]
+        counts[:, 0] -= [word_errors(*pair)[0] for pair in zip(references, baseline, strict=True)]
     rng, n = np.random.default_rng(0), len(counts)
     draws = (counts[rng.integers(n, size=n)].sum(axis=0) for _ in range(BOOTSTRAP_SAMPLES))
     total_errors, total_words = map(int, counts.sum(axis=0))
@@ -110,20 +108,18 @@ def word_error_rate(references: list[str], hypotheses: list[str], baseline: list
     return WordErrorRate(total_errors, total_words, float(low), float(high))
 
 
-def high_error_warning(float32: WordErrorRate) -> str | None:
-    """A warning where a float32 model's normalised error rate is too high for a model that works; None otherwise."""
-    if not float32.words or float32.percent <= SUSPICIOUS_WER:
-        return None
-    return (
-        f"warning: the float32 model has {float32.percent:.0f} % of the words wrong, more than {SUSPICIOUS_WER} %: the "
-        "clips may be in a language that it does not know, their texts may be wrong, or its folder may hold parts of "
-        "different checkpoints"
-    )
-
-
-def _counts(references: list[str], hypotheses: list[str]) -> np.ndarray:
-    """Errors and words of each clip, [clips, 2]."""
-    return np.array([word_errors(*pair) for pair in zip(references, hypotheses, strict=True)])
+def print_warnings(transcripts: Mapping[str, Iterable[str]], float32: WordErrorRate | None) -> None:
+    """Print a warning of each engine whose transcripts are all empty, and of a float32 model whose normalised error
+    rate is too high for a model that works."""
+    for engine, texts in transcripts.items():
+        if not any(text.strip() for text in texts):
+            print(f"warning: every transcript of {engine} is empty, so its word errors mean nothing")
+    if float32 and float32.words and float32.percent > SUSPICIOUS_WER:
+        print(
+            f"warning: the float32 model has {float32.percent:.0f} % of the words wrong, more than {SUSPICIOUS_WER} %: "
+            "the clips may be in a language that it does not know, their texts may be wrong, or its folder may hold "
+            "parts of different checkpoints"
+        )
 
 
 def word_runs(one: Sequence[str], other: Sequence[str]) -> list[tuple[range, range, bool]]:
@@ -131,12 +127,9 @@ def word_runs(one: Sequence[str], other: Sequence[str]) -> list[tuple[range, ran
     whether they are equal."""
     import jiwer
 
-    if not one or not other:  # jiwer does not accept an empty reference
-        return [(range(len(one)), range(len(other)), False)] if one or other else []
-    chunks = jiwer.process_words(" ".join(one), " ".join(other)).alignments[0]
     return [
         (range(c.ref_start_idx, c.ref_end_idx), range(c.hyp_start_idx, c.hyp_end_idx), c.type == "equal")
-        for c in chunks
+        for c in jiwer.process_words(" ".join(one), " ".join(other)).alignments[0]
     ]
 
 
@@ -147,11 +140,13 @@ def marked_changes(before: str, after: str) -> list[tuple[str, str]]:
     runs = word_runs(one, other)
     changes = []
     for number, (own, its, is_equal) in enumerate(runs):
-        if is_equal:
-            shown = _shortened(one[own.start : own.stop], first=number == 0, last=number == len(runs) - 1)
-            changes.append((shown, shown))
-        else:
-            changes.append((" ".join(one[own.start : own.stop]), " ".join(other[its.start : its.stop])))
+        words = one[own.start : own.stop]
+        begin = CONTEXT if number > 0 else 0
+        end = CONTEXT if number < len(runs) - 1 else 0
+        if is_equal and len(words) > begin + end + 1:
+            words = [*words[:begin], "…", *words[len(words) - end :]]
+        shown = " ".join(words)
+        changes.append((shown, shown if is_equal else " ".join(other[its.start : its.stop])))
     return changes
 
 
@@ -160,18 +155,3 @@ def changes_text(before: str, after: str) -> str:
     return " ".join(
         one if one == other else f"[{one or NONE} → {other or NONE}]" for one, other in marked_changes(before, after)
     )
-
-
-def empty_warning(engine: str, texts: Iterable[str]) -> str | None:
-    """A warning where all transcripts of an engine are empty; None otherwise."""
-    if any(text.strip() for text in texts):
-        return None
-    return f"warning: every transcript of {engine} is empty, so its word errors mean nothing"
-
-
-def _shortened(words: Sequence[str], *, first: bool, last: bool) -> str:
-    """The ends of an equal run that are near a change."""
-    begin = 0 if first else CONTEXT
-    end = 0 if last else CONTEXT
-    near = words if len(words) <= begin + end + 1 else [*words[:begin], "…", *words[len(words) - end :]]
-    return " ".join(near)

@@ -12,16 +12,15 @@ import numpy as np
 
 from common.cli import CheckError, progress, warn
 from common.evaluate.blanks import Flaws, find_flaws, flaws_table, print_flaws
-from common.evaluate.engines import OnnxEngine, OpenFolder, Recording
+from common.evaluate.engines import OpenFolder, Recording, onnx_engine
 from common.evaluate.wer import (
     MAX_PRINTED_CLIPS,
     WordErrorRate,
     changes_text,
-    empty_warning,
-    high_error_warning,
     normalize,
-    word_counts,
+    print_warnings,
     word_error_rate,
+    word_errors,
 )
 from common.layouts import LAYOUTS
 from common.quantize.fidelity import sqnr_db
@@ -59,18 +58,15 @@ def read_speech_manifests(
     return calibration, evaluation
 
 
-class BothModels:
-    """An optimized folder and the exported one beside it, each in plain ONNX Runtime with its own tokenizer.
+def open_both(exported: Path, optimized: Path) -> tuple[OpenFolder, OpenFolder]:
+    """An exported folder and the one optimized from it, whose texts are GenAI's own.
 
-    GenAI computes the features, from the optimized folder. The float32 weights stay in their data file, since both
-    models are in memory at once; the optimized one is small. Raises as GenAI does; each runtime loads when first used.
+    The float32 weights stay in their data file, since both models are in memory at once; the optimized one is small.
+    Raises as GenAI does; plain ONNX Runtime loads each folder when it is first used.
     """
-
-    def __init__(self, exported: Path, optimized: Path) -> None:
-        staged = OpenFolder(optimized)
-        self.genai = staged.genai
-        self.float32 = OnnxEngine("float32", OpenFolder(exported, MAPPED))
-        self.optimized = OnnxEngine("optimized", staged, spell=self.genai.text)
+    after = OpenFolder(optimized)
+    after.spell = after.genai.text
+    return OpenFolder(exported, MAPPED), after
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ class EvaluatedClip:
     def errors(self) -> tuple[int, int]:
         """Word errors of float32 and of the optimized model, without case and punctuation."""
         text = normalize(self.text)
-        return word_counts(text, normalize(self.float32)).errors, word_counts(text, normalize(self.optimized)).errors
+        return word_errors(text, normalize(self.float32))[0], word_errors(text, normalize(self.optimized))[0]
 
 
 @dataclass(frozen=True)
@@ -111,52 +107,44 @@ class WordErrors:
         return f"WER {self.float32} → {self.optimized}  {points} of {rise.words} words"
 
 
-def transcribe_with_both(models: BothModels, manifest: Path, clips: Sequence[Clip]) -> list[EvaluatedClip]:
+def transcribe_with_both(
+    float32: OpenFolder, optimized: OpenFolder, manifest: Path, clips: Sequence[Clip]
+) -> list[EvaluatedClip]:
     """Transcribe the clips of `manifest`, which have texts, with both folders. Each folder's own tokenizer spells its
     tokens, so that words that a tokenizer loses are counted.
 
-    Raises CheckError where the optimized model fails, and as read_clip does.
+    Raises CheckError where a model gives no numbers, and as read_clip does.
     """
-    config = models.genai.config
+    config = optimized.config
     evaluated = []
     for clip in progress(clips, total=len(clips), task="transcribing", unit="clip"):
-        recording = Recording(config.read_clip(clip), models.genai)
-        float32_frames: list[np.ndarray] = []  # [S, D] of each window
-        optimized_frames: list[np.ndarray] = []
-        models.float32.folder.onnx.kept = float32_frames
-        models.optimized.folder.onnx.kept = optimized_frames
-        (float32,) = models.float32.transcribe([recording])
-        try:
-            (optimized,) = models.optimized.transcribe([recording])
-        except ValueError as error:
-            raise CheckError(f"the optimized model fails on {clip.path}: {error}") from error
+        recording = Recording(config.read_clip(clip), optimized.genai)
+        made, frames = {}, []
+        for name, folder in (("float32", float32), ("optimized", optimized)):
+            kept: list[np.ndarray] = []  # [S, D] of each window
+            folder.onnx.kept = kept
+            try:
+                (made[name],) = onnx_engine(name, folder).transcribe([recording])
+            except ValueError as error:
+                raise CheckError(f"the {name} model fails on {clip.path}: {error}") from error
+            folder.onnx.kept = None
+            frames.append(np.concatenate(kept))
+        place = clip.path.name  # without the folders above, so that a report shows no home directory
+        if clip.path.is_relative_to(manifest.parent):
+            place = clip.path.relative_to(manifest.parent).as_posix()
         evaluated.append(
             EvaluatedClip(
-                _name(clip.path, manifest) + clip.segment,
+                place + clip.segment,
                 clip.lang,
                 len(recording.samples) / config.sample_rate,
                 clip.text or "",
-                float32.text,
-                optimized.text,
-                sqnr_db(np.concatenate(float32_frames), np.concatenate(optimized_frames)),
-                find_flaws(
-                    recording.samples,
-                    {models.float32.name: float32, models.optimized.name: optimized},
-                    models.optimized.folder.pieces,
-                    config,
-                    reference=models.float32.name,
-                    text=clip.text,
-                ),
+                made["float32"].text,
+                made["optimized"].text,
+                sqnr_db(*frames),
+                find_flaws(recording.samples, made, optimized.pieces, config, reference="float32", text=clip.text),
             )
         )
-    models.float32.folder.onnx.kept = None
-    models.optimized.folder.onnx.kept = None
     return evaluated
-
-
-def _name(path: Path, manifest: Path) -> str:
-    """A clip's path relative to its manifest, or else its name alone, so that a report shows no home directory."""
-    return path.relative_to(manifest.parent).as_posix() if path.is_relative_to(manifest.parent) else path.name
 
 
 def word_table(clips: list[EvaluatedClip], write: Callable[[str], str] = normalize) -> list[WordErrors]:
@@ -189,13 +177,11 @@ def print_word_errors(table: list[WordErrors], clips: list[EvaluatedClip]) -> No
     """A line for each language, and one for each clip that changed: [old → new], with its errors before and after."""
     for row in table[1:]:
         print(f"  {row.lang}: {row.clips} clips  {row}")
-    warnings = (
-        high_error_warning(table[0].float32),
-        empty_warning("the float32 model", (clip.float32 for clip in clips)),
-        empty_warning("the optimized model", (clip.optimized for clip in clips)),
-    )
-    for warning in filter(None, warnings):
-        print(warning)
+    texts = {
+        "the float32 model": [clip.float32 for clip in clips],
+        "the optimized model": [clip.optimized for clip in clips],
+    }
+    print_warnings(texts, table[0].float32)
     differing = changed(clips)
     for clip in differing[:MAX_PRINTED_CLIPS]:
         before, after = clip.errors

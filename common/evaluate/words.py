@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from common.checkpoint.tokenizer import SPACE
-from common.cli import TOKENIZER_COMMAND
 from common.evaluate.wer import normalize, word_runs
-from common.folder import STANDARD_OUTPUT, read_json
+from common.folder import STANDARD_OUTPUT
 from common.run.audio import Clip
 from common.run.decode import Confidence, Step, TimedWord
 
@@ -51,34 +52,23 @@ BIN_ENDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 class Pieces:
     """What each token id spells."""
 
-    names: tuple[str, ...]
+    names: Sequence[str]
     special: frozenset[int]  # shown in no transcript
-    byte_ids: frozenset[int]  # `<0x41>`
     marks: frozenset[str]  # punctuation
+    spell: Callable[[Sequence[int]], str]  # tokens → text without outer spaces, by Hugging Face's tokenizers
 
     @classmethod
     def read(cls, folder: Path) -> "Pieces":
-        """Read tokenizer.json of a model folder. Raises as read_json does, and ValueError for another kind of file."""
-        path = Path(folder) / "tokenizer.json"
-        tokenizer = read_json(path, TOKENIZER_COMMAND.format(folder))
-        try:
-            names = tuple(name.replace(" ", SPACE) for name, _ in tokenizer["model"]["vocab"])
-            special = frozenset(token["id"] for token in tokenizer["added_tokens"] if token["special"])
-            is_byte = re.compile("<0x[0-9A-F]{2}>" if tokenizer["model"]["byte_fallback"] else r"(?!)").fullmatch
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a Unigram tokenizer of this project ({error})") from None
+        """Read tokenizer.json of a model folder, whose parts have been checked (Layout.check_one_checkpoint)."""
+        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        names = [(tokenizer.id_to_token(i) or "").replace(" ", SPACE) for i in range(tokenizer.get_vocab_size())]
         characters = {character for name in names if not NO_MARKS.match(name) for character in name}
         return cls(
             names,
-            special,
-            byte_ids=frozenset(i for i, name in enumerate(names) if is_byte(name)),
-            marks=frozenset(each for each in characters if unicodedata.category(each).startswith("P")),
+            frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special),
+            frozenset(each for each in characters if unicodedata.category(each).startswith("P")),
+            lambda tokens: str(tokenizer.decode(tokens)).strip(),
         )
-
-    def spell(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without outer spaces; bytes that form no character become U+FFFD."""
-        raw = (bytes([int(self.names[i][3:5], 16)]) if i in self.byte_ids else self.names[i].encode() for i in tokens)
-        return b"".join(raw).decode("utf-8", errors="replace").replace(SPACE, " ").strip()
 
 
 def timed_words(emitted: Sequence[Step], pieces: Pieces, frame_seconds: float = 0.0) -> list[TimedWord]:
@@ -88,37 +78,31 @@ def timed_words(emitted: Sequence[Step], pieces: Pieces, frame_seconds: float = 
     MAX_CUE_SECONDS; 0 for NeMo's own words.
     """
     words: list[TimedWord] = []
-    tokens: list[int] = []  # of the word that is being built
-    confidences: list[Confidence] = []  # of these tokens
-    start = end = 0
+    own: list[Step] = []  # of the word that is being built
+    end = 0
     for step in emitted:
         if step.token in pieces.special:
             continue
         name = pieces.names[step.token]
         is_mark = name.lstrip(SPACE) in pieces.marks
         is_apart = (step.frame - end) * frame_seconds >= PAUSE_SECONDS
-        is_long = (step.frame + step.duration - start) * frame_seconds > MAX_CUE_SECONDS
-        if tokens and not is_mark and (SPACE in name or is_apart or is_long):
-            if not frame_seconds or pieces.spell(tokens):  # a `▁` alone is shown as no word
-                words.append(TimedWord(pieces.spell(tokens), start, end, _least(confidences)))
-            tokens, confidences = [], []
-        if not tokens:
-            start = step.frame
-        if not (is_mark and (words or tokens)):
+        is_long = own and (step.frame + step.duration - own[0].frame) * frame_seconds > MAX_CUE_SECONDS
+        if own and not is_mark and (SPACE in name or is_apart or is_long):
+            word = _word(own, end, pieces)
+            if not frame_seconds or word.text:  # a `▁` alone is shown as no word
+                words.append(word)
+            own = []
+        if not (is_mark and (words or own)):
             end = step.frame + step.duration
-        tokens.append(step.token)
-        if step.confidence:
-            confidences.append(step.confidence)
-    if tokens:
-        words.append(TimedWord(pieces.spell(tokens), start, end, _least(confidences)))
-    return words
+        own.append(step)
+    return [*words, _word(own, end, pieces)] if own else words
 
 
-def _least(tokens: Sequence[Confidence]) -> Confidence | None:
-    """The confidence of a word, which is the lowest of its tokens by each measure; None where tokens have none."""
-    if not tokens:
-        return None
-    return Confidence(min(each.max_prob for each in tokens), min(each.entropy for each in tokens))
+def _word(steps: Sequence[Step], end: int, pieces: Pieces) -> TimedWord:
+    """A word until frame `end`; its confidence is the lowest of its tokens by each measure."""
+    sure = [step.confidence for step in steps if step.confidence]
+    least = Confidence(min(each.max_prob for each in sure), min(each.entropy for each in sure)) if sure else None
+    return TimedWord(pieces.spell([step.token for step in steps]), steps[0].frame, end, least)
 
 
 def furthest_apart(expected: Sequence[TimedWord], actual: Sequence[TimedWord]) -> float:

@@ -139,8 +139,7 @@ class Transcript:
     seconds: float = 0.0  # that the engine took, features included
     features_seconds: float = 0.0  # of these, those that the features took
     frames: list[int] | None = None  # the encoder frame at which each token was emitted; None: not given, as by GenAI
-    words: list[TimedWord] | None = None  # where times were asked for, of the engines that give them
-    nemo_words: list[TimedWord] | None = None  # the same by NeMo's rules alone, which are compared with NeMo's own
+    words: list[TimedWord] | None = None  # of plain ONNX Runtime and, where times were asked for, of NeMo
     hypothesis: Hypothesis | None = None  # the decisions, of plain ONNX Runtime
 
 
