@@ -44,7 +44,6 @@ FLOAT32, OPTIMIZED = "float32", "optimized"  # the names of their rows
 VOICES = 5  # that speak at once in babble
 SOFT_SECONDS = 1.0  # at each end of a clip with soft ends
 FULL_SCALE_16_BITS = 2.0**15
-MIN_SHARE_WITH_WORDS = 0.5  # of a take's speech: with words in so much of it, its transcript is expected to have a word
 MAX_WORST = 10  # clips that are listed
 MAX_LINE = 300  # characters of the words of one
 HEADER = (
@@ -142,14 +141,6 @@ def _mixed(samples: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Take:
-    """The audio that an engine is given at one time."""
-
-    samples: np.ndarray  # [N], mono
-    clips: np.ndarray  # [N], the number of the clip that each sample is from; -1 for silence around clips
-
-
-@dataclass(frozen=True)
 class Condition:
     """What is done to the clips: each is altered, gets silence around it, and may be joined with the clips that follow;
     what is joined may be cut into pieces. --stress selects conditions by their `kind`."""
@@ -189,9 +180,10 @@ class Condition:
             first += len(group)
             yield tuple(group)
 
-    def takes(self, group: Sequence[int], speech: Speech) -> list[Take]:
-        """The audio made from one group of clips; the transcripts of these takes together are that of the group. A
-        remainder under half a piece stays with the last piece."""
+    def takes(self, group: Sequence[int], speech: Speech) -> list[np.ndarray]:
+        """The audio made from one group of clips, as the samples [N] that an engine is given at one time; the
+        transcripts of these takes together are that of the group. A remainder under half a piece stays with the last
+        piece."""
         altered = []
         for clip in group:
             draw = np.random.default_rng([speech.seed, zlib.crc32(self.name.encode()), clip])
@@ -200,15 +192,13 @@ class Condition:
         if self.exact:
             before = max(length - sum(map(len, altered)), 0) // len(group)
         samples = np.concatenate([np.pad(one, (before, after)) for one in altered])
-        owners = [np.full(len(one), clip) for clip, one in zip(group, altered, strict=True)]
-        clips = np.concatenate([np.pad(own, (before, after), constant_values=-1) for own in owners])
         start = group[0] % max(len(self.cut), 1)  # so that the groups do not begin with the same piece
         sizes = itertools.cycle(round(s * speech.sample_rate) for s in (*self.cut[start:], *self.cut[:start]))
         ends = [0]
         while self.cut and ends[-1] + 1.5 * (size := next(sizes)) <= len(samples):
             ends.append(ends[-1] + size)
-        pieces = zip(np.split(samples, ends[1:]), np.split(clips, ends[1:]), strict=True)
-        return [Take(piece[: len(piece) // speech.hop_length * speech.hop_length], own) for piece, own in pieces]
+        pieces = np.split(samples, ends[1:])
+        return [piece[: len(piece) // speech.hop_length * speech.hop_length] for piece in pieces]
 
 
 CLEAN = Condition("as it is", "clean")
@@ -297,7 +287,7 @@ class StressResult(Flaws):
     transcript: str
     against_clean: WordCounts  # its own transcript of the clips as they are
     against_text: WordCounts  # the clips' texts
-    windows: dict[str, int]  # `takes` that should have words, and those of them that are `empty`
+    windows: dict[str, int]  # `takes`, none where the text has no words, and those without a word, `empty`
 
 
 def total(counts: Iterable[WordCounts]) -> WordCounts:
@@ -374,10 +364,12 @@ class StressTest:
         """Say what will be done, and by the first clip about how long it takes. seconds: of audio for each engine."""
         engines = [engine for engine in self.engines if engine.name not in self.whole_of]
         recording = Recording(self.speech.clips[0], self.features_by)
-        took = sum(engine.transcribe([recording])[0].seconds for engine in engines) / self.speech.durations[0]
+        took = sum(engine.transcribe([recording])[0].seconds for engine in engines)
+        expected = took * seconds / self.speech.durations[0]
         print(
             f"{len(self.clips)} clips under {len(self.conditions)} conditions are {seconds / 60:.1f} min of audio for "
-            f"each of {len(engines)} engines, which takes about {took * seconds / 60:.1f} min",
+            f"each of {len(engines)} engines, which takes about "
+            + (f"{expected:.0f} s" if expected < 100 else f"{expected / 60:.0f} min"),
             flush=True,
         )
 
@@ -386,8 +378,8 @@ class StressTest:
         condition, group = case
         config = self.folder.config
         takes = condition.takes(group, self.speech)
-        recordings = [Recording(take.samples, self.features_by) for take in takes]
-        is_long = all(len(take.samples) > config.chunk for take in takes)
+        recordings = [Recording(take, self.features_by) for take in takes]
+        is_long = all(len(take) > config.chunk for take in takes)
         transcripts: dict[str, list[Transcript]] = {}
         for engine in self.engines:
             if engine.name in self.whole_of and not is_long:
@@ -399,23 +391,18 @@ class StressTest:
             if condition is CLEAN:
                 self.clean[engine.name, group[0]] = transcripts[engine.name][0].text
         text = self.text_of(group)
-        with_words = [clip for clip in group if normalize(self.text_of([clip]))]
-        expected, begin = [], 0.0
+        begin = 0.0
         flaws = dict.fromkeys(transcripts, Flaws([], []))
         for number, take in enumerate(takes):
             made = {name: own[number] for name, own in transcripts.items()}
-            found = find_flaws(
-                take.samples, made, self.folder.pieces, config, reference=self.baseline, text=text, begin=begin
-            )
+            found = find_flaws(take, made, self.folder.pieces, config, reference=self.baseline, text=text, begin=begin)
             flaws = {name: own + found[name] for name, own in flaws.items()}
-            begin += len(take.samples) / config.sample_rate
-            spoken = np.isin(take.clips, with_words).sum()
-            expected.append(bool(spoken and spoken >= MIN_SHARE_WITH_WORDS * (take.clips >= 0).sum()))
+            begin += len(take) / config.sample_rate
         results = {}
         for name, own in transcripts.items():
             transcript = " ".join(each.text for each in own)
             clean = " ".join(self.clean[self.whole_of.get(name, name), clip] for clip in group)
-            empty = [not normalize(each.text) for each in itertools.compress(own, expected)]
+            empty = [not normalize(each.text) for each in own] if normalize(text) else []
             results[name] = StressResult(
                 condition=condition.name,
                 clips=[self.clips[clip].label for clip in group],
@@ -550,7 +537,7 @@ class StressTest:
                 takes = condition.takes(group, self.speech)
                 for piece, take in enumerate(takes, 1):
                     path = folder / f"{name}{f'_{piece}' if len(takes) > 1 else ''}.wav"
-                    soundfile.write(path, take.samples, self.speech.sample_rate, subtype="FLOAT")
+                    soundfile.write(path, take, self.speech.sample_rate, subtype="FLOAT")
 
 
 def _cells(row: dict[str, Any], previous: dict[str, Any] | None) -> tuple[str, ...]:

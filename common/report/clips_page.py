@@ -40,12 +40,6 @@ class ShownWord:
     timed: TimedWord | None = None  # with its times, if they are known
     mark: str = ""
 
-    @property
-    def shade(self) -> int:
-        """From 0, for a word that is sure, up to 3."""
-        sure = self.timed.confidence.max_prob if self.timed and self.timed.confidence else 1.0
-        return sum(sure < limit for limit in (0.9, 0.7, 0.5))
-
 
 @dataclass(frozen=True)
 class ShownRow:
@@ -93,7 +87,7 @@ def stress_page(title: str, test: StressTest) -> str:
     clips = []
     for case in test.worst():
         condition, group = case
-        samples = np.concatenate([take.samples for take in condition.takes(group, test.speech)])
+        samples = np.concatenate(condition.takes(group, test.speech))
         has_text = all(test.clips[clip].text is not None for clip in group)
         texts = {"text" if has_text else f"{test.baseline}, as it is": test.text_of(group)}
         texts |= {engine: result.transcript for engine, result in test.results[case].items()}
