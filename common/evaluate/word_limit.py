@@ -152,18 +152,10 @@ def word_table(clips: list[EvaluatedClip], write: Callable[[str], str] = normali
     table = []
     for lang in (None, *sorted({clip.lang for clip in clips if clip.lang is not None})):
         own = [clip for clip in clips if lang in (None, clip.lang)]
-        texts = [write(clip.text) for clip in own]
-        float32 = [write(clip.float32) for clip in own]
-        optimized = [write(clip.optimized) for clip in own]
-        table.append(
-            WordErrors(
-                lang,
-                len(own),
-                word_error_rate(texts, float32),
-                word_error_rate(texts, optimized),
-                word_error_rate(texts, optimized, float32),
-            )
-        )
+        written = [[write(text) for text in (clip.text, clip.float32, clip.optimized)] for clip in own]
+        texts, before, after = (list(each) for each in zip(*written, strict=True))
+        rates = word_error_rate(texts, before), word_error_rate(texts, after), word_error_rate(texts, after, before)
+        table.append(WordErrors(lang, len(own), *rates))
     return table
 
 
@@ -198,8 +190,6 @@ def judge(table: list[WordErrors], limit: float) -> None:
     word may decide where a language has few. A language whose clips are all silent has no rate; words inserted there
     count only over all clips.
     """
-    if not table[0].increase.words:
-        raise CheckError("the texts have no word to judge by, so nothing was compared; nothing is written")
     beyond = [
         f"{row.increase.percent:+.2f} points{f' in {row.lang}' if row.lang else ''} "
         f"({row.increase.errors} of {row.increase.words} words)"
