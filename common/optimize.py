@@ -12,10 +12,9 @@ from typing import Any
 
 from common.cli import EXPORT_COMMAND, PUBLISH_COMMAND, Stages, size_text, warn
 from common.evaluate import word_limit
-from common.evaluate.engines import onnx_engine
 from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed, why_slower
-from common.evaluate.stress import FLOAT32, OPTIMIZED, StressOptions, StressTest
-from common.evaluate.word_limit import EvaluatedClip, WordErrors, open_both, read_speech_manifests
+from common.evaluate.stress import StressOptions, StressTest
+from common.evaluate.word_limit import EvaluatedClip, WordErrors, compare_words, read_speech_manifests
 from common.folder import (
     CHECKPOINT,
     FILES,
@@ -289,8 +288,7 @@ def _evaluate(
     options, stages = run.options, run.stages
     assert options.eval_manifest is not None, "clips come from --eval_manifest"
     stages.begin(f"evaluation on {len(run.clips)} clips")
-    float32, optimized = open_both(source, staging)
-    clips = word_limit.transcribe_with_both(float32, optimized, options.eval_manifest, run.clips)
+    comparison, clips = compare_words(source, staging, options.eval_manifest, run.clips)
     table = word_limit.word_table(clips)
     stages.end(str(table[0]))
     word_limit.print_word_errors(table, clips)
@@ -299,8 +297,8 @@ def _evaluate(
     if run.stress.stress is None:
         return clips, table, []
     stages.begin(f"{len(clips)} clips under stress")
-    engines = [onnx_engine(FLOAT32, float32), onnx_engine(OPTIMIZED, optimized)]
-    test = StressTest(engines, optimized.genai, optimized, run.clips, run.stress).run()
+    optimized, _ = comparison.folders
+    test = StressTest(comparison.engines, optimized.genai, optimized, run.clips, run.stress).run()
     stages.end(f"{len(test.conditions)} conditions")
     test.judge()
     return clips, table, test.rows()

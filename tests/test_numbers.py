@@ -21,7 +21,7 @@ from common.checkpoint.nemo import load_model, read_config
 from common.checkpoint.tokenizer import ModelProto
 from common.cli import EXIT_CHECK, CheckError
 from common.evaluate.wer import normalize, word_errors
-from common.evaluate.word_limit import EvaluatedClip, judge, open_both, word_table
+from common.evaluate.word_limit import EvaluatedClip, compare_words, judge, word_table
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
@@ -227,17 +227,17 @@ def test_the_gate_counts_digits_that_optimizing_loses(exported, clip, nemo_text,
     manifest = tmp_path / "numbers.jsonl"
     manifest.write_text(json.dumps({"audio_filepath": str(clip), "text": nemo_text}), encoding="utf-8")
 
-    def models_with_hidden_digits(source, stage):
+    def words_with_hidden_digits(source, stage, *clips):
         shutil.copytree(stage, tmp_path / "stage")
         (tmp_path / "stage" / "manifest.json").write_text("{}")
         hide(tmp_path / "stage", "0123456789")
-        return open_both(source, tmp_path / "stage")
+        return compare_words(source, tmp_path / "stage", *clips)
 
     argv = ["--model_dir", str(exported / GENAI.runtime), "--output_dir", str(tmp_path / "out"), "--skip_quantization",
             "--eval_manifest", str(manifest), "--max_wer_increase", "0"]  # fmt: skip
     assert optimize_encoder.main(argv) == 0, capsys.readouterr().err
     assert "WER 0.00 %" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr(optimize, "open_both", models_with_hidden_digits)
+    monkeypatch.setattr(optimize, "compare_words", words_with_hidden_digits)
     assert optimize_encoder.main(argv) == EXIT_CHECK
     assert "the word error rate rises by +100.00 points" in capsys.readouterr().err

@@ -4,6 +4,7 @@ The optimized folder and the float32 folder transcribe the same clips. Both run 
 rule, on the features of GenAI's processor, for which the optimized folder is also loaded in GenAI. NeMo is not needed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import CheckError, progress, warn
-from common.evaluate.blanks import Flaws, find_flaws, flaws_table, print_flaws
-from common.evaluate.engines import OpenFolder, Recording, onnx_engine
+from common.evaluate.blanks import Flaws, flaws_table, print_flaws
+from common.evaluate.compare import ComparedClip, Comparison
+from common.evaluate.engines import OpenFolder, onnx_engine
+from common.evaluate.stress import FLOAT32, OPTIMIZED
 from common.evaluate.wer import (
     MAX_PRINTED_CLIPS,
     WordErrorRate,
@@ -58,18 +61,7 @@ def read_speech_manifests(
     return calibration, evaluation
 
 
-def open_both(exported: Path, optimized: Path) -> tuple[OpenFolder, OpenFolder]:
-    """An exported folder and the one optimized from it, whose texts are GenAI's own.
-
-    The float32 weights stay in their data file, since both models are in memory at once; the optimized one is small.
-    Raises as GenAI does; plain ONNX Runtime loads each folder when it is first used.
-    """
-    after = OpenFolder(optimized)
-    after.spell = after.genai.text
-    return OpenFolder(exported, MAPPED), after
-
-
-@dataclass(frozen=True)
+@dataclass
 class EvaluatedClip:
     """One clip and the transcripts of both folders. The names of the fields are keys of the report's JSON."""
 
@@ -79,14 +71,13 @@ class EvaluatedClip:
     text: str
     float32: str
     optimized: str
-    sqnr_db: float  # of the encoder's output, infinite where both are equal
+    sqnr_db: float | None  # of the encoder's output; None where both are equal
     flaws: dict[str, Flaws] = field(default_factory=dict)  # of both transcripts
+    errors: tuple[int, int] = field(init=False)  # of float32 and of the optimized model, without case and punctuation
 
-    @property
-    def errors(self) -> tuple[int, int]:
-        """Word errors of float32 and of the optimized model, without case and punctuation."""
-        text = normalize(self.text)
-        return word_errors(text, normalize(self.float32))[0], word_errors(text, normalize(self.optimized))[0]
+    def __post_init__(self) -> None:
+        text, before, after = map(normalize, (self.text, self.float32, self.optimized))
+        self.errors = word_errors(text, before)[0], word_errors(text, after)[0]
 
 
 @dataclass(frozen=True)
@@ -107,44 +98,50 @@ class WordErrors:
         return f"WER {self.float32} → {self.optimized}  {points} of {rise.words} words"
 
 
-def transcribe_with_both(
-    float32: OpenFolder, optimized: OpenFolder, manifest: Path, clips: Sequence[Clip]
-) -> list[EvaluatedClip]:
+def compare_words(
+    exported: Path, optimized: Path, manifest: Path, clips: Sequence[Clip]
+) -> tuple[Comparison, list[EvaluatedClip]]:
     """Transcribe the clips of `manifest`, which have texts, with both folders. Each folder's own tokenizer spells its
-    tokens, so that words that a tokenizer loses are counted.
+    tokens, GenAI's that of the optimized one, so that words that a tokenizer loses are counted.
 
-    Raises CheckError where a model gives no numbers, and as read_clip does.
+    The float32 weights stay in their data file, since both models are in memory at once; the optimized one is small.
+    Raises as GenAI and Comparison.transcribe do.
     """
-    config = optimized.config
+    before, after = OpenFolder(exported, MAPPED), OpenFolder(optimized)
+    after.spell = after.genai.text
+    comparison = Comparison(
+        clips=[ComparedClip(**vars(clip)) for clip in clips],
+        folders=[after, before],
+        engines=[onnx_engine(FLOAT32, before), onnx_engine(OPTIMIZED, after)],
+    )
     evaluated = []
-    for clip in progress(clips, total=len(clips), task="transcribing", unit="clip"):
-        recording = Recording(config.read_clip(clip), optimized.genai)
-        made, frames = {}, []
-        for name, folder in (("float32", float32), ("optimized", optimized)):
-            kept: list[np.ndarray] = []  # [S, D] of each window
-            folder.onnx.kept = kept
-            try:
-                (made[name],) = onnx_engine(name, folder).transcribe([recording])
-            except ValueError as error:
-                raise CheckError(f"the {name} model fails on {clip.path}: {error}") from error
-            folder.onnx.kept = None
-            frames.append(np.concatenate(kept))
-        place = clip.path.name  # without the folders above, so that a report shows no home directory
-        if clip.path.is_relative_to(manifest.parent):
-            place = clip.path.relative_to(manifest.parent).as_posix()
+    frames: list[np.ndarray] = []  # [S, D] of both, the windows of each one after the other
+    before.onnx.kept, after.onnx.kept = [], []
+    for (clip,), own in progress(comparison.transcribe(), total=2 * len(clips), task="transcribing", unit="transcript"):
+        assert own.folder, "a folder runs"
+        frames.append(np.concatenate(own.folder.onnx.kept or []))
+        own.folder.onnx.kept = []
+        if own.name == FLOAT32:
+            continue
+        ratio = sqnr_db(*frames)
+        frames = []
+        # Without the folders above the manifest, so that a report shows no home directory.
+        inside = clip.path.is_relative_to(manifest.parent)
+        place = clip.path.relative_to(manifest.parent).as_posix() if inside else clip.path.name
         evaluated.append(
             EvaluatedClip(
                 place + clip.segment,
                 clip.lang,
-                len(recording.samples) / config.sample_rate,
+                round(clip.seconds, 3),
                 clip.text or "",
-                made["float32"].text,
-                made["optimized"].text,
-                sqnr_db(*frames),
-                find_flaws(recording.samples, made, optimized.pieces, config, reference="float32", text=clip.text),
+                clip.transcripts[FLOAT32].text,
+                clip.transcripts[OPTIMIZED].text,
+                round(ratio, 2) if math.isfinite(ratio) else None,
+                clip.flaws,
             )
         )
-    return evaluated
+    before.onnx.kept = after.onnx.kept = None
+    return comparison, evaluated
 
 
 def word_table(clips: list[EvaluatedClip], write: Callable[[str], str] = normalize) -> list[WordErrors]:

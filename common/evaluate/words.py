@@ -201,7 +201,7 @@ def comparable_words(words: Iterable[str]) -> list[str]:
 def words_right(text: str, words: Sequence[str]) -> list[bool]:
     """Whether each word of a transcript is a word of the text, in an alignment with the fewest errors."""
     right = [False] * len(words)
-    for own, other, is_equal in word_runs(comparable_words(text.split()), comparable_words(words)):
+    for _, other, is_equal in word_runs(comparable_words(text.split()), comparable_words(words)):
         if is_equal:
             right[other.start : other.stop] = [True] * len(other)
     return right

@@ -158,15 +158,7 @@ def make_evaluation(
         "max_wer_increase": limit,
         "normalised": [_word_errors(row) for row in table],
         "as_written": [_word_errors(row) for row in word_table(clips, str)],
-        "clips": [
-            {
-                **asdict(clip),
-                "seconds": round(clip.seconds, 3),
-                "sqnr_db": round(clip.sqnr_db, 2) if math.isfinite(clip.sqnr_db) else None,
-                "errors": clip.errors,
-            }
-            for clip in clips
-        ],
+        "clips": [asdict(clip) for clip in clips],
     }
 
 
