@@ -7,6 +7,7 @@ the standard error. It exits with 0, 1 for a failed check, 2 for a command line 
 import argparse
 import contextlib
 import dataclasses
+import io
 import logging
 import math
 import os
@@ -52,18 +53,14 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and the flag --verbose."""
 
     def __init__(self, description: str) -> None:
-        open_closed_streams()
-        accept_any_text()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # `?` for a character that the terminal cannot encode
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--verbose", action="store_true", help="show the libraries' own log and full tracebacks")
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"error: {message} (see --help)\n")
-
-    def exit(self, status: int = EXIT_OK, message: str | None = None) -> NoReturn:
-        if message:
-            sys.stderr.write(message)
-        raise SystemExit(status if flush_output() else EXIT_CLOSED_OUTPUT)
 
 
 def seconds(text: str) -> float:
@@ -88,101 +85,53 @@ def options_of(kind: "type[T]", args: argparse.Namespace) -> "T":
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Run `main(args)` and turn what it raises into one line on stderr and an exit status.
 
-    CheckError gives 1. ValueError and OSError report input that cannot be used and give 2. Anything else is a defect
-    of this program or of a library and gives 1. --verbose prints the traceback. An output that is closed early ends the
-    script without a message, with the status that a shell gives for SIGPIPE.
+    CheckError gives 1. ValueError, OSError and ImportError report what cannot be used and give 2. Anything else is a
+    defect of this program or of a library and gives 1. --verbose prints the traceback. An output whose reader has ended
+    ends the script without a message, with the status that a shell gives for SIGPIPE.
     """
     if not args.verbose:
         quiet_libraries()
     try:
-        status = _run(main, args)
-    except BrokenPipeError:
-        status = EXIT_CLOSED_OUTPUT
-    return status if flush_output() else EXIT_CLOSED_OUTPUT
-
-
-def _run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    try:
         main(args)
-        if sys.stdout:
-            sys.stdout.flush()  # so that a full disk is reported here, and not when the interpreter ends
-        return EXIT_OK
+        sys.stdout.flush()  # so that a full disk is reported here, and not when the interpreter ends
+        status = EXIT_OK
     except KeyboardInterrupt:
         sys.stderr.write(INTERRUPTED)
-        return EXIT_INTERRUPTED
-    except CheckError as error:
-        return _report("check failed", error, EXIT_CHECK, verbose=args.verbose)
+        status = EXIT_INTERRUPTED
     except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
-        return _report("error", error, EXIT_USAGE, verbose=args.verbose)
-    except ImportError as error:
-        return _report("error", f"{error}; run: {INSTALL_COMMAND}", EXIT_USAGE, verbose=args.verbose)
+        status = EXIT_CLOSED_OUTPUT
     except Exception as error:
-        return _report(f"unexpected {type(error).__name__}", error, EXIT_CHECK, verbose=args.verbose)
-
-
-def _report(kind: str, error: BaseException | str, status: int, *, verbose: bool) -> int:
-    if verbose:
-        traceback.print_exc()
-    print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
+        if args.verbose:
+            traceback.print_exc()
+        kind, status = f"unexpected {type(error).__name__}", EXIT_CHECK
+        if isinstance(error, CheckError):
+            kind = "check failed"
+        elif isinstance(error, ValueError | OSError | ImportError):
+            kind, status = "error", EXIT_USAGE
+        hint = f"; run: {INSTALL_COMMAND}" if isinstance(error, ImportError) else ""
+        print(f"{kind}: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it, or the disk is full: without this, the interpreter reports it when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 
 def report_at_start(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A sys.excepthook for what happens while a script imports what it needs: it reports a missing package, and that
     the script was interrupted, in one line and with the status that `run` gives."""
-    # A library in C that is interrupted while it is imported raises an ImportError because of that.
-    if issubclass(kind, KeyboardInterrupt) or isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+    if issubclass(kind, KeyboardInterrupt):
         sys.stderr.write(INTERRUPTED)
         raise SystemExit(EXIT_INTERRUPTED)
-    if not issubclass(kind, ImportError) or "--verbose" in sys.argv:
-        sys.__excepthook__(kind, error, trace)
-    else:
+    if issubclass(kind, ImportError) and "--verbose" not in sys.argv:
         sys.stderr.write(f"error: {error}; run: {INSTALL_COMMAND}\n")
-    if issubclass(kind, ImportError):
         raise SystemExit(EXIT_USAGE)
+    sys.__excepthook__(kind, error, trace)
 
 
 def warn(message: str) -> None:
     """Print one line on stderr; the script continues."""
     print(f"warning: {' '.join(message.split())}", file=sys.stderr)
-
-
-def open_closed_streams() -> None:
-    """Give streams that were closed, as by `>&-`, the null device: else the next files that are opened have their
-    numbers, and what a library prints goes into them. sys.stdout stays None, since no result can be written to it."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # has the lowest number that is free
-    sys.stderr = sys.stderr or os.fdopen(os.dup(2), "w")
-
-
-def accept_any_text() -> None:
-    """Print `?` for a character that the terminal cannot encode, instead of ending with an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="replace")
-
-
-def flush_output() -> bool:
-    """Write what is still buffered, and return whether the reader is still there.
-
-    A stream that cannot be written to is redirected to the null device, so that the interpreter's own flush at its end
-    prints no traceback.
-    """
-    read = True
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
-        try:
-            stream.flush()
-        except OSError as error:
-            read = read and not isinstance(error, BrokenPipeError)
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
-    return read
 
 
 def quiet_libraries() -> None:
@@ -225,7 +174,7 @@ class Stages:
         """Print the number and the name of the next stage, before its work."""
         self.number += 1
         self.since = time.perf_counter()
-        print(f"{self._prefix()}{name}", flush=True)
+        print(f"[{self.number}/{self.total}]  {name}", flush=True)
 
     def end(self, *results: str, details: Sequence[str] = ()) -> None:
         """Print what the current stage measured, and its seconds.
@@ -233,10 +182,7 @@ class Stages:
         details: what only a developer of this project needs; printed with --verbose.
         """
         fields = [*results, *(details if self.verbose else ()), f"{time.perf_counter() - self.since:.1f} s"]
-        print(" " * len(self._prefix()) + "  ".join(fields), flush=True)
-
-    def _prefix(self) -> str:
-        return f"[{self.number}/{self.total}]  "
+        print(" " * len(f"[{self.number}/{self.total}]  ") + "  ".join(fields), flush=True)
 
 
 def progress(items: Iterable[Item], *, total: int, task: str, unit: str) -> Iterator[Item]:

@@ -6,7 +6,6 @@ Axes, in docstrings and at line ends throughout:
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -164,11 +163,6 @@ class Role(StrEnum):
 
 # A checkpoint may lack these: subsampling by stacked frames has another matrix, and few encoders end in a projection.
 ROLES_OUTSIDE_LAYERS = (Role.SUBSAMPLING_OUT, Role.PROJECTION)
-LAYER_ROLES = tuple(role for role in Role if role not in ROLES_OUTSIDE_LAYERS)  # every layer has each of them
-_ENCODER_WEIGHT = re.compile(
-    rf"(?P<outside>{'|'.join(map(re.escape, ROLES_OUTSIDE_LAYERS))})\.weight"
-    rf"|layers\.(?P<layer>\d+)\.(?P<role>{'|'.join(map(re.escape, LAYER_ROLES))})\.weight"
-)
 
 
 @dataclass(frozen=True)
@@ -181,33 +175,10 @@ class EncoderWeight:
 
 def encoder_weight(name: str) -> EncoderWeight:
     """Role and layer of the weight matrix called `name` in the encoder's graph. Raises ValueError for other names."""
-    match = _ENCODER_WEIGHT.fullmatch(name)
-    if match is None:
-        raise ValueError(
-            f"expected an encoder weight with a role of common/contract.py, such as layers.0.attention.query.weight, "
-            f"got {name}; export the checkpoint again with this version"
-        )
-    if match["outside"]:
-        return EncoderWeight(Role(match["outside"]))
-    return EncoderWeight(Role(match["role"]), int(match["layer"]))
-
-
-def encoder_weights(names: Iterable[str]) -> dict[str, EncoderWeight]:
-    """Role and layer of every weight matrix of an encoder, by name, in the order given.
-
-    Raises ValueError for a name without a role, and for a layer that lacks one of LAYER_ROLES: a rule for that role
-    would silently apply to fewer weights.
-    """
-    weights = {name: encoder_weight(name) for name in names}
-    roles_of_layer: dict[int, set[Role]] = {}
-    for weight in weights.values():
-        if weight.layer is not None:
-            roles_of_layer.setdefault(weight.layer, set()).add(weight.role)
-    for layer in range(1 + max(roles_of_layer, default=-1)):
-        missing = [role for role in LAYER_ROLES if role not in roles_of_layer.get(layer, ())]
-        if missing:
-            raise ValueError(
-                f"expected a matrix for every role in every layer of the encoder, got none for {', '.join(missing)} in "
-                f"layer {layer}; export the checkpoint again with this version"
-            )
-    return weights
+    match = re.fullmatch(r"(?:layers\.(?P<layer>\d+)\.)?(?P<role>.+)\.weight", name)
+    if match and match["role"] in tuple(Role) and (match["role"] in ROLES_OUTSIDE_LAYERS) == (match["layer"] is None):
+        return EncoderWeight(Role(match["role"]), None if match["layer"] is None else int(match["layer"]))
+    raise ValueError(
+        f"expected an encoder weight with a role of common/contract.py, such as layers.0.attention.query.weight, got "
+        f"{name}; export the checkpoint again with this version"
+    )

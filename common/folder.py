@@ -66,8 +66,10 @@ def check_output_dir(target: Path) -> None:
     if real.is_dir() and not os.access(real, os.W_OK):
         raise PermissionError(f"{target} is read-only; give another --output_dir")
     if os.path.ismount(real) or Path.cwd().is_relative_to(real):
-        kind = "the working directory or above it" if Path.cwd().is_relative_to(real) else "a mount point"
-        raise ValueError(f"{target} is {kind} and cannot be replaced as a whole; give a folder below it")
+        raise ValueError(
+            f"{target} is a mount point, the working directory or above it, and cannot be replaced as a whole; give a "
+            "folder below it"
+        )
     read_manifest(target)
 
 
@@ -103,11 +105,11 @@ def staged_folder(target: Path, removed: Collection[str] = ()) -> Iterator[Path]
     target = target.resolve()  # a link to the folder stays a link
     target.parent.mkdir(parents=True, exist_ok=True)
     with lock(target) as scratch:
-        staging = scratch / "new"
+        new = scratch / "new"
         try:
-            staging.mkdir()
-            yield staging
-            replace_folder(target, staging, {target / path for path in removed})
+            new.mkdir()
+            yield new
+            _replace(target, new, {target / path for path in removed})
         except OSError as error:
             if error.errno in DISK_ERRORS or SHORT_WRITE in str(error):
                 raise OSError(f"cannot write to {target} ({error}); nothing was changed; make room") from error
@@ -120,83 +122,60 @@ def lock(target: Path) -> Iterator[Path]:
 
     That folder is scratch space, which is removed at the end. Raises BlockingIOError while another run has the lock.
     """
-    path = _beside(target, "lock")
-    scratch = _beside(target, "partial")
-    busy = f"another run is writing to {target}; wait until it has ended"
+    path, scratch, aside = (target.with_name(f".{target.name}.{kind}") for kind in ("lock", "partial", "old"))
+
+    def recover() -> None:
+        """Leave the old folder or the new one in its place, and nothing beside it except the lock."""
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        for folder in (aside, scratch):
+            shutil.rmtree(folder, ignore_errors=True)
+
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BlockingIOError(busy) from None
-        if os.fstat(file.fileno()).st_nlink == 0:  # its last holder has removed it between our open and our lock
-            raise BlockingIOError(busy)
+            raise BlockingIOError(f"another run is writing to {target}; wait until it has ended") from None
         try:
-            _recover(target)
+            recover()
             scratch.mkdir()
             yield scratch
         finally:
-            _recover(target)
+            recover()
             path.unlink(missing_ok=True)
 
 
-def _beside(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{kind}")
-
-
-def _recover(target: Path) -> None:
-    """Leave the old folder or the new one in its place, and nothing beside it except the lock."""
-    aside = _beside(target, "old")
-    if aside.is_dir() and not target.exists():
-        aside.rename(target)
-    for folder in (aside, _beside(target, "partial")):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def replace_folder(target: Path, new: Path, removed: Collection[Path] = ()) -> None:
+def _replace(target: Path, new: Path, removed: Collection[Path]) -> None:
     """Put the folder `new` in the place of `target`, with every other entry of `target` except those in `removed`.
 
     Those entries are hard links where the file system has them, so that nothing is copied and nothing is lost with the
     old folder. All of `new` is on the disk before the renames, and the renames are on the disk before this returns.
     Between the two, `target` is missing, and the old folder has the name from which `lock` moves it back.
     """
-    written = list(new.rglob("*"))
-    if target.exists():
-        _keep_entries(target, new, removed)
-    for path in (*written, new):
+    written = [*new.rglob("*"), new]
+    for entry in (target, *sorted(target.rglob("*"))) if target.exists() else ():
+        kept = new / entry.relative_to(target)
+        if entry.is_dir() and not entry.is_symlink():
+            kept.mkdir(exist_ok=True)
+            shutil.copymode(entry, kept)
+        elif entry not in removed and not os.path.lexists(kept):
+            link(entry, kept)
+    for path in written:
         fsync(path)
     if target.exists():
-        target.rename(_beside(target, "old"))
+        target.rename(target.with_name(f".{target.name}.old"))
     new.rename(target)
     fsync(target.parent)
 
 
-def _keep_entries(old: Path, new: Path, removed: Collection[Path]) -> None:
-    """Give `new` the mode of `old` and the entries that only `old` has, except those in `removed`; do the same for the
-    folders that both have."""
-    for entry in old.iterdir():
-        if entry in removed:
-            continue
-        kept = new / entry.name
-        is_folder = entry.is_dir() and not entry.is_symlink()
-        if os.path.lexists(kept):
-            if is_folder and kept.is_dir():
-                _keep_entries(entry, kept, removed)
-        elif is_folder:
-            shutil.copytree(entry, kept, symlinks=True, copy_function=link)
-        else:
-            link(entry, kept)
-    shutil.copystat(old, new)
-
-
-def link(source: str | Path, target: str | Path) -> str | Path:
-    """Give the file `source` the second name `target`, which is returned; copy it where there are no hard links."""
+def link(source: Path, target: Path) -> None:
+    """Give the file `source` the second name `target`; copy it where there are no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
-        if not Path(target).is_symlink():
-            fsync(Path(target))
-    return target
+        if not target.is_symlink():
+            fsync(target)
 
 
 def fsync(path: Path) -> None:
@@ -212,13 +191,8 @@ def fsync(path: Path) -> None:
 
 
 def output_path(text: str) -> Path:
-    """The value of a flag that names a file to write: STANDARD_OUTPUT for `-` and for other names of the standard
-    output, which are /dev/stdout and the file of `> FILE`."""
-    path = Path(text)
-    try:
-        return STANDARD_OUTPUT if sys.stdout and os.path.samestat(path.stat(), os.fstat(1)) else path
-    except OSError:  # nothing there as yet, or no standard output
-        return path
+    """The value of a flag that names a file to write: STANDARD_OUTPUT for `-` and for /dev/stdout."""
+    return STANDARD_OUTPUT if text == "/dev/stdout" else Path(text)
 
 
 def require_file(path: Path, expected: str) -> None:
@@ -236,50 +210,35 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], new_folders: 
     """Raise before the work where an output cannot be written, is one of `inputs`, or is named twice.
 
     A device or a named pipe can be written to. new_folders: those that are made when outputs are written to them, if
-    they are not there. Raises ValueError, IsADirectoryError, FileNotFoundError or
-    PermissionError.
+    they are not there. Raises ValueError, IsADirectoryError, FileNotFoundError or PermissionError.
     """
-    if outputs.count(STANDARD_OUTPUT) > 1:
-        raise ValueError("only one result can go to the standard output; give the others names of files")
-    read = [os.path.realpath(path) for path in inputs]
-    files = [path for path in outputs if path != STANDARD_OUTPUT]
-    for number, path in enumerate(files):
-        folder = Path(os.path.realpath(path)).parent
-        if path.parent in new_folders and not folder.exists():
-            folder = folder.parent
+    read = set(map(os.path.realpath, inputs))
+    written = set()
+    for path in outputs:
+        real = Path(os.path.realpath(path))
+        folder = real.parent.parent if path.parent in new_folders and not real.parent.exists() else real.parent
         if path.is_dir() or path in new_folders:
             raise IsADirectoryError(f"{path} is a folder, where a file is to be written; give another name")
+        if path.exists() and not path.is_file():
+            continue
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder} to write {path} to; make it first")
-        if not os.access(folder if path.is_file() or not path.exists() else path, os.W_OK):
+        if path != STANDARD_OUTPUT and not os.access(folder, os.W_OK):
             raise PermissionError(f"writing to {path} is not permitted; give another name")
-        for source in read:
-            if _same_file(path, source):
-                raise ValueError(f"{path} is read ({source}), so no result can be written there; give another name")
-        for other in files[:number]:
-            if _same_file(path, other):
-                raise ValueError(f"each result needs a file of its own, not {other} and {path}, which are one")
+        if str(real) in read:
+            raise ValueError(f"{path} is read, so no result can be written there; give another name")
+        if real in written:
+            raise ValueError(f"each result needs a file of its own, and two go to {path}")
+        written.add(real)
 
 
 @contextlib.contextmanager
 def printing_beside(results: Collection[Path | None]) -> Iterator[TextIO]:
     """Redirect printing to the error output where one of `results` goes to the standard output, which a program may
-    read. Yields the standard output. Raises ValueError where that is closed."""
+    read. Yields the standard output."""
     stdout = sys.stdout
-    if STANDARD_OUTPUT in results and not stdout:
-        raise ValueError("expected a standard output for a result that goes to -, got a closed one; name a file")
     with contextlib.redirect_stdout(sys.stderr if STANDARD_OUTPUT in results else stdout):
         yield stdout
-
-
-def _same_file(path: Path, other: str | Path) -> bool:
-    """Whether two names stand for the same regular file, or will once it is written."""
-    if path.exists() and not path.is_file():
-        return False
-    try:
-        return os.path.realpath(path) == os.path.realpath(other) or path.samefile(other)
-    except OSError:
-        return False
 
 
 def write_output(path: Path, content: str, stdout: TextIO) -> None:
@@ -294,7 +253,7 @@ def write_output(path: Path, content: str, stdout: TextIO) -> None:
     elif path.exists() and not path.is_file():
         path.write_text(content, encoding="utf-8")
     else:
-        write_text(Path(os.path.realpath(path)), content)
+        write_text(path.resolve(), content)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -343,13 +302,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises ValueError where the file is not a manifest of this project.
     """
-    path = Path(folder) / MANIFEST
+    path = folder / MANIFEST
     if not path.is_file():
         return {}
     content = read_json(path, "python export_parakeet_to_onnx.py, after you have deleted it")
-    if not all(isinstance(section, dict) for section in content.values()) or not all(
-        isinstance(file, dict) and {"bytes", "sha256"} <= set(file) for file in content.get(FILES, {}).values()
-    ):
+    if not all(isinstance(section, dict) for section in content.values()):
         raise ValueError(f"{path} is not a manifest of this project; delete it, or make the folder again")
     return content
 
@@ -364,11 +321,10 @@ def write_manifest(staging: Path, manifest: dict[str, Any], section: str, conten
 
     The size and SHA-256 of each file of `staging` are added to those already in `manifest`, so call this last.
     """
-    written = {
-        path.name: fingerprint(path) for path in sorted(staging.iterdir()) if path.is_file() and path.name != MANIFEST
-    }
-    files = dict(sorted({**manifest.get(FILES, {}), **written}.items()))
-    write_json(staging / MANIFEST, {**manifest, section: {**content, "versions": package_versions()}, FILES: files})
+    paths = (path for path in staging.iterdir() if path.is_file() and path.name != MANIFEST)
+    files = {**manifest.get(FILES, {}), **{path.name: fingerprint(path) for path in paths}}
+    section_content = {**content, "versions": package_versions()}
+    write_json(staging / MANIFEST, {**manifest, section: section_content, FILES: dict(sorted(files.items()))})
 
 
 def package_versions() -> dict[str, str]:
@@ -400,27 +356,17 @@ def verify_files(folder: Path, names: Iterable[str]) -> int:
     """
     listed = read_manifest(folder).get(FILES, {})
     checked = [name for name in names if name in listed and (name.endswith(".data") or (folder / name).is_file())]
-    wrong = [problem for name in checked if (problem := _problem(folder / name, listed))]
+    wrong = []
+    for name in checked:
+        found = fingerprint(folder / name) if (folder / name).is_file() else None
+        if found is None:
+            wrong.append(f"{name} is missing")
+        elif found != listed[name]:
+            sizes = f"{found['bytes']} bytes, not {listed[name]['bytes']}"
+            wrong.append(f"{name} is not the file that {MANIFEST} lists ({sizes})")
     if wrong:
         raise ValueError(f"{folder}: {'; '.join(wrong)}; make the folder again")
     return len(checked)
-
-
-def _problem(path: Path, listed: dict[str, Any]) -> str | None:
-    """What is wrong with a file according to the section `files` of its manifest, or None."""
-    expected = listed[path.name]
-    if not path.is_file():
-        return f"{path.name} is missing, which holds weights of {path.stem}"
-    size = path.stat().st_size
-    digest = sha256(path)
-    if digest == expected["sha256"]:
-        return None
-    same = next((name for name, other in listed.items() if other["sha256"] == digest), None)
-    if same:
-        return f"{path.name} is {same} under another name"
-    if size < expected["bytes"]:
-        return f"{path.name} is truncated: {size} bytes of {expected['bytes']}"
-    return f"{path.name} is another file than the one {MANIFEST} lists: it was changed, or comes from another folder"
 
 
 def write_locations(staging: Path, target: Path, **paths: Path | None) -> None:

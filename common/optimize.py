@@ -211,7 +211,10 @@ def optimize_folder(
     speed: measured for another runtime's folder, whose encoder has the same operators and weights. Raises CheckError
     where a graph does not agree with the exported one, or more words are lost than a limit allows.
     """
-    options, stages, layout, source = run.options, run.stages, folder.layout, folder.source
+    options = run.options
+    stages = run.stages
+    layout = folder.layout
+    source = folder.source
     encoder = optimize_graph(source / layout.encoder.file, options, folder.device, calibrated, stages)
     ratio = _write_encoder(encoder, folder, staging, run)
     tokens = QuantizedTokenGraphs()
@@ -262,7 +265,9 @@ def optimize_folder(
 def _write_encoder(encoder: OptimizedEncoder, folder: Folder, staging: Path, run: Run) -> float:
     """Write the encoder into `staging` and return its SQNR on noise, in dB, against the exported one. Raises CheckError
     where that is too low."""
-    options, stages, layout = run.options, run.stages, folder.layout
+    options = run.options
+    stages = run.stages
+    layout = folder.layout
     stages.begin(f"write {layout.encoder.file}")
     single_file = options.single_file or bool(options.method and layout.second_name)
     save_model(encoder.model, staging / layout.encoder.file, single_file=single_file)

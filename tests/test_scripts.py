@@ -390,7 +390,12 @@ def test_many_clips(tiny_optimized, tmp_path, capsys):
     assert {path.name for path in folder.iterdir()} == expected
     assert (folder / "7.vtt").read_text().startswith("WEBVTT\n\n00:00:0")
     assert (folder / "7.srt").read_text() == (folder / "8.srt").read_text()
-    assert rejected(capsys, test_real_speech, *argv, clips[0], "--srt", folder).count("which are one") == 1
+    assert (
+        rejected(capsys, test_real_speech, *argv, clips[0], "--srt", folder).count(
+            "each result needs a file of its own"
+        )
+        == 1
+    )
     other = tmp_path / "others"
     assert "is a folder" in rejected(capsys, test_real_speech, *argv, "--srt", other, "--json", other)
     assert "there is no folder" in rejected(capsys, test_real_speech, *argv, "--srt", other / "deeper")
@@ -426,7 +431,7 @@ def test_batches_transcribe_the_same_in_the_order_of_the_manifest(tiny_export, t
         (("--engines", "genai", "--timestamps"), "--timestamps needs onnx among --engines"),
         (("--folders", "optimized"), "needs an optimized folder"),
         (("--srt", "none/a.srt"), "there is no folder"),
-        (("--json", "-", "--srt", "-"), "only one result can go to the standard output"),
+        (("--json", "-", "--srt", "-"), "each result needs a file of its own, and two go to -"),
     ],
 )
 def test_batches_and_subtitles_that_cannot_be(argv, message, capsys, tiny_export):
@@ -558,7 +563,7 @@ class TestBeforeTheScriptBegins:
         )  # fmt: skip
         assert capsys.readouterr().out == ""
 
-    def test_help_in_ascii_and_to_a_reader_that_has_left(self, name, monkeypatch, capsys):
+    def test_help_in_ascii(self, name, monkeypatch):
         with (
             standard_output("ascii", monkeypatch) as output,
             pytest.raises(SystemExit) as exit_,
@@ -567,10 +572,6 @@ class TestBeforeTheScriptBegins:
         assert exit_.value.code == 0
         assert output.bytes() == output.text.encode("ascii", "replace")
         assert b"--verbose" in output.bytes()
-        with closed_output(monkeypatch), pytest.raises(SystemExit) as exit_:
-            SCRIPTS[name].main(["--help"])
-        assert exit_.value.code in (0, 141)  # 0 where argparse itself meets the error and ignores it
-        assert capsys.readouterr().err == ""
 
 
 class Output(io.TextIOWrapper):
@@ -680,21 +681,15 @@ class TestStandardOutput:
         assert not list(tmp_path.glob(".*"))
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is a full disk")
-    def test_that_is_full_or_closed_is_no_traceback(self, tiny_export):
-        for redirection, status, message in (
-            (">/dev/full", 2, "error: [Errno 28] No space left on device\n"),
-            (">&-", 0, ""),
-        ):
-            for unbuffered in ("", "1"):
-                script = f'"$0" test_e2e.py --model_dir "$1" {redirection}'
-                command, environment = (
-                    ["sh", "-c", script, sys.executable, str(tiny_export)],
-                    {**os.environ, "PYTHONUNBUFFERED": unbuffered},
-                )
+    def test_that_is_full_is_no_traceback(self, tiny_export):
+        for unbuffered in ("", "1"):
+            command = [sys.executable, "test_e2e.py", "--model_dir", str(tiny_export)]
+            environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+            with Path("/dev/full").open("w") as full:
                 done = subprocess.run(
-                    command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False
+                    command, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False
                 )
-                assert (done.returncode, done.stderr) == (status, message)
+            assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device\n")
 
     @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "not buffered"])
     def test_that_nobody_reads_ends_the_interpreter_quietly(self, unbuffered, tiny_export):
@@ -717,23 +712,24 @@ class TestResults:
         shutil.copy(TINY, place / "a.nemo")
         (place / "m.jsonl").write_text('{"audio_filepath": "clip.flac", "text": "a"}')
         (place / "link").symlink_to("m.jsonl")
-        os.link(place / "clip.flac", place / "hard link")
         before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
         base = ("--model_dir", place / "models")
         clip = (*base, "--skip_nemo", "--audio", place / "clip.flac")
         manifest = (*base, "--model_name", place / "a.nemo", "--manifest", place / "m.jsonl")
-        read = "is read ("
+        read = "is read, so no result can be written there"
         for argv, message in (
             ((*clip, "--json", place / "clip.flac"), read),
             ((*clip, "--srt", place / "models" / ".." / "clip.flac"), read),
-            ((*clip, "--srt", place / "hard link"), read),
             ((*clip, "--json", place / "models" / "manifest.json"), read),
             ((*clip, "--json", place / "models" / "encoder.onnx.data"), read),
             ((*manifest, "--json", place / "m.jsonl"), read),
             ((*manifest, "--json", place / "link"), read),
             ((*manifest, "--json", place / "clip.flac"), read),
             ((*manifest, "--json", place / "a.nemo"), read),
-            ((*clip, "--json", place / "out", "--srt", place / "models" / ".." / "out"), "which are one"),
+            (
+                (*clip, "--json", place / "out", "--srt", place / "models" / ".." / "out"),
+                "each result needs a file of its own",
+            ),
             ((*clip, "--json", place / "models"), "is a folder, where a file is to be written"),
         ):
             assert message in rejected(capsys, test_real_speech, *argv)
@@ -745,7 +741,7 @@ class TestResults:
         shutil.copy(TINY, checkpoint)
         write_locations(folder, folder, checkpoint=checkpoint)
         argv = ("--model_dir", folder, "--audio", CLIP, "--json", checkpoint)
-        assert "is read (" in rejected(capsys, test_real_speech, *argv)
+        assert "is read, so" in rejected(capsys, test_real_speech, *argv)
 
     def test_follow_links_and_leave_them(self, tiny_export, tmp_path, capsys):
         (tmp_path / "sub").mkdir()
@@ -788,18 +784,6 @@ class TestResults:
         for content in contents:
             assert "λ" in json.loads(content.decode())["clips"][0]["engines"]["GenAI models"]["text"]
         assert b"RTFx" in done.stderr
-
-    def test_are_an_error_where_the_standard_output_is_closed(self, tiny_export):
-        for streams, message in (
-            (">&-", "error: expected a standard output for a result that goes to -"),
-            (">&- 2>&-", ""),
-        ):
-            script = f'"$0" test_real_speech.py --model_dir "$1" --skip_nemo --json - {streams}'
-            command = ["sh", "-c", script, sys.executable, str(tiny_export)]
-            done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
-            assert done.returncode == 2
-            assert done.stderr.startswith(message)
-            assert done.stderr.count("\n") == bool(message)
 
     def test_of_subtitles_on_the_standard_output(self, tiny_export, capsys):
         captured = self.run(capsys, tiny_export, "--srt", "-")
@@ -856,8 +840,6 @@ def test_the_command_that_publishes_is_one_of_hugging_face(tiny_export):
 MANIFESTS = {
     "an export that is a list": {"export": []},
     "files that are a number": {"files": 3},
-    "a file that is a string": {"files": {"encoder.onnx": "x"}},
-    "a file without checksum": {"files": {"encoder.onnx": {"bytes": 3}}},
     "an optimization that is a string": {"optimize": "x"},
     "a section of another program": {"notes": 3},
 }

@@ -26,7 +26,7 @@ from onnx.external_data_helper import uses_external_data
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from common.cli import Stages, progress, size_text
-from common.contract import MICROSOFT, encoder_weight, encoder_weights
+from common.contract import MICROSOFT, encoder_weight
 from common.onnx_io import (
     add_initializer,
     computed_from,
@@ -153,9 +153,9 @@ def fuse(path: Path) -> tuple[ir.Model, Counter[str]]:
 def plan_encoder(model: ir.Model, method: QuantMethod, options: OptimizeOptions) -> Plan:
     """The format of each weight of an encoder, without calibration.
 
-    Raises ValueError where there is no weight to quantize, and as `contract.encoder_weights` does.
+    Raises ValueError where there is no weight to quantize, and as `contract.encoder_weight` does.
     """
-    weights = encoder_weights(matrices(model))
+    weights = {name: encoder_weight(name) for name in matrices(model)}
     large = quantizable(model)
     if not large:
         raise ValueError("this encoder has no float32 matrices to quantize; is it optimized already?")
