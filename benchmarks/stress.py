@@ -25,7 +25,7 @@ from common.run.reference import Nemo
 
 def markdown(test: StressTest) -> str:
     """A line for each condition and a column for each engine that is given every take."""
-    names = [engine.name for engine in test.engines if engine.name not in test.whole_of]
+    names = [engine.name for engine in test.engines]
     lines = [["condition", *names], ["---"] * (len(names) + 1)]
     for condition, rows in itertools.groupby(test.rows(), key=lambda row: row["condition"]):
         by_engine = {row["engine"]: row for row in rows}

@@ -44,6 +44,7 @@ FLOAT32, OPTIMIZED = "float32", "optimized"  # the names of their rows
 VOICES = 5  # that speak at once in babble
 SOFT_SECONDS = 1.0  # at each end of a clip with soft ends
 FULL_SCALE_16_BITS = 2.0**15
+WHOLE = ", one window"  # end of the name of an engine that does not cut long audio into windows
 MAX_WORST = 10  # clips that are listed
 MAX_LINE = 300  # characters of the words of one
 HEADER = (
@@ -302,7 +303,7 @@ class StressTest:
     All samples are read at once, 230 MB per hour of audio, since the clips serve as noise for each other.
     """
 
-    engines: Sequence[Engine]
+    engines: Sequence[Engine]  # plain ONNX Runtime is tested in one window as well, however long a take is
     features_by: Reference | GenAI
     folder: OpenFolder  # any of the model's: its configuration and tokens
     clips: Sequence[Clip]
@@ -311,17 +312,6 @@ class StressTest:
     judged: str = OPTIMIZED  # the engine that is held to a limit, and whose worst clips are listed
     results: dict[Case, dict[str, StressResult]] = field(default_factory=dict)  # by engine, in the order of the table
     clean: dict[tuple[str, int], str] = field(default_factory=dict)  # transcripts as they are, by engine and clip
-
-    def __post_init__(self) -> None:
-        """Add the engines that encode a take in one window, however long it is, behind those that cut it."""
-        self.whole_of: dict[str, str] = {}  # the names of both; the former are given only takes longer than a window
-        engines = []
-        for engine in self.engines:
-            engines.append(engine)
-            if engine.folder and engine.kind == ONNX_ENGINE:
-                engines.append(onnx_engine(f"{engine.name}, one window", engine.folder, whole=True))
-                self.whole_of[engines[-1].name] = engine.name
-        self.engines = engines
 
     @cached_property
     def speech(self) -> Speech:
@@ -362,13 +352,12 @@ class StressTest:
 
     def _print_outlook(self, seconds: float) -> None:
         """Say what will be done, and by the first clip about how long it takes. seconds: of audio for each engine."""
-        engines = [engine for engine in self.engines if engine.name not in self.whole_of]
         recording = Recording(self.speech.clips[0], self.features_by)
-        took = sum(engine.transcribe([recording])[0].seconds for engine in engines)
+        took = sum(engine.transcribe([recording])[0].seconds for engine in self.engines)
         expected = took * seconds / self.speech.durations[0]
         print(
             f"{len(self.clips)} clips under {len(self.conditions)} conditions are {seconds / 60:.1f} min of audio for "
-            f"each of {len(engines)} engines, which takes about "
+            f"each of {len(self.engines)} engines, which takes about "
             + (f"{expected:.0f} s" if expected < 100 else f"{expected / 60:.0f} min"),
             flush=True,
         )
@@ -379,11 +368,12 @@ class StressTest:
         config = self.folder.config
         takes = condition.takes(group, self.speech)
         recordings = [Recording(take, self.features_by) for take in takes]
-        is_long = all(len(take) > config.chunk for take in takes)
         transcripts: dict[str, list[Transcript]] = {}
-        for engine in self.engines:
-            if engine.name in self.whole_of and not is_long:
-                continue
+        engines = [*self.engines]
+        if all(len(take) > config.chunk for take in takes):
+            cutting = [(each.name, each.folder) for each in engines if each.folder and each.kind == ONNX_ENGINE]
+            engines += [onnx_engine(name + WHOLE, folder, whole=True) for name, folder in cutting]
+        for engine in engines:
             try:
                 transcripts[engine.name] = engine.transcribe(recordings)
             except ValueError as error:
@@ -401,7 +391,7 @@ class StressTest:
         results = {}
         for name, own in transcripts.items():
             transcript = " ".join(each.text for each in own)
-            clean = " ".join(self.clean[self.whole_of.get(name, name), clip] for clip in group)
+            clean = " ".join(self.clean[name.removesuffix(WHOLE), clip] for clip in group)
             empty = [not normalize(each.text) for each in own] if normalize(text) else []
             results[name] = StressResult(
                 condition=condition.name,
@@ -427,18 +417,17 @@ class StressTest:
         stretches in which the baseline has words; None for the baseline as well.
         """
         rows = []
-        for condition, engine in itertools.product(self.conditions, self.engines):
-            cases = [by for (other, _), by in self.results.items() if other is condition and engine.name in by]
-            if not cases:
-                continue
-            own = [by[engine.name] for by in cases]
+        names = dict.fromkeys((condition, name) for (condition, _), by in self.results.items() for name in by)
+        for condition, name in names:
+            cases = [by for (other, _), by in self.results.items() if other is condition and name in by]
+            own = [by[name] for by in cases]
             text = total(each.against_text for each in own)
             expected = total(by[self.baseline].against_text for by in cases)
-            is_other, has_times = engine.name != self.baseline, all(each.blank is not None for each in own)
+            is_other, has_times = name != self.baseline, all(each.blank is not None for each in own)
             rows.append(
                 {
                     "condition": condition.name,
-                    "engine": engine.name,
+                    "engine": name,
                     "clean": asdict(total(each.against_clean for each in own)),
                     "text": asdict(text),
                     "windows": {key: sum(each.windows[key] for each in own) for key in ("takes", "empty")},
@@ -507,13 +496,13 @@ class StressTest:
         print(f"empty: transcripts without a word; alone: blank stretches in which {self.baseline} has words")
         rows = self.rows()
         print_table([HEADER, *map(_cells, rows, [None, *rows])])
-        for whole, name in self.whole_of.items():
-            pairs = [(by[name].against_text, by[whole].against_text) for by in self.results.values() if whole in by]
-            if pairs:
-                cut, uncut = map(total, zip(*pairs, strict=True))
+        for name in (engine.name for engine in self.engines):
+            long = [by for by in self.results.values() if name + WHOLE in by]
+            if long:
+                cut, whole = (total(by[each].against_text for by in long) for each in (name, name + WHOLE))
                 print(
                     f"seams of windows of {self.folder.config.window_seconds:g} s: {name} has {cut.errors} of "
-                    f"{cut.words} words wrong in {len(pairs)} joined clips, and {uncut.errors} where each is one window"
+                    f"{cut.words} words wrong in {len(long)} joined clips, and {whole.errors} where each is one window"
                 )
         print_flaws(self.flaws_table(), dict.fromkeys(row["engine"] for row in rows if row["blank"] is None))
 

@@ -4,7 +4,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 # How a user-defined piece that is not text is spelt. Defined here a second time, independently of the tokenizer's
 # export, because this definition checks which pieces the export hides.
@@ -30,7 +31,7 @@ def text_rules(sentencepiece_model: bytes, library: str = "NeMo") -> tuple[TextR
     docs/tdt.md lists them. transformers leaves out special tokens, but a mark is such a token only where the
     checkpoint's tokenizer.json says so.
     """
-    proto = _parsed(sentencepiece_model)
+    proto = ModelProto.FromString(sentencepiece_model)
     # The space before a mark is missing where it is the first piece.
     marks = (re.sub("^▁", " ?", re.escape(piece.piece)) for piece in proto.pieces if _is_mark(piece))
     marks_rule = TextRule(f"{library} shows marks such as <|en|>", _remover("|".join(marks) or "(?!)"))
@@ -49,20 +50,12 @@ def text_rules(sentencepiece_model: bytes, library: str = "NeMo") -> tuple[TextR
 
 def ids_of_other_words(sentencepiece_model: bytes) -> frozenset[int]:
     """Tokens that NeMo's timestamps turn into words of their own: the unknown piece, marks, and each byte."""
-    pieces = enumerate(_parsed(sentencepiece_model).pieces)
+    pieces = enumerate(ModelProto.FromString(sentencepiece_model).pieces)
     return frozenset(i for i, each in pieces if each.type in (each.UNKNOWN, each.CONTROL, each.BYTE) or _is_mark(each))
 
 
-def _parsed(sentencepiece_model: bytes) -> Any:
-    """A ModelProto, whose module has no types."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    module: Any = sentencepiece_model_pb2
-    return module.ModelProto.FromString(sentencepiece_model)
-
-
-def _is_mark(piece: Any) -> bool:
-    return bool(piece.type == piece.USER_DEFINED) and _MARK.fullmatch(piece.piece) is not None
+def _is_mark(piece: ModelProto.SentencePiece) -> bool:
+    return piece.type == piece.USER_DEFINED and _MARK.fullmatch(piece.piece) is not None
 
 
 def _remover(pattern: str) -> Callable[[str], str]:
