@@ -112,18 +112,16 @@ def clips_page(title: str, about: str, clips: Sequence[dict[str, Any]], **tables
     test, and the name of its `baseline`; `frame_seconds`, the unit of the words' times.
     """
     script = SCRIPT.read_text(encoding="utf-8")
-    words = [word for clip in clips for row in clip["rows"] for cell in row.cells for word in cell]
     return render(
         "clips.html.j2",
         title=title,
         about=about,
         clips=clips,
-        has_confidence=any(word.timed and word.timed.confidence for word in words),
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         columns=WAVE_COLUMNS,
         calibration_error=calibration_error,
-        **{"figures": (), "flaws": (), "reliability": {}, "stress": (), **tables},
+        **{"figures": (), "flaws": (), "reliability": {}, "stress": (), "frame_seconds": None, **tables},
     )
 
 
