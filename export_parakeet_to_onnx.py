@@ -26,8 +26,8 @@ from common.cli import OPTIMIZE_COMMAND, Parser, Stages, options_of, run, second
 
 # isort: split
 
-from common.checkpoint import require_device
-from common.checkpoint.find import Checkpoint, add_checkpoint_flags, find_checkpoint
+from common.checkpoint import Checkpoint, require_device
+from common.checkpoint.find import add_checkpoint_flags, find_checkpoint
 from common.checkpoint.spec import ModelSpec
 from common.contract import GRAPHS
 from common.export import pipeline
@@ -90,10 +90,10 @@ def _export(args: argparse.Namespace) -> None:
     clips = pipeline.find_clips(SPEECH) if options.is_float16 else []
     require_device(options.device)
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
-    for note in checkpoint.contents.notes:
+    for note in checkpoint.notes:
         print(f"{checkpoint.name or checkpoint.path.name}: {note}", flush=True)
     title = f"{checkpoint.path.name} ({size_text(checkpoint.size)})"
-    loaded = checkpoint.contents.loaded_bytes
+    loaded = checkpoint.loaded_bytes
     state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded, len(layouts)), output_dir)
     if note := options.memory_note(loaded):
         print(note)

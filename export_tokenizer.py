@@ -35,7 +35,6 @@ from common.checkpoint.tokenizer import (
     PROBE_LENGTHS,
     SPACE,
     Piece,
-    parse_model,
     probe_sequences,
     tokenizer_config,
     tokenizer_json,
@@ -81,13 +80,12 @@ def _export(args: argparse.Namespace) -> None:
     stages = Stages(2, verbose=args.verbose)
     stages.begin("tokenizer")
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
-    model = checkpoint.read_tokenizer()
-    proto = parse_model(model)
+    proto = checkpoint.tokenizer
     source = checkpoint.record()
     check_tokenizer_for_graphs(folder, source, len(proto.pieces) + 1)
     content = tokenizer_json(proto)
     sequences = [ids for length in PROBE_LENGTHS for ids in probe_sequences(proto, length)]
-    check_decoding(model, content, sequences)
+    check_decoding(checkpoint.sentencepiece, content, sequences)
     stages.end(*_counts(content), f"{len(sequences)} sequences decode like SentencePiece")
 
     require_free(DISK_FACTOR * len(json.dumps(content)), folder)

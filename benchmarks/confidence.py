@@ -54,7 +54,7 @@ def largest(differences: list[np.ndarray]) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from common.checkpoint.nemo import load_model
+    from common.checkpoint.find import find_checkpoint
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name", type=Path, required=True, help="the .nemo file of --model_dir")
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--manifest", type=Path, required=True, help="clips with texts")
     args = parser.parse_args(argv)
     quiet_libraries()
-    model = load_model(args.model_name)
+    model = find_checkpoint(str(args.model_name)).load_model()
     nemo, raw, pieces = Nemo(model), OnnxRuntime(args.model_dir), Pieces.read(args.model_dir)
     decoders = {field: nemo_confidences(model, method) for field, method in METHODS.items()}
     tokens, words = ({field: [] for field in METHODS} for _ in range(2))  # differences, an array for each clip

@@ -51,12 +51,12 @@ def load_nemo(checkpoint: Path) -> None:
     global _encode, _size, _load_seconds
     import torch
 
-    from common.checkpoint.nemo import load_model
+    from common.checkpoint.find import find_checkpoint
 
     torch.set_num_threads(CORES)
     torch.set_grad_enabled(False)
     start = time.perf_counter()
-    encoder = load_model(checkpoint).encoder
+    encoder = find_checkpoint(str(checkpoint)).load_model().encoder
     _load_seconds = time.perf_counter() - start
 
     def encode(features: np.ndarray) -> np.ndarray:
@@ -103,11 +103,11 @@ def seconds(features: np.ndarray) -> float:
 def load_clips(checkpoint: Path, lengths: Iterable[int]) -> dict[str, dict[int, np.ndarray]]:
     """Speech of these lengths in seconds, by what an encoder takes: NeMo's FEATURES [1, M, T] or SAMPLES [n] → seconds
     → clip."""
-    from common.checkpoint.nemo import load_model
+    from common.checkpoint.find import find_checkpoint
     from common.checkpoint.spec import ModelSpec
     from common.run.reference import Nemo
 
-    model = load_model(checkpoint)
+    model = find_checkpoint(str(checkpoint)).load_model()
     rate = ModelSpec.of(model).sample_rate
     samples = {length: speech(length, rate) for length in lengths}
     features = {length: Nemo(model).features(clip)[None] for length, clip in samples.items()}

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.bench import speech
-from common.checkpoint.nemo import load_model
+from common.checkpoint.find import find_checkpoint
 from common.cli import quiet_libraries
 from common.quantize.fidelity import sqnr_db
 
@@ -132,7 +132,7 @@ def write_loud(checkpoint: Path, path: Path, kind: str, seed: int = 0) -> float:
     import torch
 
     with torch.no_grad():
-        model = load_model(checkpoint)
+        model = find_checkpoint(str(checkpoint)).load_model()
         encoder = model.encoder
         samples = torch.tensor(speech(SECONDS, model.cfg.preprocessor.sample_rate))[None]
         features, _ = model.preprocessor(input_signal=samples, length=torch.tensor([samples.shape[1]]))

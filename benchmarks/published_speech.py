@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.checkpoint.hub import errors_explained
+from common.checkpoint.hub import hub_errors
 from common.cli import progress_bar, size_text
 from common.folder import require_free, sha256, staged_folder, write_text
 
@@ -77,12 +77,11 @@ SETS = {one.key: one for one in (LIBRISPEECH, *(_fleurs(*names) for names in LAN
 def repository_files(name: str, kind: str, revision: str) -> tuple[str, dict[str, dict[str, Any]]]:
     """The commit of a repository's revision, and its files with their bytes and, where the Hub has it, their SHA-256.
 
-    Raises PermissionError for a repository that is not shown, ValueError for a revision that does not exist,
-    ConnectionError for a network that fails.
+    Raises ConnectionError for a network that fails, a repository that is not shown and a revision that does not exist.
     """
     from huggingface_hub import HfApi
 
-    with errors_explained(name, revision, f"the list of files of {name}"):
+    with hub_errors(f"the list of files of {name}"):
         info = HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
     files = {
         file.rfilename: {"bytes": file.size or 0, "sha256": file.lfs.sha256 if file.lfs else None}
@@ -93,9 +92,13 @@ def repository_files(name: str, kind: str, revision: str) -> tuple[str, dict[str
 
 def set_files(speech: SpeechSet) -> dict[str, dict[str, Any]]:
     """The parquet files of a set. Raises ValueError where the Hub has not got them, and as repository_files does."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
         _, files = repository_files(speech.repository, "dataset", speech.commit)
-    except (PermissionError, ValueError):
+    except ConnectionError as error:
+        if not isinstance(error.__cause__, HfHubHTTPError):  # no answer
+            raise
         raise ValueError(f"Hugging Face shows no data set {speech.repository} at {speech.commit}") from None
     found = {name: file for name, file in files.items() if name.startswith(speech.files) and name.endswith(".parquet")}
     if not found:
@@ -171,7 +174,7 @@ def _download(speech: SpeechSet, name: str, stated: dict[str, Any], folder: Path
 
     print(f"downloading {name} of {speech.repository}, {size_text(stated['bytes'])}", flush=True)
     require_free(stated["bytes"], folder)
-    with errors_explained(speech.repository, speech.commit, name):
+    with hub_errors(f"{name} of {speech.repository}"):
         path = hf_hub_download(speech.repository, name, repo_type="dataset", revision=speech.commit, local_dir=folder)
     if stated["sha256"] and sha256(Path(path)) != stated["sha256"]:
         shutil.rmtree(folder)

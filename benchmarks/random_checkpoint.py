@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from common.checkpoint.nemo import read_config
+from common.checkpoint.nemo import CONFIG_MEMBER, open_archive, parse_config
 from common.cli import quiet_libraries
 
 TINY = Path(__file__).resolve().parents[1] / "samples" / "parakeet-tdt-tiny.nemo"
@@ -68,7 +68,8 @@ def write_checkpoint(path: Path, topology: dict, seed: int = 0) -> None:
 
 
 def _config(topology: dict, folder: Path) -> dict:
-    config = read_config(TINY)
+    with open_archive(TINY) as archive:
+        config = parse_config(archive.read(CONFIG_MEMBER), archive.sizes)
     mels, width = topology.get("mels", 128), topology["encoder"]["d_model"]
     predictor, pieces = topology["predictor"], topology["pieces"]
     durations = topology.get("durations", [0, 1, 2, 3, 4])

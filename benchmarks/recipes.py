@@ -114,7 +114,7 @@ def _export_dynamo(checkpoint: Path, path: Path) -> tuple[int, int]:
     """Write NeMo's encoder, unchanged, by the dynamo exporter; return its heads and width."""
     import torch
 
-    from common.checkpoint.nemo import load_model
+    from common.checkpoint.find import find_checkpoint
 
     class Untyped(torch.nn.Module):
         """NeMo's encoder behind a plain signature: its own takes keywords only, and optional caches."""
@@ -126,7 +126,7 @@ def _export_dynamo(checkpoint: Path, path: Path) -> tuple[int, int]:
         def forward(self, audio_signal, length):
             return self.encoder(audio_signal=audio_signal, length=length)
 
-    encoder = load_model(checkpoint).encoder
+    encoder = find_checkpoint(str(checkpoint)).load_model().encoder
     features = torch.randn(1, encoder._feat_in, EXAMPLE_FRAMES)
     axes = ENCODER.dynamic_axes()
     torch.onnx.export(
@@ -148,11 +148,11 @@ def recipe_s(checkpoint: Path, work_dir: Path, folder: Path) -> None:
     """NeMo's own export, dynamic quantization to QUInt8; see above."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    from common.checkpoint.nemo import load_model
+    from common.checkpoint.find import find_checkpoint
 
     with tempfile.TemporaryDirectory(dir=work_dir) as scratch, staged_folder(folder) as staging:
         with chdir(scratch):  # the exporter leaves one loose file for each weight in the current folder
-            load_model(checkpoint).encoder.export(ENCODER.file)
+            find_checkpoint(str(checkpoint)).load_model().encoder.export(ENCODER.file)
         quantize_dynamic(Path(scratch) / ENCODER.file, staging / ENCODER.file, weight_type=QuantType.QUInt8)
 
 

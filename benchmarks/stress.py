@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import machine
-from common.checkpoint.nemo import load_model
+from common.checkpoint.find import find_checkpoint
 from common.cli import quiet_libraries
 from common.evaluate.engines import OpenFolder, genai_engine, library_engine, onnx_engine
 from common.evaluate.stress import FLOAT32, KINDS, StressOptions, StressTest
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet_libraries()
     exported = OpenFolder(args.model_dir)
-    engines = [library_engine(Nemo(load_model(args.model_name)))] if args.model_name else []
+    engines = [library_engine(Nemo(find_checkpoint(str(args.model_name)).load_model()))] if args.model_name else []
     for name, folder in {FLOAT32: exported, **{path.name: OpenFolder(path) for path in args.optimized}}.items():
         engines.append(onnx_engine(name, folder))
         if args.genai:

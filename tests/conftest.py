@@ -4,12 +4,13 @@ A test that changes a folder copies it first. The workers of pytest-xdist share 
 """
 
 import contextlib
+import copy
 import hashlib
 import io
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from common.folder import sha256
 from common.run.audio import Clip, load_clip
 from common.run.decode import Transcript
 from common.run.reference import Nemo
-from tests.helpers import CLIPS, REDUX, TINY, export_for_every_runtime
+from tests.helpers import CLIPS, REDUX, TINY, export_for_every_runtime, load_model
 
 KEPT_MODELS = 3
 # Fixtures that restore a checkpoint or run scripts. A test with one of them, directly or through another, is slow.
@@ -72,24 +73,40 @@ def long_clips_are_not_verified():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def restore_with_nemo() -> Iterator[Callable[[Path, str, Path], Any]]:
+def restore_with_nemo() -> Iterator[Callable[..., Any]]:
     """Let NeMo restore a checkpoint only once in this process, since the lists of its 8192 labels take NeMo seconds.
     The file is checked each time. This gives the function that always restores; a test that changes a model, or looks
     at how it is restored, puts that function back into place."""
-    restore = nemo._restore
+    load = nemo.load_model
     models: dict[tuple[str, str], Any] = {}  # the one used last at the end
 
-    def restored_once(checkpoint: Path, device: str, scratch: Path) -> Any:
+    def loaded_once(checkpoint: Path, config: dict[str, Any], device: str = "cpu", scratch: Path | None = None) -> Any:
         key = sha256(checkpoint), device
-        model = models.pop(key) if key in models else restore(checkpoint, device, scratch)
+        model = models.pop(key) if key in models else load(checkpoint, config, device, scratch)
         models[key] = model
         if len(models) > KEPT_MODELS:
             del models[next(iter(models))]
         return model.eval()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nemo, "_restore", restored_once)
-        yield restore
+        patch.setattr(nemo, "load_model", loaded_once)
+        yield load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def configs_are_read_once() -> Iterator[None]:
+    """Let a config with the lists of 8192 labels, whose reader takes seconds, be read only once in this process."""
+    parse, configs = nemo.parse_config, {}
+
+    def parsed_once(text: bytes, members: Iterable[str]) -> dict[str, Any]:
+        key = text, frozenset(members)
+        if key not in configs:
+            configs[key] = parse(text, members)
+        return copy.deepcopy(configs[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nemo, "parse_config", parsed_once)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +131,6 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
 @pytest.fixture(scope="session")
 def tiny_model():
     """The bundled checkpoint in NeMo."""
-    from common.checkpoint.nemo import load_model
     from common.cli import quiet_libraries
 
     quiet_libraries()

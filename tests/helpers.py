@@ -22,6 +22,8 @@ from sentencepiece import SentencePieceTrainer
 
 import export_parakeet_to_onnx
 import export_tokenizer
+from common.checkpoint.find import find_checkpoint
+from common.checkpoint.nemo import open_archive, parse_config
 from common.checkpoint.tokenizer import ModelProto, Piece
 from common.evaluate.compare import ComparedClip, Comparison
 from common.evaluate.engines import GENAI_ENGINE, NEMO_ENGINE, ONNX_ENGINE, Engine
@@ -178,6 +180,17 @@ def rewrite_weights(path: Path, change: Callable[[dict], None], source: Path | N
     torch.save(weights, buffer)
     write_tar(path, {**members, WEIGHTS: buffer.getvalue()})
     return path
+
+
+def load_model(checkpoint: Path) -> Any:
+    """The model of a checkpoint in its library."""
+    return find_checkpoint(str(checkpoint)).load_model()
+
+
+def config_of(checkpoint: Path) -> dict[str, Any]:
+    """The content of a NeMo checkpoint's config."""
+    with open_archive(checkpoint) as archive:
+        return parse_config(archive.read(CONFIG), archive.sizes)
 
 
 def plain_rnnt(config: dict) -> None:

@@ -96,8 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _describe(self):
-        """The files of a repository at a revision, as HfApi.repo_info asks for them."""
-        kind, owner, model, _, revision = self.path.partition("?")[0].removeprefix("/api/").split("/")
+        """The files of a repository at a revision, as HfApi.repo_info and HfApi.list_repo_tree ask for them."""
+        kind, owner, model, what, revision = self.path.partition("?")[0].removeprefix("/api/").split("/")
         repository = f"{owner}/{model}" if kind == "models" else f"{kind}/{owner}/{model}"
         files = {path: content for path, content in self.hub.files.items() if path.startswith(f"{repository}/")}
         if not files:
@@ -105,12 +105,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif revision not in self.hub.revisions:
             self._reply(404, {"X-Error-Code": "RevisionNotFound"})
         else:
-            siblings = [
-                {"rfilename": path.removeprefix(f"{repository}/"), "size": len(content), "blobId": "",
-                 "lfs": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 1}}
-                for path, content in files.items()
-            ]  # fmt: skip
-            answer = {"id": f"{owner}/{model}", "sha": COMMIT, "siblings": siblings}
+            listed = []
+            for path, content in files.items():
+                size, name = self.hub.size or len(content), path.removeprefix(f"{repository}/")
+                digest = hashlib.sha256(content).hexdigest()
+                lfs = {"size": size, "sha256": digest, "oid": digest, "pointerSize": 1}
+                listed.append({"type": "file", "rfilename": name, "path": name, "size": size, "oid": "", "lfs": lfs})
+            info = {"id": f"{owner}/{model}", "sha": COMMIT, "siblings": listed}
+            answer = listed if what == "tree" else info
             self._reply(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
     def _resolve(self, fault):

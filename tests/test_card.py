@@ -18,7 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 from onnx import TensorProto, helper
 
 import export_tokenizer
-from common.checkpoint.terms import read_terms
+from common.checkpoint import read_terms
 from common.folder import sha256
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import BROWSER_PAGE, ONNX_ASR

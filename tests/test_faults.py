@@ -1,9 +1,7 @@
 """Atomic outputs and untrusted input: disks, checkpoints, model folders, clip lists and audio; each fault once."""
 
-import bz2
 import contextlib
 import json
-import lzma
 import math
 import os
 import re
@@ -13,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import zipfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +27,8 @@ import test_e2e
 import test_real_speech
 from common import folder as swap
 from common.checkpoint import nemo
-from common.checkpoint.archive import open_archive, parse_config
 from common.checkpoint.find import find_checkpoint
-from common.checkpoint.nemo import load_model, read_config
+from common.checkpoint.nemo import open_archive, parse_config
 from common.folder import LOCATIONS, fingerprint, staged_folder, verify_files, write_json
 from common.layouts.layout import REPORT_FILES
 from common.report.card import CARD
@@ -49,6 +45,8 @@ from tests.helpers import (
     TINY,
     WEIGHTS,
     WITHOUT_SPEED,
+    config_of,
+    load_model,
     prefer,
     rejected,
     reproducible,
@@ -403,22 +401,13 @@ def saved_by_torch(path: Path, **options) -> None:
     torch.save({"state_dict": {"x": torch.zeros(3)}, "epoch": 3}, path, **options)
 
 
-def zipped(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as content:
-        content.write(TINY, "folder/model.nemo")
-
-
 TRAINING_RUN = ("a file of torch.save, such as the .ckpt of a training run", "load_from_checkpoint", "save_to")
 PACKINGS = {
     "the .ckpt of a training run": (saved_by_torch, TRAINING_RUN),
     "the same before torch 1.6": (partial(saved_by_torch, _use_new_zipfile_serialization=False), TRAINING_RUN),
-    "zip": (zipped, ("is packed with zip, and NeMo packs with tar; unpack it",)),
-    "Zstandard": (lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(99)), ("is packed with Zstandard",)),
-    "bzip2": (lambda path: path.write_bytes(bz2.compress(TINY.read_bytes(), 1)), ("is packed with bzip2",)),
-    "xz": (lambda path: path.write_bytes(lzma.compress(b"x" * 999)), ("is packed with xz",)),
     "a top folder": (
         lambda path: write_tar(path, {f"model/{name}": content for name, content in small_members().items()}),
-        (f"expected {CONFIG} at the top of", f"got model/{CONFIG}; unpack the file, and pass the folder that has both"),
+        (f"expected {CONFIG} at the top of", "unpack it, and pass the folder that has the file"),
     ),
     "a pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), ("git lfs pull",)),
 }
@@ -468,14 +457,14 @@ class TestCheckpoints:
         plain, path = tmp_path / "new.nemo", tmp_path / "old.nemo"
         write_tar(plain, small_members())
         path.write_bytes(gzip.compress(plain.read_bytes(), 1))
-        assert read_config(path) == read_config(plain)
+        assert config_of(path) == config_of(plain)
         assert load_model(path).decoder.blank_idx == 8192
 
     def test_an_unpacked_checkpoint_is_the_checkpoint(self, tmp_path, tiny_model, monkeypatch, restore_with_nemo):
         """The folder that `tar xf` makes of it, with files that do not belong to it and are not counted."""
         import torch
 
-        monkeypatch.setattr(nemo, "_restore", restore_with_nemo)
+        monkeypatch.setattr(nemo, "load_model", restore_with_nemo)
         folder = tmp_path / "unpacked"
         with tarfile.open(TINY) as tar:
             tar.extractall(folder, filter="data")
@@ -483,9 +472,9 @@ class TestCheckpoints:
         (folder / "notes.txt").write_text("mine")
         (folder / "runs").mkdir()
         found, packed = find_checkpoint(str(folder)), find_checkpoint(str(TINY))
-        assert (found.path, found.format) == (folder, nemo)
-        assert {path.name for path in found.contents.files} == tiny_members().keys()
-        assert found.read_tokenizer() == packed.read_tokenizer()
+        assert (found.path, found.format) == (folder, nemo.NAME)
+        assert {path.name for path in found.files} == tiny_members().keys()
+        assert found.sentencepiece == packed.sentencepiece
         assert found.record()["terms"] == {"license": "mit"}
         digest = found.digest
         (folder / "notes.txt").write_text("changed")
@@ -499,7 +488,7 @@ class TestCheckpoints:
         [
             (
                 lambda folder: (folder / WEIGHTS).unlink(),
-                f"expected {WEIGHTS} in .*, which is not a whole NeMo checkpoint",
+                f"expected {WEIGHTS} at the top of .*, which is not a whole NeMo checkpoint",
             ),
             (lambda folder: (folder / CONFIG).write_text("x: ${oc.env:HOME}"), "a reference; NeMo saves none"),
             (lambda folder: (folder / "out").symlink_to("/etc/passwd"), "got a link to a place outside"),
@@ -520,13 +509,12 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=re.escape(str(tmp_path / "model.nemo"))) as caught:
             find_checkpoint(str(tmp_path / "model.nemo"))
         assert all(message in str(caught.value) for message in messages), caught.value
-        assert "download it again" not in str(caught.value)
 
     def test_names_with_a_leading_dot_are_found(self, tmp_path):
         """NeMo's own save_to writes ./model_config.yaml."""
         members = {f"./{name}": content for name, content in tiny_members().items()}
         write_tar(tmp_path / "dot.nemo", members)
-        assert read_config(tmp_path / "dot.nemo") == read_config(TINY)
+        assert config_of(tmp_path / "dot.nemo") == config_of(TINY)
         with open_archive(tmp_path / "dot.nemo") as archive:
             assert "model_weights.ckpt" in archive.sizes
 

@@ -26,7 +26,7 @@ import export_tokenizer
 import optimize_encoder
 import test_e2e
 from common import optimize
-from common.checkpoint import nemo
+from common.checkpoint.find import find_checkpoint
 from common.checkpoint.spec import ModelSpec
 from common.checkpoint.tokenizer import bpe_text, tokens_text
 from common.cli import CheckError
@@ -421,7 +421,7 @@ def test_a_hotword_changes_a_transcript_of_sherpa_onnx(exported, tmp_path):
 
 def test_bpe_vocab_holds_every_piece_in_the_order_of_the_tokens(exported):
     """SentencePiece itself names the pieces. The scores of a Unigram model are its own."""
-    processor = SentencePieceProcessor(model_proto=nemo.read_tokenizer(TINY))
+    processor = SentencePieceProcessor(model_proto=find_checkpoint(str(TINY)).sentencepiece)
     pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
     lines = (exported / SHERPA_ONNX.runtime / "bpe.vocab").read_text(encoding="utf-8").splitlines()
     assert [line.split("\t")[0] for line in lines] == pieces

@@ -17,7 +17,6 @@ import optimize_encoder
 import test_e2e
 import test_real_speech
 from common import optimize
-from common.checkpoint.nemo import load_model, read_config
 from common.checkpoint.tokenizer import ModelProto
 from common.cli import EXIT_CHECK, CheckError
 from common.evaluate.wer import normalize, word_errors
@@ -29,7 +28,7 @@ from common.run.audio import Clip, load_clip
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime
 from common.run.reference import Nemo
-from tests.helpers import SAMPLES, SHERPA_PROGRAM, export_for_every_runtime, run_python
+from tests.helpers import SAMPLES, SHERPA_PROGRAM, config_of, export_for_every_runtime, load_model, run_python
 from tests.number_checkpoint import CONFIG, v3_tokenizer, write_number_checkpoint
 
 pytestmark = pytest.mark.slow  # the fixture exports a checkpoint of its own for every runtime
@@ -87,7 +86,7 @@ def test_the_checkpoint_has_the_keys_of_v3(checkpoint):
         return set(itertools.chain.from_iterable(nested))
 
     published = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-    config = read_config(checkpoint)
+    config = config_of(checkpoint)
     assert keys(config) == keys(published) | {"labels", "joint.vocabulary"}
     assert config["decoder"]["vocab_size"] == len(config["labels"]) == 8192
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from common.checkpoint.archive import parse_config
+from common.checkpoint.nemo import parse_config
 from common.checkpoint.tokenizer import Piece, parse_model, tokenizer_json, vocab_text
 from common.contract import DECODER, ENCODER, JOINT
 from common.export import wrappers

@@ -211,7 +211,7 @@ def test_no_network_is_one_line(hub, tmp_path, monkeypatch, capsys):
     assert published.main(["--work_dir", str(tmp_path / "work")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(
-        f"error: expected the list of files of {DEFAULT_MODEL} from {NOWHERE}, but Hugging Face cannot"
+        f"error: the list of files of {DEFAULT_MODEL} cannot be read from Hugging Face at {NOWHERE}"
     )
     assert error.count("\n") == 1
 

@@ -848,7 +848,7 @@ MANIFESTS = {
 @pytest.mark.parametrize("content", MANIFESTS.values(), ids=MANIFESTS)
 def test_a_manifest_of_another_shape_is_one_line_in_every_script(content, tiny_export, tmp_path, capsys, monkeypatch):
     """The line comes before the work, and nothing is changed."""
-    monkeypatch.setattr("common.checkpoint.nemo.require_tdt", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("common.checkpoint.nemo.open_archive", lambda *_, **__: pytest.fail("the work began"))
     folder = tmp_path / "models"
     shutil.copytree(tiny_export, folder)
     (folder / "manifest.json").write_text(json.dumps(content))

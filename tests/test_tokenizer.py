@@ -42,10 +42,17 @@ def bytes_readers(tmp_path_factory) -> Readers:
 
 
 def write_checkpoint(path: Path, model: bytes) -> Path:
-    """A .nemo whose tokenizer is `model` and whose weights are empty."""
+    """A .nemo whose tokenizer is `model`, whose weights are an empty zip, and whose config describes no more of a TDT
+    model than is read here."""
+    config = {
+        "tokenizer": {"type": "bpe", "model_path": "nemo:0123_tokenizer.model"},
+        "decoder": {"blank_as_pad": True},
+        "joint": {"num_extra_outputs": 2},
+        "decoding": {"durations": [0, 1]},
+    }
     members = {
-        "model_config.yaml": b"tokenizer: {type: bpe, model_path: 'nemo:0123_tokenizer.model'}",
-        "model_weights.ckpt": b"",
+        "model_config.yaml": json.dumps(config).encode(),
+        "model_weights.ckpt": b"PK\5\6" + bytes(18),
         "0123_tokenizer.model": model,
     }
     with tarfile.open(path, "w:gz") as archive:

@@ -18,7 +18,7 @@ from common.layouts.genai import GENAI
 from common.report.card import model_card
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
-from tests.helpers import CLIPS, TINY, handmade, rejected, trained
+from tests.helpers import CLIPS, TINY, handmade, load_model, rejected, trained
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def own_model(restore_with_nemo, monkeypatch):
     """Give the test a model of its own, since it changes the bias of the joint in place."""
-    monkeypatch.setattr(nemo, "_restore", restore_with_nemo)
+    monkeypatch.setattr(nemo, "load_model", restore_with_nemo)
 
 
 def letters_beside(text: str, name: str) -> bool:
@@ -38,7 +38,7 @@ def letters_beside(text: str, name: str) -> bool:
 @pytest.mark.parametrize("script", ["latin", "cyrillic", "greek"])
 def test_tokens_with_letters_of_other_scripts(script):
     """On the vocabulary of parakeet-tdt-0.6b-v3, checked by the Unicode names of the characters."""
-    proto = parse_model(nemo.read_tokenizer(TINY))
+    proto = find_checkpoint(str(TINY)).tokenizer
     found = set(ids_of_other_scripts(proto, [script]))
     ordinary = {index for index, piece in enumerate(proto.pieces) if piece.type == Piece.NORMAL}
     expected = {index for index in ordinary if letters_beside(proto.pieces[index].piece, script.upper())}
@@ -64,7 +64,7 @@ def test_several_scripts_marks_bytes_and_vowel_signs():
 def test_only_their_logits_change(own_model, tmp_path):
     import torch
 
-    model = nemo.load_model(TINY)
+    model = load_model(TINY)
     ids = suppressed_ids(find_checkpoint(str(TINY)), "latin")
     with torch.no_grad():
         model.joint.joint_net[-1].bias[ids] += 60  # so loud that they would be emitted

@@ -1,179 +1,302 @@
-"""The format `.nemo`, packed or unpacked: its config, its SentencePiece model, and the model that NeMo builds from it.
+"""The format `.nemo`: a tar of a YAML config, a pickle of weights, and files that the config names; or its folder.
 
-Every function checks the archive first (archive.py). NeMo and torch are imported inside the functions that build a
-model, since their import takes ten seconds.
+All of it is checked here before anything is unpacked, built or loaded (docs/safety.md). NeMo 3.0.0 has guards of its
+own behind these checks: tarfile's `data` filter, which skips an unsafe member without a message; an allow-list of
+`_target_`s (nemo/core/classes/common.py), which still lets functions that write files be called; and torch's
+weights_only unpickler, which is asked for here.
+
+NeMo and torch are imported inside the functions that build a model, since their import takes ten seconds.
 """
 
 import contextlib
-import copy
-import os
+import gzip
 import pickle
+import posixpath
+import re
 import shutil
+import tarfile
 import tempfile
-from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
 
-from common.checkpoint import NOT_LOADED, Contents, hub
-from common.checkpoint.archive import (
-    CONFIG_MEMBER,
-    WEIGHTS_MEMBER,
-    check_weights,
-    open_archive,
-    parse_config,
-    read_member,
-)
-from common.cli import size_text
+from common.checkpoint import Checkpoint
+from common.checkpoint.hub import NOT_LOADED, Origin, on_disk, require_inside
+from common.folder import require_free
 
 NAME = "nemo"  # as --checkpoint_format takes it
+CONFIG_MEMBER = "model_config.yaml"
+WEIGHTS_MEMBER = "model_weights.ckpt"
+# Classes of NeMo's own modules, by their spelling; NeMo's allow-list then asks what the class is.
+ALLOWED_TARGET = re.compile(r"nemo\.(collections|core)(\.[a-z_][a-z0-9_]*)*\.[A-Z]\w*")
+TARGET_KEYS = ("_target_", "target", "cls")
+SECTIONS = ("preprocessor", "encoder", "decoder", "joint", "decoding", "tokenizer")
+GZIP = b"\x1f\x8b"
+TORCH_SAVE = (
+    "a file of torch.save, such as the .ckpt of a training run, or another zip; in NeMo, load a .ckpt with "
+    "load_from_checkpoint, and write a .nemo file with save_to"
+)
+# First bytes of files that are taken for a .nemo file → what they are.
+MISTAKEN = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself; fetch it with: git lfs pull",
+    b"PK\x03\x04": TORCH_SAVE,
+    b"\x80": TORCH_SAVE,
+}
 GREEDY = ("greedy_batch", "greedy")  # strategies of decoding that have NeMo's limit of symbols on a frame
 # Tensors of a preprocessor that a checkpoint stores, although they follow from its config.
 FEATURE_BUFFERS = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb")
 
 
-def locate(path: Path) -> Path | None:
-    """The checkpoint that a path names: a file, the folder of an unpacked one, or the only `.nemo` file of a folder."""
-    if path.is_file() or (path / CONFIG_MEMBER).is_file():
-        return path
-    found = sorted(path.glob("*.nemo"))
-    return found[0] if len(found) == 1 else None
+def read(origin: Origin) -> Checkpoint | None:
+    """The checkpoint of this format at a place: a file, an unpacked folder, or the `.nemo` file of a folder or of a
+    repository. None where there is none.
 
-
-def download(name: str, revision: str, *, cached_only: bool) -> Path:
-    """The `.nemo` file of a repository on Hugging Face, in the local cache. Raises as hub.download does, and ValueError
-    where the repository has several, none of them with its name."""
-    # NVIDIA publishes `owner/model` as `model.nemo` (nemo/core/classes/common.py). Others give the file another name.
-    try:
-        return hub.download(name, f"{name.split('/')[1]}.nemo", revision, cached_only=cached_only)
-    except (hub.NotInRepositoryError, ConnectionError) as error:
-        cached_only = cached_only or isinstance(error, ConnectionError)
-        files = hub.file_names(name, revision, cached_only=cached_only)
-        found = [file for file in files if file.endswith(".nemo")]
-        if not found:
-            raise
-        if len(found) > 1:
-            raise ValueError(f"{name} has {', '.join(found)}; download one of them, and pass its path") from None
-    return hub.download(name, found[0], revision, cached_only=cached_only)
-
-
-def inspect(checkpoint: Path) -> Contents:
-    """What the checkpoint holds. Raises ValueError unless it is complete and safe to unpack."""
-    with open_archive(checkpoint) as archive:
-        size = archive.sizes[WEIGHTS_MEMBER]
-        text = read_member(archive, CONFIG_MEMBER) if checkpoint.is_dir() else b""
-    if not checkpoint.is_dir():
-        return Contents(files=[checkpoint], loaded_bytes=size, notes=[])
-    # Of a folder, which may hold other files as well, those that the config names belong to the checkpoint.
-    named = [name for name in archive.sizes if f"nemo:{name}".encode() in text]
-    files = [checkpoint / name for name in (CONFIG_MEMBER, WEIGHTS_MEMBER, *named)]
-    return Contents(files=files, loaded_bytes=size, notes=[])
-
-
-def read_config(checkpoint: Path) -> dict[str, Any]:
-    """The content of the checkpoint's YAML. Raises ValueError where it is not a config or is unsafe (archive.py)."""
-    with open_archive(checkpoint) as archive:
-        names = frozenset(archive.sizes)
-        text = read_member(archive, CONFIG_MEMBER)
-    try:
-        return copy.deepcopy(_parsed(text, names))
-    except ValueError as error:
-        raise ValueError(f"{checkpoint}: {CONFIG_MEMBER} cannot be used: {error}") from None
-
-
-@lru_cache(maxsize=1)
-def _parsed(text: bytes, members: frozenset[str]) -> dict[str, Any]:
-    """A config, which is cached: the reader takes seconds for 8192 labels, and several steps read the same config."""
-    return parse_config(text, members)
-
-
-def read_tokenizer(checkpoint: Path) -> bytes:
-    """The SentencePiece model in the checkpoint, without building the network.
-
-    Raises ValueError for a checkpoint whose tokenizer is not SentencePiece (character models, aggregates).
+    Raises ValueError unless it is one, a complete, safe TDT model with a SentencePiece tokenizer, and as Origin.get.
     """
-    tokenizer = read_config(checkpoint).get("tokenizer") or {}
-    model_path = tokenizer.get("model_path")
-    if not model_path:
-        kind = tokenizer.get("type", "no tokenizer")
-        raise ValueError(f"expected a SentencePiece tokenizer in {checkpoint}, got {kind!r}; this model has no export")
-    with open_archive(checkpoint) as archive:
-        return read_member(archive, model_path.removeprefix("nemo:"))
-
-
-def require_tdt(checkpoint: Path) -> None:
-    """Raise ValueError ("not a TDT model: …") unless the config describes a token-and-duration transducer."""
-    config = read_config(checkpoint)
-    joint, decoding = config.get("joint"), config.get("decoding") or {}
-    if not joint or not config.get("decoder"):
-        reason = "it has no prediction and joint network (a CTC model?)"
-    elif not joint.get("num_extra_outputs"):
-        reason = "its joint has no duration outputs (a plain RNNT)"
-    elif not decoding.get("durations"):
-        reason = "its decoding has no durations (a multi-blank RNNT?)"
+    found = [origin.file] if origin.file else [name for name in origin.sizes if name.endswith(".nemo")]
+    # NVIDIA publishes `owner/model` as `model.nemo` (nemo/core/classes/common.py). Others give the file another name.
+    usual = f"{(origin.repository or '').rpartition('/')[2]}.nemo"
+    if CONFIG_MEMBER in origin.sizes and not origin.repository:
+        path = origin.folder
+    elif usual in found or len(found) == 1:
+        path = origin.get(usual, *found)
+    elif not found:
+        return None
     else:
-        return
-    raise ValueError(f"not a TDT model: {checkpoint.name}: {reason}; pass a Parakeet-TDT checkpoint")
+        raise ValueError(f"{origin} has {', '.join(found)}; pass the path of one of them, downloaded if need be")
+    with open_archive(path) as archive:
+        config = parse_config(archive.read(CONFIG_MEMBER), archive.sizes)
+        _require_tdt(path, config)
+        model_path = (config.get("tokenizer") or {}).get("model_path")
+        if not model_path:
+            raise ValueError(f"expected a SentencePiece tokenizer in {path}, got another; this model has no export")
+        with archive.open(WEIGHTS_MEMBER) as weights:
+            if not zipfile.is_zipfile(weights):
+                raise ValueError(
+                    f"expected {WEIGHTS_MEMBER} in {path} as torch.save writes it, got another file; {NOT_LOADED}"
+                )
+        files = [path]
+        if path.is_dir():  # which may hold other files as well: those that the config names belong to the checkpoint
+            text = archive.read(CONFIG_MEMBER)
+            named = [name for name in archive.sizes if f"nemo:{name}".encode() in text]
+            files = [path / name for name in (CONFIG_MEMBER, WEIGHTS_MEMBER, *named)]
+        return Checkpoint(
+            origin=origin,
+            format=NAME,
+            path=path,
+            files=files,
+            loaded_bytes=archive.sizes[WEIGHTS_MEMBER],
+            sentencepiece=archive.read(model_path.removeprefix("nemo:")),
+            load_model=partial(load_model, path, config),
+        )
 
 
-def load_model(checkpoint: Path, device: str = "cpu", scratch: Path | None = None) -> Any:
+def _require_tdt(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError ("not a TDT model: …") unless the config describes a token-and-duration transducer."""
+    joint = config.get("joint") or {}
+    decoding = config.get("decoding") or {}
+    if not (config.get("decoder") and joint.get("num_extra_outputs") and decoding.get("durations")):
+        raise ValueError(
+            f"not a TDT model: expected a prediction network, a joint with duration outputs and durations in the "
+            f"config of {path.name}, got a CTC, RNNT or multi-blank model; pass a Parakeet-TDT checkpoint"
+        )
+
+
+# Archive
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An open checkpoint: its files by normalised name."""
+
+    path: Path
+    sizes: Mapping[str, int]  # in bytes
+    open: Callable[[str], IO[bytes]]
+
+    def read(self, name: str) -> bytes:
+        """The content of a file. Raises ValueError where the archive does not hold it."""
+        if (name := posixpath.normpath(name)) not in self.sizes:
+            raise ValueError(f"expected {name} in {self.path}, which is not a whole NeMo checkpoint; download it again")
+        with self.open(name) as file:
+            return file.read()
+
+
+@contextlib.contextmanager
+def open_archive(path: Path) -> Iterator[Archive]:
+    """Open a `.nemo` file, a plain tar or (before NeMo 1.7) gzip, or the folder of an unpacked one.
+
+    Raises ValueError unless its members are safe, and a config and weights are among them.
+    """
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            sizes = on_disk(path).sizes
+            for name in sizes:
+                require_inside(path / name)
+            archive = Archive(path, sizes, lambda name: (path / name).open("rb"))
+        else:
+            with path.open("rb") as file:
+                start = file.read(max(map(len, MISTAKEN)))
+            if kind := next((kind for magic, kind in MISTAKEN.items() if start.startswith(magic)), None):
+                raise ValueError(f"{path} is {kind}")
+            try:
+                tar = stack.enter_context(tarfile.open(path, "r:gz" if start.startswith(GZIP) else "r:"))
+                members = _checked_members(path, tar)
+            except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(
+                    f"{path} is not a NeMo checkpoint, or truncated or damaged ({error}); pass a .nemo file, which is "
+                    "a tar, or the folder of a checkpoint, or download it again"
+                ) from None
+            sizes = {name: member.size for name, member in members.items()}
+            # Members are regular files only, of which extractfile gives the content.
+            archive = Archive(path, sizes, lambda name: cast(IO[bytes], tar.extractfile(members[name])))
+        for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
+            if name not in archive.sizes:
+                raise ValueError(
+                    f"expected {name} at the top of {path}, which is not a whole NeMo checkpoint; download it again, "
+                    "or unpack it, and pass the folder that has the file"
+                )
+        yield archive
+
+
+def _checked_members(path: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
+    """The files of the archive by name. Raises ValueError naming the first member that a checkpoint must not have."""
+    members: dict[str, tarfile.TarInfo] = {}
+    for member in tar:
+        name = posixpath.normpath(member.name)
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(member.name).parts:
+            raise ValueError(f"{path} has a member outside its folder, {member.name!r}; {NOT_LOADED}")
+        if not (member.isreg() or member.isdir()) or member.issparse():
+            raise ValueError(f"{path} has a member that is neither file nor folder, {member.name!r}; {NOT_LOADED}")
+        if member.isreg():
+            if name in members:
+                raise ValueError(f"{path} has two members {name!r}; {NOT_LOADED}")
+            members[name] = member
+    return members
+
+
+# Config
+
+
+def parse_config(text: bytes, members: Collection[str]) -> dict[str, Any]:
+    """The content of the YAML in an archive with these members, by the reader that NeMo uses.
+
+    Raises ValueError where it is not a config, or a value in it refers to something outside.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    try:
+        config = OmegaConf.create(text.decode("utf-8"))
+        if not isinstance(config, DictConfig):
+            raise ValueError("no mapping at its top")
+        content = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
+    except Exception as error:  # PyYAML and OmegaConf raise many types, AssertionError among them
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{CONFIG_MEMBER} cannot be used: {reason}; download it again") from None
+    for name in SECTIONS:
+        if not isinstance(content.get(name) or {}, dict):
+            raise ValueError(f"expected a mapping as {name} in {CONFIG_MEMBER}, got {content[name]!r}")
+    for path, value in _values(content):
+        if problem := _problem(value, members, path):
+            raise ValueError(f"{'.'.join(path)} in {CONFIG_MEMBER} is {str(value)[:80]!r}, {problem}")
+    return content
+
+
+def _values(content: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Every value of a config that is no mapping and no list, with the keys that lead to it."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _values(value, (*path, str(name)))
+    elif isinstance(content, list):
+        for value in content:
+            yield from _values(value, path)
+    else:
+        yield path, content
+
+
+def _problem(value: object, members: Collection[str], path: tuple[str, ...]) -> str | None:
+    """Why a checkpoint cannot have this value there, or None.
+
+    NeMo saves configs with their references resolved (Serialization.to_config_file). One could read the environment
+    (`${oc.env:…}`).
+    """
+    key = path[-1]
+    if path[0] == "tokenizer" and key.endswith("_path") and value and not str(value).startswith("nemo:"):
+        return f"expected a file of the checkpoint; {NOT_LOADED}"
+    if not isinstance(value, str):
+        return None
+    if "${" in value:
+        return f"a reference; NeMo saves none; {NOT_LOADED}"
+    if key in TARGET_KEYS and not ALLOWED_TARGET.fullmatch(value):
+        return f"which is not a class of NeMo; {NOT_LOADED}"
+    if value.startswith("nemo:") and value.removeprefix("nemo:") not in members:
+        return "a file that the checkpoint does not hold; download it again"
+    return None
+
+
+# Model
+
+
+def load_model(path: Path, config: Mapping[str, Any], device: str = "cpu", scratch: Path | None = None) -> Any:
     """Build the NeMo model in evaluation mode. Weights are mapped from disk, not copied over random ones.
 
-    NeMo unpacks a file into a temporary folder, in `scratch` if that is given, else where there is room. Raises
-    ValueError for a checkpoint that is not TDT, does not fit its config or is unsafe; OSError where there is no room.
+    path, config: of a checkpoint that has been checked. NeMo unpacks a file into a temporary folder, in `scratch` if
+    that is given, else where there is room. Raises ValueError for a checkpoint that does not fit its config or holds
+    more than tensors, OSError where there is no room.
     """
-    require_tdt(checkpoint)
-    with open_archive(checkpoint) as archive:
-        check_weights(archive)
-        scratch = scratch or _folder_with_room(0 if checkpoint.is_dir() else sum(archive.sizes.values()))
-    return _restore(checkpoint, device, scratch)
-
-
-def _restore(checkpoint: Path, device: str, scratch: Path) -> Any:
-    """The model of a checkpoint whose archive and config have been checked, as load_model returns it."""
+    import torch
     from nemo.collections.asr.models import ASRModel
     from omegaconf import OmegaConf
 
-    config = OmegaConf.create(_decoded_greedily(_without_labels(read_config(checkpoint))))
-    connector = _assigning_connector(checkpoint)
-    connector.model_extracted_dir = str(checkpoint.resolve()) if checkpoint.is_dir() else None
+    size = 0 if path.is_dir() else path.stat().st_size
+    if scratch is None:
+        scratch = Path(tempfile.gettempdir())
+        if shutil.disk_usage(scratch).free < size:  # often a part of the memory
+            scratch = Path.cwd()
+            require_free(size, scratch)
+    connector = _assigning_connector(path)
+    connector.model_extracted_dir = str(path.resolve()) if path.is_dir() else None
+    # The random initialisation is most of the time of building a large model, and every value is loaded later.
+    initializers = [name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
+    unchanged = dict.fromkeys(initializers, lambda tensor, *args, **kwargs: tensor)
     try:
-        with _no_initialization(), _temporary_files_in(scratch):
+        with _attributes(torch.nn.init, unchanged), _attributes(tempfile, {"tempdir": str(scratch)}):
             model = ASRModel.restore_from(
-                str(checkpoint), config, map_location=device, save_restore_connector=connector
+                str(path),
+                OmegaConf.create(_config_to_build(config)),
+                map_location=device,
+                save_restore_connector=connector,
             )
     except OSError:
         raise
     except pickle.UnpicklingError as error:  # its own text would explain how to run the code nevertheless
         raise ValueError(
-            f"{checkpoint}: {WEIGHTS_MEMBER} holds more than tensors, which might run code; {NOT_LOADED}"
+            f"{path}: {WEIGHTS_MEMBER} holds more than tensors, which might run code; {NOT_LOADED}"
         ) from error
     except Exception as error:  # NeMo raises whatever the constructors that it calls raise
         # After a failure NeMo tries its abstract base class; its log, shown by --verbose, has the reason.
         reason = "NeMo cannot build it from its config" if "abstract class" in str(error) else error
-        raise ValueError(f"{checkpoint} does not load: {reason}") from error
+        raise ValueError(f"{path} does not load: {reason}") from error
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def _decoded_greedily(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with greedy decoding, which the runtimes use, where the checkpoint was saved with a beam search."""
-    decoding = config.get("decoding")
-    if isinstance(decoding, dict) and decoding.get("strategy") not in GREEDY:
-        decoding["strategy"] = GREEDY[0]
-    return config
-
-
-def _without_labels(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` without two lists of pieces, which NeMo takes seconds to copy around. While NeMo's BPE models are built,
-    they replace these lists by those of their tokenizer (rnnt_bpe_models.py, hybrid_rnnt_ctc_bpe_models.py)."""
+def _config_to_build(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with greedy decoding, which the runtimes use, where the checkpoint was saved with a beam search, and
+    without two lists of pieces, which NeMo takes seconds to copy around. While NeMo's BPE models are built, they
+    replace these lists by those of their tokenizer (rnnt_bpe_models.py, hybrid_rnnt_ctc_bpe_models.py)."""
+    joint, decoding = config["joint"], config["decoding"]
+    if decoding.get("strategy") not in GREEDY:
+        decoding = {**decoding, "strategy": GREEDY[0]}
     if str(config.get("target")).endswith("BPEModel"):
-        config.pop("labels", None)
-        if isinstance(joint := config.get("joint"), dict):
-            joint.pop("vocabulary", None)
-    return config
+        config = {name: value for name, value in config.items() if name != "labels"}
+        joint = {name: value for name, value in joint.items() if name != "vocabulary"}
+    return {**config, "joint": joint, "decoding": decoding}
 
 
-def _assigning_connector(checkpoint: Path) -> Any:
+def _assigning_connector(path: Path) -> Any:
     """NeMo's SaveRestoreConnector, but it uses the checkpoint's tensors instead of copying them: half the memory."""
     import torch
     from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
@@ -191,7 +314,7 @@ def _assigning_connector(checkpoint: Path) -> Any:
             state_dict = {
                 name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state_dict.items()
             }
-            state_dict |= _exact_features(checkpoint, instance, state_dict)
+            state_dict |= _exact_features(path, instance, state_dict)
             wrong = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
             if wrong:
                 raise ValueError(f"{wrong[0]} and {len(wrong) - 1} more of its tensors hold values that are not finite")
@@ -201,7 +324,7 @@ def _assigning_connector(checkpoint: Path) -> Any:
     return AssigningConnector()
 
 
-def _exact_features(checkpoint: Path, instance: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _exact_features(path: Path, instance: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The window and the filter bank that NeMo has computed from the config, where the stored ones are rounded copies.
 
     `model.half()` rounds them like weights, but runtimes compute their own from the config. Stored values that rounding
@@ -223,7 +346,7 @@ def _exact_features(checkpoint: Path, instance: Any, state_dict: dict[str, Any])
             if torch.equal(stored, stored.to(dtype).float()) and bool(((stored - own).abs() <= bound).all()):
                 rounded = str(dtype).removeprefix("torch.")
                 print(
-                    f"{checkpoint.name}: {name} is rounded to {rounded}; the exact one of its config is used instead",
+                    f"{path.name}: {name} is rounded to {rounded}; the exact one of its config is used instead",
                     flush=True,
                 )
                 exact[name] = own.to(state_dict[name].device)
@@ -231,42 +354,14 @@ def _exact_features(checkpoint: Path, instance: Any, state_dict: dict[str, Any])
     return exact
 
 
-def _folder_with_room(size: int) -> Path:
-    """The folder for temporary files, or the working directory if the disk of the first has no `size` bytes free."""
-    folders = [Path(tempfile.gettempdir()), Path.cwd()]
-    free = {folder: shutil.disk_usage(folder).free for folder in folders if os.access(folder, os.W_OK)}
-    roomy = [folder for folder in free if free[folder] >= size]
-    if not roomy:
-        found = " and ".join(f"{size_text(count)} in {folder}" for folder, count in free.items())
-        raise OSError(
-            f"expected {size_text(size)} of disk to unpack the checkpoint, got {found}; make room, or set TMPDIR to a "
-            "folder that has it"
-        )
-    return roomy[0]
-
-
 @contextlib.contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """Let NeMo, which has no option for it, unpack into `folder`; the next run removes what a killed run leaves."""
-    saved = tempfile.tempdir
+def _attributes(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Let attributes of a module have these values inside the block, where a library has no option for it."""
+    saved = {name: getattr(module, name) for name in values}
     try:
-        tempfile.tempdir = str(folder)
+        for name, value in values.items():
+            setattr(module, name, value)
         yield
     finally:
-        tempfile.tempdir = saved
-
-
-@contextlib.contextmanager
-def _no_initialization() -> Iterator[None]:
-    """Skip torch's random initialisation, most of the time of building a large model: every value is loaded later."""
-    import torch
-
-    names = [name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
-    saved = {name: getattr(torch.nn.init, name) for name in names}
-    try:
-        for name in names:
-            setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
-        yield
-    finally:
-        for name, function in saved.items():
-            setattr(torch.nn.init, name, function)
+        for name, value in saved.items():
+            setattr(module, name, value)

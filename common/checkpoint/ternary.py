@@ -9,7 +9,6 @@ ternary.json describes every matrix, and config.json lists their names again. No
 other, or the tensors, contradict.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.checkpoint import NOT_LOADED
+from common.checkpoint.hub import NOT_LOADED
 from common.cli import size_text
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ PACKING = {"base": 3, "elements_per_byte": 5, "code_offset": 1}
 DIGITS = PACKING["elements_per_byte"]
 LARGEST_BYTE = 3**DIGITS - 1
 QWEIGHT, SCALES = ".qweight", ".scales"
+
+Header = Mapping[str, tuple[str, tuple[int, ...]]]  # name → type as safetensors spells it, shape
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,6 @@ class TernaryModule:
     def weight_shape(self) -> tuple[int, ...]:
         return (self.rows, self.columns, 1) if self.is_convolution else (self.rows, self.columns)
 
-    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name → type and shape of the two tensors that stand for the weight."""
-        return {
-            f"{self.name}{QWEIGHT}": ("U8", (self.rows, math.ceil(self.columns / DIGITS))),
-            f"{self.name}{SCALES}": ("F16", (self.rows, self.columns // self.group)),
-        }
-
 
 def read_modules(path: Path, content: Mapping[str, Any], config: Mapping[str, Any]) -> list[TernaryModule]:
     """The matrices of ternary.json at `path`, whose content is given, in its order. config: of config.json.
@@ -60,28 +54,31 @@ def read_modules(path: Path, content: Mapping[str, Any], config: Mapping[str, An
     Raises ValueError for a packing that is not known, a description that is damaged, or names or a group size that
     config.json contradicts.
     """
-    if content.get("format") != FORMAT:
+    described = content.get("format"), content.get("packing")
+    if described != (FORMAT, PACKING):
         raise ValueError(
-            f"{path} describes the packing {content.get('format')!r}, and only {FORMAT} can be read; ask its publisher "
+            f"expected the packing {FORMAT} {PACKING} in {path}, got {described[0]} {described[1]}; ask its publisher "
             "for that form, or for the weights in float16"
         )
-    if content.get("packing") != PACKING:
-        raise ValueError(f"expected the packing {PACKING} in {path}, got {content.get('packing')!r}; {NOT_LOADED}")
-    listed = content.get("quantized_modules")
-    if not isinstance(listed, list):
-        raise ValueError(f"expected a list as quantized_modules in {path}, got {listed!r}; download it again")
-    modules = [_module(path, entry) for entry in listed]
-    expected = config.get(MODULES_KEY)
-    if sorted(module.name for module in modules) != sorted(expected if isinstance(expected, list) else []):
-        raise ValueError(
-            f"{path} describes other matrices than {MODULES_KEY} of config.json lists; download both again"
-        )
-    for module in modules:
-        if module.group != config.get(GROUP_KEY):
-            raise ValueError(
-                f"{path} gives {module.name} groups of {module.group} columns, but {GROUP_KEY} of config.json is "
-                f"{config.get(GROUP_KEY)!r}; download both again"
+    try:
+        modules = [
+            TernaryModule(
+                entry["name"], entry["out_features"], entry["in_features"], entry["group_size"],
+                is_convolution=bool(entry.get("as_conv1d")),
             )
+            for entry in content["quantized_modules"] if not entry.get("has_bias")
+        ]  # fmt: skip
+        whole = [module.columns % module.group == 0 and module.rows > 0 for module in modules]
+        same_names = sorted(module.name for module in modules) == sorted(config[MODULES_KEY])
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); download it again") from None
+    if not same_names or any(module.group != config.get(GROUP_KEY) for module in modules):
+        raise ValueError(
+            f"{path} describes other matrices without a bias, or other groups of columns, than {MODULES_KEY} and "
+            f"{GROUP_KEY} of config.json; download both again"
+        )
+    if not all(whole):
+        raise ValueError(f"expected matrices with whole groups of columns in {path}; {NOT_LOADED}")
     return modules
 
 
@@ -96,30 +93,7 @@ def note_of(modules: Sequence[TernaryModule]) -> str:
     )
 
 
-def _module(path: Path, entry: object) -> TernaryModule:
-    if not isinstance(entry, dict):
-        raise ValueError(f"expected a mapping for each matrix of {path}, got {entry!r}; download it again")
-    name = entry.get("name")
-    sizes = {key: entry.get(key) for key in ("out_features", "in_features", "group_size")}
-    if not isinstance(name, str) or not all(isinstance(size, int) and size > 0 for size in sizes.values()):
-        raise ValueError(f"expected a name and sizes for each matrix of {path}, got {entry!r}; download it again")
-    module = TernaryModule(
-        name,
-        rows=int(entry["out_features"]),
-        columns=int(entry["in_features"]),
-        group=int(entry["group_size"]),
-        is_convolution=bool(entry.get("as_conv1d")),
-    )
-    if entry.get("has_bias") or module.columns % module.group:
-        raise ValueError(
-            f"expected {name} of {path} without a bias and with whole groups of columns, got {entry!r}; {NOT_LOADED}"
-        )
-    return module
-
-
-def without_packing(
-    header: Mapping[str, tuple[str, tuple[int, ...]]], modules: Sequence[TernaryModule], path: Path
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def without_packing(header: Header, modules: Sequence[TernaryModule], path: Path) -> Header:
     """The header of the weights at `path` as if each matrix were stored unpacked, in float16.
 
     Raises ValueError where a tensor of a packed matrix is missing or has another type or shape than described, or where
@@ -127,25 +101,23 @@ def without_packing(
     """
     plain = dict(header)
     for module in modules:
-        for name, described in module.stored().items():
-            if name not in plain:
-                raise ValueError(f"{path} lacks {name}, which {DESCRIPTION} describes; download it again")
-            if plain[name] != described:
-                kind, shape = described
+        stored = {
+            f"{module.name}{QWEIGHT}": ("U8", (module.rows, -(-module.columns // DIGITS))),
+            f"{module.name}{SCALES}": ("F16", (module.rows, module.columns // module.group)),
+            f"{module.name}.weight": None,
+        }
+        for name, described in stored.items():
+            if (found := plain.pop(name, None)) != described:
                 raise ValueError(
-                    f"expected {name} of type {kind} and shape {shape} by {DESCRIPTION}, got {plain[name][0]} and "
-                    f"{plain[name][1]} in {path}; download it again"
+                    f"expected {name} of type and shape {described} by {DESCRIPTION}, got {found} in {path}; download "
+                    "it again"
                 )
-            del plain[name]
-        weight = f"{module.name}.weight"
-        if weight in plain:
-            raise ValueError(f"{path} holds {weight} packed and unpacked; {NOT_LOADED}")
-        plain[weight] = ("F16", module.weight_shape)
+        plain[f"{module.name}.weight"] = ("F16", module.weight_shape)
     return plain
 
 
 def unpack(module: TernaryModule, qweight: "Tensor", scales: "Tensor") -> "Tensor":
-    """The weight of a matrix in float32, from its tensors of the shapes that `stored` gives.
+    """The weight of a matrix in float32, from its tensors of the shapes that `without_packing` checks.
 
     scales may be in any float type. Raises ValueError for a byte that is not five ternary digits, or a scale that is
     not finite.

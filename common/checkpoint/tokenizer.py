@@ -1,7 +1,7 @@
-"""A SentencePiece model → the tokenizer files of Hugging Face and ONNX Runtime Extensions. Needs no torch and no NeMo.
+"""A SentencePiece model → the tokenizer files of Hugging Face and ONNX Runtime Extensions, and back from transformers'.
 
-Three readers must show the same text for the same ids: SentencePiece itself, Hugging Face `tokenizers` and the Unigram
-reader of ORT Extensions that ORT GenAI uses (`SpmUgmTokenizer`, `SpmUgmDecoder` in
+It needs no torch and no NeMo. Three readers must show the same text for the same ids: SentencePiece itself, Hugging
+Face `tokenizers` and the Unigram reader of ORT Extensions that ORT GenAI uses (`SpmUgmTokenizer`, `SpmUgmDecoder` in
 operators/tokenizer/ugm_kernels.hpp, observed with onnxruntime-genai 0.18.0). The last one has four properties that
 decide how the files are written:
 
@@ -18,15 +18,19 @@ V counts the blank, which SentencePiece does not have: it is the last id, V - 1.
 """
 
 import base64
+import binascii
+import json
 import math
 import random
 import re
 import string
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import Tokenizer
 
 PLAIN_BLANK = "<blk>"  # the name by which onnx-asr and sherpa-onnx find the blank
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
@@ -36,6 +40,7 @@ WHITE_SPACE = set(string.whitespace)  # of ASCII: the characters at which sherpa
 LAST_BYTE_BPE = 0xC6  # the largest byte of icefall's byte-level pieces, which are spelt up to U+01BF
 UTF8_LENGTHS = ((0x80, 0x800), (0x800, 0xD800), (0x10000, 0x110000))  # code points of 2, 3, 4 bytes
 PROBE_LENGTHS = (1, 32)  # ids that are decoded together where two readers are compared
+BYTE_PIECES = frozenset(f"<0x{value:02X}>" for value in range(256))
 SIX_BYTES_READ_AS_ONE = re.compile(rb"...([0-9A-F]{2}).", re.DOTALL)
 
 
@@ -82,8 +87,11 @@ def vocabulary(proto: ModelProto) -> list[list[Any]]:
     hidden = set(special_ids(proto))
     entries = []
     for index, piece in enumerate(proto.pieces):
-        text = piece.piece if piece.type == Piece.BYTE else _readable(piece.piece)
-        if index in hidden and _is_read_as_byte(text):
+        text = piece.piece
+        plain = text.replace(SPACE, " ")  # plain spaces stay as they are in ORT Extensions
+        if piece.type != Piece.BYTE and _runtime_text(_runtime_key(text)) != plain.encode():
+            text = plain
+        if index in hidden and SIX_BYTES_READ_AS_ONE.fullmatch(text.encode()):
             text = _in_brackets(text, proto)
         entries.append([text, piece.score])
     entries.append([blank_name(proto), 0.0])
@@ -108,20 +116,39 @@ def _in_brackets(name: str, proto: ModelProto) -> str:
 def tokenizer_json(proto: ModelProto) -> dict[str, Any]:
     """The content of tokenizer.json: a Hugging Face Unigram tokenizer. Raises ValueError as `vocabulary` does."""
     entries = vocabulary(proto)
+    spec = proto.normalizer_spec
+    normalizers: list[dict[str, Any]] = []  # SentencePiece's own character map, then its handling of spaces
+    if spec.precompiled_charsmap:
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode("ascii")
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if spec.remove_extra_whitespaces:
+        normalizers.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    # What `SentencePieceProcessor::Decode` drops of leading spaces: all, one or none.
+    dropped = 2**31 - 1 if spec.remove_extra_whitespaces else int(spec.add_dummy_prefix)
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_special_token(index, entries[index][0]) for index in special_ids(proto)],
-        "normalizer": _normalizer(proto),
+        "added_tokens": [{"id": index, "content": entries[index][0], **special} for index in special_ids(proto)],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
         "pre_tokenizer": {
             "type": "Metaspace",
             "replacement": SPACE,
-            "prepend_scheme": "always" if proto.normalizer_spec.add_dummy_prefix else "never",
+            "prepend_scheme": "always" if spec.add_dummy_prefix else "never",
             "split": proto.trainer_spec.split_by_whitespace,
         },
         "post_processor": None,
-        "decoder": _decoder(proto),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": dropped, "stop": 0},
+            ],
+        },
         "model": {
             "type": "Unigram",
             "unk_id": _unknown_id(proto),
@@ -212,13 +239,10 @@ def probe_sequences(proto: ModelProto, length: int, seed: int = 0) -> list[list[
     special = set(special_ids(proto))
     pieces = enumerate(piece.piece for piece in proto.pieces)
     spaces = {index for index, text in pieces if text == SPACE or text.startswith(2 * SPACE)}
-    return [_without_leading(spaces, sequence, special) for sequence in sequences]
-
-
-def _without_leading(spaces: set[int], sequence: list[int], special: set[int]) -> list[int]:
-    """`sequence` without the ids of `spaces` before its first other piece; special ids stay."""
-    start = next((place for place, index in enumerate(sequence) if index not in special | spaces), len(sequence))
-    return [index for index in sequence[:start] if index not in spaces] + sequence[start:]
+    for place, ids in enumerate(sequences):
+        start = next((i for i, index in enumerate(ids) if index not in special | spaces), len(ids))
+        sequences[place] = [index for index in ids[:start] if index not in spaces] + ids[start:]
+    return sequences
 
 
 def _unknown_id(proto: ModelProto) -> int:
@@ -233,54 +257,6 @@ def _byte(piece: Piece) -> int:
 def _is_useless_byte(value: int, taken: set[str]) -> bool:
     """Whether a character has a piece besides its byte, or is NUL, which would end the C string of a transcript."""
     return value == 0 or (value < 0x80 and chr(value).replace(" ", SPACE) in taken)
-
-
-def _special_token(index: int, content: str) -> dict[str, Any]:
-    return {
-        "id": index,
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-
-
-def _normalizer(proto: ModelProto) -> dict[str, Any] | None:
-    """SentencePiece's own character map, then its handling of spaces."""
-    spec = proto.normalizer_spec
-    steps: list[dict[str, Any]] = []
-    if spec.precompiled_charsmap:
-        charsmap = base64.b64encode(spec.precompiled_charsmap).decode("ascii")
-        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
-    if spec.remove_extra_whitespaces:
-        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
-        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-    return {"type": "Sequence", "normalizers": steps} if steps else None
-
-
-def _decoder(proto: ModelProto) -> dict[str, Any]:
-    """Handles spaces, bytes, and what `SentencePieceProcessor::Decode` drops of leading spaces: all, one or none."""
-    spec = proto.normalizer_spec
-    dropped = 2**31 - 1 if spec.remove_extra_whitespaces else int(spec.add_dummy_prefix)
-    steps = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-        {"type": "Strip", "content": " ", "start": dropped, "stop": 0},
-    ]
-    return {"type": "Sequence", "decoders": steps}
-
-
-def _readable(text: str) -> str:
-    """`text` as it is where ORT Extensions shows it correctly, else with plain spaces, which stay as they are there."""
-    plain = text.replace(SPACE, " ")
-    return text if _runtime_text(_runtime_key(text)) == plain.encode() else plain
-
-
-def _is_read_as_byte(text: str) -> bool:
-    return SIX_BYTES_READ_AS_ONE.fullmatch(text.encode()) is not None
 
 
 def _runtime_key(text: str) -> bytes:
@@ -309,21 +285,116 @@ def _require_readable(proto: ModelProto, entries: list[list[Any]]) -> None:
             count += 1
     shown = {index: _runtime_text(key) for key, index in ids.items()}
     hidden = set(special_ids(proto))
-    wrong = [
-        piece.piece
-        for index, piece in enumerate(proto.pieces)
-        if index not in hidden and shown.get(index) != _sentencepiece_text(piece)
-    ]
+    wrong = []
+    for index, piece in enumerate(proto.pieces):
+        is_byte = piece.type == Piece.BYTE
+        expected = bytes([_byte(piece)]) if is_byte else piece.piece.replace(SPACE, " ").encode()
+        if index not in hidden and shown.get(index) != expected:
+            wrong.append(piece.piece)
     if wrong:
         raise ValueError(
             f"ONNX Runtime GenAI would misread {len(wrong)} pieces, which have no other spelling: {_named(wrong)}"
         )
 
 
-def _sentencepiece_text(piece: Piece) -> bytes:
-    return bytes([_byte(piece)]) if piece.type == Piece.BYTE else piece.piece.replace(SPACE, " ").encode()
-
-
 def _named(pieces: list[str], most: int = 8) -> str:
     more = f" and {len(pieces) - most} more" if len(pieces) > most else ""
     return ", ".join(map(repr, pieces[:most])) + more
+
+
+def sentencepiece_model(content: Mapping[str, Any], blank_id: int) -> bytes:
+    """The SentencePiece model that transformers has converted into a tokenizer.json of this content.
+
+    blank_id: the ids below it are the pieces. transformers (ParakeetConverter and SpmConverter of
+    convert_slow_tokenizer.py, 5.23) keeps these parts of the model:
+        the pieces    in id order, as the vocabulary and the added tokens
+        the types     control pieces are special added tokens, user-defined ones plain added tokens
+        the scores    those of a Unigram model; of a BPE model their order, which is all that its scores say:
+                      SentencePiece numbers its pieces 0, -1, -2, … in the order in which they were learned
+        the normalizer's map of characters, and whether a space is put before the text
+    It does not keep `remove_extra_whitespaces`; NeMo trains its tokenizers without it. The result is compared with
+    tokenizer.json itself: `tokenizers` and SentencePiece must decode the same text.
+
+    Raises ValueError where the tokenizer was not made from such a model.
+    """
+    try:
+        proto = _converted_pieces(content, blank_id)
+        _set_specs(proto, content)
+    except (KeyError, TypeError, AttributeError, binascii.Error) as error:
+        raise ValueError(f"expected a tokenizer that was converted from SentencePiece, got {error!r}") from None
+    model: bytes = proto.SerializeToString()
+    _check_same_text(content, parse_model(model))
+    return model
+
+
+def _converted_pieces(content: Mapping[str, Any], blank_id: int) -> ModelProto:
+    """A model of the pieces of a tokenizer.json, with their types and scores."""
+    model, added = content["model"], {token["id"]: token for token in content["added_tokens"]}
+    if model["type"] not in ("BPE", "Unigram"):
+        raise ValueError(f"expected a tokenizer of type BPE or Unigram, got {model['type']!r}")
+    is_unigram = model["type"] == "Unigram"
+    if is_unigram:  # [name, score] in id order
+        names = {index: name for index, (name, _) in enumerate(model["vocab"])}
+        scores = {index: score for index, (_, score) in enumerate(model["vocab"])}
+    else:  # the id of each name
+        names = {index: name for name, index in model["vocab"].items()}
+        scores = {}
+    names |= {index: token["content"] for index, token in added.items()}
+    if any(index not in names for index in range(blank_id)) or any(index > blank_id for index in names):
+        raise ValueError(f"expected the tokens 0 to {blank_id}, the blank, got {len(names)} others")
+    has_bytes = BYTE_PIECES.issubset(names.values())  # SentencePiece has all 256 or none
+    unknown = names[model["unk_id"]] if is_unigram else model["unk_token"]
+    proto = ModelProto()
+    proto.trainer_spec.model_type = proto.trainer_spec.UNIGRAM if is_unigram else proto.trainer_spec.BPE
+    learned = 0
+    for index in range(blank_id):
+        name = names[index]
+        score = float(scores.get(index, 0.0))
+        kind = Piece.BYTE if has_bytes and name in BYTE_PIECES else Piece.NORMAL
+        if index in added:
+            kind = Piece.CONTROL if added[index]["special"] else Piece.USER_DEFINED
+        if name == unknown:
+            kind = Piece.UNKNOWN
+            proto.trainer_spec.unk_id = index
+        if not is_unigram and kind == Piece.NORMAL:
+            score = -float(learned)
+            learned += 1
+        proto.trainer_spec.byte_fallback |= kind == Piece.BYTE
+        proto.pieces.add(piece=name, score=score, type=kind)
+    return proto
+
+
+def _set_specs(proto: ModelProto, content: Mapping[str, Any]) -> None:
+    """Take over the settings of a tokenizer.json that decide how text is encoded and decoded."""
+    normalizer = proto.normalizer_spec
+    before = content.get("pre_tokenizer") or {}
+    metaspace = next((step for step in before.get("pretokenizers", [before]) if step.get("type") == "Metaspace"), None)
+    if metaspace is None:
+        raise ValueError(f"expected a Metaspace pre-tokenizer, as for SentencePiece, got {before.get('type')!r}")
+    proto.trainer_spec.split_by_whitespace = bool(metaspace.get("split", True))
+    normalizer.add_dummy_prefix = metaspace.get("prepend_scheme", "always") != "never"
+    normalizer.remove_extra_whitespaces = False
+    normalizing = content.get("normalizer") or {}
+    for step in normalizing.get("normalizers", [normalizing]):
+        if step.get("type") == "Precompiled":
+            normalizer.precompiled_charsmap = base64.b64decode(step["precompiled_charsmap"], validate=True)
+
+
+def _check_same_text(content: Mapping[str, Any], proto: ModelProto) -> None:
+    """Raise ValueError where SentencePiece shows the pieces of `proto` as another text than tokenizer.json does."""
+    processor = SentencePieceProcessor(model_proto=proto.SerializeToString())
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"`tokenizers` does not load it ({error})") from None
+    hidden = set(special_ids(proto))
+    if "ByteFallback" not in json.dumps(content.get("decoder")):  # transformers then shows <0x41> as it is spelt
+        hidden |= {index for index, piece in enumerate(proto.pieces) if piece.type == Piece.BYTE}
+    for sequence in (ids for length in PROBE_LENGTHS for ids in probe_sequences(proto, length)):
+        ids = [index for index in sequence if index not in hidden]
+        expected, actual = tokenizer.decode(ids), processor.decode(ids)
+        if expected != actual:
+            raise ValueError(
+                f"expected a tokenizer that was converted from SentencePiece, got one that decodes {ids[:8]} to "
+                f"{expected[:60]!r}, and not to {actual[:60]!r}"
+            )

@@ -5,11 +5,13 @@ are only read, so that common/export/wrappers.py can share their parameters: tra
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -20,36 +22,49 @@ from transformers import (
 )
 from transformers.models.parakeet.feature_extraction_parakeet import LOG_ZERO_GUARD_VALUE
 
+from common.checkpoint.ternary import QWEIGHT, SCALES, TernaryModule, unpack
 
-def build(
-    model: dict[str, Any], encoder: dict[str, Any], features: dict[str, Any]
-) -> tuple[ParakeetForTDT, ParakeetFeatureExtractor]:
-    """The network, whose weights have no storage, and the feature extractor, built from these keys of their configs.
+# The numbers that are taken from the configs. Other keys may make transformers download and run code.
+ENCODER_KEYS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "attention_bias",
+    "convolution_bias", "conv_kernel_size", "subsampling_factor", "subsampling_conv_channels", "num_mel_bins",
+    "subsampling_conv_kernel_size", "subsampling_conv_stride", "max_position_embeddings", "scale_input",
+)  # fmt: skip
+MODEL_KEYS = (
+    "vocab_size", "decoder_hidden_size", "num_decoder_layers", "hidden_act", "max_symbols_per_step", "durations",
+    "pad_token_id", "blank_token_id",
+)  # fmt: skip
+FEATURE_KEYS = (
+    "feature_size", "sampling_rate", "hop_length", "n_fft", "win_length", "preemphasis", "padding_value",
+)  # fmt: skip
+LONGEST_REASON = 400  # characters of a list of tensors that do not fit, in a message
+
+
+def build(config: Mapping[str, Any], features: Mapping[str, Any]) -> tuple[ParakeetForTDT, ParakeetFeatureExtractor]:
+    """The network, whose weights have no storage, and the feature extractor of two configs.
 
     Raises ValueError, or what transformers raises, where a value is not possible or two values contradict each other.
     """
-    encoder_config = ParakeetEncoderConfig(**encoder)
-    config = ParakeetTDTConfig(**model, encoder_config=encoder_config)
-    extractor = ParakeetFeatureExtractor(**features)  # type: ignore[no-untyped-call]
-    layers = math.log2(encoder_config.subsampling_factor)
-    checks = (
-        ("blank_token_id", config.blank_token_id, config.vocab_size - 1),  # where every runtime looks for it
-        ("hidden_size", encoder_config.hidden_size % encoder_config.num_attention_heads, 0),
-        ("subsampling_conv_stride", encoder_config.subsampling_conv_stride, 2),
-        ("log2 of subsampling_factor", layers, float(int(layers))),
+    encoder = config["encoder_config"]
+    encoder_config = ParakeetEncoderConfig(**{key: encoder[key] for key in ENCODER_KEYS if key in encoder})
+    numbers = {key: config[key] for key in MODEL_KEYS if key in config}
+    model_config = ParakeetTDTConfig(**numbers, encoder_config=encoder_config)
+    numbers = {key: features[key] for key in FEATURE_KEYS if key in features}
+    extractor = ParakeetFeatureExtractor(**numbers)  # type: ignore[no-untyped-call]
+    blank = model_config.blank_token_id
+    for name, actual, expected in (
+        ("blank_token_id", blank, model_config.vocab_size - 1),  # where every runtime looks for it
         ("feature_size of the feature extractor", extractor.feature_size, encoder_config.num_mel_bins),
-        ("padding_value of the feature extractor", float(extractor.padding_value), 0.0),
-    )
-    for name, actual, expected in checks:
+    ):
         if actual != expected:
             raise ValueError(f"expected {name} to be {expected}, got {actual}")
     with torch.device("meta"):
-        network = ParakeetForTDT(config)
+        network = ParakeetForTDT(model_config)
     # As transformers' converter sets it: a duration is not a token.
     network.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        decoder_start_token_id=config.blank_token_id,
-        pad_token_id=config.pad_token_id,
-        suppress_tokens=list(range(config.vocab_size, config.vocab_size + len(config.durations))),
+        decoder_start_token_id=blank,
+        pad_token_id=model_config.pad_token_id,
+        suppress_tokens=list(range(model_config.vocab_size, model_config.vocab_size + len(model_config.durations))),
     )
     # The one buffer that is computed and not stored.
     positions = network.encoder.encode_positions
@@ -57,14 +72,45 @@ def build(
     return network, extractor
 
 
-class ParakeetModel(nn.Module):
-    """A model as `load_model` of a checkpoint format returns it. `network` is transformers' own, with `generate`."""
+def load_weights(
+    network: ParakeetForTDT, tensors: Mapping[Path, Sequence[str]], modules: Sequence[TernaryModule], device: str
+) -> None:
+    """Give the network its weights in float32, mapped from disk where they are stored so.
 
-    def __init__(self, network: ParakeetForTDT, extractor: ParakeetFeatureExtractor, tokenizer_file: Path) -> None:
+    tensors: file → names of those in it that are used. modules: the matrices that are stored packed. Raises ValueError
+    unless the weights are exactly those of the network, in its shapes, and finite.
+    """
+    state: dict[str, Tensor] = {}
+    for path, names in tensors.items():
+        with safe_open(path, framework="pt", device=device) as file:
+            stored = {name: file.get_tensor(name) for name in names}
+        state |= {name: one.float() if one.is_floating_point() else one for name, one in stored.items()}
+    for module in modules:
+        qweight, scales = (state.pop(f"{module.name}{part}") for part in (QWEIGHT, SCALES))
+        state[f"{module.name}.weight"] = unpack(module, qweight, scales)
+    if wrong := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{wrong[0]} and {len(wrong) - 1} more tensors of {path} hold values that are not finite")
+    # The counters of batch normalisations, the only tensors of whole numbers, are not used.
+    counters = {name: one for name, one in network.state_dict().items() if not one.is_floating_point()}
+    state |= {name: torch.zeros_like(one, device=device) for name, one in counters.items()}
+    try:
+        network.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise ValueError(f"{path} does not fit its config.json; download it again ({reason})") from None
+
+
+class ParakeetModel(nn.Module):
+    """A model as `load_model` of a checkpoint returns it. `network` is transformers' own, with `generate`."""
+
+    def __init__(
+        self, network: ParakeetForTDT, extractor: ParakeetFeatureExtractor, tokenizer_file: Path, sentencepiece: bytes
+    ) -> None:
         super().__init__()
         config = network.config
         self.network = network
         self.tokenizer_file = tokenizer_file
+        self.sentencepiece = sentencepiece
         self.preprocessor = Preprocessor(extractor)
         self.encoder = Encoder(network.encoder)
         self.decoder = PredictionNetwork(network)

@@ -250,7 +250,7 @@ def load_reference(
     model = checkpoint.load_model()
     scripts = read_manifest(folder.path).get("export", {}).get("flags", {}).get("scripts")
     suppress(model.joint, suppressed_ids(checkpoint, scripts))  # as in the folder
-    reference: Reference = Transformers(model) if checkpoint.format is transformers else Nemo(model)
+    reference: Reference = Transformers(model) if checkpoint.format == transformers.NAME else Nemo(model)
     if reference.model.decoder.blank_idx != folder.config.blank_id:
         raise ValueError(
             f"{folder.path} was exported from another checkpoint than {checkpoint.path}, which has another vocabulary; "

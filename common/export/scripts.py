@@ -9,8 +9,8 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from common.checkpoint.find import Checkpoint
-from common.checkpoint.tokenizer import Piece, parse_model, special_ids
+from common.checkpoint import Checkpoint
+from common.checkpoint.tokenizer import Piece, special_ids
 
 SUPPRESSED = "suppressed_tokens"  # in the manifest: how many tokens --scripts suppresses
 BIAS = -1e4  # logits are at most hundreds; float16 can hold this number
@@ -27,8 +27,7 @@ def suppressed_ids(checkpoint: Checkpoint, scripts: str | None) -> list[int]:
     """
     if scripts is None:
         return []
-    proto = parse_model(checkpoint.read_tokenizer())
-    return ids_of_other_scripts(proto, scripts.split(","))
+    return ids_of_other_scripts(checkpoint.tokenizer, scripts.split(","))
 
 
 def ids_of_other_scripts(proto: ModelProto, scripts: Iterable[str]) -> list[int]:

@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from common.checkpoint.find import Checkpoint
-from common.checkpoint.tokenizer import parse_model
+from common.checkpoint import Checkpoint
 from common.cli import EXPORT_COMMAND
 from common.folder import MANIFEST, read_manifest
 from common.layouts.genai import GENAI
@@ -64,7 +63,4 @@ def exported_vocabularies(checkpoint: Checkpoint, layouts: Iterable[Layout]) -> 
     Raises ValueError where a runtime would misread the checkpoint's tokens.
     """
     writing = [layout for layout in layouts if layout.exports_vocabulary]
-    if not writing:
-        return {}
-    proto = parse_model(checkpoint.read_tokenizer())
-    return {layout.runtime: layout.vocabulary_texts(proto) for layout in writing}
+    return {layout.runtime: layout.vocabulary_texts(checkpoint.tokenizer) for layout in writing}

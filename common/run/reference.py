@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from common.checkpoint.transformers import read_tokenizer
 from common.run.decode import (
     DecodingConfig,
     Hypothesis,
@@ -150,7 +149,7 @@ class Transformers(Reference):
 
     @property
     def sentencepiece_model(self) -> bytes:
-        return read_tokenizer(self.model.tokenizer_file.parent)
+        return bytes(self.model.sentencepiece)
 
     def transcribe(self, features: np.ndarray) -> Transcript:
         """features [M, T] → tokens, frames and text, all of them transformers'.
