@@ -273,7 +273,6 @@ def test_no_room_for_the_download(user, hub):
     hub.size = 10**17
     error = user.rejected()
     assert "needs 100000000 GB of free disk" in error
-    assert "HF_HUB_CACHE" in error
     assert hub.ranges() == []
 
 
@@ -284,8 +283,7 @@ def test_a_disk_that_fills_up(user, hub):
         error = user.rejected()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "make room, or set HF_HUB_CACHE" in error
-    assert "HF_HUB_CACHE" in error
+    assert "File too large" in error
     user.succeeded()
     user.has_downloaded()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import size_text
-from common.folder import DISK_ERRORS, require_free, sha256
+from common.folder import require_free, sha256
 
 DEFAULT_MODEL = "nvidia/parakeet-tdt-0.6b-v3"
 DEFAULT_REVISION = "main"
@@ -134,7 +134,7 @@ def _download(repository: str, path: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises inside the block into an OSError of one line that says what to do.
+    """Turn what huggingface_hub raises inside the block into a ConnectionError of one line that says what to do.
 
     what: the file or the repository, for the message.
     """
@@ -151,10 +151,6 @@ def hub_errors(what: str) -> Iterator[None]:
             f"{what} cannot be read from Hugging Face at {constants.ENDPOINT or 'an empty HF_ENDPOINT'}: "
             f"{str(reason) or type(reason).__name__}; {ADVICE}"
         ) from error
-    except OSError as error:
-        if error.errno not in DISK_ERRORS and "free disk" not in str(error):
-            raise
-        raise OSError(f"{error}; make room, or set HF_HUB_CACHE to a folder on another disk") from error
 
 
 def require_inside(path: Path) -> None:

@@ -67,13 +67,15 @@ def special_ids(proto: ModelProto) -> list[int]:
     digits as user-defined pieces, and no other digit pieces. The unknown piece stands for what the vocabulary cannot
     spell; SentencePiece and NeMo show ` ⁇ ` for it, which is not text either.
     """
-    taken = {piece.piece for piece in proto.pieces}
+    texts = {_plain(piece) for piece in proto.pieces}
+    # The bytes of characters that have a piece besides, and NUL, which would end the C string of a transcript.
+    unused = {value for value in range(0x80) if value == 0 or chr(value) in texts}
     hidden = [
         index
         for index, piece in enumerate(proto.pieces)
         if piece.type in (Piece.UNKNOWN, Piece.CONTROL)
         or (piece.type == Piece.USER_DEFINED and MARK.fullmatch(piece.piece))
-        or (piece.type == Piece.BYTE and _is_useless_byte(_byte(piece), taken))
+        or (piece.type == Piece.BYTE and _byte(piece) in unused)
     ]
     return [*hidden, len(proto.pieces)]
 
@@ -86,16 +88,29 @@ def vocabulary(proto: ModelProto) -> list[list[Any]]:
     """
     hidden = set(special_ids(proto))
     entries = []
+    expected = {}  # what SentencePiece shows
     for index, piece in enumerate(proto.pieces):
         text = piece.piece
-        plain = text.replace(SPACE, " ")  # plain spaces stay as they are in ORT Extensions
+        plain = _plain(piece)  # plain spaces stay as they are in ORT Extensions
         if piece.type != Piece.BYTE and _runtime_text(_runtime_key(text)) != plain.encode():
             text = plain
         if index in hidden and SIX_BYTES_READ_AS_ONE.fullmatch(text.encode()):
             text = _in_brackets(text, proto)
         entries.append([text, piece.score])
+        expected[index] = bytes([_byte(piece)]) if piece.type == Piece.BYTE else plain.encode()
     entries.append([blank_name(proto), 0.0])
-    _require_readable(proto, entries)
+    ids: dict[bytes, int] = {}
+    count = 0
+    for text, score in entries:  # the loop of `SpmUgmTokenizer::Load`
+        key = _runtime_key(text)
+        if score != 0 or key not in ids:
+            ids[key] = count
+            count += 1
+    shown = {index: _runtime_text(key) for key, index in ids.items()}
+    wrong = [index for index, text in expected.items() if index not in hidden and shown.get(index) != text]
+    if wrong:
+        named = _named([proto.pieces[index].piece for index in wrong])
+        raise ValueError(f"ONNX Runtime GenAI would misread {len(wrong)} pieces, which have no other spelling: {named}")
     return entries
 
 
@@ -254,9 +269,9 @@ def _byte(piece: Piece) -> int:
     return int(piece.piece[3:5], 16)
 
 
-def _is_useless_byte(value: int, taken: set[str]) -> bool:
-    """Whether a character has a piece besides its byte, or is NUL, which would end the C string of a transcript."""
-    return value == 0 or (value < 0x80 and chr(value).replace(" ", SPACE) in taken)
+def _plain(piece: Piece) -> str:
+    """The text of a piece that is no byte."""
+    return str(piece.piece).replace(SPACE, " ")
 
 
 def _runtime_key(text: str) -> bytes:
@@ -272,29 +287,6 @@ def _runtime_text(key: bytes) -> bytes:
     if key.startswith(space):
         return b" " + key.removeprefix(space)
     return key.removesuffix(space) + b" " if key.count(space) == 1 and key.endswith(space) else key
-
-
-def _require_readable(proto: ModelProto, entries: list[list[Any]]) -> None:
-    """Raise ValueError naming the pieces that ORT Extensions would show as another text after it loaded `entries`."""
-    ids: dict[bytes, int] = {}
-    count = 0
-    for text, score in entries:  # the loop of `SpmUgmTokenizer::Load`
-        key = _runtime_key(text)
-        if score != 0 or key not in ids:
-            ids[key] = count
-            count += 1
-    shown = {index: _runtime_text(key) for key, index in ids.items()}
-    hidden = set(special_ids(proto))
-    wrong = []
-    for index, piece in enumerate(proto.pieces):
-        is_byte = piece.type == Piece.BYTE
-        expected = bytes([_byte(piece)]) if is_byte else piece.piece.replace(SPACE, " ").encode()
-        if index not in hidden and shown.get(index) != expected:
-            wrong.append(piece.piece)
-    if wrong:
-        raise ValueError(
-            f"ONNX Runtime GenAI would misread {len(wrong)} pieces, which have no other spelling: {_named(wrong)}"
-        )
 
 
 def _named(pieces: list[str], most: int = 8) -> str:
@@ -319,7 +311,18 @@ def sentencepiece_model(content: Mapping[str, Any], blank_id: int) -> bytes:
     """
     try:
         proto = _converted_pieces(content, blank_id)
-        _set_specs(proto, content)
+        before = content.get("pre_tokenizer") or {}
+        steps = [step for step in before.get("pretokenizers", [before]) if step.get("type") == "Metaspace"]
+        if not steps:
+            raise ValueError(f"expected a Metaspace pre-tokenizer, as for SentencePiece, got {before.get('type')!r}")
+        proto.trainer_spec.split_by_whitespace = bool(steps[0].get("split", True))
+        proto.normalizer_spec.add_dummy_prefix = steps[0].get("prepend_scheme", "always") != "never"
+        proto.normalizer_spec.remove_extra_whitespaces = False
+        normalizing = content.get("normalizer") or {}
+        for step in normalizing.get("normalizers", [normalizing]):
+            if step.get("type") == "Precompiled":
+                charsmap = base64.b64decode(step["precompiled_charsmap"], validate=True)
+                proto.normalizer_spec.precompiled_charsmap = charsmap
     except (KeyError, TypeError, AttributeError, binascii.Error) as error:
         raise ValueError(f"expected a tokenizer that was converted from SentencePiece, got {error!r}") from None
     model: bytes = proto.SerializeToString()
@@ -362,22 +365,6 @@ def _converted_pieces(content: Mapping[str, Any], blank_id: int) -> ModelProto:
         proto.trainer_spec.byte_fallback |= kind == Piece.BYTE
         proto.pieces.add(piece=name, score=score, type=kind)
     return proto
-
-
-def _set_specs(proto: ModelProto, content: Mapping[str, Any]) -> None:
-    """Take over the settings of a tokenizer.json that decide how text is encoded and decoded."""
-    normalizer = proto.normalizer_spec
-    before = content.get("pre_tokenizer") or {}
-    metaspace = next((step for step in before.get("pretokenizers", [before]) if step.get("type") == "Metaspace"), None)
-    if metaspace is None:
-        raise ValueError(f"expected a Metaspace pre-tokenizer, as for SentencePiece, got {before.get('type')!r}")
-    proto.trainer_spec.split_by_whitespace = bool(metaspace.get("split", True))
-    normalizer.add_dummy_prefix = metaspace.get("prepend_scheme", "always") != "never"
-    normalizer.remove_extra_whitespaces = False
-    normalizing = content.get("normalizer") or {}
-    for step in normalizing.get("normalizers", [normalizing]):
-        if step.get("type") == "Precompiled":
-            normalizer.precompiled_charsmap = base64.b64decode(step["precompiled_charsmap"], validate=True)
 
 
 def _check_same_text(content: Mapping[str, Any], proto: ModelProto) -> None:
