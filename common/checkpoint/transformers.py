@@ -185,9 +185,10 @@ def load_model(
 ) -> Any:
     """transformers' ParakeetForTDT in float32, in evaluation mode, with the parts that NeMo's models have.
 
-    config, features: of a checkpoint that has been checked. tokenizer: its file, and the SentencePiece model of it. tensors: file → names of those in it that are used.
-    modules: the matrices that are stored packed. scratch is not needed. Raises ValueError for configs that transformers
-    cannot build, and weights that are not exactly those of the config, or not finite.
+    config, features: of a checkpoint that has been checked. tokenizer: its file, and its SentencePiece model.
+    tensors: file → names of those in it that are used. modules: the matrices that are stored packed. scratch: not
+    needed. Raises ValueError for configs that transformers cannot build, and weights that are not exactly those of the
+    config, or not finite.
     """
     from common.checkpoint.transformers_model import ParakeetModel, build, load_weights
 
