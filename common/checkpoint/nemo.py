@@ -63,7 +63,9 @@ def read(origin: Origin) -> Checkpoint | None:
     if CONFIG_MEMBER in origin.sizes and not origin.repository:
         path = origin.folder
     elif usual in found or len(found) == 1:
-        path = origin.get(usual, *found)
+        name = usual if usual in found else found[0]
+        # On this disk it may be a link to any place: its own content is checked.
+        path = origin.get(name) if origin.repository else origin.folder / name
     elif not found:
         return None
     else:
