@@ -10,11 +10,11 @@ from typing import Any
 from common.cli import CheckError, print_table, progress_bar
 from common.contract import ENCODER
 from common.evaluate.blanks import print_flaws
-from common.evaluate.compare import QUANTIZED, ComparedClip, Comparison
+from common.evaluate.compare import QUANTIZED, Comparison
 from common.evaluate.engines import GENAI_ENGINE
 from common.evaluate.speed import why_slower
 from common.evaluate.text_rules import explaining_rules, ids_of_other_words
-from common.evaluate.wer import CONFIDENCE, MAX_PRINTED_CLIPS, NONE, no_rate, print_warnings, word_errors
+from common.evaluate.wer import CONFIDENCE, MAX_PRINTED_CLIPS, NONE, print_warnings, word_errors
 from common.evaluate.words import furthest_apart, timed_words
 
 # The largest difference of a word's start or end from the reference's, in encoder frames.
@@ -56,41 +56,17 @@ def transcribe_and_print(comparison: Comparison, *, print_times: bool) -> None:
                     if clip.text is not None and word_errors(clip.text, text)[0]:
                         print(f"  text of the clip: {clip.text}", flush=True)
                 if engine is last:
-                    _print_engines(comparison, clip)
+                    if len({made.text for made in clip.transcripts.values()}) > 1:
+                        rows = [(name, made.text) for name, made in clip.transcripts.items()]
+                        print_table([("engine", "transcript"), *rows], indent="  ")
+                    for name, draw in clip.draws.items():
+                        print(f"  {name} differs from plain ONNX Runtime, {draw}")
                     for word in comparison.words(clip) if print_times else ():
                         start, end = (frame * comparison.config.frame_seconds for frame in (word.start, word.end))
                         sure = f"{100 * word.confidence.max_prob:4.0f} %" if word.confidence else ""
                         print(f"  {start:8.2f} {end:8.2f} {sure}  {word.text}")
             if engine is last:
                 bar.update(len(pool))
-
-
-def _print_engines(comparison: Comparison, clip: ComparedClip) -> None:
-    """A table of all engines' transcripts of a clip on which they differ, and where the runtimes part on quantized
-    weights."""
-    if len({made.text for made in clip.transcripts.values()}) == 1:
-        return
-    reference = comparison.reference.name if comparison.reference else None
-    rows = [
-        (
-            engine,
-            NONE if clip.text is None else _clip_percent(clip.text, made.text),
-            # against the reference's own text; a difference by rule is no error
-            NONE if reference in (None, engine) else _clip_percent(*comparison.comparable_texts(clip, engine)),
-            made.text,
-        )
-        for engine, made in clip.transcripts.items()
-    ]
-    columns = zip(("engine", "WER", f"against {reference}", "transcript"), *rows, strict=True)
-    print_table(list(zip(*(each for each in columns if {*each[1:]} != {NONE}), strict=True)), indent="  ")
-    for engine, draw in clip.draws.items():
-        print(f"  {engine} differs from plain ONNX Runtime, {draw}")
-
-
-def _clip_percent(reference: str, transcript: str) -> str:
-    """Word error rate of one clip in per cent, as written."""
-    errors, words = word_errors(reference, transcript)
-    return f"{100 * errors / words:.1f}" if words else no_rate(errors)
 
 
 def print_corpus(comparison: Comparison) -> None:
@@ -275,13 +251,7 @@ def judge_times(comparison: Comparison) -> None:
                 )
         found = f"the times of {sum(counts)} words differ from those of {name} by at most {max(apart):g} frames of "
         found = f"{found}{comparison.config.frame_seconds:g} s" if counts else "no times of words were compared"
-        left_out = len(comparison.clips) - len(counts)
-        print(
-            f"{onnx.name}: {found}"
-            + (
-                f"; {left_out} clips left out, with other tokens, several windows, no words with times of {name}, or "
-                "bytes, marks or unknown pieces"
-                if left_out
-                else ""
-            )
-        )
+        if left_out := len(comparison.clips) - len(counts):
+            found += f"; {left_out} clips left out, which have several windows, other tokens, tokens that are words of "
+            found += f"their own to NeMo, or no words with times of {name}"
+        print(f"{onnx.name}: {found}")

@@ -29,14 +29,9 @@ class WordErrorRate:
         return 100 * self.errors / max(self.words, 1)
 
     def __str__(self) -> str:
-        if not self.words:
-            return no_rate(self.errors)
+        if not self.words:  # every error is a word inserted
+            return f"{NONE} ({self.errors} inserted)" if self.errors else NONE
         return f"{self.percent:.2f} % [{self.low:.2f}, {self.high:.2f}]"
-
-
-def no_rate(errors: int) -> str:
-    """What stands for an error rate where the reference has no words: every error is a word inserted."""
-    return f"{NONE} ({errors} inserted)" if errors else NONE
 
 
 def normalize(text: str) -> str:
