@@ -14,35 +14,24 @@ subfolder for each runtime.
 """
 
 import argparse
-import gc
-import shlex
-from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 # Imported first, so that a package that is missing below is reported in one line (common/__init__.py).
 from common.cli import OPTIMIZE_COMMAND, Parser, Stages, options_of, run, seconds, size_text
 
 # isort: split
 
-from common.checkpoint import Checkpoint, require_device
+from common.checkpoint import require_device
 from common.checkpoint.find import add_checkpoint_flags, find_checkpoint
-from common.checkpoint.spec import ModelSpec
-from common.contract import GRAPHS
-from common.export import pipeline
-from common.export.pipeline import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions
-from common.export.scripts import SUPPRESSED, suppress, suppressed_ids
-from common.folder import MANIFEST, check_output_dir, staged_folder, state_needs, write_locations, write_manifest
-from common.layouts import ALL, LAYOUTS, check_same_layouts, exported_vocabularies, layouts_for
+from common.export.pipeline import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions, export_checkpoint
+from common.folder import MANIFEST, staged_folder, state_needs, write_locations, write_manifest
+from common.layouts import ALL, LAYOUTS, former_manifests, layouts_for
 from common.layouts.genai import GENAI
-from common.layouts.layout import Layout
+from common.layouts.layout import Layout, tokenizer_command
 from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime
 from common.report.card import CARD, FEATURES, write_card
-from common.run.config import RuntimeConfig
-from common.run.reference import features_of
-
-SPEECH = Path(__file__).resolve().parent / "samples"  # 40 s of speech, on which --precision fp16 measures values
 
 RUNTIME_HELP = """the runtime whose names, axes and files to write: genai into the folder itself, any other choice into
 a subfolder for each runtime, which share the encoder's weights by hard links (%(default)s)"""
@@ -83,114 +72,46 @@ def main(argv: list[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     options = options_of(ExportOptions, args)
-    output_dir: Path = args.output_dir
     layouts = layouts_for(options.runtime)
-    check_output_dir(output_dir)
-    check_same_layouts(output_dir, layouts)
-    clips = pipeline.find_clips(SPEECH) if options.is_float16 else []
+    output_dir: Path = args.output_dir
+    former = former_manifests(output_dir, layouts)
     require_device(options.device)
+
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
     for note in checkpoint.notes:
         print(f"{checkpoint.name or checkpoint.path.name}: {note}", flush=True)
-    title = f"{checkpoint.path.name} ({size_text(checkpoint.size)})"
-    loaded = checkpoint.loaded_bytes
-    state_needs(title, options.memory_bytes(loaded), options.disk_bytes(loaded, len(layouts)), output_dir)
-    if note := options.memory_note(loaded):
-        print(note)
-    vocabularies = exported_vocabularies(checkpoint, layouts.values())
     source = checkpoint.record()
-    kept = {name: layout.kept_by_export(output_dir / name, source) for name, layout in layouts.items()}
-    removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in files]
+    kept = {name: layout.kept_by_export(former[name], source) for name, layout in layouts.items()}
+    removed = [str(Path(name) / file) for name, (_, files) in kept.items() for file in sorted(files)]
+    present = [name for name in removed if (output_dir / name).is_file()]
+    memory, disk = options.needs(checkpoint.loaded_bytes, len(layouts))
+    state_needs(f"{checkpoint.path.name} ({size_text(checkpoint.size)})", memory, disk, output_dir)
+
     stages = Stages(options.stages + len(layouts), verbose=args.verbose)
     with staged_folder(output_dir, removed) as staging:
-        # The exported graphs go into the folder of the layout that has them as they are, where it is asked for.
-        own = [staging / name for name, layout in layouts.items() if layout.graphs == GRAPHS]
-        scratch = staging.parent
-        graphs = own[0] if own else scratch / "graphs"
-        graphs.mkdir(exist_ok=True)
-        spec, results = _export_graphs(checkpoint, layouts.values(), options, graphs, scratch, clips, stages)
-        window = options.window(spec)
+        exported = export_checkpoint(checkpoint, layouts, options, staging.parent, stages)
+        features = {field: getattr(exported.spec, field) for field in FEATURES}
+        section = {"source": source, "flags": asdict(options), **features, **exported.measured}
         for name, layout in layouts.items():
             stages.begin(f"{name or layout.runtime}: configuration and manifest")
             folder = staging / name
-            layout.write(folder, graphs, spec, window, options.device, vocabularies.get(layout.runtime, {}))
+            layout.write(folder, exported.graphs, exported.spec, exported.files[name])
             # A checkpoint of the Hub needs no path, since it is found again by its name and commit.
             write_locations(folder, output_dir / name, checkpoint=None if checkpoint.name else checkpoint.path)
             oldest = minimum_runtime(folder / graph.file for graph in layout.graphs)
-            features = {field: getattr(spec, field) for field in FEATURES}
-            section = {"source": source, "flags": options.record(), **features, **results, MINIMUM_RUNTIME: oldest}
-            manifest, _ = kept[name]
-            write_manifest(folder, manifest, "export", section)
+            write_manifest(folder, kept[name][0], "export", {**section, MINIMUM_RUNTIME: oldest})
             write_card(folder, output_dir / name, layout)
             stages.end(*layout.config_files, MANIFEST, CARD)
-    if gone := [name for name in removed if not (output_dir / name).exists()]:
+    if gone := [name for name in present if not (output_dir / name).exists()]:
         print(f"removed from {output_dir}, since they belonged to the former graphs: {', '.join(gone)}")
-    named = {
-        "--model_name": args.model_name,
-        "--revision": args.revision,
-        "--checkpoint_format": args.checkpoint_format,
-    }
-    print(f"wrote {output_dir}; {next_step(output_dir, layouts, named, is_float16=options.is_float16)}")
+    print(f"wrote {output_dir}; {next_step(output_dir, layouts, is_float16=options.is_float16)}")
 
 
-def _export_graphs(
-    checkpoint: Checkpoint,
-    layouts: Collection[Layout],
-    options: ExportOptions,
-    graphs: Path,
-    scratch: Path,
-    clips: Sequence[Path],
-    stages: Stages,
-) -> tuple[ModelSpec, dict[str, Any]]:
-    """Export the checkpoint into the folder `graphs` and verify it; float16 graphs are made of others in `scratch`.
-
-    clips: speech on which the values of float16 graphs are measured. Returns the numbers of the checkpoint, and what
-    was measured, for the manifest.
-    """
-    float32 = scratch / "float32" if options.is_float16 else graphs
-    float32.mkdir(exist_ok=True)
-    suppressed = suppressed_ids(checkpoint, options.scripts)
-    stages.begin(f"checkpoint {checkpoint.path.name}")
-    model = checkpoint.load_model(options.device, scratch)
-    suppress(model.joint, suppressed)
-    spec = ModelSpec.of(model)
-    window = options.window(spec)
-    for layout in layouts:
-        layout.check(spec, partial(features_of, model))
-    stages.end(*pipeline.model_summary(model, spec))
-
-    stages.begin("export")
-    references = pipeline.export_graphs(model, float32, options)
-    speech = []
-    if options.is_float16:  # values are measured on speech, which is read and transcribed by GenAI's configuration
-        GENAI.write_configs(float32, spec, window, options.device)
-        config = RuntimeConfig.read(float32)
-        speech = [features_of(model, config.read_audio(clip)) for clip in clips]
-    stages.end(*pipeline.graph_sizes(float32))
-    del model
-    gc.collect()  # NeMo's modules refer to each other; the model is half of the memory in use
-
-    parity = pipeline.verify_graphs(float32, references, stages)
-    results: dict[str, Any] = {"parity": parity}
-    if options.is_float16:
-        converted = pipeline.convert_to_float16(
-            float32, graphs, references, speech, stages, single_file=options.single_file
-        )
-        results = {**converted, "float32_parity": parity}
-    if options.scripts:
-        results[SUPPRESSED] = len(suppressed)
-    return spec, results
-
-
-def next_step(
-    output_dir: Path, layouts: Mapping[str, Layout], named: Mapping[str, str | None], *, is_float16: bool
-) -> str:
-    """What to do with the exported folder. named: the flags, and their values, that name the checkpoint."""
+def next_step(output_dir: Path, layouts: Mapping[str, Layout], *, is_float16: bool) -> str:
+    """What to do with the exported folder."""
     for name, layout in layouts.items():
-        if not layout.exports_vocabulary:
-            flags = [part for flag, value in named.items() if value for part in (flag, value)]
-            command = ["python", "export_tokenizer.py", *flags, "--output_dir", str(output_dir / name)]
-            return f"next: {shlex.join(command)}"
+        if not layout.is_view:
+            return f"next: {tokenizer_command(output_dir / name)}"
     if is_float16:  # which is not optimized further
         return f"how to use it: {output_dir / Path(*layouts) / CARD}"
     return f"next: {OPTIMIZE_COMMAND.format(output_dir)}"

@@ -46,18 +46,14 @@ from common.folder import (
     check_output_dir,
     is_float16,
     read_manifest,
-    require_free,
     staged_folder,
     write_json,
     write_manifest,
 )
 from common.layouts import genai_folder
-from common.layouts.genai import GENAI, check_tokenizer_for_graphs
-from common.layouts.layout import check_name_for_graphs
+from common.layouts.genai import GENAI
+from common.layouts.layout import check_name_of_graphs, check_tokenizer_of_graphs
 from common.report.card import CARD, write_card
-
-# Disk for all files, as a multiple of tokenizer.json without indentation.
-DISK_FACTOR = 4
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -76,28 +72,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(args: argparse.Namespace) -> None:
     check_output_dir(args.output_dir)
     folder = genai_folder(args.output_dir)
-    check_name_for_graphs(folder, args.model_name)
+    check_name_of_graphs(folder, args.model_name)
     stages = Stages(2, verbose=args.verbose)
     stages.begin("tokenizer")
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
     proto = checkpoint.tokenizer
     source = checkpoint.record()
-    check_tokenizer_for_graphs(folder, source, len(proto.pieces) + 1)
+    check_tokenizer_of_graphs(folder, source)
     content = tokenizer_json(proto)
     sequences = [ids for length in PROBE_LENGTHS for ids in probe_sequences(proto, length)]
     check_decoding(checkpoint.sentencepiece, content, sequences)
-    stages.end(*_counts(content), f"{len(sequences)} sequences decode like SentencePiece")
-
-    require_free(DISK_FACTOR * len(json.dumps(content)), folder)
+    stages.end(
+        f"{len(content['model']['vocab'])} pieces",
+        f"{len(content['added_tokens'])} special",
+        f"{256 if content['model']['byte_fallback'] else 0} bytes",
+        f"{len(sequences)} sequences decode like SentencePiece",
+    )
     stages.begin("files")
+    manifest = read_manifest(folder)
     with staged_folder(folder) as staging:
         write_json(staging / "tokenizer.json", content)
         write_json(staging / "tokenizer_config.json", tokenizer_config(proto))
         (staging / "vocab.txt").write_text(vocab_text(proto), encoding="utf-8", newline="\n")
-        write_manifest(staging, read_manifest(folder), "tokenizer", {"source": source})
+        write_manifest(staging, manifest, "tokenizer", {"source": source})
         write_card(staging, folder, GENAI)
     stages.end(*TOKENIZER_FILES, MANIFEST, CARD)
-    following = TEST_COMMAND if is_float16(read_manifest(folder)) else OPTIMIZE_COMMAND
+    following = TEST_COMMAND if is_float16(manifest) else OPTIMIZE_COMMAND
     print(f"wrote {folder}; next: {following.format(folder)}")
 
 
@@ -125,12 +125,6 @@ def _is_mark(piece: Piece) -> bool:
     """Whether a user-defined piece is spelt `<…>` or `[…]`; independent of `special_ids`, which this helps to check."""
     text = piece.piece.removeprefix(SPACE)
     return piece.type == piece.USER_DEFINED and len(text) > 2 and text[0] + text[-1] in ("<>", "[]")
-
-
-def _counts(content: dict[str, Any]) -> tuple[str, str, str]:
-    model = content["model"]
-    num_bytes = 256 if model["byte_fallback"] else 0
-    return f"{len(model['vocab'])} pieces", f"{len(content['added_tokens'])} special", f"{num_bytes} bytes"
 
 
 if __name__ == "__main__":

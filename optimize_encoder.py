@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     in_blocks = ", ".join(method.name for method in methods if method.uses_blocks)
     calibrating = " and ".join(method.name for method in methods if method.calibrates)
     with_bits = " and ".join(method.name for method in methods if method.weight_bits)
-    in_one_file = " and ".join(layout.runtime for layout in LAYOUTS.values() if layout.second_name)
+    in_one_file = " and ".join(layout.runtime for layout in LAYOUTS.values() if layout.is_view)
     never_fused = " and ".join(method.name for method in methods if not method.fused_on_cpu)
     add("--model_dir", type=Path, default=Path("onnx_models"), help="exported folder (./%(default)s)")
     add("--output_dir", type=Path, default=Path("onnx_models_optimized"), help="folder to write (./%(default)s)")

@@ -7,9 +7,9 @@ from earlier rooms (tests/test_rooms.py).
     onnx_io      ONNX files and graphs
     checkpoint   checkpoints of NeMo and transformers, as untrusted input: download, numbers, tokenizer, model
     run          audio and clips in, tokens out: NumPy's greedy loop, ONNX Runtime, ONNX Runtime GenAI, NeMo
-    export       NeMo's modules → ONNX graphs, verified against NeMo; float16
     layouts      model folders of each runtime
     quantize     4-bit and 8-bit weights of the encoder, calibration, fidelity
+    export       NeMo's modules → ONNX graphs, verified against NeMo; float16
     evaluate     word error rates, differences with their reasons, timestamps, subtitles, stress
     report       the report of an optimization, the model card, the page of clips
     optimize     the pipeline of optimize_encoder.py

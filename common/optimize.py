@@ -18,7 +18,6 @@ from common.evaluate.word_limit import EvaluatedClip, WordErrors, compare_words,
 from common.folder import (
     CHECKPOINT,
     FILES,
-    check_output_dir,
     fingerprint,
     is_float16,
     link,
@@ -31,8 +30,8 @@ from common.folder import (
     write_locations,
     write_manifest,
 )
-from common.layouts import check_same_layouts, layouts_in
-from common.layouts.layout import Layout
+from common.layouts import former_manifests, layouts_in
+from common.layouts.layout import SECOND_NAME, Layout
 from common.onnx_io import (
     MINIMUM_RUNTIME,
     minimum_runtime,
@@ -111,18 +110,17 @@ def optimize(
     ValueError or OSError before the work for input that cannot be used, CheckError for a result that is not good
     enough; nothing is then written.
     """
-    check_output_dir(target)
     if target.resolve() == source.resolve():
         raise ValueError(f"--output_dir and --model_dir are both {target}; give another --output_dir")
     layouts = layouts_in(source)
-    check_same_layouts(target, layouts)
+    former = former_manifests(target, layouts)
     folders = {
         name: Folder(layout, source / name, target / name, read_manifest(source / name))
         for name, layout in layouts.items()
     }
     for folder in folders.values():
         _check(folder)
-    speech_folder = next((name for name, layout in layouts.items() if layout.measures_speech), None)
+    speech_folder = next((name for name, layout in layouts.items() if not layout.is_view), None)
     calibration, evaluation = read_speech_manifests(options, source, speech_folder)
     _state_needs(folders.values(), options, target)
     if range_advice := options.range_advice():
@@ -131,10 +129,10 @@ def optimize(
     once = bool(calibration) + bool(evaluation) + (stress.stress is not None)
     stages = Stages(once + len(folders) * (STAGES + options.int8_tokens), verbose=verbose)
     run = Run(options, stress, evaluation, command, stages)
-    former = [
-        str(Path(name) / file) for name, layout in layouts.items() for file in layout.former_graphs(target / name)
+    removed = [
+        str(Path(name) / file) for name, manifest in former.items() for file in layouts[name].former_graphs(manifest)
     ]
-    with staged_folder(target, former) as staging:
+    with staged_folder(target, removed) as staging:
         calibrated = None
         if calibration and speech_folder is not None:
             calibrated = _calibrate(folders[speech_folder], run, calibration)
@@ -155,9 +153,9 @@ def optimize(
 
 def _publishing_advice(folder: Path, layout: Layout, options: OptimizeOptions) -> str | None:
     """How to publish a folder whose graphs have two names without having each of them twice."""
-    if options.method is None or not layout.second_name:
+    if options.method is None or not layout.is_view:
         return None
-    name = layout.second_name.format(name="*", method=options.method.name)
+    name = SECOND_NAME.format(name="*", method=options.method.name)
     return f"each graph has two names; to publish one: {PUBLISH_COMMAND.format(folder)} --exclude '{name}'"
 
 
@@ -228,7 +226,7 @@ def optimize_folder(
         if (source / file).is_file():
             shutil.copyfile(source / file, staging / file)
 
-    clips, table, stressed = _evaluate(source, staging, run) if run.clips and layout.measures_speech else ([], [], [])
+    clips, table, stressed = _evaluate(source, staging, run) if run.clips and not layout.is_view else ([], [], [])
     stages.begin("speed")
     if speed is None:
         speed = _measure_speed(folder, staging, stages)
@@ -251,9 +249,9 @@ def optimize_folder(
     report["verdict"] = {"checks": checks(report)}
     write_json(staging / REPORT_JSON, report)
     write_page(staging / REPORT_HTML, report, clips)
-    if options.method and layout.second_name:
+    if options.method and layout.is_view:
         for graph in layout.graphs:
-            name = layout.second_name.format(name=graph.name, method=options.method.name)
+            name = SECOND_NAME.format(name=graph.name, method=options.method.name)
             link(staging / graph.file, staging / name)
     write_manifest(staging, {**folder.manifest, FILES: {}}, "optimize", section)
     write_card(staging, folder.target, layout)
@@ -269,7 +267,7 @@ def _write_encoder(encoder: OptimizedEncoder, folder: Folder, staging: Path, run
     stages = run.stages
     layout = folder.layout
     stages.begin(f"write {layout.encoder.file}")
-    single_file = options.single_file or bool(options.method and layout.second_name)
+    single_file = options.single_file or bool(options.method and layout.is_view)
     save_model(encoder.model, staging / layout.encoder.file, single_file=single_file)
     before, after = folder.encoder_bytes(staging).values()
     stages.end(f"{size_text(before)} → {size_text(after)}", f"{before / after:.1f} times smaller")

@@ -289,6 +289,11 @@ def handmade(*pieces: tuple[str, float, int]) -> bytes:
     return proto.SerializeToString()
 
 
+def check_runtime(layout: Layout, spec: Any, features: Callable = lambda samples: samples) -> None:
+    """Raise as the export does where the runtime cannot compute a checkpoint with these numbers and features."""
+    layout.make_files(spec, ModelProto.FromString(trained("bpe")), features, {}, "cpu")
+
+
 # ---- matrices to quantize
 
 

@@ -1,5 +1,6 @@
 """The exported graphs: their contract, their opsets, and errors that the verification must find."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ import export_parakeet_to_onnx
 from common.cli import CheckError, Stages
 from common.contract import DECODER, ENCODER, GRAPHS, JOINT, PARITY_TOLERANCE
 from common.export import layers, parity, wrappers
-from common.export.pipeline import MAX_OPSET, MIN_OPSET, ExportOptions, export_graphs, verify_graphs
+from common.export.parity import verify_graphs
+from common.export.pipeline import MAX_OPSET, MIN_OPSET, ExportOptions, export_graphs
 from common.export.wrappers import WRAPPERS, export_graph
 from common.folder import CHECKPOINT, read_location
 from common.run.ort import OrtGraph
@@ -71,7 +73,7 @@ def test_the_folder_holds_these_files_and_the_manifest_its_source(tiny_export):
         "manifest.json", "README.md", ".cache",
     }  # fmt: skip
     manifest = json.loads((tiny_export / "manifest.json").read_text())
-    assert manifest["export"]["flags"] == ExportOptions(runtime="genai").record()
+    assert manifest["export"]["flags"] == dataclasses.asdict(ExportOptions(runtime="genai"))
     assert manifest["export"]["flags"]["opset_version"] == 17
     assert manifest["export"]["source"]["file"] == TINY.name
     assert read_location(tiny_export, CHECKPOINT).samefile(TINY)
@@ -154,7 +156,7 @@ def test_a_clip_longer_than_nemos_table_of_positions_is_verified(
     tiny_model, tiny_export, long_clips_are_not_verified, monkeypatch
 ):
     monkeypatch.setattr(parity, "LONG_CASE_MAX_PARAMETERS", long_clips_are_not_verified)
-    cases = parity.CASES[ENCODER](tiny_model.encoder, WRAPPERS[ENCODER](tiny_model.encoder).example_inputs)
+    cases = parity.make_cases(ENCODER, tiny_model.encoder, WRAPPERS[ENCODER](tiny_model.encoder).example_inputs)
     assert cases[-1].inputs[0].shape[2] > 8 * 5000
     assert parity.check_graph(tiny_export, ENCODER, cases[-1:]).max_abs < PARITY_TOLERANCE
 
@@ -164,14 +166,14 @@ class TestVerificationFails:
     def exported(self, tiny_model, tmp_path_factory):
         """The graphs, and what they are verified with."""
         folder = tmp_path_factory.mktemp("graphs")
-        return folder, export_graphs(tiny_model, folder, ExportOptions(runtime="genai"))
+        return folder, export_graphs(tiny_model, folder, ExportOptions(runtime="genai"), Stages(1))
 
     def assert_noticed(self, folder, references, message):
         with pytest.raises(CheckError, match=message):
             verify_graphs(folder, references, Stages(3))
 
     def assert_noticed_in_a_new_export(self, model, folder, message):
-        self.assert_noticed(folder, export_graphs(model, folder, ExportOptions(runtime="genai")), message)
+        self.assert_noticed(folder, export_graphs(model, folder, ExportOptions(runtime="genai"), Stages(1)), message)
 
     @pytest.mark.slow
     def test_by_exit_status_1_one_line_and_no_folder(self, tmp_path, capsys, monkeypatch):

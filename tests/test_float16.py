@@ -199,7 +199,7 @@ def test_the_next_step_is_to_test_or_to_use_it(folder, tmp_path, capsys):
     checkpoint = folder.parents[1] / "loud.nemo"
     assert export_tokenizer.main(["--model_name", str(checkpoint), "--output_dir", str(copied)]) == 0
     assert f"next: python test_e2e.py --model_dir {copied}" in capsys.readouterr().out
-    step = export_parakeet_to_onnx.next_step(Path("out"), layouts_for("onnx-asr"), {}, is_float16=True)
+    step = export_parakeet_to_onnx.next_step(Path("out"), layouts_for("onnx-asr"), is_float16=True)
     assert step == "how to use it: out/onnx-asr/README.md"
 
 
@@ -208,7 +208,7 @@ def test_a_float16_folder_need_not_equal_float32(folder):
 
 
 def test_the_conversion_needs_speech(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export_parakeet_to_onnx, "SPEECH", tmp_path)
+    monkeypatch.setattr("common.export.pipeline.SPEECH", tmp_path)
     argv = ["--model_name", str(TINY), "--output_dir", str(tmp_path / "out"), "--precision", "fp16", "--skip_verify"]
     assert export_parakeet_to_onnx.main(argv) == 2
     assert "measures on the audio in" in capsys.readouterr().err

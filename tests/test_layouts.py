@@ -51,6 +51,7 @@ from tests.helpers import (
     SAMPLES,
     SHERPA_PROGRAM,
     TINY,
+    check_runtime,
     edit_json,
     files_in,
     hub_cache_of,
@@ -377,12 +378,12 @@ def test_sherpa_onnx_does_not_accept_wrong_metadata(key, value, message, exporte
 )
 def test_a_checkpoint_that_a_runtime_cannot_compute_is_rejected_by_name(runtime, change, named, spec, tiny_model):
     features = partial(features_of, tiny_model)
-    LAYOUTS[runtime].check(spec, features)
+    check_runtime(LAYOUTS[runtime], spec, features)
     other = dataclasses.replace(spec, **change)
     with pytest.raises(ValueError, match=re.escape(named)):
-        LAYOUTS[runtime].check(other, features)
+        check_runtime(LAYOUTS[runtime], other, features)
     if "unsupported_features" not in change:
-        GENAI.check(other, features)
+        check_runtime(GENAI, other)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +392,7 @@ def test_a_checkpoint_that_a_runtime_cannot_compute_is_rejected_by_name(runtime,
      (16000, 512, 256, 160), (16000, 512, 257, 160), (16000, 512, 416, 160), (16000, 512, 417, 160)],
 )  # fmt: skip
 def test_features_of_which_genai_computes_another_number_are_rejected(
-    sample_rate, fft_size, win_length, hop_length, spec, tiny_model, tmp_path
+    sample_rate, fft_size, win_length, hop_length, spec, tmp_path
 ):
     """GenAI itself counts the frames, in a model of constants."""
     Readers(trained("bpe"), tmp_path)  # writes it
@@ -404,7 +405,7 @@ def test_features_of_which_genai_computes_another_number_are_rejected(
     frames = inputs["audio_features"].as_numpy().shape[2]
     expected = contextlib.nullcontext() if frames == 50 else pytest.raises(ValueError, match="another number of frames")
     with expected:
-        GENAI.check(dataclasses.replace(spec, **numbers), partial(features_of, tiny_model))
+        check_runtime(GENAI, dataclasses.replace(spec, **numbers))
 
 
 def test_a_hotword_changes_a_transcript_of_sherpa_onnx(exported, tmp_path):
@@ -551,32 +552,31 @@ TOY_GRAPHS = (
 )
 
 
-class ToyLayout(Layout):
-    runtime = "toy"
-    packages = ("toy-runtime",)
-    graphs = TOY_GRAPHS
-    config_files = ("toy.json",)
-    vocabulary = ("pieces.txt",)
-    usage = "import toy\nprint(toy.transcribe('{folder}', '{audio}'))\n"
-
-    def check(self, spec, features):
-        pass
-
-    def configs(self, spec, window, device):
-        return {"toy.json": json.dumps({"blank": spec.blank_id, "chunk": window["chunk_samples"]}).encode()}
+def toy_files(spec, tokenizer, features, window, device) -> dict[str, bytes]:
+    config = json.dumps({"blank": spec.blank_id, "chunk": window["chunk_samples"]})
+    return {"toy.json": config.encode(), "pieces.txt": tokens_text(tokenizer).encode()}
 
 
-class RejectingLayout(ToyLayout):
-    def check(self, spec, features):
-        raise ValueError(f"the toy runtime does not compute {spec.num_mels} mel bins")
+def rejected_files(spec, tokenizer, features, window, device) -> dict[str, bytes]:
+    raise ValueError(f"the toy runtime does not compute {spec.num_mels} mel bins")
+
+
+TOY = Layout(
+    runtime="toy",
+    packages=("toy-runtime",),
+    graphs=TOY_GRAPHS,
+    config_files=("toy.json",),
+    vocabulary=("pieces.txt",),
+    make_files=toy_files,
+    usage="import toy\nprint(toy.transcribe('{folder}', '{audio}'))\n",
+)
 
 
 @pytest.fixture
 def toy(monkeypatch) -> Layout:
     """A new layout, which is among the layouts for one test."""
-    layout = ToyLayout()
-    monkeypatch.setitem(LAYOUTS, "toy", layout)
-    return layout
+    monkeypatch.setitem(LAYOUTS, "toy", TOY)
+    return TOY
 
 
 def test_a_layout_of_its_own_kind_needs_nothing_but_its_entry(toy, tiny_export, tmp_path, capsys):
@@ -617,7 +617,7 @@ def test_a_layout_of_its_own_kind_needs_nothing_but_its_entry(toy, tiny_export, 
 
 
 def test_a_checkpoint_that_a_new_layout_does_not_accept_leaves_no_folder(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(LAYOUTS, "toy", RejectingLayout())
+    monkeypatch.setitem(LAYOUTS, "toy", dataclasses.replace(TOY, make_files=rejected_files))
     argv = ["--model_name", str(TINY), "--output_dir", str(tmp_path / "out"), "--runtime", "toy"]
     assert export_parakeet_to_onnx.main(argv) == 2
     assert "error: the toy runtime does not compute 128 mel bins" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from tests.helpers import (
     ROWS,
     SMALL,
     TINY,
+    check_runtime,
     config_of,
     ctc_only,
     load_model,
@@ -139,7 +140,7 @@ def test_features_that_genai_cannot_compute_are_named(option, named, spec):
     assert len(differences) == 1
     assert named in differences[0]
     with pytest.raises(ValueError, match=r"differ: .*" + named.split()[0]):
-        GENAI.check(dataclasses.replace(spec, unsupported_features=differences), features=lambda samples: samples)
+        check_runtime(GENAI, dataclasses.replace(spec, unsupported_features=differences))
 
 
 @pytest.mark.parametrize("durations", [(1, 2, 3), (0, 1, 0), (0,), (2, 0)])
@@ -147,7 +148,7 @@ def test_durations_that_genai_cannot_decode(durations, spec):
     import dataclasses
 
     with pytest.raises(ValueError, match="durations"):
-        GENAI.check(dataclasses.replace(spec, durations=durations), features=lambda samples: samples)
+        check_runtime(GENAI, dataclasses.replace(spec, durations=durations))
 
 
 WINDOW, FILTER_BANK = "preprocessor.featurizer.window", "preprocessor.featurizer.fb"

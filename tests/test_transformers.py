@@ -33,7 +33,8 @@ from common.checkpoint.tokenizer import (
 from common.cli import CheckError, Stages
 from common.contract import GRAPHS
 from common.evaluate.compare import NO_LIMIT
-from common.export.pipeline import ExportOptions, export_graphs, verify_graphs
+from common.export.parity import verify_graphs
+from common.export.pipeline import ExportOptions, export_graphs
 from common.folder import read_manifest
 from common.layouts.genai import GENAI
 from common.report.card import model_card
@@ -136,7 +137,7 @@ def test_random_checkpoints_have_the_same_graphs_in_both_formats(topology, tmp_p
         assert found.format == known
         model = found.load_model()
         specs.append(ModelSpec.of(model))
-        references = export_graphs(model, target, options)
+        references = export_graphs(model, target, options, Stages(1))
     assert specs[0] == specs[1]
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["decoder.onnx", "encoder.onnx", "encoder.onnx.data", "joint.onnx"]
@@ -151,14 +152,14 @@ def test_a_graph_that_differs_from_transformers_is_an_error(tiny_transformers, t
     import torch
 
     model = load_model(tiny_transformers)
-    references = export_graphs(model, tmp_path, ExportOptions(runtime="genai", skip_verify=True))
-    from common.export.parity import CASES
+    references = export_graphs(model, tmp_path, ExportOptions(runtime="genai", skip_verify=True), Stages(1))
+    from common.export.parity import make_cases
     from common.export.wrappers import WRAPPERS
 
     with torch.no_grad():
         model.network.joint.head.bias[5] += 0.01
     references = {
-        graph: CASES[graph](module, WRAPPERS[graph](module).example_inputs)
+        graph: make_cases(graph, module, WRAPPERS[graph](module).example_inputs)
         for graph, module in ((GRAPHS[2], model.joint),)
     }
     with pytest.raises(CheckError, match=r"joint.onnx differs from transformers by 1.0e-02 absolute"):

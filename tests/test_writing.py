@@ -11,7 +11,7 @@ from common.checkpoint import nemo
 from common.checkpoint.find import find_checkpoint
 from common.checkpoint.tokenizer import Piece, parse_model
 from common.contract import DECODER, ENCODER, JOINT
-from common.export.scripts import ids_of_other_scripts, suppress, suppressed_ids
+from common.export.scripts import suppress, suppressed_ids
 from common.export.wrappers import WRAPPERS, export_graph
 from common.folder import read_manifest
 from common.layouts.genai import GENAI
@@ -39,7 +39,7 @@ def letters_beside(text: str, name: str) -> bool:
 def test_tokens_with_letters_of_other_scripts(script):
     """On the vocabulary of parakeet-tdt-0.6b-v3, checked by the Unicode names of the characters."""
     proto = find_checkpoint(str(TINY)).tokenizer
-    found = set(ids_of_other_scripts(proto, [script]))
+    found = set(suppressed_ids(proto, script))
     ordinary = {index for index, piece in enumerate(proto.pieces) if piece.type == Piece.NORMAL}
     expected = {index for index in ordinary if letters_beside(proto.pieces[index].piece, script.upper())}
     odd = {proto.pieces[index].piece for index in found ^ expected}
@@ -51,21 +51,21 @@ def test_tokens_with_letters_of_other_scripts(script):
 
 def test_several_scripts_marks_bytes_and_vowel_signs():
     proto = parse_model(trained("bpe nemo"))
-    one, two = (set(ids_of_other_scripts(proto, names)) for names in (["latin"], ["latin", " Greek "]))
+    one, two = (set(suppressed_ids(proto, names)) for names in ("latin", "latin, Greek "))
     assert two < one
     assert {proto.pieces[index].piece for index in one} >= {"я", "ω", "न", "े", "世"}
     assert not {proto.pieces[index].piece for index in one} & {"<|en|>", "%", ".", "1", "é", "▁", "<unk>"}
     proto = parse_model(handmade(("ab", 0, 1), ("aя", -1, 1), ("<|ru|>", 0, 4), ("é", -2, 1), ("1", -3, 1)))
-    assert [proto.pieces[index].piece for index in ids_of_other_scripts(proto, ["latin"])] == ["aя"]
+    assert [proto.pieces[index].piece for index in suppressed_ids(proto, "latin")] == ["aя"]
     proto = parse_model(handmade(("ab", 0, 1), *((f"<0x{value:02X}>", 0, 6) for value in range(256))))
-    assert ids_of_other_scripts(proto, ["latin"]) == []
+    assert suppressed_ids(proto, "latin") == []
 
 
 def test_only_their_logits_change(own_model, tmp_path):
     import torch
 
     model = load_model(TINY)
-    ids = suppressed_ids(find_checkpoint(str(TINY)), "latin")
+    ids = suppressed_ids(find_checkpoint(str(TINY)).tokenizer, "latin")
     with torch.no_grad():
         model.joint.joint_net[-1].bias[ids] += 60  # so loud that they would be emitted
     for folder in (tmp_path / "any", tmp_path / "latin"):
@@ -105,7 +105,7 @@ def test_an_export_in_one_script(own_model, tiny_export, tmp_path, capsys):
     assert export_parakeet_to_onnx.main(argv) == 0
     manifest = read_manifest(folder)
     assert manifest["export"]["flags"]["scripts"] == "greek"
-    ids = suppressed_ids(find_checkpoint(str(TINY)), "greek")
+    ids = suppressed_ids(find_checkpoint(str(TINY)).tokenizer, "greek")
     assert manifest["export"]["suppressed_tokens"] == len(ids)
     assert f"in these scripts alone: greek. The {len(ids)} tokens" in model_card(manifest, GENAI)
     genai = GenAI(folder)

@@ -249,7 +249,7 @@ def load_reference(
         checkpoint = recorded_checkpoint(folder.path)
     model = checkpoint.load_model()
     scripts = read_manifest(folder.path).get("export", {}).get("flags", {}).get("scripts")
-    suppress(model.joint, suppressed_ids(checkpoint, scripts))  # as in the folder
+    suppress(model.joint, suppressed_ids(checkpoint.tokenizer, scripts))  # as in the folder
     reference: Reference = Transformers(model) if checkpoint.format == transformers.NAME else Nemo(model)
     if reference.model.decoder.blank_idx != folder.config.blank_id:
         raise ValueError(

@@ -25,7 +25,6 @@ from common.evaluate.wer import (
     word_error_rate,
     word_errors,
 )
-from common.layouts import LAYOUTS
 from common.quantize.fidelity import sqnr_db
 from common.quantize.methods import OptimizeOptions
 from common.run.audio import Clip, read_clips, shared_clips
@@ -42,9 +41,8 @@ def read_speech_manifests(
     and as read_clips and check_clips do. Warns of clips in both, since a model does better on what it was fitted to.
     """
     if speech_folder is None and (options.calibration_manifest or options.eval_manifest):
-        able = " or ".join(layout.runtime for layout in LAYOUTS.values() if layout.measures_speech)
         raise ValueError(
-            f"--calibration_manifest and --eval_manifest need a folder for {able}, which computes the features, and "
+            f"--calibration_manifest and --eval_manifest need a folder for genai, which computes the features, and "
             f"{source} has none; export with --runtime all"
         )
     calibration = read_clips(options.calibration_manifest) if options.calibration_manifest else []

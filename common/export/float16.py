@@ -17,8 +17,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from common.cli import Stages, size_text
 from common.contract import ENCODER, GRAPHS, Graph
-from common.onnx_io import add_initializer, computed_from, input_of, load, name_of, release, save_model, tensor_of
+from common.export.parity import References, check_graph
+from common.onnx_io import add_initializer, input_of, load, name_of, release, save_model, tensor_of
 from common.run.ort import OnnxRuntime, OrtGraph, open_session
 
 LARGEST_FLOAT16 = 65504.0
@@ -66,11 +68,15 @@ def exact_session(model: ir.Model, folder: Path, *, fold: bool = False) -> Any:
     options.graph_optimization_level = levels.ORT_ENABLE_BASIC if fold else levels.ORT_DISABLE_ALL
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # the order of the file
     options.enable_cpu_mem_arena = fold
+    proto = ir.to_proto(model)
+    for entry in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
+        if entry.key == "location":  # an absolute path, which ONNX Runtime does not accept
+            entry.value = Path(entry.value).name
     entries = {
         "session.disable_prepacking": "1",
         "session.model_external_initializers_file_folder_path": str(folder),
     }
-    return open_session(ir.to_proto(model).SerializeToString(), entries=entries, options=options)
+    return open_session(proto.SerializeToString(), entries=entries, options=options)
 
 
 class RangeRecorder(OrtGraph):
@@ -82,33 +88,24 @@ class RangeRecorder(OrtGraph):
     def __init__(self, folder: Path, graph: Graph) -> None:
         model = load_typed(folder / graph.file)
         self.graph = graph
-        # Name of a value, or of a product → largest magnitude; at first of the weights.
-        self.known = {
-            name: computed_from(value, lambda weight: float(np.max(np.abs(weight), initial=0.0)))
-            for name, value in model.graph.initializers.items()
-            if value.dtype == ir.DataType.FLOAT
-        }
-        self.operators = {
-            name_of(node): [name_of(item) for item in (node, *node.inputs, *node.outputs) if item is not None]
-            for node in model.graph
-        }
-        self.probes = _Probes(model).names  # name of an output → name in `known`
+        self.probes = _Probes(model.graph)
+        self.largest = np.zeros(len(self.probes.names), np.float32)
         # The magnitudes of the encoder's weights take gigabytes: they are computed when needed, those of others once.
         self.session = exact_session(model, folder, fold=graph is not ENCODER)
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        names = [*self.graph.output_names, *self.probes]
+        names = [*self.graph.output_names, *self.probes.names.values()]
         results: list[np.ndarray] = self.session.run(names, dict(zip(self.graph.input_names, inputs, strict=True)))
         count = len(self.graph.outputs)
-        for name, value in zip(self.probes.values(), results[count:], strict=True):
-            self.known[name] = float(np.maximum(self.known.get(name, 0.0), value))  # a NaN stays
+        self.largest = np.maximum(self.largest, results[count:])  # a NaN stays
         return results[:count]
 
     def ranges(self) -> Ranges:
         """The largest magnitude of each operator: among its inputs, its outputs and its inner sums."""
+        known = dict(zip(self.probes.names, self.largest.tolist(), strict=True))
         return {
-            operator: float(np.max([self.known[name] for name in names if name in self.known], initial=0.0))
-            for operator, names in self.operators.items()
+            name_of(node): float(np.max([known[item] for item in items], initial=0.0))
+            for node, items in self.probes.operators.items()
         }
 
 
@@ -131,33 +128,29 @@ class _Probes:
     held in memory until then.
     """
 
-    def __init__(self, model: ir.Model) -> None:
-        self.graph = model.graph
-        self.names: dict[str, str] = {}  # name of a probe → name of the value or node it measures
+    def __init__(self, graph: ir.Graph) -> None:
+        self.names: dict[ir.Value | ir.Node, str] = {}  # what is measured → the output that measures it
+        self.operators: dict[ir.Node, list[ir.Value | ir.Node]] = {}  # operator → what is measured of it
+        self._graph = graph
         self._magnitudes: dict[ir.Value, ir.Value] = {}
         self._added: list[ir.Node] = []
-        nodes = list(model.graph)
-        for value in model.graph.inputs:
-            if value.dtype == ir.DataType.FLOAT:
-                self._probe(self._magnitude(value), name_of(value))
-        model.graph.insert_before(nodes[0], self._added)
-        for node in nodes:
+        for node in list(graph):
+            values = [value for value in float_values(node) if value.dtype == ir.DataType.FLOAT]
+            self.operators[node] = [*values]
+            for value in values:
+                if value not in self.names:
+                    self._probe(value, self._magnitude(value))
+            if values and node.op_type in ("MatMul", "Conv"):
+                terms = [self._magnitude(input_of(node, index)) for index in range(2)]
+                self._probe(node, self._add(node.op_type, terms, *node.attributes.values()))
+            elif node.op_type == "LSTM":
+                by_input = self._lstm_product(input_of(node, 0), input_of(node, 1))
+                by_state = self._lstm_product(input_of(node, 5), input_of(node, 2))  # of the first step
+                self._probe(node, self._add("Add", [by_input, by_state]))
+            if node in self.names:
+                self.operators[node].append(node)
+            graph.insert_after(node, self._added)
             self._added.clear()
-            self._probe_sums(node)
-            for value in node.outputs:
-                if value.dtype == ir.DataType.FLOAT:
-                    self._probe(self._magnitude(value), name_of(value))
-            model.graph.insert_after(node, self._added)
-
-    def _probe_sums(self, node: ir.Node) -> None:
-        """Probe the sums inside `node` if it is a product."""
-        if node.op_type in ("MatMul", "Conv") and input_of(node, 0).dtype == ir.DataType.FLOAT:
-            terms = [self._magnitude(input_of(node, 0)), self._magnitude(input_of(node, 1))]
-            self._probe(self._add(node.op_type, terms, *node.attributes.values()), name_of(node))
-        elif node.op_type == "LSTM":
-            by_input = self._lstm_product(input_of(node, 0), input_of(node, 1))
-            by_state = self._lstm_product(input_of(node, 5), input_of(node, 2))  # of the first step
-            self._probe(self._add("Add", [by_input, by_state]), name_of(node))
 
     def _lstm_product(self, rows: ir.Value, weight: ir.Value) -> ir.Value:
         """rows [S, B, I], an LSTM's weight [1, 4H, I] → the sums of magnitudes [S, B, 4H]"""
@@ -169,12 +162,11 @@ class _Probes:
             self._magnitudes[value] = self._add("Abs", [value])
         return self._magnitudes[value]
 
-    def _probe(self, magnitudes: ir.Value, name: str) -> None:
+    def _probe(self, item: ir.Value | ir.Node, magnitudes: ir.Value) -> None:
         largest = self._add("ReduceMax", [magnitudes], ir.AttrInt64("keepdims", 0))
-        largest.name = f"largest {len(self.names)}"
+        largest.name = self.names[item] = f"largest {len(self.names)}"
         largest.shape = ir.Shape([])
-        self.graph.outputs.append(largest)
-        self.names[largest.name] = name
+        self._graph.outputs.append(largest)
 
     def _add(self, operator: str, inputs: Sequence[ir.Value], *attributes: ir.Attr) -> ir.Value:
         node = ir.Node("", operator, inputs, attributes)
@@ -219,21 +211,18 @@ def convert(
             node.attributes["to"] = ir.AttrInt64("to", dtype)
     _restore_outputs(model, casts)
     model.graph.sort()
-    _forget_types(model)
+    for value in [value for node in model.graph for value in node.outputs if not value.is_graph_output()]:
+        value.type = value.shape = None  # as in the exported graph: a runtime infers them
     for graph_pass in (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass()):
         model = graph_pass(model).model
     save_model(model, target / graph.file, single_file=single_file or graph is not ENCODER)
     record = {
         "limit": LIMIT,
-        "kept_float32": _four_digits(overflowing),
+        "kept_float32": {name: float(f"{value:.4g}") for name, value in overflowing.items()},
         "kept_exact": exact,
-        "max_abs": _four_digits(largest),
+        "max_abs": {name: float(f"{value:.4g}") for name, value in largest.items()},
     }
     return record, converted
-
-
-def _four_digits(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.4g}") for name, value in values.items()}
 
 
 def _restore_outputs(model: ir.Model, casts: "_Casts") -> None:
@@ -246,15 +235,6 @@ def _restore_outputs(model: ir.Model, casts: "_Casts") -> None:
             output.name = name
             output.shape = value.shape
             model.graph.outputs[index] = output
-
-
-def _forget_types(model: ir.Model) -> None:
-    """Remove the types of the values inside the graph, as in the exported graph: a runtime infers them."""
-    for node in model.graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.type = None
-                value.shape = None
 
 
 def _exact_operators(model: ir.Model) -> set[ir.Node]:
@@ -288,23 +268,19 @@ class EmulatedGraph(OrtGraph):
         model = load_typed(folder / graph.file)
         casts = _Casts(model, convert_weights=False)
         for node in list(model.graph):
-            if node.op_type != "Cast" and any(value.dtype == ir.DataType.FLOAT16 for value in float_values(node)):
-                _compute_in_float32(node, casts)
+            if node.op_type == "Cast" or all(value.dtype != ir.DataType.FLOAT16 for value in float_values(node)):
+                continue
+            casts.cast_inputs(node, ir.DataType.FLOAT)
+            for value in node.outputs:
+                if value.dtype == ir.DataType.FLOAT16:
+                    users = list(value.uses())
+                    value.dtype = ir.DataType.FLOAT
+                    rounded = casts.cast(value, ir.DataType.FLOAT16)
+                    for user, index in users:
+                        user.replace_input_with(index, rounded)
         model.graph.sort()
         self.graph = graph
         self.session = exact_session(model, folder)
-
-
-def _compute_in_float32(node: ir.Node, casts: "_Casts") -> None:
-    """Convert the float16 inputs of `node` to float32, and round its results to float16 for those that use them."""
-    casts.cast_inputs(node, ir.DataType.FLOAT)
-    for value in node.outputs:
-        if value.dtype == ir.DataType.FLOAT16:
-            users = list(value.uses())
-            value.dtype = ir.DataType.FLOAT
-            rounded = casts.cast(value, ir.DataType.FLOAT16)
-            for user, index in users:
-                user.replace_input_with(index, rounded)
 
 
 class _Casts:
@@ -353,3 +329,44 @@ class _Casts:
 
         lazy = ir.LazyTensor(converted, dtype, shape, name=name)
         return add_initializer(self.graph, lazy)
+
+
+def convert_graphs(
+    source: Path,
+    target: Path,
+    references: References,
+    speech: Sequence[np.ndarray],
+    stages: Stages,
+    *,
+    single_file: bool,
+) -> dict[str, Any]:
+    """Convert the graphs of the float32 folder `source` into `target` and verify them; return the manifest's record.
+
+    source: holds genai_config.json as well. speech: features [M, T] on which the values inside the graphs are measured.
+    single_file: the encoder holds its weights, as the other graphs do.
+    Each graph is verified as ONNX Runtime runs it on the CPU, and as a GPU that rounds each result to float16 would.
+    Raises CheckError as verify_graphs does.
+    """
+    stages.begin(f"values inside the model on {len(speech)} clips of speech")
+    ranges = measure_ranges(source, speech)
+    largest = max(max(values.values()) for values in ranges.values())
+    stages.end(
+        f"the largest is {largest:.0f}",
+        f"float16 holds up to {LARGEST_FLOAT16:.0f}; operators with values from {LIMIT:.0f} on stay float32",
+    )
+    parity: dict[str, Any] = {}
+    float16: dict[str, Any] = {}
+    for graph in GRAPHS:
+        stages.begin(f"{graph.file} in float16")
+        float16[graph.file], converted = convert(source, target, graph, ranges[graph.name], single_file=single_file)
+        kept = len(float16[graph.file]["kept_float32"]) + len(float16[graph.file]["kept_exact"])
+        fields = [f"{kept} of {kept + converted} operators stay float32", size_text(graph.bytes_in(target))]
+        if graph in references:
+            parity[graph.file] = check_graph(target, graph, references[graph], float16=True).record()
+            rounded = check_graph(target, graph, references[graph], EmulatedGraph, float16=True)
+            float16[graph.file]["rounded_parity"] = rounded.record()
+            fields.append(f"rounded as on a GPU: {rounded}")
+        else:
+            fields.append("not verified")
+        stages.end(*fields)
+    return {"parity": parity, "float16": float16}

@@ -43,6 +43,10 @@ def reshape(x: Tensor, *shape: int) -> Tensor:
     return cast(Tensor, _Reshape.apply(x, *shape))  # type: ignore[no-untyped-call]
 
 
+def _constant(g: Any, *values: int) -> Any:
+    return g.op("Constant", value_t=torch.tensor(values))
+
+
 # Attention is computed in blocks of the frames that attend (queries): at most BLOCKS blocks, of at least BLOCK_FRAMES
 # frames each. At 900 frames, the window of 72 s, four blocks take 0.8 times as long as one block; at 250 frames they
 # take as long, at 125 a tenth longer. Six blocks are hardly faster.
@@ -62,14 +66,11 @@ class _BlockBounds(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, like: Any, count: int) -> Any:
-        def constant(*values: int) -> Any:
-            return g.op("Constant", value_t=torch.tensor(values))
-
-        frames = g.op("Gather", g.op("Shape", like), constant(-1), axis_i=0)
-        size = g.op("Div", g.op("Add", frames, constant(count - 1)), constant(count))
-        size = g.op("Max", size, constant(BLOCK_FRAMES))
-        firsts = g.op("Min", g.op("Mul", size, constant(*range(count))), g.op("Sub", frames, constant(1)))
-        stops = g.op("Min", g.op("Mul", size, constant(*range(1, count + 1))), frames)
+        frames = g.op("Gather", g.op("Shape", like), _constant(g, -1), axis_i=0)
+        size = g.op("Div", g.op("Add", frames, _constant(g, count - 1)), _constant(g, count))
+        size = g.op("Max", size, _constant(g, BLOCK_FRAMES))
+        firsts = g.op("Min", g.op("Mul", size, _constant(g, *range(count))), g.op("Sub", frames, _constant(g, 1)))
+        stops = g.op("Min", g.op("Mul", size, _constant(g, *range(1, count + 1))), frames)
         return g.op("Concat", firsts, stops, axis_i=0)
 
 
@@ -107,17 +108,14 @@ class _RelativeShift(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, x: Any, count: Any, frames: Any) -> Any:
-        def constant(*values: int) -> Any:
-            return g.op("Constant", value_t=torch.tensor(values))
-
         # Every layer adds the same nodes for the shape; export_graph merges the copies.
-        rows, columns = (g.op("Reshape", scalar, constant(1)) for scalar in (count, frames))
-        skipped = g.op("Sub", rows, constant(1))
+        rows, columns = (g.op("Reshape", scalar, _constant(g, 1)) for scalar in (count, frames))
+        skipped = g.op("Sub", rows, _constant(g, 1))
         width = g.op("Add", columns, skipped)
         stop = g.op("Add", skipped, g.op("Mul", rows, width))
-        flat = g.op("Slice", g.op("Reshape", x, constant(0, 0, -1)), skipped, stop, constant(2))
-        shifted = g.op("Reshape", flat, g.op("Concat", constant(0, 0), rows, width, axis_i=0))
-        return g.op("Slice", shifted, constant(0), columns, constant(3))
+        flat = g.op("Slice", g.op("Reshape", x, _constant(g, 0, 0, -1)), skipped, stop, _constant(g, 2))
+        shifted = g.op("Reshape", flat, g.op("Concat", _constant(g, 0, 0), rows, width, axis_i=0))
+        return g.op("Slice", shifted, _constant(g, 0), columns, _constant(g, 3))
 
 
 def relative_shift(x: Tensor, count: Tensor, frames: Tensor) -> Tensor:
@@ -191,33 +189,24 @@ class Subsampling(nn.Module):
                 x = layer(x)
                 continue
             if layer.kernel_size[0] > 1 and not masked:
-                keep = self._keep(x, lengths)
+                frames = torch.arange(x.size(2), device=x.device)
+                keep = (frames[None, None, :, None] < lengths[:, None, None, None]).to(x.dtype)  # [B, 1, T, 1]
                 x = x * keep
             masked = i == 0 and self.first_masks
             if masked:
                 x = torch.cat((x, (1 - keep).expand_as(x)), dim=1)
-            x = self._convolve(layer, x)
+            padding = cast(tuple[int, int], layer.padding)
+            above, below = _padding(layer, 0)
+            left, right = _padding(layer, 1)
+            if (above, left) != tuple(padding):  # NeMo's CausalConv2D pads by itself
+                x = nn.functional.pad(x, (left, right, above, below))
+            x = nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
             if layer.stride[0] > 1:
                 # (length + padding - kernel) // stride + 1, written so that the quotient is never negative: ONNX's Div
                 # rounds towards zero
-                rest = sum(_padding(layer, 0)) - layer.kernel_size[0] + layer.stride[0]
+                rest = above + below - layer.kernel_size[0] + layer.stride[0]
                 lengths = (lengths + rest) // layer.stride[0]
         return self.out(x.transpose(1, 2).flatten(2)), lengths
-
-    @staticmethod
-    def _keep(x: Tensor, lengths: Tensor) -> Tensor:
-        """1 for a valid frame of x, 0 for a masked one: [B, 1, T, 1]"""
-        frames = torch.arange(x.size(2), device=x.device)
-        return (frames[None, None, :, None] < lengths[:, None, None, None]).to(x.dtype)
-
-    @staticmethod
-    def _convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
-        padding = cast(tuple[int, int], layer.padding)
-        above, below = _padding(layer, 0)
-        left, right = _padding(layer, 1)
-        if (above, left) != tuple(padding):  # NeMo's CausalConv2D pads by itself
-            x = nn.functional.pad(x, (left, right, above, below))
-        return nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
 
 
 def _padding(layer: Any, axis: int) -> tuple[int, int]:

@@ -4,19 +4,22 @@ The reference is the library's own module, not the wrapper that was exported, so
 torch is imported inside the functions, so that importing this module takes no time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.cli import CheckError
-from common.contract import DECODER, ENCODER, FLOAT16_TOLERANCE, JOINT, PARITY_TOLERANCE, Graph
+from common.cli import CheckError, Stages
+from common.contract import DECODER, ENCODER, FLOAT16_TOLERANCE, GRAPHS, JOINT, PARITY_TOLERANCE, Graph
 from common.run.ort import MAPPED, OpenGraph
 
 if TYPE_CHECKING:
     import torch
+
+    Tensors = tuple[torch.Tensor, ...]
+    ExampleInputs = Callable[..., Tensors]
 
 # (B, T) of the encoder's cases: one encoder frame, batches of odd and different lengths, twenty seconds.
 ENCODER_CASES = ((1, 8), (1, 200), (2, 333), (3, 517), (1, 2000))
@@ -28,38 +31,87 @@ JOINT_CASES = ((1, 1, 1), (2, 3, 2), (1, 7, 5))  # B, S, U
 
 LENGTHS = ENCODER.output_names[1]
 
-ExampleInputs = Callable[..., tuple["torch.Tensor", ...]]
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of a graph and the outputs of the library's module for them, so that the module can be freed."""
+
+    inputs: tuple[np.ndarray, ...]
+    expected: Mapping[str, np.ndarray]  # by the name of the output
+    library: str
 
 
-@dataclass
+References = Mapping[Graph, Sequence[Case]]  # empty where nothing is to be verified
+
+
+def encoder_cases(encoder: Any, example_inputs: "ExampleInputs") -> "Iterator[tuple[Tensors, Tensors]]":
+    """Inputs and outputs of NeMo's encoder for `ENCODER_CASES`; for small models also for a clip of more than 400 s."""
+    shapes = list(ENCODER_CASES)
+    if sum(parameter.numel() for parameter in encoder.parameters()) <= LONG_CASE_MAX_PARAMETERS:
+        shapes.append((1, LONG_CASE_FRAMES * encoder.subsampling_factor))
+    for batch, frames in shapes:
+        features, lengths = example_inputs(batch, frames)
+        yield (features, lengths), encoder(audio_signal=features, length=lengths)
+
+
+def decoder_cases(decoder: Any, example_inputs: "ExampleInputs") -> "Iterator[tuple[Tensors, Tensors]]":
+    """Inputs and outputs of NeMo's prediction network along a chain of tokens that starts with the blank."""
+    tokens, _, *state = example_inputs(2, DECODER_STEPS)
+    tokens[:, 0] = decoder.blank_idx
+    ones = tokens[:, 0] * 0 + 1
+    for step in range(DECODER_STEPS):
+        targets = tokens[:, step : step + 1]
+        # NeMo starts without a token, that is, with a zero vector.
+        output, new_state = decoder.predict(targets if step else None, state=tuple(state), add_sos=False)
+        yield (targets, ones, *state), (output.transpose(1, 2), ones, *new_state)
+        state = new_state
+
+
+def joint_cases(joint: Any, example_inputs: "ExampleInputs") -> "Iterator[tuple[Tensors, Tensors]]":
+    """Inputs and NeMo's raw logits for several S and U."""
+    for sizes in JOINT_CASES:
+        encoded, predicted = example_inputs(*sizes)
+        hidden = joint.project_encoder(encoded)[:, :, None] + joint.project_prednet(predicted)[:, None]
+        yield (encoded, predicted), (joint.joint_net(hidden),)
+
+
+CASES = {ENCODER: encoder_cases, DECODER: decoder_cases, JOINT: joint_cases}
+
+
+def make_cases(graph: Graph, module: Any, example_inputs: "ExampleInputs") -> list[Case]:
+    """What the library computes with `module`, from which `graph` is exported, for inputs of several sizes."""
+    import torch
+
+    device = next(module.parameters()).device
+    library = getattr(module, "library", "NeMo")
+
+    def on_device(*sizes: int) -> "Tensors":
+        return tuple(tensor.to(device) for tensor in example_inputs(*sizes))
+
+    with torch.inference_mode():
+        return [
+            Case(
+                inputs=tuple(tensor.cpu().numpy() for tensor in inputs),
+                expected={name: out.cpu().numpy() for name, out in zip(graph.output_names, outputs, strict=True)},
+                library=library,
+            )
+            for inputs, outputs in CASES[graph](module, on_device)
+        ]
+
+
+@dataclass(frozen=True)
 class Parity:
-    """The largest difference of all comparisons so far, absolute and relative to the reference's largest value.
+    """The largest difference of all comparisons, absolute and relative to the reference's largest value.
 
     For float32 graphs the absolute one must not exceed PARITY_TOLERANCE, for float16 graphs the relative one
     FLOAT16_TOLERANCE: see common/contract.py for both.
     """
 
-    library: str = "NeMo"
-    float16: bool = False
-    max_abs: float = 0.0
-    max_rel: float = 0.0
-    cases: int = 0
-
-    def add(self, name: str, actual: np.ndarray, expected: np.ndarray) -> None:
-        """Record one comparison. Raises CheckError beyond the tolerance; a NaN on either side always exceeds it."""
-        if actual.shape != expected.shape:
-            raise CheckError(f"{name} has an output of shape {actual.shape}, {self.library} one of {expected.shape}")
-        error = float(np.max(np.abs(actual - expected), initial=0.0))
-        error = error if np.isfinite(error) else float("inf")
-        self.max_abs = max(self.max_abs, error)
-        self.max_rel = max(self.max_rel, error / max(float(np.max(np.abs(expected), initial=0.0)), 1e-30))
-        self.cases += 1
-        if (self.max_rel > FLOAT16_TOLERANCE) if self.float16 else (self.max_abs > PARITY_TOLERANCE):
-            kind, tolerance = ("relative", FLOAT16_TOLERANCE) if self.float16 else ("absolute", PARITY_TOLERANCE)
-            raise CheckError(
-                f"{name} differs from {self.library} by {self.max_abs:.1e} absolute, {self.max_rel:.1e} relative; "
-                f"expected at most {tolerance:.0e} {kind}: the export is wrong, please report it"
-            )
+    max_abs: float
+    max_rel: float
+    cases: int
+    library: str
+    float16: bool
 
     def __str__(self) -> str:
         absolute = "" if self.float16 else f" (limit {PARITY_TOLERANCE:.0e})"
@@ -74,115 +126,65 @@ class Parity:
         return {"max_abs": self.max_abs, "max_rel": self.max_rel, "cases": self.cases}
 
 
-@dataclass(frozen=True)
-class Case:
-    """Inputs of a graph and the outputs of the library's module for them, so that the module can be freed."""
+def verify_graphs(folder: Path, references: References, stages: Stages) -> dict[str, Any]:
+    """Run the float32 graphs in ONNX Runtime and compare them with NeMo. Graph's file → record for the manifest.
 
-    inputs: tuple[np.ndarray, ...]
-    expected: Mapping[str, np.ndarray]  # by the name of the output; the decoder passes its lengths through
-    library: str
-
-
-def encoder_cases(encoder: Any, example_inputs: ExampleInputs) -> list[Case]:
-    """NeMo's outputs and lengths for `ENCODER_CASES`; for small models also for a clip of more than 400 s."""
-    import torch
-
-    shapes = list(ENCODER_CASES)
-    if sum(parameter.numel() for parameter in encoder.parameters()) <= LONG_CASE_MAX_PARAMETERS:
-        shapes.append((1, LONG_CASE_FRAMES * encoder.subsampling_factor))
-    cases = []
-    for batch, frames in shapes:
-        features, lengths = example_inputs(batch, frames)
-        with torch.inference_mode():
-            outputs = encoder(audio_signal=_like(features, encoder), length=_like(lengths, encoder))
-        expected = dict(zip(ENCODER.output_names, outputs, strict=True))
-        cases.append(_case(encoder, (features, lengths), expected))
-    return cases
-
-
-def decoder_cases(decoder: Any, example_inputs: ExampleInputs) -> list[Case]:
-    """The outputs and states of NeMo's prediction network along a chain of tokens that starts with the blank.
-
-    The states among the inputs are used in the first case only: after that, a graph continues from its own states.
+    Raises CheckError for a graph that differs by more than the tolerance.
     """
-    import torch
-
-    batch = 2
-    tokens, _, *zeros = example_inputs(batch, DECODER_STEPS)
-    state = tuple(_like(part, decoder) for part in zeros)
-    cases = []
-    for step in range(DECODER_STEPS):
-        targets = torch.full_like(tokens[:, :1], decoder.blank_idx) if step == 0 else tokens[:, step : step + 1]
-        fed = None if step == 0 else _like(targets, decoder)  # NeMo starts without a token, that is, with a zero vector
-        before = state
-        with torch.inference_mode():
-            output, state = decoder.predict(fed, state=before, add_sos=False)
-        inputs = (targets, torch.ones(batch, dtype=torch.int64), *before)
-        h, c = state
-        cases.append(_case(decoder, inputs, {"decoder_output": output.transpose(1, 2), "h_out": h, "c_out": c}))
-    return cases
-
-
-def joint_cases(joint: Any, example_inputs: ExampleInputs) -> list[Case]:
-    """NeMo's raw logits for several S and U."""
-    import torch
-
-    cases = []
-    for batch, frames, targets in JOINT_CASES:
-        encoded, predicted = example_inputs(batch, frames, targets)
-        with torch.inference_mode():
-            hidden = joint.project_encoder(_like(encoded, joint))[:, :, None]
-            hidden = hidden + joint.project_prednet(_like(predicted, joint))[:, None]
-            cases.append(_case(joint, (encoded, predicted), {"joint_output": joint.joint_net(hidden)}))
-    return cases
-
-
-# Each module is an attribute of the library's model that has the name of the graph.
-CASES: dict[Graph, Callable[[Any, ExampleInputs], list[Case]]] = {
-    ENCODER: encoder_cases,
-    DECODER: decoder_cases,
-    JOINT: joint_cases,
-}
+    records = {}
+    for graph in GRAPHS:
+        stages.begin(f"verify {graph.file}")
+        if graph not in references:
+            stages.end("not verified")
+            continue
+        parity = check_graph(folder, graph, references[graph])
+        records[graph.file] = parity.record()
+        stages.end(str(parity))
+    return records
 
 
 def check_graph(
     folder: Path, graph: Graph, cases: Sequence[Case], open_graph: OpenGraph = MAPPED, *, float16: bool = False
 ) -> Parity:
-    """Run `graph` of a folder on the inputs of `cases` and compare its outputs with the library's. Raises CheckError.
+    """Run `graph` of a folder on the inputs of `cases` and compare its outputs with the library's.
 
-    Where the cases have lengths, the graph's must equal them, and the valid frames alone are compared. A graph with
-    states continues from its own, so that a wrong state also shows in what follows.
+    Lengths must be equal, and only the valid frames of a clip are compared. A graph with states continues from its own,
+    so that a wrong state also shows in what follows. Raises CheckError for a difference beyond the tolerance.
     """
     run = open_graph(folder, graph)
-    parity = Parity(library=cases[0].library, float16=float16)
+    errors: list[tuple[float, float]] = []
     states: list[np.ndarray] = []
     for case in cases:
         inputs = (*case.inputs[: len(case.inputs) - len(states)], *states)
         outputs = dict(zip(graph.output_names, run(*inputs), strict=True))
         states = [outputs[tensor.name] for tensor in graph.outputs if "L" in tensor.axes]
-        lengths = case.expected.get(LENGTHS)
-        if lengths is not None and outputs[LENGTHS].tolist() != lengths.tolist():
-            raise CheckError(
-                f"{LENGTHS} of {graph.file} are {outputs[LENGTHS].tolist()}, in {case.library} {lengths.tolist()}: the "
-                "export is wrong, please report it"
-            )
         for name, expected in case.expected.items():
-            if lengths is None:
-                parity.add(graph.file, outputs[name], expected)
-            elif name != LENGTHS:
-                for row, valid in enumerate(lengths):
-                    parity.add(graph.file, outputs[name][row, :, :valid], expected[row, :, :valid])
-    return parity
+            errors += _differences(outputs[name], expected, case.expected.get(LENGTHS))
+    max_abs, max_rel = (max(each) for each in zip(*errors, strict=True))
+    library = cases[0].library
+    if (max_rel > FLOAT16_TOLERANCE) if float16 else (max_abs > PARITY_TOLERANCE):
+        limit = f"{FLOAT16_TOLERANCE:.0e} relative" if float16 else f"{PARITY_TOLERANCE:.0e} absolute"
+        raise CheckError(
+            f"{graph.file} differs from {library} by {max_abs:.1e} absolute, {max_rel:.1e} relative; expected at most "
+            f"{limit}: the export is wrong, please report it"
+        )
+    return Parity(max_abs, max_rel, len(errors), library, float16)
 
 
-def _case(module: Any, inputs: Sequence["torch.Tensor"], expected: Mapping[str, "torch.Tensor"]) -> Case:
-    return Case(
-        library=getattr(module, "library", "NeMo"),
-        inputs=tuple(tensor.cpu().numpy() for tensor in inputs),
-        expected={name: tensor.cpu().numpy() for name, tensor in expected.items()},
-    )
+def _differences(actual: np.ndarray, expected: np.ndarray, lengths: np.ndarray | None) -> Iterator[tuple[float, float]]:
+    """The largest absolute and relative difference; of each clip, over its valid frames, where there are lengths.
 
-
-def _like(tensor: "torch.Tensor", module: "torch.nn.Module") -> "torch.Tensor":
-    """`tensor` on the device of `module`."""
-    return tensor.to(next(module.parameters()).device)
+    They are infinite where shapes or lengths differ, or for a NaN on either side.
+    """
+    if actual.shape != expected.shape:
+        yield np.inf, np.inf
+    elif expected.dtype.kind == "i":
+        if not np.array_equal(actual, expected):
+            yield np.inf, np.inf
+    elif lengths is not None:
+        for row, other, valid in zip(actual, expected, lengths, strict=True):
+            yield from _differences(row[:, :valid], other[:, :valid], None)
+    else:
+        error = float(np.max(np.abs(actual - expected), initial=0.0))
+        error = error if np.isfinite(error) else np.inf
+        yield error, error / max(float(np.max(np.abs(expected), initial=0.0)), 1e-30)

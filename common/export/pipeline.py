@@ -3,17 +3,25 @@
 torch and NeMo are imported inside the functions, so that usage errors are reported at once.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from common.checkpoint import Checkpoint
 from common.checkpoint.spec import ModelSpec
 from common.cli import Stages, size_text
-from common.contract import GRAPHS, Graph
-from common.export.parity import CASES, LONG_CASE_MAX_PARAMETERS, Case, check_graph
+from common.contract import GENAI_CONFIG, GRAPHS
+from common.export.float16 import convert_graphs
+from common.export.parity import LONG_CASE_MAX_PARAMETERS, References, make_cases, verify_graphs
+from common.export.scripts import SUPPRESSED, suppress, suppressed_ids
+from common.folder import write_json
+from common.layouts.genai import genai_config
+from common.layouts.layout import Layout
+from common.run.config import RuntimeConfig
+from common.run.reference import features_of
 
 FP32 = "fp32"
 FP16 = "fp16"
@@ -31,9 +39,8 @@ FLOAT32_BYTES = 4
 DISK_FACTOR = 2.0
 FLOAT16_DISK_FACTOR = 0.5  # in addition: the float16 weights beside the float32 ones
 
+SPEECH = Path(__file__).resolve().parents[2] / "samples"  # 40 s, on which --precision fp16 measures values
 AUDIO_SUFFIXES = (".flac", ".wav")
-
-References = Mapping[Graph, Sequence[Case]]  # empty where nothing is to be verified
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +67,6 @@ class ExportOptions:
         if self.chunk_seconds == 0:
             raise ValueError("--chunk_seconds must be more than 0")
 
-    def record(self) -> dict[str, Any]:
-        """The flags as the manifest records them."""
-        return asdict(self)
-
     @property
     def is_float16(self) -> bool:
         return self.precision == FP16
@@ -71,8 +74,7 @@ class ExportOptions:
     @property
     def stages(self) -> int:
         """How many stages the export of the graphs prints."""
-        conversion = 1 + len(GRAPHS) if self.is_float16 else 0
-        return 2 + len(GRAPHS) + conversion
+        return 2 + len(GRAPHS) + (1 + len(GRAPHS) if self.is_float16 else 0)
 
     def window(self, spec: ModelSpec) -> dict[str, int]:
         """How a clip is cut for the encoder, in samples, under the names that genai_config.json has for them.
@@ -80,65 +82,100 @@ class ExportOptions:
         Raises ValueError unless each length is a whole number of encoder frames: the runtime divides by integers, and
         a remainder would shift every later seam.
         """
-        lengths = {
-            "chunk": self.chunk_seconds,
-            "left_context": self.left_context_seconds,
-            "right_context": self.right_context_seconds,
-        }
+        frame = spec.frame_samples / spec.sample_rate  # seconds
         samples = {}
-        for name, seconds in lengths.items():
-            exact = seconds * spec.sample_rate
-            frame = spec.frame_samples
-            if exact < (frame if name == "chunk" else 0) or abs(exact / frame - round(exact / frame)) > 1e-6:
+        for name, least in (("chunk", 1), ("left_context", 0), ("right_context", 0)):
+            seconds = getattr(self, f"{name}_seconds")
+            frames = round(seconds / frame)
+            if frames < least or abs(seconds / frame - frames) > 1e-6:
                 raise ValueError(
-                    f"--{name}_seconds must be a whole number of encoder frames of {frame / spec.sample_rate:g} s; the "
-                    f"one nearest to {seconds:g} is {max(round(exact / frame), 1) * frame / spec.sample_rate:g}"
+                    f"--{name}_seconds must be a whole number of encoder frames of {frame:g} s; the one nearest to "
+                    f"{seconds:g} is {max(frames, 1) * frame:g}"
                 )
-            samples[f"{name}_samples"] = round(exact)
+            samples[f"{name}_samples"] = frames * spec.frame_samples
         return samples
 
-    def memory_bytes(self, weight_bytes: int) -> float:
-        """Peak memory of exporting a checkpoint whose weights have that size in float32."""
-        long_case = MEMORY_OF_LONG_CASE if self._verifies_long_case(weight_bytes) else 0
-        return MEMORY_FACTOR * weight_bytes + MEMORY_OF_NEMO + long_case
+    def needs(self, weight_bytes: int, folders: int) -> tuple[float, float]:
+        """Bytes of peak memory, and of disk with scratch space, to export a checkpoint into several folders.
 
-    def memory_note(self, weight_bytes: int) -> str:
-        """What takes most of the memory where the checkpoint does not; otherwise nothing."""
-        if not self._verifies_long_case(weight_bytes):
-            return ""
-        return (
-            f"{size_text(MEMORY_OF_LONG_CASE)} of the memory are for a clip of seven minutes, on which small encoders "
-            "are verified too; --skip_verify leaves all verification out"
-        )
-
-    def _verifies_long_case(self, weight_bytes: int) -> bool:
-        return not self.skip_verify and weight_bytes <= LONG_CASE_MAX_PARAMETERS * FLOAT32_BYTES
-
-    def disk_bytes(self, weight_bytes: int, folders: int) -> float:
-        """Disk needed, scratch space included, to export a checkpoint whose weights have that size in float32."""
-        factor = DISK_FACTOR + (FLOAT16_DISK_FACTOR if self.is_float16 else 0)
+        weight_bytes: the size of its weights in float32.
+        """
+        memory = MEMORY_FACTOR * weight_bytes + MEMORY_OF_NEMO
+        if not self.skip_verify and weight_bytes <= LONG_CASE_MAX_PARAMETERS * FLOAT32_BYTES:
+            memory += MEMORY_OF_LONG_CASE
+        disk = DISK_FACTOR + (FLOAT16_DISK_FACTOR if self.is_float16 else 0)
         if self.single_file:  # otherwise the folders share a data file
-            factor += (folders - 1) * (FLOAT16_DISK_FACTOR if self.is_float16 else 1)
-        return factor * weight_bytes
+            disk += (folders - 1) * (FLOAT16_DISK_FACTOR if self.is_float16 else 1)
+        return memory, disk * weight_bytes
 
 
-def model_summary(model: Any, spec: ModelSpec) -> list[str]:
-    """The size of a loaded model, for printing."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return [
-        f"{parameters / 1e6:.1f} M parameters",
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint whose graphs are written and verified."""
+
+    spec: ModelSpec
+    graphs: Path  # the folder of the graphs
+    files: dict[str, dict[str, bytes]]  # by subfolder: what its layout has beside the graphs, name → content
+    measured: dict[str, Any]  # for the manifest
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint, layouts: Mapping[str, Layout], options: ExportOptions, scratch: Path, stages: Stages
+) -> Exported:
+    """Export a checkpoint into a folder of `scratch` and verify it; float16 graphs are made of others.
+
+    layouts: by the subfolder that each will have. Raises ValueError where the checkpoint has a part that cannot be
+    exported or that a runtime cannot compute, CheckError where a graph differs from NeMo.
+    """
+    graphs = scratch / "graphs"
+    float32 = scratch / "float32" if options.is_float16 else graphs
+    for folder in {graphs, float32}:
+        folder.mkdir()
+    clips = sorted(path for path in SPEECH.rglob("*") if path.suffix in AUDIO_SUFFIXES) if options.is_float16 else []
+    if options.is_float16 and not clips:
+        raise FileNotFoundError(f"--precision fp16 measures on the audio in {SPEECH}, which has none; restore it")
+    suppressed = suppressed_ids(checkpoint.tokenizer, options.scripts)
+
+    stages.begin(f"checkpoint {checkpoint.path.name}")
+    model = checkpoint.load_model(options.device, scratch)
+    suppress(model.joint, suppressed)
+    spec = ModelSpec.of(model)
+    window = options.window(spec)
+    files = {
+        name: layout.make_files(spec, checkpoint.tokenizer, partial(features_of, model), window, options.device)
+        for name, layout in layouts.items()
+    }
+    stages.end(
+        f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters",
         f"encoder of {spec.encoder_layers} layers, {spec.encoder_dim} wide",
         f"{spec.num_mels} mel bins, {spec.vocab_size} tokens, durations of {list(spec.durations)} frames",
-    ]
+    )
+    references = export_graphs(model, float32, options, stages)
+    speech = []
+    if clips:  # which are read and transcribed by GenAI's configuration
+        write_json(float32 / GENAI_CONFIG, genai_config(spec, window))
+        config = RuntimeConfig.read(float32)
+        speech = [features_of(model, config.read_audio(clip)) for clip in clips]
+    del model
+    gc.collect()  # NeMo's modules refer to each other; the model is half of the memory in use
+
+    measured: dict[str, Any] = {"parity": verify_graphs(float32, references, stages)}
+    if options.is_float16:
+        converted = convert_graphs(float32, graphs, references, speech, stages, single_file=options.single_file)
+        measured = {**converted, "float32_parity": measured["parity"]}
+    if options.scripts:
+        measured[SUPPRESSED] = len(suppressed)
+    return Exported(spec, graphs, files, measured)
 
 
-def export_graphs(model: Any, folder: Path, options: ExportOptions) -> References:
+def export_graphs(model: Any, folder: Path, options: ExportOptions, stages: Stages) -> References:
     """Write the three graphs of NeMo's `model` into `folder`, in float32, and compute references to verify them with.
 
     Raises ValueError where the model has a part that cannot be exported.
     """
     from common.export.wrappers import WRAPPERS, Encoder, export_graph
 
+    stages.begin("export")
     references = {}
     for graph in GRAPHS:
         module = getattr(model, graph.name)
@@ -148,80 +185,6 @@ def export_graphs(model: Any, folder: Path, options: ExportOptions) -> Reference
         single_file = options.single_file and not options.is_float16  # which is made of these graphs
         export_graph(wrapper, graph, folder, options.opset_version, single_file=single_file)
         if not options.skip_verify:
-            references[graph] = CASES[graph](module, wrapper.example_inputs)
+            references[graph] = make_cases(graph, module, wrapper.example_inputs)
+    stages.end(*(f"{graph.file} {size_text(graph.bytes_in(folder))}" for graph in GRAPHS))
     return references
-
-
-def graph_sizes(folder: Path) -> list[str]:
-    """Each graph's file and its size with its weights, for printing."""
-    return [f"{graph.file} {size_text(graph.bytes_in(folder))}" for graph in GRAPHS]
-
-
-def verify_graphs(folder: Path, references: References, stages: Stages) -> dict[str, Any]:
-    """Run the float32 graphs in ONNX Runtime and compare them with NeMo. Graph's file → record for the manifest.
-
-    Raises CheckError for a graph that differs by more than the tolerance.
-    """
-    records = {}
-    for graph in GRAPHS:
-        stages.begin(f"verify {graph.file}")
-        if graph not in references:
-            stages.end("not verified")
-            continue
-        parity = check_graph(folder, graph, references[graph])
-        records[graph.file] = parity.record()
-        stages.end(str(parity))
-    return records
-
-
-def find_clips(folder: Path) -> list[Path]:
-    """The audio files in `folder` and below. Raises FileNotFoundError if there are none."""
-    clips = sorted(path for path in folder.rglob("*") if path.suffix in AUDIO_SUFFIXES)
-    if not clips:
-        raise FileNotFoundError(
-            f"--precision fp16 measures on the audio in {folder}, which has none; restore that folder"
-        )
-    return clips
-
-
-def convert_to_float16(
-    source: Path,
-    target: Path,
-    references: References,
-    speech: Sequence[np.ndarray],
-    stages: Stages,
-    *,
-    single_file: bool,
-) -> dict[str, Any]:
-    """Convert the graphs of the float32 folder `source` into `target` and verify them; return the manifest's record.
-
-    source: holds genai_config.json as well. speech: features [M, T] on which the values inside the graphs are measured.
-    single_file: the encoder holds its weights, as the other graphs do.
-    Each graph is verified as ONNX Runtime runs it on the CPU, and as a GPU that rounds each result to float16 would.
-    Raises CheckError as verify_graphs does.
-    """
-    from common.export.float16 import LARGEST_FLOAT16, LIMIT, EmulatedGraph, convert, measure_ranges
-
-    stages.begin(f"values inside the model on {len(speech)} clips of speech")
-    ranges = measure_ranges(source, speech)
-    largest = max(max(values.values()) for values in ranges.values())
-    stages.end(
-        f"the largest is {largest:.0f}",
-        f"float16 holds up to {LARGEST_FLOAT16:.0f}; operators with values from {LIMIT:.0f} on stay float32",
-    )
-    parity: dict[str, Any] = {}
-    float16: dict[str, Any] = {}
-    for graph in GRAPHS:
-        stages.begin(f"{graph.file} in float16")
-        float16[graph.file], converted = convert(source, target, graph, ranges[graph.name], single_file=single_file)
-        kept = len(float16[graph.file]["kept_float32"]) + len(float16[graph.file]["kept_exact"])
-        fields = [f"{kept} of {kept + converted} operators stay float32", size_text(graph.bytes_in(target))]
-        if graph in references:
-            parity[graph.file] = check_graph(target, graph, references[graph], float16=True).record()
-            rounded = check_graph(target, graph, references[graph], EmulatedGraph, float16=True)
-            float16[graph.file]["rounded_parity"] = rounded.record()
-            fields.append(f"rounded as on a GPU: {rounded}")
-        else:
-            fields.append("not verified")
-        stages.end(*fields)
-    return {"parity": parity, "float16": float16}

@@ -9,7 +9,6 @@ from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from common.checkpoint import Checkpoint
 from common.checkpoint.tokenizer import Piece, special_ids
 
 SUPPRESSED = "suppressed_tokens"  # in the manifest: how many tokens --scripts suppresses
@@ -19,7 +18,7 @@ SHARED = ("Zyyy", "Zinh", "Zzzz")
 LETTERS = ("L", "M")  # of Unicode's general categories: letters, and the marks that some scripts write vowels with
 
 
-def suppressed_ids(checkpoint: Checkpoint, scripts: str | None) -> list[int]:
+def suppressed_ids(tokenizer: ModelProto, scripts: str | None) -> list[int]:
     """Ids of the tokens with letters of other scripts than `scripts`, names separated by commas; none if it is None.
 
     Marks, bytes, the unknown piece and the blank are never among them. Raises ValueError for a script that the
@@ -27,33 +26,23 @@ def suppressed_ids(checkpoint: Checkpoint, scripts: str | None) -> list[int]:
     """
     if scripts is None:
         return []
-    return ids_of_other_scripts(checkpoint.tokenizer, scripts.split(","))
+    from fontTools import unicodedata
 
-
-def ids_of_other_scripts(proto: ModelProto, scripts: Iterable[str]) -> list[int]:
-    """Like `suppressed_ids`, for a SentencePiece model and names such as `latin`."""
-    hidden = set(special_ids(proto))
-    scripts_of_token = {
-        index: _scripts_of(piece.piece)
-        for index, piece in enumerate(proto.pieces)
-        if index not in hidden and piece.type != Piece.BYTE
-    }
+    hidden = set(special_ids(tokenizer))
+    scripts_of_token: dict[int, set[str]] = {}
+    for index, piece in enumerate(tokenizer.pieces):
+        if index not in hidden and piece.type != Piece.BYTE:
+            letters = [one for one in piece.piece if unicodedata.category(one)[0] in LETTERS]
+            codes = {unicodedata.script(one) for one in letters}.difference(SHARED)
+            scripts_of_token[index] = {unicodedata.script_name(code).lower() for code in codes}
     known = sorted(set().union(*scripts_of_token.values()))
-    allowed = {name.strip().lower() for name in scripts}
+    allowed = {name.strip().lower() for name in scripts.split(",")}
     if unknown := sorted(allowed.difference(known)):
         raise ValueError(
             f"--scripts must be among {', '.join(known)}, of which the checkpoint's vocabulary has letters, not "
             f"{', '.join(unknown) or 'empty'}"
         )
     return [index for index, names in scripts_of_token.items() if not names <= allowed]
-
-
-def _scripts_of(text: str) -> set[str]:
-    """Names of the scripts of the letters in `text`, as Unicode has them, in lower case."""
-    from fontTools import unicodedata
-
-    codes = {unicodedata.script(one) for one in text if unicodedata.category(one)[0] in LETTERS}
-    return {unicodedata.script_name(code).lower() for code in codes.difference(SHARED)}
 
 
 def suppress(joint: Any, ids: Iterable[int]) -> None:

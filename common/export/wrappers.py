@@ -9,7 +9,7 @@ import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -36,24 +36,29 @@ EXPORTER_MAX_OPSET = 20
 
 
 class Wrapper(nn.Module):
-    """A module that can be exported. It is built from NeMo's module."""
+    """A module that can be exported, built from NeMo's module. Raises ValueError for one with adapters."""
 
-    weights_as_inputs: ClassVar[bool] = False  # whether the exporter sees the weights as graph inputs: see export_graph
     example_inputs: Callable[..., tuple[Tensor, ...]]  # sizes, each with a default → inputs of `forward`
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        if getattr(module, "is_adapter_available", bool)():
+            raise ValueError("a checkpoint with adapters is not supported; merge or disable them first")
 
 
 class Encoder(Wrapper):
     """NeMo's ConformerEncoder for whole utterances. Raises ValueError naming what it does not support."""
 
-    weights_as_inputs = True
     blocks: int = BLOCKS  # of the frames that attend
 
     def __init__(self, encoder: Any) -> None:
-        super().__init__()
-        _check_supported(encoder)
+        super().__init__(encoder)
+        for name, supported in (("self_attention_model", "rel_pos"), ("reduction_position", None)):
+            if (actual := getattr(encoder, name)) != supported:
+                raise ValueError(f"the encoder has the {name} {actual!r}; only {supported!r} is supported")
         self.num_mels: int = encoder._feat_in
-        supported = Subsampling.supports(encoder.pre_encode)
-        self.subsampling = Subsampling(encoder.pre_encode) if supported else share_parameters(encoder.pre_encode)
+        known = Subsampling.supports(encoder.pre_encode)
+        self.subsampling = Subsampling(encoder.pre_encode) if known else share_parameters(encoder.pre_encode)
         self.positions = RelativePositions(encoder.d_model, encoder.xscale)
         self.layers = nn.ModuleList(Layer(layer) for layer in encoder.layers)
         self.projection = Linear.from_module(encoder.out_proj) if encoder.out_proj is not None else nn.Identity()
@@ -93,30 +98,6 @@ class Encoder(Wrapper):
         return features.masked_fill(torch.arange(frames)[None, None, :] >= lengths[:, None, None], 0.0), lengths
 
 
-def _check_supported(encoder: Any) -> None:
-    """Raise ValueError naming the property of NeMo's encoder that `Encoder` does not support."""
-    properties = (
-        ("self_attention_model", getattr(encoder, "self_attention_model", None), ("rel_pos",)),
-        ("reduction_position", getattr(encoder, "reduction_position", None), (None,)),
-        (
-            "subsampling module",
-            type(getattr(encoder, "pre_encode", None)).__name__,
-            ("ConvSubsampling", "StackingSubsampling"),
-        ),
-    )
-    for name, actual, supported in properties:
-        if actual not in supported:
-            choices = " or ".join(map(repr, supported))
-            raise ValueError(f"the encoder has the {name} {actual!r}; only {choices} is supported")
-    for layer in encoder.layers:
-        _check_no_adapters(layer, "an encoder")
-
-
-def _check_no_adapters(module: Any, name: str) -> None:
-    if getattr(module, "is_adapter_available", bool)():
-        raise ValueError(f"{name} with adapters is not supported; merge or disable them first")
-
-
 class StatefulDecoder(Wrapper):
     """The prediction network (NeMo's RNNTDecoder) for one or more tokens, with its LSTM state as input and output.
 
@@ -124,8 +105,7 @@ class StatefulDecoder(Wrapper):
     """
 
     def __init__(self, decoder: Any) -> None:
-        super().__init__()
-        _check_no_adapters(decoder, "a prediction network")
+        super().__init__(decoder)
         lstm = getattr(decoder.prediction["dec_rnn"], "lstm", None)
         if not isinstance(lstm, nn.LSTM) or lstm.hidden_size != decoder.pred_hidden or lstm.proj_size:
             raise ValueError(
@@ -167,8 +147,7 @@ class TdtJoint(Wrapper):
     """
 
     def __init__(self, joint: Any) -> None:
-        super().__init__()
-        _check_no_adapters(joint, "a joint")
+        super().__init__(joint)
         self.encoder = share_parameters(joint.enc)
         self.prediction = share_parameters(joint.pred)
         layers = (layer for layer in joint.joint_net if not isinstance(layer, nn.Dropout))
@@ -199,16 +178,38 @@ WRAPPERS: dict[Graph, Callable[[Any], Wrapper]] = {ENCODER: Encoder, DECODER: St
 def export_graph(module: Wrapper, graph: Graph, folder: Path, opset: int, *, single_file: bool = False) -> None:
     """Write `graph.file` into `folder`; the weights of an encoder into `graph.data_file`, unless `single_file`.
 
-    A module with `weights_as_inputs` is traced with its weights as graph inputs, which then become initializers that
-    are read straight from the module: nothing is copied, and the 2 GB limit of a protobuf is not reached. The other
-    modules are small, and their weights need the exporter's constant folding (the gates of an LSTM change order).
+    An encoder is traced with its weights as graph inputs, which have the names of its parameters and buffers and then
+    become initializers that are read straight from the module: nothing is copied, and the 2 GB limit of a protobuf is
+    not reached. The other modules are small, and their weights need the exporter's constant folding (the gates of an
+    LSTM change order).
     """
-    proto = onnx.load_from_string(_trace(module, graph, min(opset, EXPORTER_MAX_OPSET)))
+    is_encoder = graph is ENCODER
+    weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    device = next(module.parameters()).device
+    buffer = io.BytesIO()
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer warns of every shape that NeMo's code compares
+        torch.onnx.export(
+            module,
+            tuple(tensor.to(device) for tensor in module.example_inputs()),
+            buffer,  # type: ignore[arg-type]  # a file object is what dynamo=False accepts as well
+            input_names=graph.input_names,
+            output_names=graph.output_names,
+            dynamic_axes=graph.dynamic_axes(),
+            opset_version=min(opset, EXPORTER_MAX_OPSET),
+            dynamo=False,
+            export_params=not is_encoder,
+            do_constant_folding=not is_encoder,
+        )
+    proto = onnx.load_from_string(buffer.getvalue())
     if opset > EXPORTER_MAX_OPSET:
         proto = onnx.version_converter.convert_version(proto, opset)
     model = ir.from_proto(proto)
-    if module.weights_as_inputs:
-        _bind_weights(model, module)
+    for value in list(model.graph.inputs):
+        if value.name in weights:
+            model.graph.inputs.remove(value)
+            value.const_value = TorchTensor(weights[value.name], name=value.name)
+            model.graph.register_initializer(value)
     for graph_pass in (
         passes.IdentityEliminationPass(),
         passes.CommonSubexpressionEliminationPass(),
@@ -216,39 +217,4 @@ def export_graph(module: Wrapper, graph: Graph, folder: Path, opset: int, *, sin
         passes.ClearMetadataAndDocStringPass(),  # stack traces with paths of this machine
     ):
         model = graph_pass(model).model
-    save_model(model, folder / graph.file, single_file=single_file or graph is not ENCODER)
-
-
-def _trace(module: Wrapper, graph: Graph, opset: int) -> bytes:
-    """The serialized ONNX model that torch makes of `module`."""
-    buffer = io.BytesIO()
-    device = next(module.parameters()).device
-    inputs = tuple(tensor.to(device) for tensor in module.example_inputs())
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer warns of every shape that NeMo's code compares
-        torch.onnx.export(
-            module,
-            inputs,
-            buffer,  # type: ignore[arg-type]  # a file object is what dynamo=False accepts as well
-            input_names=graph.input_names,
-            output_names=graph.output_names,
-            dynamic_axes=graph.dynamic_axes(),
-            opset_version=opset,
-            dynamo=False,
-            export_params=not module.weights_as_inputs,
-            do_constant_folding=not module.weights_as_inputs,
-        )
-    return buffer.getvalue()
-
-
-def _bind_weights(model: ir.Model, module: Wrapper) -> None:
-    """Turn the graph inputs that are weights into initializers that hold the module's tensors.
-
-    torch.onnx.export gives those inputs the names of the parameters and buffers.
-    """
-    weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for value in list(model.graph.inputs):
-        if value.name in weights:
-            model.graph.inputs.remove(value)
-            value.const_value = TorchTensor(weights[value.name], name=value.name)
-            model.graph.register_initializer(value)
+    save_model(model, folder / graph.file, single_file=single_file or not is_encoder)

@@ -1,11 +1,11 @@
 """The model folders of each runtime: which layouts there are, and which of them a folder has."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from common.checkpoint import Checkpoint
 from common.cli import EXPORT_COMMAND
-from common.folder import MANIFEST, read_manifest
+from common.folder import MANIFEST, check_output_dir, read_manifest
 from common.layouts.genai import GENAI
 from common.layouts.layout import Layout
 from common.layouts.onnx_asr import ONNX_ASR
@@ -38,29 +38,27 @@ def genai_folder(folder: Path) -> Path:
     for name, layout in existing.items():
         if layout is GENAI:
             return folder / name
-    runtimes = " and ".join(layout.runtime for layout in existing.values())
     raise ValueError(
-        f"{folder} is a folder for {runtimes}, not for ONNX Runtime GenAI; make one with: "
+        f"{folder} is a folder for {_runtimes(existing)}, not for ONNX Runtime GenAI; make one with: "
         f"{EXPORT_COMMAND.format('./onnx_models')} --runtime genai"
     )
 
 
-def check_same_layouts(folder: Path, planned: Mapping[str, Layout]) -> None:
-    """Raise ValueError where `folder` is for one runtime and would become one for another or for several, or the other
-    way round, since a reader would confuse them. Also where a manifest to be kept belongs to another project."""
+def former_manifests(folder: Path, planned: Mapping[str, Layout]) -> dict[str, dict[str, Any]]:
+    """Check before the work that `folder` can be written; subfolder → the manifest that is there, empty for none.
+
+    Raises as check_output_dir does, and ValueError where `folder` is for one runtime and would become one for another
+    or for several, or the other way round, since a reader would confuse them.
+    """
     existing = layouts_in(folder)
+    check_output_dir(folder)
     is_model_folder = "" not in existing or (folder / MANIFEST).is_file()
     if is_model_folder and existing.get("") is not planned.get(""):
-        new, old = (" and ".join(layout.runtime for layout in each.values()) for each in (planned, existing))
-        raise ValueError(f"{folder} is a folder for {old}, not for {new}; give another --output_dir")
-    for name in planned:
-        read_manifest(folder / name)  # where it is another project's, this raises before the work instead of after
+        raise ValueError(
+            f"{folder} is a folder for {_runtimes(existing)}, not for {_runtimes(planned)}; give another --output_dir"
+        )
+    return {name: read_manifest(folder / name) for name in planned}
 
 
-def exported_vocabularies(checkpoint: Checkpoint, layouts: Iterable[Layout]) -> dict[str, Mapping[str, str]]:
-    """Runtime → content of the vocabulary's files, by name, for the layouts whose vocabulary the export writes.
-
-    Raises ValueError where a runtime would misread the checkpoint's tokens.
-    """
-    writing = [layout for layout in layouts if layout.exports_vocabulary]
-    return {layout.runtime: layout.vocabulary_texts(checkpoint.tokenizer) for layout in writing}
+def _runtimes(layouts: Mapping[str, Layout]) -> str:
+    return " and ".join(layout.runtime for layout in layouts.values())

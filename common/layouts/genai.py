@@ -5,16 +5,15 @@ GenAI does not accept unknown keys, so provenance goes into manifest.json.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
 from common.checkpoint.spec import ModelSpec
-from common.cli import EXPORT_COMMAND, TOKENIZER_COMMAND
-from common.contract import AUDIO_PROCESSOR_CONFIG, DECODER, ENCODER, GENAI_CONFIG, GRAPHS, JOINT
-from common.folder import json_text, read_json
-from common.layouts.layout import NO_SYMBOL_LIMIT, Features, Layout, name_in, source_in, tokenizer_command
+from common.contract import AUDIO_PROCESSOR_CONFIG, DECODER, ENCODER, GENAI_CONFIG, GRAPHS
+from common.folder import json_text
+from common.layouts.layout import NO_SYMBOL_LIMIT, Features, Layout
 from common.layouts.log_mel import check_log_mel
-from common.run.config import RuntimeConfig
 
 # The runtime stops at this number. One token for each frame of 80 ms would reach it after 2.9 hours of audio.
 CONTEXT_LENGTH = 131072  # tokens
@@ -107,17 +106,44 @@ def audio_processor_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-class GenAILayout(Layout):
-    """The folder of ONNX Runtime GenAI. export_tokenizer.py writes its vocabulary."""
+def make_files(
+    spec: ModelSpec, tokenizer: ModelProto, features: Features, window: Mapping[str, int], device: str
+) -> dict[str, bytes]:
+    """genai_config.json and audio_processor_config.json.
 
-    runtime = "genai"
-    packages = ("onnxruntime-genai", "soundfile", "soxr")
-    cuda_packages = ("onnxruntime-genai-cuda", "soundfile", "soxr")
-    graphs = GRAPHS
-    config_files = (GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG)
-    vocabulary = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
-    vocabulary_command = TOKENIZER_COMMAND
-    usage = """\
+    Raises ValueError naming what ONNX Runtime GenAI's parakeet_tdt cannot compute of this checkpoint.
+    """
+    if spec.durations[0] != 0 or min(spec.durations[1:], default=0) < 1:
+        raise ValueError(
+            f"durations {list(spec.durations)}: ONNX Runtime GenAI forbids index 0 after a blank and takes every "
+            "other index to advance, so the first must be 0 and the rest positive"
+        )
+    # GenAI pads half an FFT before the audio and takes windows as long as they are whole. Of a whole number of hops
+    # it makes a frame for each, as NeMo does, only within these limits. Another number changes every feature.
+    if not spec.win_length - spec.hop_length <= spec.fft_size // 2 < spec.win_length:
+        raise ValueError(
+            f"an FFT of {spec.fft_size}, a window of {spec.win_length}, a hop of {spec.hop_length} samples: ONNX "
+            "Runtime GenAI computes another number of frames than NeMo unless half the FFT is less than the window "
+            "by a hop at most"
+        )
+    check_log_mel("ONNX Runtime GenAI", spec.unsupported_features)
+    contents = {
+        GENAI_CONFIG: genai_config(spec, window, device),
+        AUDIO_PROCESSOR_CONFIG: audio_processor_config(spec),
+    }
+    return {name: json_text(content).encode() for name, content in contents.items()}
+
+
+# export_tokenizer.py writes the vocabulary.
+GENAI = Layout(
+    runtime="genai",
+    packages=("onnxruntime-genai", "soundfile", "soxr"),
+    cuda_package="onnxruntime-genai-cuda",
+    graphs=GRAPHS,
+    config_files=(GENAI_CONFIG, AUDIO_PROCESSOR_CONFIG),
+    vocabulary=("vocab.txt", "tokenizer.json", "tokenizer_config.json"),
+    make_files=make_files,
+    usage="""\
 import io
 import onnxruntime_genai as og
 import soundfile
@@ -134,79 +160,5 @@ generator.set_inputs(processor("", audios=og.Audios.open_bytes(wav.getvalue())))
 while not generator.is_done():
     generator.generate_next_token()
 print(tokenizer.decode(generator.get_sequence(0)))
-"""
-
-    def check(self, spec: ModelSpec, features: Features) -> None:
-        """Raise ValueError naming what ONNX Runtime GenAI's parakeet_tdt cannot compute of this checkpoint."""
-        if spec.durations[0] != 0 or min(spec.durations[1:], default=0) < 1:
-            raise ValueError(
-                f"durations {list(spec.durations)}: ONNX Runtime GenAI forbids index 0 after a blank and takes every "
-                "other index to advance, so the first must be 0 and the rest positive"
-            )
-        # GenAI pads half an FFT before the audio and takes windows as long as they are whole. Of a whole number of hops
-        # it makes a frame for each, as NeMo does, only within these limits. Another number changes every feature.
-        if not spec.win_length - spec.hop_length <= spec.fft_size // 2 < spec.win_length:
-            raise ValueError(
-                f"an FFT of {spec.fft_size}, a window of {spec.win_length}, a hop of {spec.hop_length} samples: ONNX "
-                "Runtime GenAI computes another number of frames than NeMo unless half the FFT is less than the window "
-                "by a hop at most"
-            )
-        check_log_mel("ONNX Runtime GenAI", spec.unsupported_features)
-
-    def configs(self, spec: ModelSpec, window: Mapping[str, int], device: str) -> Mapping[str, bytes]:
-        """genai_config.json and audio_processor_config.json."""
-        contents = {
-            GENAI_CONFIG: genai_config(spec, window, device),
-            AUDIO_PROCESSOR_CONFIG: audio_processor_config(spec),
-        }
-        return {name: json_text(content).encode() for name, content in contents.items()}
-
-    def check_sizes(self, folder: Path, width: int) -> None:
-        """Raise ValueError where genai_config.json or the tokenizer has another number of tokens than the joint."""
-        config = RuntimeConfig.read(folder)
-        tokens = config.blank_id + 1
-        if tokens + len(config.durations) != width:
-            raise ValueError(
-                f"{GENAI_CONFIG} in {folder} has {tokens} tokens and {len(config.durations)} durations, {JOINT.file} "
-                f"{width} logits: they are of different checkpoints; run: {EXPORT_COMMAND.format(folder)}"
-            )
-        path = folder / "tokenizer.json"
-        content = read_json(path, TOKENIZER_COMMAND.format(folder))
-        try:
-            sizes = {path.name: len(content["model"]["vocab"])}
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is not a Unigram tokenizer of this project ({error!r}); run: {tokenizer_command(folder)}"
-            ) from None
-        if (folder / "vocab.txt").is_file():  # a copied folder may lack it
-            sizes["vocab.txt"] = self.vocabulary_size(folder)
-        for file, size in sizes.items():
-            if size != tokens:
-                raise ValueError(
-                    f"the graphs in {folder} have {tokens} tokens, blank included, {file} has {size}: they are of "
-                    f"different checkpoints; run: {tokenizer_command(folder)}"
-                )
-
-
-GENAI = GenAILayout()
-
-
-def check_tokenizer_for_graphs(folder: Path, source: Mapping[str, Any], tokens: int) -> None:
-    """Raise ValueError where a tokenizer does not belong to the graphs in `folder`, if there are any.
-
-    source: the record of the tokenizer's checkpoint. tokens: the number of its tokens, blank included.
-    """
-    graphs = source_in(folder, "export")
-    if graphs and graphs["sha256"] != source["sha256"]:
-        raise ValueError(
-            f"the graphs in {folder} are from {name_in(graphs)}, not from {name_in(source)}; run: "
-            f"{tokenizer_command(folder)}"
-        )
-    if not (folder / GENAI_CONFIG).is_file():
-        return
-    expected = RuntimeConfig.read(folder).blank_id + 1
-    if tokens != expected:
-        raise ValueError(
-            f"the graphs in {folder} have {expected} tokens, blank included, the tokenizer of {name_in(source)} has "
-            f"{tokens}; run: {tokenizer_command(folder)}"
-        )
+""",
+)

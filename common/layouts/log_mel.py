@@ -130,10 +130,14 @@ def log_mel_graph(spec: ModelSpec) -> bytes:
     from onnx import numpy_helper, parser
 
     bins = mel(sr=spec.sample_rate, n_fft=spec.fft_size, n_mels=spec.num_mels)  # [M, F]
+    # Cosines and sines of each frequency under a symmetric Hann window: [2F, 1, win_length]. The transform has the
+    # window in its middle, with zeros around it. They are left out here: a shift changes no magnitude.
+    angles = 2 * np.pi / spec.fft_size * np.outer(np.arange(spec.fft_size // 2 + 1), np.arange(spec.win_length))
+    sinusoids = np.concatenate([np.cos(angles), np.sin(angles)]) * np.hanning(spec.win_length)
     edge = spec.win_length // 2  # zeros before and after the samples; one more before them for the emphasis
     tensors = {
         "emphasis": np.array([[[-spec.preemphasis, 1]]], np.float32),
-        "sinusoids": _sinusoids(spec.fft_size, spec.win_length),
+        "sinusoids": sinusoids.astype(np.float32)[:, None],
         "mels": np.concatenate([bins, bins], axis=1).astype(np.float32),  # of the squares of cosines, and of sines
         "guard": np.float32(spec.log_guard),
         "epsilon": np.float32(spec.norm_eps),
@@ -152,16 +156,3 @@ def log_mel_graph(spec: ModelSpec) -> bytes:
     model = parser.parse_model(text)
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in tensors.items())
     return bytes(model.SerializeToString())
-
-
-def _sinusoids(fft_size: int, win_length: int) -> np.ndarray:
-    """Cosines and sines of each frequency under a symmetric Hann window: [2F, 1, win_length].
-
-    The transform of `fft_size` has the window in its middle, with zeros around it. They are left out here: a shift
-    changes no magnitude.
-    """
-    places = np.arange(win_length)
-    window = np.hanning(win_length)
-    angles = 2 * np.pi / fft_size * np.outer(np.arange(fft_size // 2 + 1), places)
-    both = np.concatenate([np.cos(angles), np.sin(angles)]) * window
-    return both.astype(np.float32)[:, None]

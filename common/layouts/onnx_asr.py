@@ -7,7 +7,10 @@ graph `nemo128.onnx` from the folder. `-q METHOD` makes onnx-asr look for encode
 from collections.abc import Mapping
 from pathlib import Path
 
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
 from common.checkpoint.spec import ModelSpec
+from common.checkpoint.tokenizer import tokens_text
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.folder import json_text
 from common.layouts.layout import NO_SYMBOL_LIMIT, Features, Layout
@@ -43,22 +46,46 @@ ONNX_ASR_GRAPHS = (
 )
 
 
-def feature_file(spec: ModelSpec) -> str:
-    """The graph of the features, named as in onnx-asr."""
-    return f"nemo{spec.num_mels}.onnx"
+def make_files(
+    spec: ModelSpec, tokenizer: ModelProto, features: Features, window: Mapping[str, int], device: str
+) -> dict[str, bytes]:
+    """config.json, vocab.txt, and the graph of the features for programs that read onnx-asr's folders.
+
+    Raises ValueError naming what onnx-asr cannot compute, CheckError as check_features does.
+    """
+    check_fixed(spec, "onnx-asr", FEATURES)
+    graph = log_mel_graph(spec)
+    feature_file = f"nemo{spec.num_mels}.onnx"  # the name in onnx-asr
+    check_features(feature_file, graph, spec, features)
+    config = {
+        "model_type": "nemo-conformer-tdt",
+        "features_size": spec.num_mels,
+        "subsampling_factor": spec.subsampling_factor,
+        "max_tokens_per_step": NO_SYMBOL_LIMIT if spec.max_symbols is None else spec.max_symbols,
+    }
+    vocabulary = tokens_text(tokenizer).encode()
+    return {ONNX_ASR_CONFIG: json_text(config).encode(), feature_file: graph, "vocab.txt": vocabulary}
 
 
-class OnnxAsrLayout(Layout):
-    """The folder of onnx-asr."""
+def browser_usage() -> str:
+    """BROWSER_PAGE, and how to serve it."""
+    return (
+        "In a browser: save this as `index.html` in this folder, run `npm install "
+        f"{' '.join(BROWSER_PACKAGES)}` there, and serve the folder.\n\n"
+        f"```html\n{BROWSER_PAGE.read_text(encoding='utf-8')}```"
+    )
 
-    runtime = "onnx-asr"
-    packages = ("onnx-asr", "onnxruntime", "soundfile")
-    graphs = ONNX_ASR_GRAPHS
-    config_files = (ONNX_ASR_CONFIG,)
-    second_name = "{name}.{method}.onnx"
-    optional_files = ("nemo80.onnx", "nemo128.onnx")  # which of them is by the number of mel bins
-    vocabulary = ("vocab.txt",)
-    usage = """\
+
+ONNX_ASR = Layout(
+    runtime="onnx-asr",
+    packages=("onnx-asr", "onnxruntime", "soundfile"),
+    graphs=ONNX_ASR_GRAPHS,
+    config_files=(ONNX_ASR_CONFIG,),
+    optional_files=("nemo80.onnx", "nemo128.onnx"),  # which of them is by the number of mel bins
+    vocabulary=("vocab.txt",),
+    make_files=make_files,
+    browser_usage=browser_usage,
+    usage="""\
 import onnx_asr
 import soundfile
 
@@ -66,30 +93,5 @@ model = onnx_asr.load_model("nemo-conformer-tdt", "{folder}")
 samples, sample_rate = soundfile.read("{audio}", dtype="float32", always_2d=True)
 # The average of the channels. onnx-asr resamples from 8, 11.025, 16, 22.05, 24, 32, 44.1 and 48 kHz.
 print(model.recognize(samples.mean(axis=1), sample_rate=sample_rate))
-"""
-
-    def check(self, spec: ModelSpec, features: Features) -> None:
-        """Raise ValueError naming what onnx-asr cannot compute, CheckError as check_features does."""
-        check_fixed(spec, "onnx-asr", FEATURES)
-        check_features(feature_file(spec), log_mel_graph(spec), spec, features)
-
-    def configs(self, spec: ModelSpec, window: Mapping[str, int], device: str) -> Mapping[str, bytes]:
-        """config.json, and the graph of the features for programs that read onnx-asr's folders."""
-        content = {
-            "model_type": "nemo-conformer-tdt",
-            "features_size": spec.num_mels,
-            "subsampling_factor": spec.subsampling_factor,
-            "max_tokens_per_step": NO_SYMBOL_LIMIT if spec.max_symbols is None else spec.max_symbols,
-        }
-        return {ONNX_ASR_CONFIG: json_text(content).encode(), feature_file(spec): log_mel_graph(spec)}
-
-    def browser_usage(self) -> str:
-        """BROWSER_PAGE, and how to serve it."""
-        return (
-            "In a browser: save this as `index.html` in this folder, run `npm install "
-            f"{' '.join(BROWSER_PACKAGES)}` there, and serve the folder.\n\n"
-            f"```html\n{BROWSER_PAGE.read_text(encoding='utf-8')}```"
-        )
-
-
-ONNX_ASR = OnnxAsrLayout()
+""",
+)

@@ -42,15 +42,37 @@ SHERPA_ONNX_GRAPHS = (
 )
 
 
-class SherpaOnnxLayout(Layout):
-    """The folder of sherpa-onnx, which reads all of its configuration from the encoder's metadata."""
+def make_files(
+    spec: ModelSpec, tokenizer: ModelProto, features: Features, window: Mapping[str, int], device: str
+) -> dict[str, bytes]:
+    """tokens.txt, and bpe.vocab for hotwords. Raises ValueError naming what sherpa-onnx cannot compute."""
+    check_fixed(spec, "sherpa-onnx")
+    return {"tokens.txt": tokens_text(tokenizer).encode(), "bpe.vocab": bpe_text(tokenizer).encode()}
 
-    runtime = "sherpa-onnx"
-    packages = ("sherpa-onnx", "soundfile")
-    graphs = SHERPA_ONNX_GRAPHS
-    second_name = "{name}.{method}.onnx"
-    vocabulary = ("tokens.txt", "bpe.vocab")
-    usage = """\
+
+def metadata(spec: ModelSpec) -> dict[str, str]:
+    """The configuration, which sherpa-onnx reads from the encoder; it ends the process where a number is missing."""
+    content = {
+        "model_type": "EncDecRNNTBPEModel",
+        "url": "tdt",  # sherpa-onnx recognizes a TDT model by "tdt" in this value, and by nothing else
+        "vocab_size": spec.vocab_size - 1,  # NeMo's count, without the blank
+        "normalize_type": "per_feature",
+        "feat_dim": spec.num_mels,
+        "subsampling_factor": spec.subsampling_factor,
+        "pred_rnn_layers": spec.decoder_layers,
+        "pred_hidden": spec.decoder_dim,
+    }
+    return {key: str(value) for key, value in content.items()}
+
+
+SHERPA_ONNX = Layout(
+    runtime="sherpa-onnx",
+    packages=("sherpa-onnx", "soundfile"),
+    graphs=SHERPA_ONNX_GRAPHS,
+    vocabulary=("tokens.txt", "bpe.vocab"),
+    make_files=make_files,
+    metadata=metadata,
+    usage="""\
 import sherpa_onnx
 import soundfile
 
@@ -63,29 +85,5 @@ samples, sample_rate = soundfile.read("{audio}", dtype="float32", always_2d=True
 stream.accept_waveform(sample_rate, samples.mean(axis=1))  # the average of the channels, at any sample rate
 recognizer.decode_stream(stream)
 print(stream.result.text)
-"""
-
-    def check(self, spec: ModelSpec, features: Features) -> None:
-        """Raise ValueError naming what sherpa-onnx cannot compute of this checkpoint."""
-        check_fixed(spec, "sherpa-onnx")
-
-    def encoder_metadata(self, spec: ModelSpec) -> Mapping[str, str]:
-        """The metadata that sherpa-onnx reads; it ends the process where a number is missing."""
-        content = {
-            "model_type": "EncDecRNNTBPEModel",
-            "url": "tdt",  # sherpa-onnx recognizes a TDT model by "tdt" in this value, and by nothing else
-            "vocab_size": spec.vocab_size - 1,  # NeMo's count, without the blank
-            "normalize_type": "per_feature",
-            "feat_dim": spec.num_mels,
-            "subsampling_factor": spec.subsampling_factor,
-            "pred_rnn_layers": spec.decoder_layers,
-            "pred_hidden": spec.decoder_dim,
-        }
-        return {key: str(value) for key, value in content.items()}
-
-    def vocabulary_texts(self, proto: ModelProto) -> Mapping[str, str]:
-        """tokens.txt, and bpe.vocab for hotwords."""
-        return {"tokens.txt": tokens_text(proto), "bpe.vocab": bpe_text(proto)}
-
-
-SHERPA_ONNX = SherpaOnnxLayout()
+""",
+)

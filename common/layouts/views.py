@@ -23,35 +23,29 @@ CHECK_SIZES = {"B": 2, "T": 160, "S": 1, "U": 1}
 
 def write_view(view: View, source: Path, target: Path, metadata: Mapping[str, str]) -> None:
     """Write `view` of the graphs in folder `source` into folder `target`, with `metadata` in the model."""
-    model = load(source / view.parts[0].file)
-    for part in view.parts[1:]:
-        _join(model.graph, load(source / part.file).graph, view)
+    model, *others = (load(source / part.file) for part in view.parts)
+    for other in others:
+        _join(model.graph, other.graph, view)
     _rename(model.graph, view)
     model.metadata_props.update(metadata)
     data = source / view.parts[0].data_file
-    if data.exists() and len(view.parts) == 1:
-        _save_with_data_of(data, model, target / view.file)
-    else:
+    if others or not data.exists():
         save_model(model, target / view.file, single_file=True)
-
-
-def _save_with_data_of(data: Path, model: ir.Model, path: Path) -> None:
-    """Save a model whose weights are in the file `data`; a link to that file becomes the data file of `path`."""
-    name = f"{path.name}.data"
-    link(data, path.with_name(name))
+        return
+    link(data, target / view.data_file)
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             value.const_value = ir.ExternalTensor(
-                name,
+                view.data_file,
                 tensor.offset,
                 tensor.length,
                 tensor.dtype,
                 shape=tensor.shape,
                 name=tensor.name,
-                base_dir=path.parent,
+                base_dir=target,
             )
-    ir.save(model, path)
+    ir.save(model, target / view.file)
 
 
 def check_view(view: View, source: Path, target: Path, vocabulary: int) -> None:
@@ -59,7 +53,14 @@ def check_view(view: View, source: Path, target: Path, vocabulary: int) -> None:
 
     vocabulary: V. Raises CheckError unless every output is equal, bit for bit.
     """
-    values = _run_parts(view, source, vocabulary)
+    values: dict[str, np.ndarray] = {}  # inputs and outputs of the parts, of which one may feed the next
+    for part in view.parts:
+        graph = OrtGraph(source, part, mapped=True)
+        inputs = dict(zip(part.input_names, graph.noise(vocabulary, **CHECK_SIZES), strict=True))
+        for tensor in part.inputs:
+            if tensor.name in values:
+                inputs[tensor.name] = _rearranged(values[tensor.name], view.part(tensor.name), tensor)
+        values |= inputs | dict(zip(part.output_names, graph(*inputs.values()), strict=True))
     expected = {
         tensor.name: _rearranged(values[tensor.source], view.part(tensor.source), tensor)
         for tensor in (*view.inputs, *view.outputs)
@@ -71,19 +72,6 @@ def check_view(view: View, source: Path, target: Path, vocabulary: int) -> None:
             raise CheckError(
                 f"{name} of {view.file} differs from the output of {parts}: the layout is wrong, please report it"
             )
-
-
-def _run_parts(view: View, source: Path, vocabulary: int) -> dict[str, np.ndarray]:
-    """Run the parts, where one may feed the next; returns every input and output by name."""
-    values: dict[str, np.ndarray] = {}
-    for part in view.parts:
-        graph = OrtGraph(source, part, mapped=True)
-        inputs = dict(zip(part.input_names, graph.noise(vocabulary, **CHECK_SIZES), strict=True))
-        for tensor in part.inputs:
-            if tensor.name in values:
-                inputs[tensor.name] = _rearranged(values[tensor.name], view.part(tensor.name), tensor)
-        values |= inputs | dict(zip(part.output_names, graph(*inputs.values()), strict=True))
-    return values
 
 
 def _rearranged(array: np.ndarray, old: Tensor, new: Tensor) -> np.ndarray:
@@ -99,42 +87,34 @@ def _order(old: Tensor, new: Tensor) -> list[int]:
 def _join(graph: ir.Graph, other: ir.Graph, view: View) -> None:
     """Move the nodes, weights, inputs and outputs of `other` into `graph`.
 
-    An input of `other` that is an output of `graph` is connected to it.
+    An input of `other` that is an output of `graph` is connected to it. The names of all values inside get a prefix, so
+    that no other part has the same.
     """
-    _prefix(graph, view.parts[0].name)
-    _prefix(other, view.parts[1].name)
+    for part, each in zip(view.parts, (graph, other), strict=True):
+        ends = {*each.inputs, *each.outputs}
+        for value in (*each.initializers.values(), *(value for node in each for value in node.outputs)):
+            if value not in ends:
+                value.name = f"{part.name}/{value.name}"
     first_outputs = {value.name: value for value in graph.outputs}
-    inputs = list(other.inputs)
-    outputs = list(other.outputs)
-    nodes = list(other)
-    weights = list(other.initializers.values())
-    other.inputs.clear()
-    other.outputs.clear()
-    other.initializers.clear()
+    inputs, outputs = list(other.inputs), list(other.outputs)
+    nodes, weights = list(other), list(other.initializers.values())
+    for ends_of_other in (other.inputs, other.outputs, other.initializers):
+        ends_of_other.clear()
     other.remove(nodes)
     for value in weights:
         graph.register_initializer(value)
     graph.extend(nodes)
     for value in inputs:
-        if value.name is None or value.name not in first_outputs:
+        if value.name not in first_outputs:
             graph.inputs.append(value)
             continue
         output = first_outputs[value.name]
         needed = next(tensor for tensor in view.parts[1].inputs if tensor.name == value.name)
-        converted, added = _converted(output, view.part(value.name), needed)
+        converted, added = _converted(output, view.part(needed.name), needed)
         graph.insert_before(nodes[0], added)
         value.replace_all_uses_with(converted)
         graph.outputs.remove(output)
     graph.outputs.extend(outputs)
-
-
-def _prefix(graph: ir.Graph, prefix: str) -> None:
-    """Prefix the names of all values inside `graph`, so that no other part has the same."""
-    ends = {*graph.inputs, *graph.outputs}
-    inner = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
-    for value in inner:
-        if value not in ends:
-            value.name = f"{prefix}/{value.name}"
 
 
 def _rename(graph: ir.Graph, view: View) -> None:
@@ -142,28 +122,25 @@ def _rename(graph: ir.Graph, view: View) -> None:
     sources = {value.name: value for value in (*graph.inputs, *graph.outputs)}
     for value in sources.values():
         value.name = f"{value.name}.source"  # the view may use the name for another tensor
-    inputs = []
-    outputs = []
-    for tensor in view.inputs:
-        part = view.part(tensor.source)
-        source = sources[tensor.source]
-        new = ir.Value(name=tensor.name, type=ir.TensorType(_dtype(tensor)), shape=_shape(source, part, tensor))
-        converted, added = _converted(new, tensor, part)
-        source.replace_all_uses_with(converted)
-        graph.insert_before(graph[0], added)
-        inputs.append(new)
-    for tensor in view.outputs:
-        part = view.part(tensor.source)
-        source = sources[tensor.source]
-        shape = _shape(source, part, tensor)
-        converted, added = _converted(source, part, tensor)
-        graph.extend(added)
-        converted.name = tensor.name
-        converted.type = ir.TensorType(_dtype(tensor))
-        converted.shape = shape
-        outputs.append(converted)
-    graph.inputs[:] = inputs
-    graph.outputs[:] = outputs
+    ends: dict[str, ir.Value] = {}
+    for tensor in (*view.inputs, *view.outputs):
+        part, source = view.part(tensor.source), sources[tensor.source]
+        assert source.shape is not None
+        shape = ir.Shape([source.shape[axis] for axis in _order(part, tensor)])
+        if tensor in view.inputs:
+            end = ir.Value(name=tensor.name)
+            converted, added = _converted(end, tensor, part)
+            source.replace_all_uses_with(converted)
+            graph.insert_before(graph[0], added)
+        else:
+            end, added = _converted(source, part, tensor)
+            graph.extend(added)
+        end.name = tensor.name
+        end.type = ir.TensorType(_dtype(tensor))
+        end.shape = shape
+        ends[tensor.name] = end
+    graph.inputs[:] = [ends[name] for name in view.input_names]
+    graph.outputs[:] = [ends[name] for name in view.output_names]
 
 
 def _converted(value: ir.Value, old: Tensor, new: Tensor) -> tuple[ir.Value, list[ir.Node]]:
@@ -177,12 +154,6 @@ def _converted(value: ir.Value, old: Tensor, new: Tensor) -> tuple[ir.Value, lis
     for node in nodes:
         node.outputs[0].name = f"{value.name}.{node.op_type.lower()}"
     return nodes[-1].outputs[0] if nodes else value, nodes
-
-
-def _shape(value: ir.Value, old: Tensor, new: Tensor) -> ir.Shape:
-    """The shape of `value`, an input or output of an exported graph, in the order of axes of `new`."""
-    assert value.shape is not None
-    return ir.Shape([value.shape[axis] for axis in _order(old, new)])
 
 
 def _dtype(tensor: Tensor) -> ir.DataType:

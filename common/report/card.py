@@ -181,7 +181,8 @@ def _library(manifest: dict[str, Any]) -> str:
 def _usage(manifest: dict[str, Any], layout: Layout) -> str:
     section = manifest.get("export", {})
     on_cuda = section.get("flags", {}).get("device") == "cuda"
-    package, *others = layout.cuda_packages if on_cuda and layout.cuda_packages else layout.packages
+    package, *others = layout.packages
+    package = layout.cuda_package if on_cuda and layout.cuda_package else package
     version = section.get("versions", {}).get(layout.package)
     pinned = f"{package}=={version}" if version else package
     packages = " ".join((pinned, *others))
