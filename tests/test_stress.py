@@ -16,7 +16,7 @@ import optimize_encoder
 import test_real_speech
 from common import optimize
 from common.evaluate import stress
-from common.evaluate.stress import CLEAN, CONDITIONS, KINDS, Condition, Speech, conditions_of
+from common.evaluate.stress import CLEAN, CONDITIONS, KINDS, Condition, Speech
 from common.evaluate.wer import word_counts
 from common.folder import write_locations
 from common.onnx_io import save_model
@@ -55,8 +55,11 @@ def share_above(samples: np.ndarray, hertz: float) -> float:
 
 def test_conditions_have_names_of_their_own_and_begin_with_the_clips_as_they_are(speech):
     assert len(NAMES) == len(CONDITIONS) == 31
-    assert conditions_of([])[0] is CLEAN
-    assert [each.kind for each in conditions_of(["speed"])] == ["clean", "speed", "speed"]
+    assert CONDITIONS[0] is CLEAN
+    for kinds, expected in ((["speed"], ["clean", "speed", "speed"]), ([], [each.kind for each in CONDITIONS])):
+        test = stress.StressTest([], None, None, [], stress.StressOptions(stress=kinds))
+        test.speech = speech
+        assert [each.kind for each in test.conditions] == expected
     assert set(KINDS) == {"level", "silence", "noise", "telephone", "speed", "cut", "join"}
     np.testing.assert_array_equal(made("as it is", speech), speech.clips[0])
 
@@ -377,10 +380,8 @@ def only(monkeypatch) -> Callable[..., None]:
     """`only(*names)` leaves out all other conditions but the clips as they are, since joined audio takes long."""
 
     def leave(*names: str) -> None:
-        chosen = stress.conditions_of
-        monkeypatch.setattr(
-            stress, "conditions_of", lambda kinds: [each for each in chosen(kinds) if each.name in ("as it is", *names)]
-        )
+        kept = tuple(NAMES[name] for name in ("as it is", *names))
+        monkeypatch.setattr(stress, "CONDITIONS", kept)
 
     return leave
 

@@ -228,11 +228,6 @@ CONDITIONS = (
 KINDS = tuple(dict.fromkeys(condition.kind for condition in CONDITIONS if condition is not CLEAN))
 
 
-def conditions_of(kinds: Sequence[str]) -> list[Condition]:
-    """CLEAN, which the others are compared with, and the conditions of these kinds; no kinds stand for all."""
-    return [each for each in CONDITIONS if each is CLEAN or not kinds or each.kind in kinds]
-
-
 # ---- the flags
 
 
@@ -322,8 +317,9 @@ class StressTest:
 
     @property
     def conditions(self) -> list[Condition]:
-        """The conditions that can be made from the clips."""
-        return [each for each in conditions_of(self.options.stress or ()) if each.possible(self.speech)]
+        """CLEAN, which the others are compared with, and the conditions of --stress that can be made from the clips."""
+        kinds = (CLEAN.kind, *(self.options.stress or KINDS))
+        return [each for each in CONDITIONS if each.kind in kinds and each.possible(self.speech)]
 
     def name_of(self, case: Case) -> str:
         """The condition, the name of the first clip, and how many clips follow."""
