@@ -52,8 +52,7 @@ from common.evaluate.engines import (
 )
 from common.evaluate.stress import StressOptions, add_stress_flags, stress_compared
 from common.evaluate.verdict import judge, print_corpus, transcribe_and_print
-from common.evaluate.wer import MAX_PRINTED_CLIPS
-from common.evaluate.words import SUBTITLES, subtitle_paths
+from common.evaluate.words import MAX_PRINTED_CLIPS, SUBTITLES, subtitle_paths
 from common.folder import check_outputs, json_text, output_path, printing_beside, write_output
 from common.layouts import genai_folder
 from common.report.clips_page import comparison_page, stress_page

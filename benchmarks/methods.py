@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.bench import ObservedBaseline, machine, parse_args
 from benchmarks.recipes import EXACT, FLOAT32, INT8, Recipe, build, encoder_bytes, mode_flags, mode_name, ours
-from common.evaluate.wer import WordErrorRate, word_error_rate
+from common.evaluate.words import WordErrorRate, word_error_rate
 from common.folder import write_json
 from common.quantize import METHODS
 from common.quantize.fidelity import sqnr_db

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.published_speech import CLIPS, SETS, SpeechSet
 from common.cli import CheckError, size_text
 from common.evaluate.speed import machine
-from common.evaluate.wer import NONE, WordErrorRate, normalize, word_error_rate
+from common.evaluate.words import NONE, WordErrorRate, normalize, word_error_rate
 from common.folder import package_versions
 
 FLOAT32 = "float32"

@@ -12,7 +12,7 @@ import soxr
 
 import optimize_encoder
 import test_real_speech
-from common.evaluate.wer import WordErrorRate, word_error_rate
+from common.evaluate.words import WordErrorRate, word_error_rate
 from common.run.audio import LANGUAGE_KEYS, Clip, check_audio, load_clip, read_clips, shared_clips
 from common.run.config import RuntimeConfig
 from tests.helpers import SAMPLES, rejected, run_python

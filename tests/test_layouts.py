@@ -33,7 +33,7 @@ from common.cli import CheckError
 from common.contract import DECODER, ENCODER, JOINT, Tensor, View
 from common.evaluate import speed
 from common.evaluate.speed import Speed, measure_speed
-from common.evaluate.wer import normalize, word_errors
+from common.evaluate.words import normalize, word_errors
 from common.folder import CHECKPOINT, FILES, MANIFEST, read_location, read_manifest, staged_folder, verify_files
 from common.layouts import LAYOUTS, genai_folder, layouts_in, views
 from common.layouts.genai import GENAI

@@ -19,8 +19,8 @@ import test_real_speech
 from common import optimize
 from common.checkpoint.tokenizer import ModelProto
 from common.cli import EXIT_CHECK, CheckError
-from common.evaluate.wer import normalize, word_errors
 from common.evaluate.word_limit import EvaluatedClip, compare_words, judge, word_table
+from common.evaluate.words import normalize, word_errors
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX

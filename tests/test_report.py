@@ -19,8 +19,8 @@ from common import optimize
 from common.cli import CheckError
 from common.contract import GRAPHS
 from common.evaluate import word_limit
-from common.evaluate.wer import marked_changes
 from common.evaluate.word_limit import EvaluatedClip, judge, print_word_errors, word_table
+from common.evaluate.words import marked_changes
 from common.folder import verify_files
 from common.quantize import blocks
 from common.quantize.methods import Format

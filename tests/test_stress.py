@@ -17,7 +17,7 @@ import test_real_speech
 from common import optimize
 from common.evaluate import stress
 from common.evaluate.stress import CLEAN, CONDITIONS, KINDS, Condition, Speech
-from common.evaluate.wer import word_counts
+from common.evaluate.words import word_counts
 from common.folder import write_locations
 from common.onnx_io import save_model
 from common.report.report import REPORT_JSON

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 import optimize_encoder
 from common.checkpoint.find import find_checkpoint
 from common.contract import ENCODER, EncoderWeight, Role, encoder_weight
-from common.evaluate.wer import word_error_rate
+from common.evaluate.words import word_error_rate
 from common.folder import MANIFEST
 from common.onnx_io import load, save_model
 from common.quantize import INT8, RTN, rewrite

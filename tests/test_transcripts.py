@@ -11,7 +11,7 @@ from common.evaluate.blanks import Blank, Flaws
 from common.evaluate.compare import BLANK_ZERO, NEAR_TIE, ComparedClip, Difference, first_difference
 from common.evaluate.engines import labels
 from common.evaluate.verdict import judge_tokens, print_corpus, transcribe_and_print
-from common.evaluate.wer import marked_changes, normalize, word_error_rate, word_errors
+from common.evaluate.words import marked_changes, normalize, word_error_rate, word_errors
 from common.run.decode import Hypothesis, Step, TimedWord, Transcript
 from tests.helpers import comparison_of
 

@@ -19,8 +19,7 @@ import numpy as np
 
 from common.checkpoint.tokenizer import SPACE
 from common.cli import print_table
-from common.evaluate.wer import MAX_PRINTED_CLIPS, NONE, normalize
-from common.evaluate.words import Pieces
+from common.evaluate.words import MAX_PRINTED_CLIPS, NONE, Pieces, normalize
 from common.run.config import RuntimeConfig
 from common.run.decode import Transcript
 

@@ -19,7 +19,7 @@ from common.contract import PARITY_TOLERANCE
 from common.evaluate.blanks import Flaws, find_flaws, flaws_table
 from common.evaluate.engines import GENAI_ENGINE, ONNX_ENGINE, Engine, OpenFolder, Recording
 from common.evaluate.text_rules import TextRule, comparable, text_rules
-from common.evaluate.wer import WordErrorRate, normalize, word_error_rate
+from common.evaluate.words import WordErrorRate, normalize, word_error_rate
 from common.run.audio import Clip
 from common.run.config import RuntimeConfig
 from common.run.decode import Hypothesis, Step, TimedWord, Transcript

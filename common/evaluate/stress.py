@@ -34,7 +34,7 @@ from common.evaluate.engines import (
     library_engine,
     onnx_engine,
 )
-from common.evaluate.wer import NONE, WordCounts, changes_text, normalize, word_counts
+from common.evaluate.words import NONE, WordCounts, changes_text, normalize, word_counts
 from common.run.audio import Clip
 from common.run.decode import Transcript
 from common.run.genai import GenAI

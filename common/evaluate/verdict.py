@@ -14,8 +14,15 @@ from common.evaluate.compare import QUANTIZED, Comparison
 from common.evaluate.engines import GENAI_ENGINE
 from common.evaluate.speed import why_slower
 from common.evaluate.text_rules import explaining_rules, ids_of_other_words
-from common.evaluate.wer import CONFIDENCE, MAX_PRINTED_CLIPS, NONE, print_warnings, word_errors
-from common.evaluate.words import furthest_apart, timed_words
+from common.evaluate.words import (
+    CONFIDENCE,
+    MAX_PRINTED_CLIPS,
+    NONE,
+    furthest_apart,
+    print_warnings,
+    timed_words,
+    word_errors,
+)
 
 # The largest difference of a word's start or end from the reference's, in encoder frames.
 TIMES_TOLERANCE = 1

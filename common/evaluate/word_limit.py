@@ -16,7 +16,7 @@ from common.evaluate.blanks import Flaws, flaws_table, print_flaws
 from common.evaluate.compare import ComparedClip, Comparison
 from common.evaluate.engines import OpenFolder, onnx_engine
 from common.evaluate.stress import FLOAT32, OPTIMIZED
-from common.evaluate.wer import (
+from common.evaluate.words import (
     MAX_PRINTED_CLIPS,
     WordErrorRate,
     changes_text,

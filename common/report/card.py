@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from common.cli import size_text
-from common.evaluate.wer import WordErrorRate
+from common.evaluate.words import WordErrorRate
 from common.folder import FILES, MANIFEST, fingerprint, is_float16, read_manifest, sha256, write_json
 from common.layouts.layout import Layout
 from common.onnx_io import MINIMUM_RUNTIME

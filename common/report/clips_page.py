@@ -19,8 +19,16 @@ from common.evaluate.blanks import Flaws, flaws_table
 from common.evaluate.compare import Comparison
 from common.evaluate.stress import StressTest
 from common.evaluate.verdict import corpus_notes, corpus_table
-from common.evaluate.wer import normalize, word_errors, word_runs
-from common.evaluate.words import Bin, bins, calibration_error, comparable_words, words_right
+from common.evaluate.words import (
+    Bin,
+    bins,
+    calibration_error,
+    comparable_words,
+    normalize,
+    word_errors,
+    word_runs,
+    words_right,
+)
 from common.report import render
 from common.run.decode import TimedWord
 

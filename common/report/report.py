@@ -20,8 +20,8 @@ from common.contract import Graph
 from common.evaluate.blanks import flaws_table
 from common.evaluate.speed import why_slower
 from common.evaluate.stress import OPTIMIZED
-from common.evaluate.wer import CONFIDENCE, WordErrorRate, marked_changes
 from common.evaluate.word_limit import EvaluatedClip, WordErrors, changed, word_table
+from common.evaluate.words import CONFIDENCE, WordErrorRate, marked_changes
 from common.folder import FILES, package_versions, sha256
 from common.layouts.layout import REPORT_FILES
 from common.onnx_io import load
