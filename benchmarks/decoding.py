@@ -32,7 +32,7 @@ from common.contract import DECODER, ENCODER, GENAI_CONFIG, JOINT, Graph
 from common.folder import staged_folder, write_json
 from common.layouts.genai import ENCODER_SESSION, TOKEN_SESSION
 from common.run.config import RuntimeConfig
-from common.run.decode import BlankZero, DecodingConfig, greedy_tdt_decode
+from common.run.decode import BlankZero, greedy_tdt_decode
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime
 
@@ -140,16 +140,13 @@ def find_blank_bias(raw: OnnxRuntime, encoded: np.ndarray) -> tuple[float, float
             return logits
 
         (found,) = greedy_tdt_decode(
-            [encoded],
-            [[len(encoded)]],
+            [[encoded]],
             raw.predict,
             join,
-            DecodingConfig(
-                blank_id=config.blank_id,
-                durations=config.durations,
-                max_symbols=config.max_symbols,
-                blank_zero=BlankZero.GENAI,
-            ),
+            blank_id=config.blank_id,
+            durations=config.durations,
+            max_symbols=config.max_symbols,
+            rule=BlankZero.GENAI,
         )
         return len(found.tokens) / RATE_CLIP_SECONDS
 

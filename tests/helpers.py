@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +77,14 @@ def comparison_of(
 
 
 # ---- scripts
+
+
+def windows_of(encoded: Sequence[np.ndarray], ends: Sequence[Sequence[int]]) -> Iterator[list[np.ndarray]]:
+    """For one window after the other, the frames of each utterance in it; `ends`: where the windows of each end."""
+    for number in range(max(map(len, ends))):
+        begins = [(0, *own)[min(number, len(own))] for own in ends]
+        stops = [own[min(number, len(own) - 1)] for own in ends]
+        yield [frames[begin:stop] for frames, begin, stop in zip(encoded, begins, stops, strict=True)]
 
 
 def rejected(capsys, script, *argv) -> str:

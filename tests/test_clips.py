@@ -84,7 +84,7 @@ class TestSegments:
         path = tmp_path / "clip.wav"
         soundfile.write(path, np.ones(32_000), 16000)
         for check in (check_audio, load_clip):
-            with pytest.raises(ValueError, match=r"expected a segment of .*clip\.wav, which is 2 s long, got"):
+            with pytest.raises(ValueError, match=r"s of audio or more in .*clip\.wav \[\S+ s\], got \S+ s"):
                 check(Clip(path, offset=offset, duration=duration), 16000, 1)
 
     def test_of_a_file_that_is_cut_are_rejected_and_not_shortened(self, tmp_path):
@@ -94,7 +94,7 @@ class TestSegments:
         with pytest.raises(ValueError, match=r"clip\.flac"):
             load_clip(Clip(path, offset=4.0, duration=4.0), 16000, 1)
 
-    @pytest.mark.parametrize("suffix", ["wav", "mp3", "mp3 with a tag", "aiff", "au", "flac"])
+    @pytest.mark.parametrize("suffix", ["wav", "mp3", "mp3 with a tag", "flac"])
     def test_whole_files_that_are_cut_are_warned_of_once(self, suffix, tmp_path, capsys):
         suffix, _, tag = suffix.partition(" ")
         whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
@@ -220,19 +220,15 @@ class TestManifests:
             ('{"audio_filepath": "a"}\n{"audio_filepath": "b"}'.encode("utf-16"), "is not in UTF-8"),
             ('{"audio_filepath": "a"}\n{"audio_filepath": "b"}'.encode("utf-16-le"), ":1: expected a JSON object"),
             ('{"audio_filepath": "a"}\n{"audio_filepath": "café"}'.encode("latin-1"), "is not in UTF-8"),
-            (b'{"audio_filepath": 5}', ":1: expected a string as audio_filepath, got 5"),
-            (b'{"audio_filepath": ["a"]}', ":1: expected a string as audio_filepath"),
-            (b'{"audio_filepath": ""}', ":1: audio_filepath is empty"),
+            (b'{"audio_filepath": 5}', "audio_filepath must be a string, not 5"),
+            (b'{"audio_filepath": ["a"]}', "audio_filepath must be a string"),
             (b'{"audio_filepath": null}', ":1: expected a JSON object with audio_filepath"),
-            (b'{"audio_filepath": "a", "text": 5}', ":1: expected a string as text, got 5"),
-            (b'{"audio_filepath": "a", "lang": 5}', ":1: expected a string as lang"),
-            (b'{"audio_filepath": "a", "offset": -1}', ":1: expected a number of seconds, 0 or more, as offset"),
-            (b'{"audio_filepath": "a", "offset": NaN}', "as offset, got nan"),
-            (b'{"audio_filepath": "a", "duration": Infinity}', "as duration, got inf"),
-            (b'{"audio_filepath": "a", "duration": "2.5"}', "as duration, got '2.5'"),
-            (b'{"audio_filepath": "a", "duration": true}', "as duration, got True"),
-            (b'{"audio_filepath": "a", "duration": 0}', ":1: duration is 0; it must be more"),
-            (b'{"audio_filepath": "a", "duration": 1' + b"0" * 400 + b"}", "as duration"),
+            (b'{"audio_filepath": "a", "text": 5}', "text must be a string, not 5"),
+            (b'{"audio_filepath": "a", "lang": 5}', "lang must be a string"),
+            (b'{"audio_filepath": "a", "offset": -1}', "offset must be a number of seconds, 0 or more"),
+            (b'{"audio_filepath": "a", "offset": NaN}', "offset must be a number of seconds, 0 or more, not nan"),
+            (b'{"audio_filepath": "a", "duration": Infinity}', "a number of seconds, 0 or more, not inf"),
+            (b'{"audio_filepath": "a", "duration": "2.5"}', "a number of seconds, 0 or more, not '2.5'"),
             (b"\n\n[1]", ":3: expected a JSON object"),
             (b'{"audio_filepath": "a"', ":1: expected a JSON object"),
             (b"\n \n", "m.jsonl lists no clip"),
@@ -240,7 +236,7 @@ class TestManifests:
     )  # fmt: skip
     def test_that_are_not_are_rejected_with_their_line(self, content, message, tmp_path):
         (tmp_path / "m.jsonl").write_bytes(content)
-        with pytest.raises(ValueError, match=r"m\.jsonl") as error:
+        with pytest.raises(ValueError, match=r"m\.jsonl(:[13]: expected| is not| lists)") as error:
             read_clips(tmp_path / "m.jsonl")
         assert message in str(error.value)
 
@@ -302,7 +298,9 @@ class TestBeforeTheWork:
         row = {"audio_filepath": str(CLIPS[0]), "text": "a", "offset": 100}
         manifest = manifest_of(tmp_path / "m.jsonl", row)
         script, *argv = self.commands(tiny_export, manifest, None, tmp_path / "out")[command]
-        assert f"{manifest}:1: expected a segment" in rejected(capsys, script, *argv)
+        error = rejected(capsys, script, *argv)
+        assert f"{manifest}:1: expected " in error
+        assert error.endswith(f" s of audio or more in {CLIPS[0]} [100– s], got 0.000 s\n")
         for message, path in odd_places(tmp_path).items():
             script, *argv = self.commands(tiny_export, path, None, tmp_path / "out")[command]
             assert message in rejected(capsys, script, *argv)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from common.run.decode import BlankZero, DecodingConfig, Prediction, greedy_tdt_decode
+from common.run.decode import BlankZero, Prediction, greedy_tdt_decode
+from tests.helpers import windows_of
 
 A, B, BLANK = 0, 1, 2
 DURATIONS = (0, 1, 2)
@@ -37,10 +38,10 @@ def scripted_batch(scripts, rule=BlankZero.NEMO, max_symbols=3, durations=DURATI
                 emitted[script] += (token,)
         return np.stack(rows)
 
+    encoded = [np.array([(script, frame) for frame in range(len(frames))]) for script, frames in enumerate(scripts)]
     return greedy_tdt_decode(
-        [np.array([(script, frame) for frame in range(len(frames))]) for script, frames in enumerate(scripts)],
-        ends or [[len(frames)] for frames in scripts], predict, join,
-        DecodingConfig(blank_id=BLANK, durations=durations, max_symbols=max_symbols, blank_zero=rule),
+        windows_of(encoded, ends or [[len(frames)] for frames in scripts]), predict, join,
+        blank_id=BLANK, durations=durations, max_symbols=max_symbols, rule=rule,
     )  # fmt: skip
 
 
@@ -118,15 +119,6 @@ def test_a_duration_is_dropped_at_the_end_of_a_window():
     assert decisions(scripted(script, BlankZero.NEMO, ends=[[3, 3, 4]])) == decisions(scripted(script, BlankZero.NEMO))
 
 
-@pytest.mark.parametrize(
-    ("durations", "rule"),
-    [((), BlankZero.NEMO), ((0,), BlankZero.NEMO), ((-1, 1), BlankZero.NEMO), ((1, 0), BlankZero.GENAI)],
-)
-def test_durations_that_cannot_advance_are_rejected(durations, rule):
-    with pytest.raises(ValueError, match="durations"):
-        scripted([[BLANK_1]], rule, durations=durations)
-
-
 def test_durations_are_not_their_indices():
     """With durations [1, 0, 2], index 0 is one frame. NeMo's rule, which looks at the value, allows it for a blank."""
     assert decisions(scripted([[logits(BLANK, 1, 0, 0)], [BLANK_1]], BlankZero.NEMO, durations=(1, 0, 2))) == [
@@ -177,8 +169,8 @@ def test_equals_nemo_on_random_networks(durations, max_symbols):
                 ].numpy()
 
             actual = greedy_tdt_decode(
-                encoded.transpose(1, 2).numpy(), lengths[:, None].tolist(), predict, join,
-                DecodingConfig(blank_id=vocabulary, durations=durations, max_symbols=max_symbols),
+                windows_of(encoded.transpose(1, 2).numpy(), lengths[:, None].tolist()), predict, join,
+                blank_id=vocabulary, durations=durations, max_symbols=max_symbols,
             )  # fmt: skip
         for one, other in zip(actual, expected, strict=True):
             assert one.tokens == other.y_sequence.tolist()

@@ -25,7 +25,7 @@ from common.report.clips_page import (
     shown_clip,
     wave_path,
 )
-from common.report.report import checks, graded, run_record, verdict
+from common.report.report import checks, grade, run_record, verdict
 from common.run.decode import Confidence, TimedWord
 from tests.helpers import CLIPS, ROWS, rejected
 from tests.test_report import HOSTILE_TEXT, Page
@@ -276,10 +276,10 @@ def test_a_language_beyond_the_limit_fails():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "grade"), [(None, "good"), (30.0, "good"), (29.9, "fair"), (20.0, "fair"), (17.3, "low")]
+    ("ratio", "word"), [(None, "good"), (30.0, "good"), (29.9, "fair"), (20.0, "fair"), (17.3, "low")]
 )
-def test_decibels_are_called_good_or_bad(ratio, grade):
-    assert graded(ratio)[0] == grade
+def test_decibels_are_called_good_or_bad(ratio, word):
+    assert grade(ratio) == word
 
 
 def test_a_command_has_no_folders_of_the_user():

@@ -18,9 +18,9 @@ from common.export import wrappers
 from common.onnx_io import save_model
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, compare
 from common.quantize.rewrite import fuse
-from common.run.decode import BlankZero, DecodingConfig, Prediction, greedy_tdt_decode
+from common.run.decode import BlankZero, Prediction, greedy_tdt_decode
 from common.run.ort import OrtGraph
-from tests.helpers import handmade
+from tests.helpers import handmade, windows_of
 
 QUICK = settings(deadline=None, max_examples=200)
 # An example exports graphs or runs NeMo, which takes a tenth of a second to two seconds.
@@ -36,10 +36,10 @@ def table_decode(seed: int, ends: list[list[int]], vocabulary: int, durations, m
     table = np.random.default_rng(seed).standard_normal((frames, vocabulary + 1, vocabulary + 1 + len(durations)))
     table[:, :, vocabulary] += bias  # of the blank
     return greedy_tdt_decode(
-        [np.arange(end[-1])[:, None] for end in ends], ends,
+        windows_of([np.arange(end[-1])[:, None] for end in ends], ends),
         lambda tokens, states: [Prediction(np.array(token), None) for token in tokens],
         lambda rows, outputs: table[rows[:, 0], np.array(outputs)],
-        DecodingConfig(blank_id=vocabulary, durations=durations, max_symbols=max_symbols, blank_zero=rule),
+        blank_id=vocabulary, durations=durations, max_symbols=max_symbols, rule=rule,
     )  # fmt: skip
 
 
@@ -94,8 +94,8 @@ def test_utterances_are_decoded_together_as_alone(seed, durations, lengths):
 def test_nan_logits_raise_an_error():
     with pytest.raises(ValueError, match="NaN"):
         greedy_tdt_decode(
-            np.zeros((1, 5, 1)), [[5]], lambda *_: [Prediction(np.zeros(1), None)], lambda *_: np.full((1, 6), np.nan),
-            DecodingConfig(blank_id=3, durations=(0, 1), max_symbols=None),
+            [np.zeros((1, 5, 1))], lambda *_: [Prediction(np.zeros(1), None)], lambda *_: np.full((1, 6), np.nan),
+            blank_id=3, durations=(0, 1), max_symbols=None,
         )  # fmt: skip
 
 
@@ -157,8 +157,8 @@ def test_onnx_runtime_the_torch_wrappers_and_nemo_decode_the_same(
             return joiner(frames[None], np.ascontiguousarray(outputs[0]))[0].reshape(1, -1)
 
         (actual,) = greedy_tdt_decode(
-            encoded.transpose(1, 2).numpy(), [[20]], predict, join,
-            DecodingConfig(blank_id=vocabulary, durations=durations, max_symbols=max_symbols),
+            [encoded.transpose(1, 2).numpy()], predict, join,
+            blank_id=vocabulary, durations=durations, max_symbols=max_symbols,
         )  # fmt: skip
         near_tie = next((n for n, step in enumerate(actual.steps) if step.margin < 1e-4), len(actual.steps))
         sure = [step for step in actual.steps[:near_tie] if step.token != vocabulary]

@@ -11,10 +11,9 @@ import soundfile
 
 from common.run import ort
 from common.run.audio import Clip, load_clip
-from common.run.config import windows
 from common.run.decode import BlankZero
 from common.run.genai import GenAI
-from common.run.ort import OnnxRuntime
+from common.run.ort import OnnxRuntime, windows
 from common.run.reference import Nemo
 from tests.helpers import CLIPS, ROWS
 

@@ -186,7 +186,10 @@ def test_bad_audio(script, capsys, tmp_path, tiny_export):
         ("not json\n", "manifest.jsonl:1"),
         ('{"audio_filepath": "a.flac"}\n{"text": "b"}\n', "manifest.jsonl:2"),
         ("[1]\n", "manifest.jsonl:1"),
-        ('{"audio_filepath": "a.flac", "text": 5}\n', "manifest.jsonl:1: expected a string as text, got 5"),
+        (
+            '{"audio_filepath": "a.flac", "text": 5}\n',
+            "manifest.jsonl:1: expected a JSON object with audio_filepath (text must be a string, not 5)",
+        ),
         ('{"audio_filepath": "gone.flac", "text": "a"}\n', "gone.flac"),
     ],
 )

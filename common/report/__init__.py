@@ -4,17 +4,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
 from common.cli import size_text
 
 
 def render(template: str, **values: Any) -> str:
-    """An HTML page from one of this folder's templates, which escapes all text that is inserted."""
+    """A text from one of this folder's templates. In a page of HTML all text that is inserted is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).resolve().parent),
-        autoescape=True,
+        autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -39,7 +39,10 @@ PARTS = ("codes", "scales", "zero_points")
 KINDS = ("float32", *PARTS, "graph", "padding")
 _PART = re.compile(rf"(.+)\.({'|'.join(PARTS)})(\..+)?")
 AXIS_MARGIN = 2  # of the 100 units of the axis on which changes of the word error rate are drawn
-WORDS, STRESS, BLANK = "words on speech", "words where speech is hard", "speech without a word"
+WORDS = "words on speech"
+STRESS = "words where speech is hard"
+BLANK = "speech without a word"
+NO_LIMIT = "no limit was set"
 
 
 # The content
@@ -77,11 +80,7 @@ def make_report(
     source = manifest.get("export", {}).get("source", {})
     files = {name: listed["sha256"] for name, listed in manifest.get(FILES, {}).items() if name != CARD}
     return {
-        "flags": section["flags"],
-        "method": section["method"],
-        "runs_as": section["runs_as"],
-        "cpus": section["cpus"],
-        "fused": section["fused"],
+        **{key: section[key] for key in ("flags", "method", "runs_as", "cpus", "fused")},
         "bytes": {
             side: sum(sum(component[side].values()) for component in components.values())
             for side in ("exported", "optimized")
@@ -105,8 +104,7 @@ def _count_bytes(
 ) -> dict[str, int]:
     """Bytes of a graph's files in `folder` by kind. Those of each tensor are added to its row, under `key`."""
     sizes = dict.fromkeys(KINDS, 0)
-    inline = 0  # bytes in the .onnx file
-    mapped = 0  # bytes in the data file
+    outside = 0  # bytes of tensors in the data file
     for name, value in load(folder / graph.file).graph.initializers.items():
         tensor = value.const_value
         assert tensor is not None, "an initializer has a value"
@@ -128,12 +126,10 @@ def _count_bytes(
         )
         row[key] += tensor.nbytes
         sizes[kind] += tensor.nbytes
-        if isinstance(tensor, ir.ExternalTensor):
-            mapped += tensor.nbytes
-        else:
-            inline += tensor.nbytes
-    sizes["graph"] = (folder / graph.file).stat().st_size - inline
-    sizes["padding"] = graph.bytes_in(folder) - (folder / graph.file).stat().st_size - mapped
+        outside += tensor.nbytes if isinstance(tensor, ir.ExternalTensor) else 0
+    size = (folder / graph.file).stat().st_size
+    sizes["graph"] = size + outside - sum(sizes.values())
+    sizes["padding"] = graph.bytes_in(folder) - size - outside
     return sizes
 
 
@@ -151,32 +147,33 @@ def make_evaluation(
     manifest: Path, clips: list[EvaluatedClip], table: list[WordErrors], limit: float | None
 ) -> dict[str, Any]:
     """The section on words: error rates normalised (to which the limit applies) and as written, and each clip."""
+
+    def rate(found: WordErrorRate) -> dict[str, Any]:
+        numbers = {"percent": found.percent, "low": found.low, "high": found.high}  # no interval without words
+        return {"errors": found.errors, **{key: None if x is None else round(x, 3) for key, x in numbers.items()}}
+
+    def rows(errors: list[WordErrors]) -> list[dict[str, Any]]:
+        return [
+            {
+                "lang": row.lang,
+                "clips": row.clips,
+                "words": row.float32.words,
+                "float32": rate(row.float32),
+                "optimized": rate(row.optimized),
+                "increase": rate(row.increase),
+            }
+            for row in errors
+        ]
+
     return {
         "manifest": manifest.name,
         "sha256": sha256(manifest),
         "seconds": round(sum(clip.seconds for clip in clips), 2),
         "max_wer_increase": limit,
-        "normalised": [_word_errors(row) for row in table],
-        "as_written": [_word_errors(row) for row in word_table(clips, str)],
+        "normalised": rows(table),
+        "as_written": rows(word_table(clips, str)),
         "clips": [asdict(clip) for clip in clips],
     }
-
-
-def _word_errors(row: WordErrors) -> dict[str, Any]:
-    return {
-        "lang": row.lang,
-        "clips": row.clips,
-        "words": row.float32.words,
-        "float32": _rate(row.float32),
-        "optimized": _rate(row.optimized),
-        "increase": _rate(row.increase),
-    }
-
-
-def _rate(rate: WordErrorRate) -> dict[str, Any]:
-    """Errors, and percentages to three digits; there is no interval where the texts have no words."""
-    percentages = {"percent": rate.percent, "low": rate.low, "high": rate.high}
-    return {"errors": rate.errors, **{key: None if x is None else round(x, 3) for key, x in percentages.items()}}
 
 
 def run_record(command: Sequence[str]) -> dict[str, str]:
@@ -197,43 +194,26 @@ def _short(number: float) -> float:
 
 def checks(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Each measurement beside its limit, in words. `met` is None where nothing was measured, or no limit was set."""
-    found = []
-    encoder = report["encoder"]
+    found: list[tuple[str, str, str, bool | None]] = []  # name, measured, limit, met
+    encoder, lost = report["encoder"], report["max_lost_words"]
     is_quantized = any(row["bits"] for row in report["tensors"] if row["graph"] == encoder)
     for graph, ratio in report["sqnr_db_on_noise"].items():
         floor = MIN_TOKEN_SQNR_DB if graph != encoder else MIN_SQNR_DB if is_quantized else MIN_FLOAT_SQNR_DB
         measured = "identical" if ratio is None else f"{ratio:.1f} dB"
-        is_met = ratio is None or ratio >= floor
-        found.append(
-            {"name": f"{graph} on noise", "measured": measured, "limit": f"at least {floor:g} dB", "met": is_met}
-        )
+        found.append((f"{graph} on noise", measured, f"at least {floor:g} dB", ratio is None or ratio >= floor))
     evaluation = report["evaluation"] or {"normalised": [], "max_wer_increase": None}
+    stressed = [row for row in report["stress"] if row["engine"] == OPTIMIZED]
     rises = [row["increase"]["percent"] for row in evaluation["normalised"] if row["words"]]
-    points = [row["points"] for row in report["stress"] if row["engine"] == OPTIMIZED and row["points"] is not None]
-    found.append(_check_points(WORDS, rises, evaluation["max_wer_increase"]))
-    found.append(_check_points(STRESS, points, report["max_lost_words"]))
-    alone = [row["alone"] for row in report["stress"] if row["engine"] == OPTIMIZED and row["alone"] is not None]
-    if alone:
-        limit = report["max_lost_words"]
-        found.append(
-            {
-                "name": BLANK,
-                "measured": f"{sum(alone)} stretches where float32 has words",
-                "limit": "no limit was set" if limit is None else "none",
-                "met": None if limit is None else not sum(alone),
-            }
-        )
-    return found
-
-
-def _check_points(name: str, rises: list[float], limit: float | None) -> dict[str, Any]:
-    """A check of the largest of `rises`, in percentage points: over all clips, in a language, or under a condition."""
-    return {
-        "name": name,
-        "measured": f"{max(rises):+.2f} points" if rises else "not measured",
-        "limit": "no limit was set" if limit is None else f"at most {limit:+g} points",
-        "met": max(rises) <= limit if rises and limit is not None else None,
-    }
+    points = [row["points"] for row in stressed if row["points"] is not None]
+    for name, each, limit in ((WORDS, rises, evaluation["max_wer_increase"]), (STRESS, points, lost)):
+        # The largest rise in percentage points: over all clips, in a language, or under a condition.
+        measured = f"{max(each):+.2f} points" if each else "not measured"
+        is_met = max(each) <= limit if each and limit is not None else None
+        found.append((name, measured, NO_LIMIT if limit is None else f"at most {limit:+g} points", is_met))
+    if alone := [row["alone"] for row in stressed if row["alone"] is not None]:
+        measured = f"{sum(alone)} stretches where float32 has words"
+        found.append((BLANK, measured, *((NO_LIMIT, None) if lost is None else ("none", not sum(alone)))))
+    return [dict(zip(("name", "measured", "limit", "met"), row, strict=True)) for row in found]
 
 
 def verdict(report: dict[str, Any]) -> tuple[bool | None, str]:
@@ -257,7 +237,6 @@ def verdict(report: dict[str, Any]) -> tuple[bool | None, str]:
 def write_page(path: Path, report: dict[str, Any], clips: list[EvaluatedClip]) -> None:
     """Write the page of a report and the evaluated clips."""
     differing = changed(clips)
-    sides = [side for component in report["components"].values() for side in component.values()]
     passed, reason = verdict(report)
     speed = report["speed"]
     encoder_bytes = sum(report["components"][report["encoder"]]["exported"].values())
@@ -268,14 +247,14 @@ def write_page(path: Path, report: dict[str, Any], clips: list[EvaluatedClip]) -
         reason=reason,
         why_slower=speed and why_slower(speed["exported"]["rtfx"], speed["optimized"]["rtfx"], encoder_bytes),
         place_of=_axis(report["evaluation"]) if report["evaluation"] else None,
-        kinds=[kind for kind in KINDS if any(side[kind] for side in sides)],
+        kinds=KINDS,
         changes=[(clip, marked_changes(clip.float32, clip.optimized)) for clip in differing[:MAX_SHOWN_CLIPS]],
         changed_clips=len(differing),
         flaws=flaws_table(((clip.name, clip.flaws) for clip in clips), "float32"),
         confidence=CONFIDENCE,
         json_file=REPORT_JSON,
         decibels=_decibels,
-        graded=graded,
+        grade=grade,
     )
     path.write_text(page, encoding="utf-8")
 
@@ -298,11 +277,8 @@ def _decibels(error: float | None) -> str:
     return f"{-10 * math.log10(error):.1f}" if error else "exact"
 
 
-def graded(ratio: float | None) -> tuple[str, str]:
-    """A word for a signal to error ratio in dB of an encoder's output (None: no error), and what it means: what such
-    ratios on speech changed with 4-bit encoders of the bundled checkpoint."""
+def grade(ratio: float | None) -> str:
+    """A word for a signal to error ratio in dB of an encoder's output; None: no error."""
     if ratio is None or ratio >= 30:
-        return "good", "30 dB on speech changed fewer than 1 word in 100"
-    if ratio >= 20:
-        return "fair", "20 dB on speech changed 2 words in 100, 30 dB fewer than 1"
-    return "low", "20 dB on speech changed 2 words in 100, and less changes more"
+        return "good"
+    return "fair" if ratio >= 20 else "low"

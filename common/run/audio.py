@@ -11,11 +11,11 @@ says: tools that write manifests round that number, or take it from the audio be
 
 import contextlib
 import functools
+import io
 import json
-import mmap
+import math
 import os
 import re
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,6 @@ from common.folder import require_file
 
 # GenAI computes the features of a whole clip at once, in 2 GB per hour of audio; the encoder then runs chunk by chunk.
 MAX_SECONDS = 4 * 3600
-# In Hz: the rates of audio converters. A header with a rate outside this range is damaged.
-MIN_SAMPLE_RATE = 4_000
-MAX_SAMPLE_RATE = 768_000
 # Full scale is 1, or 2^31 where a program stored integers as floats. The power of the features is finite up to there.
 MAX_AMPLITUDE = 2.0**31
 BLOCK_VALUES = 2**20  # samples times channels decoded at a time, 4 MB
@@ -39,17 +36,13 @@ BLOCK_VALUES = 2**20  # samples times channels decoded at a time, 4 MB
 SEEKABLE = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 # Manifests round durations, so a segment that ends this close to the end of the file is read to the end.
 SEGMENT_TOLERANCE = 0.05  # seconds
-# What libsndfile notes of a WAV or AU file that ends before its header says, in bytes, and of an AIFF file, in frames.
-STATED = re.compile(r"^ *data(?: size)? *: (\d+) \(should be (\d+)\)|'COMM' chunk \((\d+)\)", re.I | re.M)
 UNKNOWN_BYTES = 2**31 - 2**16  # or more: written where the length is not known, as by a program that writes to a pipe
-UNKNOWN_FRAMES = 2**62
 # In an MP3 file that states its number of frames. For others libsndfile estimates it, up to ten times too large.
 MP3_LENGTH = re.compile(rb"(Xing|Info)\0\0\0[\x01-\x0f]|VBRI")
-MP3_HEAD = 2**20  # bytes in which that is looked for
+HEAD = 2**20  # bytes in which that is looked for
 # The smallest share of the channels' energy that their average may have. It is 1/channels for unrelated channels, and
 # near 0 where one channel is the other with its sign inverted.
 MIN_MONO_ENERGY = 1e-4
-MAX_NUMBER = 1e9  # seconds; 31 years
 LANGUAGE_KEYS = ("lang", "language", "target_lang")  # of a line of a manifest, the first that is there
 
 
@@ -66,9 +59,14 @@ class Clip:
     line: str | None = None  # manifest:number, for messages
 
     @property
+    def end(self) -> float:
+        """Where the clip ends in the file, in seconds; infinite for the end of the file."""
+        return math.inf if self.duration is None else self.offset + self.duration
+
+    @property
     def segment(self) -> str:
         """The segment as messages show it after the name of the file: ` [1.5–3 s]`, or nothing for a whole file."""
-        end = "" if self.duration is None else f"{self.offset + self.duration:g}"
+        end = "" if self.duration is None else f"{self.end:g}"
         return f" [{self.offset:g}–{end} s]" if self.offset or end else ""
 
     @property
@@ -80,21 +78,6 @@ class Clip:
     def label(self) -> str:
         """The name of the file without its folder, and the segment."""
         return f"{self.path.name}{self.segment}"
-
-    def overlaps(self, other: "Clip") -> bool:
-        """Whether two clips of one file have samples in common."""
-        ends = (float("inf") if clip.duration is None else clip.offset + clip.duration for clip in (self, other))
-        return max(self.offset, other.offset) < min(ends)
-
-    @contextlib.contextmanager
-    def located(self) -> Iterator[None]:
-        """Turn an error inside the block into a ValueError that begins with the line of the manifest."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            if self.line is None:
-                raise
-            raise ValueError(f"{self.line}: {error}") from error
 
 
 def read_clips(manifest: Path, *, with_text: bool = False) -> list[Clip]:
@@ -110,51 +93,35 @@ def read_clips(manifest: Path, *, with_text: bool = False) -> list[Clip]:
         raise ValueError(f"{manifest} is not in UTF-8; save the clip list as UTF-8") from None
     clips = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            clip = _read_clip(line, manifest.parent)
-        except ValueError as error:  # json.JSONDecodeError is a ValueError
-            raise ValueError(f"{manifest}:{number}: {error}") from None
-        if with_text and clip.text is None:
-            raise ValueError(f"{manifest}:{number}: {clip.path.name} has no text, which word errors are counted by")
-        clip.line = f"{manifest}:{number}"
-        clips.append(clip)
+        if line.strip():
+            place = f"{manifest}:{number}"
+            try:
+                clips.append(_read_clip(line, manifest.parent, place))
+            except ValueError as error:  # json.JSONDecodeError is a ValueError
+                raise ValueError(f"{place}: expected a JSON object with audio_filepath ({error})") from None
+            if with_text and clips[-1].text is None:
+                raise ValueError(f"{place}: {clips[-1].path.name} has no text, which word errors are counted by")
     if not clips:
         raise ValueError(f"{manifest} lists no clip; it needs a line for each")
     return clips
 
 
-def _read_clip(line: str, folder: Path) -> Clip:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"expected a JSON object with audio_filepath, got what is not JSON ({error})") from None
+def _read_clip(line: str, folder: Path, place: str) -> Clip:
+    row = json.loads(line)
     if not isinstance(row, dict) or row.get("audio_filepath") is None:
-        raise ValueError("expected a JSON object with audio_filepath, got another")
-    if row["audio_filepath"] == "":
-        raise ValueError("audio_filepath is empty; it must be the path of an audio file")
+        raise ValueError("it has none")
     for key in ("audio_filepath", "text", *LANGUAGE_KEYS):
         if not isinstance(row.get(key), str | None):
-            raise ValueError(f"expected a string as {key}, got {row[key]!r}")
-    offset, duration = (_seconds(row, key) for key in ("offset", "duration"))
-    if duration == 0:
-        raise ValueError("duration is 0; it must be more than 0 s")
+            raise ValueError(f"{key} must be a string, not {row[key]!r}")
+    for key in ("offset", "duration"):
+        if row.get(key) is not None and not (isinstance(row[key], int | float) and 0 <= row[key] < math.inf):
+            raise ValueError(f"{key} must be a number of seconds, 0 or more, not {row[key]!r}")
     path = folder / row["audio_filepath"]
     lang = next((row[key] for key in LANGUAGE_KEYS if row.get(key) is not None), None)
+    offset, duration = row.get("offset"), row.get("duration")
     if offset is None:
-        return Clip(path, row.get("text"), lang, stated_length=duration)
-    return Clip(path, row.get("text"), lang, offset, duration)
-
-
-def _seconds(row: dict[str, Any], key: str) -> float | None:
-    value = row.get(key)
-    if value is None:
-        return None
-    # `not <=` rejects NaN, which Python's JSON reader accepts; to Python, True is an int.
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= MAX_NUMBER:
-        raise ValueError(f"expected a number of seconds, 0 or more, as {key}, got {value!r}")
-    return float(value)
+        return Clip(path, row.get("text"), lang, stated_length=duration, line=place)
+    return Clip(path, row.get("text"), lang, offset, duration, line=place)
 
 
 def shared_clips(clips: Iterable[Clip], others: Iterable[Clip]) -> list[Clip]:
@@ -162,26 +129,33 @@ def shared_clips(clips: Iterable[Clip], others: Iterable[Clip]) -> list[Clip]:
     by_file: dict[str, list[Clip]] = {}
     for other in others:
         by_file.setdefault(os.path.realpath(other.path), []).append(other)
-    return [clip for clip in clips if any(map(clip.overlaps, by_file.get(os.path.realpath(clip.path), ())))]
+    return [
+        clip
+        for clip in clips
+        if any(
+            max(clip.offset, other.offset) < min(clip.end, other.end)
+            for other in by_file.get(os.path.realpath(clip.path), ())
+        )
+    ]
 
 
 def load_clip(clip: Clip, sample_rate: int, min_samples: int) -> np.ndarray:
     """The samples of a clip, [N] float32 at `sample_rate` Hz, its channels averaged.
 
-    Warns, once a clip, of a file that ends before its header says. Raises FileNotFoundError; ValueError for a file that
-    is not audio or not a regular file, a segment outside of it, and for samples that are not finite, cancel each other
-    out, are fewer than `min_samples` or longer than MAX_SECONDS.
+    Warns, once a clip, of a WAV or MP3 file that ends before its header says. Raises FileNotFoundError; ValueError,
+    with the line of the manifest, for a file that is not audio or not a regular file, a segment outside of it, and for
+    samples that are not finite, cancel each other out, are fewer than `min_samples` or longer than MAX_SECONDS.
     """
-    with _open_audio(clip.path) as file:
-        begin, end = _segment(clip, file)
-        blocks = _mono_blocks(clip, _blocks(clip, file, begin, end))
-        parts = blocks if file.samplerate == sample_rate else _resampled(blocks, file.samplerate, sample_rate)
-        mono = np.concatenate([np.zeros(0, np.float32), *parts])
-        stated = _stated_frames(clip.path, file) / file.samplerate
-    found = clip.offset + len(mono) / sample_rate
-    if end is None and stated > found + SEGMENT_TOLERANCE:
-        _warn_of_cut(clip.path, found, stated)
-    _require_length(clip, len(mono) / sample_rate, min_samples / sample_rate)
+    import soxr
+
+    with _open_audio(clip) as file:
+        resampler = soxr.ResampleStream(file.samplerate, sample_rate, 1, dtype="float32")  # copies at an equal rate
+        parts = [resampler.resample_chunk(block) for block in _mono_blocks(clip, file)]
+        mono = np.concatenate([*parts, resampler.resample_chunk(np.zeros(0, np.float32), last=True)])
+        seconds = len(mono) / sample_rate
+        _require_length(clip, seconds, min_samples / sample_rate)
+    if clip.duration is None:
+        _warn_if_cut(clip.path, file.format, file.frames / file.samplerate, clip.offset + seconds)
     return mono
 
 
@@ -190,114 +164,80 @@ def check_audio(clip: Clip, sample_rate: int, min_samples: int) -> float:
 
     Raises as load_clip does, for the faults that the header shows.
     """
-    with _open_audio(clip.path) as file:
-        begin, end = _segment(clip, file)
-        seconds = float(((file.frames if end is None else end) - begin) / file.samplerate)
-    _require_length(clip, seconds, min_samples / sample_rate)
+    with _open_audio(clip) as file:
+        seconds: float = max(min(clip.end, file.frames / file.samplerate) - clip.offset, 0.0)
+        _require_length(clip, seconds, min_samples / sample_rate)
     return seconds
 
 
 @contextlib.contextmanager
-def _open_audio(path: Path) -> Iterator[Any]:
-    """Yield an open soundfile.SoundFile after checking that it is audio with a plausible sample rate."""
+def _open_audio(clip: Clip) -> Iterator[Any]:
+    """Yield an open soundfile.SoundFile. Errors inside the block begin with the clip's line of the manifest."""
     import soundfile
 
-    require_file(path, "an audio file")
+    at = f"{clip.line}: " if clip.line else ""
     try:
-        with silent_stderr(), _sound_file(path) as file:
-            if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
-                limits = f"{MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
-                raise ValueError(f"expected a sample rate of {limits} Hz in {path}, got {file.samplerate}")
+        require_file(clip.path, "an audio file")
+        with silent_stderr(), contextlib.ExitStack() as stack:
+            # To libsndfile, `-` is the standard input.
+            file = stack.enter_context(soundfile.SoundFile(clip.path.absolute()))
+            if not file.frames and file.format.startswith("WAV"):
+                # What recorded it was stopped. With a length of 8 for the whole, libsndfile reads to the end.
+                content = bytearray(clip.path.read_bytes())
+                content[4:8] = (8).to_bytes(4, "little")
+                file = stack.enter_context(soundfile.SoundFile(io.BytesIO(content)))
             # After each read soundfile seeks to the position that it is at, where an MP3 decoder starts again, audibly.
             file.seekable = lambda: False
             yield file
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"expected an audio file that libsndfile reads, got {path} ({error.error_string})") from None
-
-
-def _sound_file(path: Path) -> Any:
-    """An open soundfile.SoundFile.
-
-    A WAV file whose header states that there are no samples, since what recorded it was stopped, is read to its end, as
-    libsndfile does by itself where the header also states a length of 8 for the whole.
-    """
-    import soundfile
-
-    file = soundfile.SoundFile(path.absolute())  # to libsndfile, `-` is the standard input
-    if file.frames or not file.format.startswith("WAV"):
-        return file
-    file.close()
-    with path.open("rb") as raw:
-        content = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY)  # changed in memory only
-    content[4:8] = struct.pack("<I", 8)
-    return soundfile.SoundFile(content)
-
-
-def _stated_frames(path: Path, file: Any) -> int:
-    """The number of frames that the header of an open sound file states; 0 where it states none."""
-    if file.format == "MP3":
-        with path.open("rb") as raw:
-            if not MP3_LENGTH.search(raw.read(MP3_HEAD)):
-                return 0
-    if noted := STATED.search(file.extra_info):
-        size, found, frames = (int(number or 0) for number in noted.groups())
-        return frames or (file.frames * size // max(found, 1) if size < UNKNOWN_BYTES else 0)
-    return file.frames if file.frames < UNKNOWN_FRAMES else 0
-
-
-@functools.cache
-def _warn_of_cut(path: Path, found: float, stated: float) -> None:
-    warn(f"{path} ends early: its header states {stated:.1f} s of audio, and {found:.1f} s are there; the rest is lost")
-
-
-def _segment(clip: Clip, file: Any) -> tuple[int, int | None]:
-    """The first frame of the clip in an open sound file, and the frame after its last one (None: the end of the file).
-
-    Raises ValueError where the clip is outside of the file.
-    """
-    begin = round(clip.offset * file.samplerate)
-    length = file.frames / file.samplerate  # seconds
-    end = length if clip.duration is None else clip.offset + clip.duration
-    if (begin and begin >= file.frames) or end > length + SEGMENT_TOLERANCE:
-        raise ValueError(f"expected a segment of {clip.path}, which is {length:g} s long, got{clip.segment}")
-    return begin, None if end >= length - SEGMENT_TOLERANCE else round(end * file.samplerate)
+        name = f"{clip.path} ({error.error_string})"
+        raise ValueError(f"{at}expected an audio file that libsndfile reads, got {name}") from None
+    except (ValueError, OSError) as error:
+        if not at:
+            raise
+        raise ValueError(f"{at}{error}") from error
 
 
 def _require_length(clip: Clip, seconds: float, least: float) -> None:
+    """Raise ValueError where a clip has fewer seconds than `least`, or than its segment."""
+    least = max(least, (clip.duration or 0) - SEGMENT_TOLERANCE)
     if seconds < least:
         raise ValueError(f"expected {least:.3f} s of audio or more in {clip.name}, got {seconds:.3f} s")
 
 
-def _blocks(clip: Clip, file: Any, begin: int, end: int | None) -> Iterator[np.ndarray]:
-    """The frames from `begin` up to `end` of an open sound file, in blocks [N, channels] of BLOCK_VALUES values."""
-    size = max(BLOCK_VALUES // file.channels, 1)  # frames
-    position = 0
-    if begin and file.subtype.startswith(SEEKABLE):
-        position = file.seek(begin)
-    last = begin + MAX_SECONDS * file.samplerate
+@functools.cache
+def _warn_if_cut(path: Path, form: str, frames_seconds: float, found: float) -> None:
+    """Warn of a WAV or MP3 file whose header states more than the seconds `found`."""
+    with path.open("rb") as raw:
+        head = raw.read(HEAD)
+    stated = 0.0
+    if form == "MP3" and MP3_LENGTH.search(head):
+        stated = frames_seconds
+    elif form.startswith("WAV") and (size := int.from_bytes(head[4:8], "little") + 8) < UNKNOWN_BYTES:
+        stated = found * size / path.stat().st_size
+    if stated > found + SEGMENT_TOLERANCE:
+        warn(f"{path} ends early: its header states {stated:.1f} s of audio, and {found:.1f} s are there")
+
+
+def _mono_blocks(clip: Clip, file: Any) -> Iterator[np.ndarray]:
+    """The average of the channels of a clip in an open sound file, in blocks [N]."""
+    begin = round(clip.offset * file.samplerate)  # frames, as below
+    is_open = clip.end >= file.frames / file.samplerate - SEGMENT_TOLERANCE
+    end = None if is_open else round(clip.end * file.samplerate)
+    position = file.seek(min(begin, file.frames)) if begin and file.subtype.startswith(SEEKABLE) else 0
+    size = max(BLOCK_VALUES // file.channels, 1)
+    energy = mono_energy = 0.0
     while end is None or position < end:
         read = file.read(size if end is None else min(size, end - position), dtype="float32", always_2d=True)
         if not len(read):
             break
-        skipped = max(begin - position, 0)  # frames before the segment
+        block = read[max(begin - position, 0) :]
         position += len(read)
-        if position > last:
+        if position - begin > MAX_SECONDS * file.samplerate:
             hours = MAX_SECONDS / 3600
             raise ValueError(f"expected {hours:.0f} h of audio or less in {clip.path}, got more; cut it into parts")
-        if skipped < len(read):
-            yield read[skipped:]
-    if end is not None and position < end:
-        raise ValueError(
-            f"expected{clip.segment} in {clip.path}, got {position / file.samplerate:.3f} s of audio: it is truncated"
-        )
-
-
-def _mono_blocks(clip: Clip, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The average of the channels of each block."""
-    energy = mono_energy = 0.0
-    for block in blocks:
         mono = block.mean(axis=1)
-        if not np.abs(mono).max() <= MAX_AMPLITUDE:  # written so that NaN fails too
+        if not np.abs(mono).max(initial=0) <= MAX_AMPLITUDE:  # written so that NaN fails too
             raise ValueError(
                 f"expected samples up to {MAX_AMPLITUDE:.0f} in {clip.path}, got some that are larger or not finite"
             )
@@ -309,12 +249,3 @@ def _mono_blocks(clip: Clip, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarra
             f"expected channels that can be averaged in {clip.name}, got channels that cancel each other "
             "out: one is the other with its sign inverted; save one of them as mono"
         )
-
-
-def _resampled(blocks: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
-    import soxr
-
-    resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
-    for block in blocks:
-        yield resampler.resample_chunk(block)
-    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)

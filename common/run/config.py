@@ -3,7 +3,7 @@
 Plain ONNX Runtime takes its numbers from the same file as GenAI, so that a wrong one shows as a difference from NeMo.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from common.run.audio import SEGMENT_TOLERANCE, Clip, check_audio, load_clip
 MIN_FRAMES = 2
 # A clip of so many windows, by default 4 minutes, gets a progress bar that counts its windows, or GenAI's tokens.
 MIN_WINDOWS_OF_BAR = 4
+LEAST = {"left": 0, "right": 0, "blank_id": 0, "durations": 0}  # of these numbers; of the others 1
 
 
 @dataclass(frozen=True)
@@ -44,34 +45,32 @@ class RuntimeConfig:
         example, GenAI never ends.
         """
         path = Path(folder) / GENAI_CONFIG
-        config = read_json(path, EXPORT_COMMAND.format(folder))
         again = f"make it again: {EXPORT_COMMAND.format(folder)}"
-
-        def whole(value: object, key: str, least: int = 1) -> int:
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{path}: expected {key} as a whole number of {least} or more, got {value!r}; {again}")
-            return value
-
         try:
-            model = config["model"]
-            decoder = model["decoder"]
-            hop = whole(model["hop_length"], "hop_length")
-            subsampling = whole(model["subsampling_factor"], "subsampling_factor")
-            return cls(
-                sample_rate=whole(model["sample_rate"], "sample_rate"),
-                hop_length=hop,
-                subsampling_factor=subsampling,
-                chunk=whole(model["chunk_samples"], "chunk_samples", hop * subsampling),  # an encoder frame or more
-                left=whole(model["left_context_samples"], "left_context_samples", 0),
-                right=whole(model["right_context_samples"], "right_context_samples", 0),
-                blank_id=whole(model["blank_id"], "blank_id", 0),
-                durations=tuple(whole(duration, "each of tdt_durations", 0) for duration in model["tdt_durations"]),
-                max_symbols=whole(model["max_symbols_per_step"], "max_symbols_per_step"),
-                decoder_layers=whole(decoder["num_hidden_layers"], "num_hidden_layers of the decoder"),
-                decoder_dim=whole(decoder["hidden_size"], "hidden_size of the decoder"),
+            model = read_json(path, EXPORT_COMMAND.format(folder))["model"]
+            config = cls(
+                sample_rate=model["sample_rate"],
+                hop_length=model["hop_length"],
+                subsampling_factor=model["subsampling_factor"],
+                chunk=model["chunk_samples"],
+                left=model["left_context_samples"],
+                right=model["right_context_samples"],
+                blank_id=model["blank_id"],
+                durations=tuple(model["tdt_durations"]),
+                max_symbols=model["max_symbols_per_step"],
+                decoder_layers=model["decoder"]["num_hidden_layers"],
+                decoder_dim=model["decoder"]["hidden_size"],
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} lacks a setting ({error}); {again}") from None
+        for name, value in vars(config).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            least = LEAST.get(name, 1)
+            if not all(isinstance(number, int) and number >= least for number in numbers):
+                raise ValueError(f"{path}: expected {name} to be whole and {least} or more, got {value!r}; {again}")
+        if config.chunk < config.hop_length * config.subsampling_factor:
+            raise ValueError(f"{path}: chunk_samples of {config.chunk} are less than an encoder frame; {again}")
+        return config
 
     @property
     def frame_seconds(self) -> float:
@@ -96,8 +95,7 @@ class RuntimeConfig:
         """
         others: list[Clip] = []
         for clip in clips:
-            with clip.located():
-                seconds = check_audio(clip, self.sample_rate, self.min_samples)
+            seconds = check_audio(clip, self.sample_rate, self.min_samples)
             if clip.stated_length is not None and abs(clip.stated_length - seconds) > SEGMENT_TOLERANCE:
                 others.append(clip)
         if others:
@@ -117,32 +115,5 @@ class RuntimeConfig:
         are enough for a frame there (NemoStreamingMelExtractor in nemo_mel_spectrogram.cc); and since both normalise
         over all their frames, every feature would differ.
         """
-        with clip.located():
-            samples = load_clip(clip, self.sample_rate, self.min_samples)
+        samples = load_clip(clip, self.sample_rate, self.min_samples)
         return samples[: len(samples) // self.hop_length * self.hop_length]
-
-
-@dataclass(frozen=True)
-class Window:
-    """One encoder run: mel frames `begin` … `end` - 1 go in, encoder frames `start` … `stop` - 1 are decoded."""
-
-    begin: int
-    end: int
-    start: int
-    stop: int | None  # None: to the last
-
-
-def windows(config: RuntimeConfig, mel_frames: int) -> Iterator[Window]:
-    """The windows of a clip of `mel_frames`, cut as GenAI cuts it (EncodeNextChunk in src/models/parakeet.cpp)."""
-    hop = config.hop_length
-    sub = config.subsampling_factor
-    total = mel_frames * hop
-    chunk_begin = 0
-    while chunk_begin < total:
-        chunk_end = min(chunk_begin + config.chunk, total)
-        begin = max(chunk_begin - config.left, 0) // hop
-        end = min(min(chunk_end + config.right, total) // hop, mel_frames)
-        start = (chunk_begin // hop - begin) // sub
-        stop = None if chunk_end == total else (chunk_end // hop - begin) // sub
-        yield Window(begin, end, start, stop)
-        chunk_begin = chunk_end

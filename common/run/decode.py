@@ -13,11 +13,10 @@ log probabilities of a step over the tokens with the blank.
 """
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -35,28 +34,6 @@ class BlankZero(Enum):
     GENAI = auto()
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodingConfig:
-    """The numbers that the loop needs of a model, and the rule that it follows.
-
-    Raises ValueError for durations with which the loop could stay on a frame for ever.
-    """
-
-    blank_id: int  # the last token; the logits behind it are durations
-    durations: tuple[int, ...]  # frames, by index
-    max_symbols: int | None  # tokens on one frame before a step of one frame is forced; None: no limit
-    blank_zero: BlankZero = BlankZero.NEMO
-
-    def __post_init__(self) -> None:
-        if len(self.durations) == 0 or min(self.durations) < 0 or max(self.durations) < 1:
-            raise ValueError(f"expected durations of 0 or more frames, one of them positive, got {self.durations}")
-        if self.blank_zero is BlankZero.GENAI and min(self.durations[1:], default=0) < 1:
-            raise ValueError(
-                f"expected positive durations after index 0, which ONNX Runtime GenAI's rule needs, got "
-                f"{self.durations}"
-            )
-
-
 @dataclass(frozen=True)
 class Prediction:
     """The prediction network after its last token: its output, and its state in whatever form `predict` uses."""
@@ -69,12 +46,6 @@ class Prediction:
 Predict = Callable[[Sequence[int], Sequence[Any]], Sequence[Prediction]]
 # join(encoder frames [B, D], prediction outputs, B of them) → logits [B, V+K]
 Join = Callable[[np.ndarray, Sequence[np.ndarray]], np.ndarray]
-
-
-class Frames(Protocol):
-    """Encoder frames by number, each [D]: an array [S, D], or an object that computes them when they are asked for."""
-
-    def __getitem__(self, frame: int, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -104,6 +75,7 @@ class Hypothesis:
 
     steps: list[Step] = field(default_factory=list)
     blank_id: int = 0
+    length: int = field(default=0, compare=False)  # encoder frames decoded so far
 
     @property
     def emitted(self) -> list[Step]:
@@ -144,54 +116,65 @@ class Transcript:
 
 
 def greedy_tdt_decode(
-    encoded: Sequence[Frames], ends: Sequence[Sequence[int]], predict: Predict, join: Join, config: DecodingConfig
+    windows: Iterable[Sequence[np.ndarray]],
+    predict: Predict,
+    join: Join,
+    *,
+    blank_id: int,
+    durations: Sequence[int],
+    max_symbols: int | None,
+    rule: BlankZero = BlankZero.NEMO,
 ) -> list[Hypothesis]:
     """Decode utterances together.
 
-    encoded: [S, D] of each utterance, or [B, S, D] padded. The frames of an utterance are asked for in order.
-    ends: for each utterance, the frames at which its windows end, in ascending order, the last of them its length; at
-        the end of a window, what is left of a duration is dropped.
+    windows: for one window after the other, the frames [S, D] of each utterance in it; [0, D] of one that has ended. A
+        window is asked for when the one before it is decoded. At its end, what is left of a duration is dropped.
+    blank_id: the last token; the logits behind it are durations.
+    durations: in frames, by index.
+    max_symbols: tokens on one frame before a step of one frame is forced; None for no limit.
 
     Raises ValueError for logits that are NaN.
     """
-    count = len(encoded)
-    num_tokens = config.blank_id + 1
-    hypotheses = [Hypothesis(blank_id=config.blank_id) for _ in range(count)]
-    frames = [0] * count
-    symbols = [0] * count  # tokens emitted on the current frame
-    active = [i for i in range(count) if ends[i][-1] > 0]
-    predictions = dict(zip(active, predict([config.blank_id] * len(active), [None] * len(active)), strict=True))
-    while active:
-        logits = join(np.array([encoded[i][frames[i]] for i in active]), [predictions[i].output for i in active])
-        choices = zip(active, logits, _best(logits[:, :num_tokens]), _best(logits[:, num_tokens:]), strict=True)
-        emitted: dict[int, int] = {}  # utterance → token
-        for i, row, (token, token_margin), (index, duration_margin) in choices:
-            is_blank = token == config.blank_id
-            is_blank_zero = is_blank and config.durations[index] == 0
-            if is_blank and index == 0 and config.blank_zero is BlankZero.GENAI:
-                index = 1 + int(np.argmax(row[num_tokens + 1 :]))
-            duration = config.durations[index]
-            if is_blank:
-                duration = max(duration, 1)
-            else:
-                emitted[i] = token
-                symbols[i] += 1
-            margin = min(token_margin, duration_margin)
-            confidence = None if is_blank else confidence_of(log_softmax(row[:num_tokens]))
-            is_forced = duration == 0 and symbols[i] == config.max_symbols
-            step = Step(frames[i], token, duration, margin, is_blank_zero, confidence, is_forced)
-            hypotheses[i].steps.append(step)
-            if is_forced:
-                duration = 1
-            if duration > 0:
-                symbols[i] = 0
-            window_end = ends[i][bisect_right(ends[i], frames[i])]
-            frames[i] = min(frames[i] + duration, window_end)
-        active = [i for i in active if frames[i] < ends[i][-1]]
-        emitted = {i: emitted[i] for i in active if i in emitted}  # nothing follows an utterance's last token
-        if emitted:
-            after = predict([*emitted.values()], [predictions[i].state for i in emitted])
-            predictions |= zip(emitted, after, strict=True)
+    num_tokens = blank_id + 1
+    hypotheses: list[Hypothesis] = []
+    predictions: dict[int, Prediction] = {}  # by utterance
+    for encoded in windows:
+        hypotheses = hypotheses or [Hypothesis(blank_id=blank_id) for _ in encoded]
+        frames = [0] * len(encoded)
+        symbols = [0] * len(encoded)  # tokens emitted on the current frame
+        active = [i for i, own in enumerate(encoded) if len(own)]
+        if starting := [i for i in active if i not in predictions]:
+            first = predict([blank_id] * len(starting), [None] * len(starting))
+            predictions |= zip(starting, first, strict=True)
+        while active:
+            logits = join(np.array([encoded[i][frames[i]] for i in active]), [predictions[i].output for i in active])
+            choices = zip(active, logits, _best(logits[:, :num_tokens]), _best(logits[:, num_tokens:]), strict=True)
+            emitted: dict[int, int] = {}  # utterance → token
+            for i, row, (token, token_margin), (index, duration_margin) in choices:
+                is_blank = token == blank_id
+                is_blank_zero = is_blank and durations[index] == 0
+                if is_blank and index == 0 and rule is BlankZero.GENAI:
+                    index = 1 + int(np.argmax(row[num_tokens + 1 :]))
+                duration = durations[index]
+                if is_blank:
+                    duration = max(duration, 1)
+                else:
+                    emitted[i] = token
+                    symbols[i] += 1
+                margin = min(token_margin, duration_margin)
+                confidence = None if is_blank else confidence_of(row[:num_tokens])
+                is_forced = duration == 0 and symbols[i] == max_symbols
+                frame = hypotheses[i].length + frames[i]
+                hypotheses[i].steps.append(Step(frame, token, duration, margin, is_blank_zero, confidence, is_forced))
+                frames[i] += 1 if is_forced else duration
+                if is_forced or duration:
+                    symbols[i] = 0
+            if emitted:
+                after = predict([*emitted.values()], [predictions[i].state for i in emitted])
+                predictions |= zip(emitted, after, strict=True)
+            active = [i for i in active if frames[i] < len(encoded[i])]
+        for hypothesis, own in zip(hypotheses, encoded, strict=True):
+            hypothesis.length += len(own)
     return hypotheses
 
 
@@ -213,17 +196,16 @@ def _best(logits: np.ndarray) -> list[tuple[int, float]]:
     return list(zip(best.tolist(), (first - others.max(axis=1)).tolist(), strict=True))
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """logits [V] → log probabilities [V] of the same type. NeMo uses float32, which takes half the time of float64."""
+def confidence_of(logits: np.ndarray) -> Confidence:
+    """The confidence of one decision, which takes the largest of its logits [V].
+
+    Like NeMo's it is computed in float32, which takes half the time of float64.
+    """
+    kind = logits.dtype.type
     shifted = logits - logits.max()
-    normal: np.ndarray = shifted - logits.dtype.type(math.log(np.exp(shifted).sum()))
-    return normal
-
-
-def confidence_of(log_probs: np.ndarray) -> Confidence:
-    """The confidence of one decision, which takes the largest of its log probabilities [V]."""
+    log_probs = shifted - kind(math.log(np.exp(shifted).sum()))
     size = len(log_probs)
     probability = math.exp(float(log_probs.max()))
     least = math.exp((1 - size ** (1 - ALPHA)) / (1 - ALPHA))  # where all are equally likely
-    entropy = (1 - float(np.exp(log_probs.dtype.type(ALPHA) * log_probs).sum())) / (1 - ALPHA)
+    entropy = (1 - float(np.exp(kind(ALPHA) * log_probs).sum())) / (1 - ALPHA)
     return Confidence((probability * size - 1) / (size - 1), (math.exp(entropy) - least) / (1 - least))

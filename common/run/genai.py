@@ -22,6 +22,7 @@ class GenAI:
         import onnxruntime_genai as og
 
         og.disable_telemetry_events()
+        self._og = og
         folder = Path(folder)
         self.config = RuntimeConfig.read(folder)
         if not (folder / "tokenizer.json").is_file():
@@ -37,12 +38,11 @@ class GenAI:
 
     def inputs(self, samples: np.ndarray) -> Any:
         """The processor's named tensors for one clip of mono samples [N] at the model's rate."""
-        import onnxruntime_genai as og
         import soundfile
 
         buffer = io.BytesIO()  # float WAV keeps the samples bit for bit as the other engines get them
         soundfile.write(buffer, samples, self.config.sample_rate, format="WAV", subtype="FLOAT")
-        return self.processor("", audios=og.Audios.open_bytes(buffer.getvalue()))
+        return self.processor("", audios=self._og.Audios.open_bytes(buffer.getvalue()))
 
     def features(self, samples: np.ndarray) -> np.ndarray:
         """The features that GenAI computes, [M, T]."""
@@ -55,9 +55,7 @@ class GenAI:
 
     def generate(self, inputs: Any, length: int) -> list[int]:
         """Token ids of one clip of `length` samples, of which `inputs` are the processor's tensors."""
-        import onnxruntime_genai as og
-
-        generator = og.Generator(self.model, og.GeneratorParams(self.model))
+        generator = self._og.Generator(self.model, self._og.GeneratorParams(self.model))
         generator.set_inputs(inputs)
         is_long = length >= MIN_WINDOWS_OF_BAR * self.config.chunk
         with progress_bar(total=None, task="GenAI", unit="token", shown=is_long) as bar:

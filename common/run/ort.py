@@ -4,11 +4,10 @@
 follows the greedy rule of either NeMo or GenAI. It shares no code with GenAI, so that each of the two checks the other.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -16,36 +15,34 @@ import onnxruntime as ort
 from common.cli import EXPORT_COMMAND, progress_bar
 from common.contract import DECODER, ENCODER, JOINT, Graph
 from common.folder import verify_files
-from common.run.config import MIN_WINDOWS_OF_BAR, RuntimeConfig, Window, windows
-from common.run.decode import BlankZero, DecodingConfig, Frames, Hypothesis, Prediction, greedy_tdt_decode
+from common.run.config import MIN_WINDOWS_OF_BAR, RuntimeConfig
+from common.run.decode import BlankZero, Hypothesis, Prediction, greedy_tdt_decode
 
 ERRORS_AND_WORSE = 3  # a severity of OrtLoggingLevel
+MAPPED_ENTRIES = {"session.disable_prepacking": "1"}
+ENDED = np.zeros((0, 1), dtype=np.float32)  # the frames of a clip that has no more windows
 
 
 def open_session(
     model: Path | bytes,
     *,
     entries: Mapping[str, str] | None = None,
-    disabled_optimizers: Sequence[str] = (),
     options: ort.SessionOptions | None = None,
+    mapped: bool = False,
 ) -> ort.InferenceSession:
     """A session on the CPU that logs nothing but errors.
 
     model: a path, or a serialized ModelProto.
-    entries: configuration by key, such as {"session.disable_prepacking": "1"}.
-    disabled_optimizers: names of graph transformers to leave out.
-    options: further options, such as the level of graph optimization; ONNX Runtime's defaults where it is None.
+    entries: configuration by key, such as {"session.intra_op.allow_spinning": "0"}.
+    options: further options, such as the level of graph optimization.
+    mapped: leave the weights in the data file; see OrtGraph.
     """
     options = options or ort.SessionOptions()
     options.log_severity_level = ERRORS_AND_WORSE
-    for key, value in (entries or {}).items():
+    for key, value in {**(entries or {}), **(MAPPED_ENTRIES if mapped else {})}.items():
         options.add_session_config_entry(key, value)
-    return ort.InferenceSession(
-        model,
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=list(disabled_optimizers) or None,
-    )
+    disabled = ["ConstantFolding"] if mapped else None
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
 
 
 class OrtGraph:
@@ -57,19 +54,15 @@ class OrtGraph:
     """
 
     def __init__(self, folder: Path, graph: Graph, *, mapped: bool = False) -> None:
+        self.graph = graph
         path = Path(folder) / graph.file
         if not path.is_file():
             raise FileNotFoundError(f"expected {path}, got no such file; first run: {EXPORT_COMMAND.format(folder)}")
         try:
-            self.session = open_session(
-                path,
-                entries={"session.disable_prepacking": "1"} if mapped else None,
-                disabled_optimizers=("ConstantFolding",) if mapped else (),
-            )
+            self.session = open_session(path, mapped=mapped)
         except Exception as error:  # onnxruntime raises its own types, one per status
             verify_files(path.parent, graph.files)  # raises where it knows the file
             raise ValueError(f"{path} does not load ({error}); make it again") from error
-        self.graph = graph
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """Outputs in the order of the declaration."""
@@ -102,6 +95,33 @@ OpenGraph = Callable[[Path, Graph], OrtGraph]
 MAPPED: OpenGraph = partial(OrtGraph, mapped=True)
 
 
+@dataclass(frozen=True)
+class Window:
+    """One encoder run: mel frames `begin` … `end` - 1 go in, encoder frames `start` … `stop` - 1 are decoded."""
+
+    begin: int
+    end: int | None  # None: to the last, as for `stop`
+    start: int
+    stop: int | None
+
+
+WHOLE = Window(begin=0, end=None, start=0, stop=None)
+
+
+def windows(config: RuntimeConfig, mel_frames: int) -> Iterator[Window]:
+    """The windows of a clip of `mel_frames`, cut as GenAI cuts it (EncodeNextChunk in src/models/parakeet.cpp)."""
+    hop = config.hop_length
+    sub = config.subsampling_factor
+    total = mel_frames * hop
+    for chunk_begin in range(0, total, config.chunk):
+        chunk_end = min(chunk_begin + config.chunk, total)
+        begin = max(chunk_begin - config.left, 0) // hop
+        end = min(chunk_end + config.right, total) // hop
+        start = (chunk_begin // hop - begin) // sub
+        stop = None if chunk_end == total else (chunk_end // hop - begin) // sub
+        yield Window(begin, end, start, stop)
+
+
 class OnnxRuntime:
     """A model folder in three ONNX Runtime sessions, with windows as GenAI cuts them."""
 
@@ -129,7 +149,7 @@ class OnnxRuntime:
 
         whole: encode the clip in one window, however long it is.
         """
-        return self._transcribe_batch([features], rule, whole=whole)[0]
+        return self.transcribe_all([features], rule, whole=whole)[0]
 
     def transcribe_all(
         self,
@@ -141,71 +161,40 @@ class OnnxRuntime:
     ) -> list[Hypothesis]:
         """`transcribe` for each clip, in batches of similar length, which need the least padding; in the order given.
 
-        Memory is proportional to `batch_size` times the longest clip of a batch, or the window where that is shorter.
-        The encoder frames of a batch of several clips are kept until the batch is decoded, which is 0.2 GB for an hour
-        of audio at D = 1024; of a clip that is transcribed alone, two windows are kept.
+        The clips of a batch are encoded and decoded window by window, so that memory is proportional to `batch_size`
+        times the longest clip of a batch, or the window where that is shorter.
         """
         by_length = sorted(range(len(features)), key=lambda clip: features[clip].shape[1])
         results: dict[int, Hypothesis] = {}
         for first in range(0, len(features), batch_size):
             batch = by_length[first : first + batch_size]
-            found = self._transcribe_batch([features[clip] for clip in batch], rule, whole=whole)
+            encoded = self._encode_windows([features[clip] for clip in batch], whole=whole)
+            found = greedy_tdt_decode(
+                encoded,
+                self.predict,
+                self.join,
+                blank_id=self.config.blank_id,
+                durations=self.config.durations,
+                max_symbols=self.config.max_symbols,
+                rule=rule,
+            )
             results |= zip(batch, found, strict=True)
         return [results[clip] for clip in range(len(features))]
 
-    def _transcribe_batch(
-        self, features: Sequence[np.ndarray], rule: BlankZero, *, whole: bool = False
-    ) -> list[Hypothesis]:
-        """Cut the clips into windows, and decode them together."""
-        cuts = [
-            [Window(0, one.shape[1], 0, None)] if whole else [*windows(self.config, one.shape[1])] for one in features
-        ]
-        if len(features) == 1:
-            count = len(cuts[0])
-            with progress_bar(total=count, task="windows", unit="window", shown=count >= MIN_WINDOWS_OF_BAR) as bar:
-                frames = _WindowFrames(cuts[0], lambda window: self._encode_window(features[0], window, bar))
-                return self._decode([frames], [frames.ends], rule)
-        parts = self._encode_together(features, cuts)
-        return self._decode(
-            [np.concatenate(own) for own in parts],
-            [np.cumsum([len(part) for part in own]).tolist() for own in parts],
-            rule,
-        )
-
-    def _encode_window(self, features: np.ndarray, window: Window, bar: Any) -> np.ndarray:
-        """Encode one window of features [M, T] → those of its encoder frames that are decoded, [S, D]."""
-        (frames,) = self.encode([features[:, window.begin : window.end]])
-        bar.update()
-        return frames[window.start : window.stop]
-
-    def _encode_together(
-        self, features: Sequence[np.ndarray], cuts: Sequence[Sequence[Window]]
-    ) -> list[list[np.ndarray]]:
-        """The encoder frames of all windows of each clip; as many windows are encoded at once as there are clips."""
-        numbered = [(clip, window) for clip, own in enumerate(cuts) for window in own]
-        numbered.sort(key=lambda each: each[1].end - each[1].begin)
-        encoded: dict[tuple[int, Window], np.ndarray] = {}
-        for first in range(0, len(numbered), len(features)):
-            group = numbered[first : first + len(features)]
-            runs = self.encode([features[clip][:, window.begin : window.end] for clip, window in group])
-            for (clip, window), run in zip(group, runs, strict=True):
-                encoded[clip, window] = run[window.start : window.stop]
-        return [[encoded[clip, window] for window in own] for clip, own in enumerate(cuts)]
-
-    def _decode(self, frames: Sequence[Frames], ends: Sequence[Sequence[int]], rule: BlankZero) -> list[Hypothesis]:
-        config = self.config
-        return greedy_tdt_decode(
-            frames,
-            ends,
-            self.predict,
-            self.join,
-            DecodingConfig(
-                blank_id=config.blank_id,
-                durations=config.durations,
-                max_symbols=config.max_symbols,
-                blank_zero=rule,
-            ),
-        )
+    def _encode_windows(self, features: Sequence[np.ndarray], *, whole: bool) -> Iterator[list[np.ndarray]]:
+        """For one window after the other, those encoder frames [S, D] of each clip that are decoded."""
+        cuts = [[WHOLE] if whole else [*windows(self.config, one.shape[1])] for one in features]
+        count = max(map(len, cuts))
+        with progress_bar(total=count, task="windows", unit="window", shown=count >= MIN_WINDOWS_OF_BAR) as bar:
+            for number in range(count):
+                window_of = {clip: cut[number] for clip, cut in enumerate(cuts) if number < len(cut)}
+                encoded = self.encode([features[clip][:, each.begin : each.end] for clip, each in window_of.items()])
+                bar.update()
+                decoded = {
+                    clip: frames[each.start : each.stop]
+                    for (clip, each), frames in zip(window_of.items(), encoded, strict=True)
+                }
+                yield [decoded.get(clip, ENDED) for clip in range(len(features))]
 
     def predict(
         self, tokens: Sequence[int], states: Sequence[tuple[np.ndarray, np.ndarray] | None]
@@ -221,30 +210,3 @@ class OnnxRuntime:
     def join(self, frames: np.ndarray, outputs: Sequence[np.ndarray]) -> np.ndarray:
         """Encoder frames [B, D] and the prediction output [1, H] of each → logits [B, V+K]."""
         return self.joint(frames[:, None], np.array(outputs))[0][:, 0, 0]
-
-
-class _WindowFrames:
-    """The encoder frames of a clip, by number.
-
-    A window is encoded when its first frame is asked for, and the window before it is then dropped, since the decoding
-    loop only moves forward.
-    """
-
-    def __init__(self, cuts: Sequence[Window], encode: Callable[[Window], np.ndarray]) -> None:
-        self._cuts = cuts
-        self._encode = encode
-        # The last window is encoded first, since only its output shows how many frames it has, and it is kept.
-        self._last = encode(cuts[-1])
-        lengths = [window.stop - window.start for window in cuts[:-1] if window.stop is not None] + [len(self._last)]
-        self.ends: list[int] = np.cumsum(lengths).tolist()  # frames at which the windows end
-        self._current = len(cuts) - 1
-        self._frames = self._last
-
-    def __getitem__(self, frame: int) -> np.ndarray:
-        number = bisect_right(self.ends, frame)
-        if number != self._current:
-            is_last = number == len(self._cuts) - 1
-            self._frames = self._last if is_last else self._encode(self._cuts[number])
-            self._current = number
-        encoded: np.ndarray = self._frames[frame - (self.ends[number - 1] if number else 0)]
-        return encoded

@@ -4,44 +4,35 @@ The model that `load_model` of a checkpoint format returns has the parts of a mo
 step-by-step decoding are computed with these parts; whole transcripts come from the library itself.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from common.run.decode import (
-    DecodingConfig,
-    Hypothesis,
-    Prediction,
-    TimedWord,
-    Transcript,
-    greedy_tdt_decode,
-)
+from common.run.decode import Hypothesis, Prediction, TimedWord, Transcript, greedy_tdt_decode
 
 
-class Reference(ABC):
-    """A model in the library that its checkpoint belongs to."""
+def features_of(model: Any, samples: np.ndarray) -> np.ndarray:
+    """The features that a model's library computes from mono samples [N], valid frames only: [M, T]."""
+    import torch
 
-    name: ClassVar[str]  # of the library
-    limits_symbols: ClassVar[bool] = True  # whether it forces a step after max_symbols tokens on one frame
+    with torch.inference_mode():
+        signal = torch.from_numpy(samples)[None].to(model.device)
+        features, lengths = model.preprocessor(
+            input_signal=signal, length=torch.tensor([len(samples)]).to(model.device)
+        )
+    valid: np.ndarray = features[0, :, : int(lengths[0])].cpu().numpy()
+    return valid
+
+
+class _Library:
+    """What is the same for a model of either library."""
+
+    limits_symbols = True  # whether the library forces a step after max_symbols tokens on one frame
 
     def __init__(self, model: Any) -> None:
         self.model = model
-
-    @property
-    @abstractmethod
-    def sentencepiece_model(self) -> bytes:
-        """The checkpoint's SentencePiece model, as the library has loaded it."""
-
-    @abstractmethod
-    def transcribe(self, features: np.ndarray) -> Transcript:
-        """features [M, T] → tokens, frames and text, all of them the library's."""
-
-    @abstractmethod
-    def words(self, features: np.ndarray) -> list[TimedWord] | None:
-        """features [M, T] → the words with the library's own times; None for a library that gives words no times."""
 
     def features(self, samples: np.ndarray) -> np.ndarray:
         """The features that the library computes from mono samples [N], valid frames only: [M, T]."""
@@ -56,10 +47,8 @@ class Reference(ABC):
         joint = self.model.joint
 
         def predict(tokens: Sequence[int], states: Sequence[Any]) -> list[Prediction]:
-            if states[0] is None:
-                output, state = decoder.predict(y=None, state=None, add_sos=False, batch_size=1)
-            else:
-                output, state = decoder.predict(y=torch.tensor([[tokens[0]]]), state=states[0], add_sos=False)
+            fed = None if states[0] is None else torch.tensor([[tokens[0]]])
+            output, state = decoder.predict(y=fed, state=states[0], add_sos=False, batch_size=1)
             return [Prediction(joint.project_prednet(output)[0], state)]
 
         def join(frames: np.ndarray, outputs: Sequence[Any]) -> np.ndarray:
@@ -68,29 +57,24 @@ class Reference(ABC):
 
         with torch.inference_mode():
             encoded, lengths = self._encode(features)
-            frames = encoded[0].T.numpy()
             return greedy_tdt_decode(
-                [frames],
-                [[int(lengths[0])]],
+                [[encoded[0, :, : int(lengths[0])].T.numpy()]],
                 predict,
                 join,
-                DecodingConfig(
-                    blank_id=decoder.blank_idx,
-                    durations=tuple(self.model.cfg.decoding.durations),
-                    max_symbols=self.model.decoding.decoding.max_symbols,
-                ),
+                blank_id=decoder.blank_idx,
+                durations=self.model.cfg.decoding.durations,
+                max_symbols=self.model.decoding.decoding.max_symbols,
             )[0]
 
     def _encode(self, features: np.ndarray) -> Any:
         """features [M, T] → frames [1, D, S] and their number [1]."""
         import torch
 
-        return self.model.encoder(
-            audio_signal=torch.from_numpy(features)[None], length=torch.tensor([features.shape[1]])
-        )
+        signal = torch.from_numpy(features)[None]
+        return self.model.encoder(audio_signal=signal, length=torch.tensor([features.shape[1]]))
 
 
-class Nemo(Reference):
+class Nemo(_Library):
     """A model of NeMo's (EncDecRNNTBPEModel), set to batched greedy decoding. Its text is that of `transcribe()`."""
 
     name = "NeMo"
@@ -111,11 +95,7 @@ class Nemo(Reference):
     def transcribe(self, features: np.ndarray) -> Transcript:
         """features [M, T] → tokens, frames and text, all of them NeMo's."""
         result = self._decode(self.model.decoding, features)
-        return Transcript(
-            tokens=[int(token) for token in result.y_sequence],
-            text=result.text,
-            frames=[int(frame) for frame in result.timestamp],
-        )
+        return Transcript(result.y_sequence.tolist(), result.text, frames=[int(frame) for frame in result.timestamp])
 
     def words(self, features: np.ndarray) -> list[TimedWord]:
         """features [M, T] → the words with NeMo's own times."""
@@ -141,7 +121,7 @@ class Nemo(Reference):
             return decoding.rnnt_decoder_predictions_tensor(*self._encode(features), return_hypotheses=True)[0]
 
 
-class Transformers(Reference):
+class Transformers(_Library):
     """A ParakeetForTDT of transformers, as common/checkpoint/transformers_model.py has built it."""
 
     name = "transformers"
@@ -149,6 +129,7 @@ class Transformers(Reference):
 
     @property
     def sentencepiece_model(self) -> bytes:
+        """The checkpoint's SentencePiece model, or the one that its tokenizer.json stands for."""
         return bytes(self.model.sentencepiece)
 
     def transcribe(self, features: np.ndarray) -> Transcript:
@@ -182,13 +163,4 @@ class Transformers(Reference):
         return Tokenizer.from_file(str(path)) if path.suffix == ".json" else SentencePieceProcessor(str(path))
 
 
-def features_of(model: Any, samples: np.ndarray) -> np.ndarray:
-    """The features that a model's library computes from mono samples [N], valid frames only: [M, T]."""
-    import torch
-
-    with torch.inference_mode():
-        signal = torch.from_numpy(samples)[None]
-        length = torch.tensor([len(samples)])
-        features, lengths = model.preprocessor(input_signal=signal.to(model.device), length=length.to(model.device))
-    valid: np.ndarray = features[0, :, : int(lengths[0])].cpu().numpy()
-    return valid
+Reference = Nemo | Transformers
