@@ -26,12 +26,12 @@ from common.cli import OPTIMIZE_COMMAND, Parser, Stages, options_of, run, second
 from common.checkpoint import require_device
 from common.checkpoint.find import add_checkpoint_flags, find_checkpoint
 from common.export.pipeline import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions, export_checkpoint
-from common.folder import MANIFEST, staged_folder, state_needs, write_locations, write_manifest
+from common.folder import MANIFEST, staged_folder, state_needs, write_locations
 from common.layouts import ALL, LAYOUTS, former_manifests, layouts_for
 from common.layouts.genai import GENAI
 from common.layouts.layout import Layout, tokenizer_command
 from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime
-from common.report.card import CARD, FEATURES, write_card
+from common.report.card import CARD, FEATURES, finish_folder
 
 RUNTIME_HELP = """the runtime whose names, axes and files to write: genai into the folder itself, any other choice into
 a subfolder for each runtime, which share the encoder's weights by hard links (%(default)s)"""
@@ -99,8 +99,8 @@ def _export(args: argparse.Namespace) -> None:
             # A checkpoint of the Hub needs no path, since it is found again by its name and commit.
             write_locations(folder, output_dir / name, checkpoint=None if checkpoint.name else checkpoint.path)
             oldest = minimum_runtime(folder / graph.file for graph in layout.graphs)
-            write_manifest(folder, kept[name][0], "export", {**section, MINIMUM_RUNTIME: oldest})
-            write_card(folder, output_dir / name, layout)
+            content = {**section, MINIMUM_RUNTIME: oldest}
+            finish_folder(folder, output_dir / name, layout, kept[name][0], "export", content)
             stages.end(*layout.config_files, MANIFEST, CARD)
     if gone := [name for name in present if not (output_dir / name).exists()]:
         print(f"removed from {output_dir}, since they belonged to the former graphs: {', '.join(gone)}")

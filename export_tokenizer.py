@@ -48,12 +48,11 @@ from common.folder import (
     read_manifest,
     staged_folder,
     write_json,
-    write_manifest,
 )
 from common.layouts import genai_folder
 from common.layouts.genai import GENAI
 from common.layouts.layout import check_name_of_graphs, check_tokenizer_of_graphs
-from common.report.card import CARD, write_card
+from common.report.card import CARD, finish_folder
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -94,8 +93,7 @@ def _export(args: argparse.Namespace) -> None:
         write_json(staging / "tokenizer.json", content)
         write_json(staging / "tokenizer_config.json", tokenizer_config(proto))
         (staging / "vocab.txt").write_text(vocab_text(proto), encoding="utf-8", newline="\n")
-        write_manifest(staging, manifest, "tokenizer", {"source": source})
-        write_card(staging, folder, GENAI)
+        finish_folder(staging, folder, GENAI, manifest, "tokenizer", {"source": source})
     stages.end(*TOKENIZER_FILES, MANIFEST, CARD)
     following = TEST_COMMAND if is_float16(manifest) else OPTIMIZE_COMMAND
     print(f"wrote {folder}; next: {following.format(folder)}")

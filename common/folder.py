@@ -316,15 +316,12 @@ def is_float16(manifest: dict[str, Any]) -> bool:
     return bool(manifest.get("export", {}).get("flags", {}).get("precision") == "fp16")
 
 
-def write_manifest(staging: Path, manifest: dict[str, Any], section: str, content: dict[str, Any]) -> None:
-    """Write `manifest` into `staging` with `section` replaced by `content` and the versions of the installed packages.
-
-    The size and SHA-256 of each file of `staging` are added to those already in `manifest`, so call this last.
-    """
-    paths = (path for path in staging.iterdir() if path.is_file() and path.name != MANIFEST)
-    files = {**manifest.get(FILES, {}), **{path.name: fingerprint(path) for path in paths}}
-    section_content = {**content, "versions": package_versions()}
-    write_json(staging / MANIFEST, {**manifest, section: section_content, FILES: dict(sorted(files.items()))})
+def new_manifest(staging: Path, former: dict[str, Any], section: str, content: dict[str, Any]) -> dict[str, Any]:
+    """The manifest `former` with `section` replaced by `content` and the versions of the installed packages, and with
+    the size and SHA-256 of each file of `staging` added to those that it has already."""
+    written = {path.name: fingerprint(path) for path in staging.iterdir() if path.is_file()}
+    files = dict(sorted({**former.get(FILES, {}), **written}.items()))
+    return {**former, section: {**content, "versions": package_versions()}, FILES: files}
 
 
 def package_versions() -> dict[str, str]:

@@ -28,7 +28,6 @@ from common.folder import (
     verify_files,
     write_json,
     write_locations,
-    write_manifest,
 )
 from common.layouts import former_manifests, layouts_in
 from common.layouts.layout import SECOND_NAME, Layout
@@ -43,7 +42,7 @@ from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
 from common.quantize.methods import Calibrated, OptimizeOptions
 from common.quantize.rewrite import OptimizedEncoder, check_ternary, optimize_graph
 from common.quantize.tokens import QuantizedTokenGraphs, quantize_token_graphs
-from common.report.card import write_card
+from common.report.card import finish_folder
 from common.report.report import (
     REPORT_HTML,
     REPORT_JSON,
@@ -253,9 +252,8 @@ def optimize_folder(
         for graph in layout.graphs:
             name = SECOND_NAME.format(name=graph.name, method=options.method.name)
             link(staging / graph.file, staging / name)
-    write_manifest(staging, {**folder.manifest, FILES: {}}, "optimize", section)
-    write_card(staging, folder.target, layout)
     write_locations(staging, folder.target, checkpoint=read_location(source, CHECKPOINT), exported=source)
+    finish_folder(staging, folder.target, layout, {**folder.manifest, FILES: {}}, "optimize", section)
     stages.end(str(folder.target / REPORT_HTML))
     return speed
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from common.evaluate.words import WordErrorRate
-from common.folder import FILES, MANIFEST, fingerprint, is_float16, read_manifest, sha256, write_json
+from common.folder import FILES, MANIFEST, fingerprint, is_float16, new_manifest, read_manifest, sha256, write_json
 from common.layouts.layout import Layout
 from common.onnx_io import MINIMUM_RUNTIME
 from common.report import render
@@ -41,21 +41,24 @@ SCRIPTS = {
 }  # sections of the manifest, in the order in which they are made
 
 
-def write_card(staging: Path, target: Path, layout: Layout) -> None:
-    """Write the card into `staging`, which will become `target`, and list it in its manifest. To be called last.
+def finish_folder(
+    staging: Path, target: Path, layout: Layout, former: dict[str, Any], section: str, content: dict[str, Any]
+) -> None:
+    """Write the card and the manifest into `staging`, which will become `target`. To be called last.
 
-    A card that a person wrote or changed, which the manifest of `target` therefore does not list, is left as it is.
+    former: the manifest that stays, but for `section`, which becomes `content`. A card that a person wrote or changed,
+    which the manifest of `target` therefore does not list, is left as it is.
     """
-    manifest = read_manifest(staging)
-    manifest[FILES].pop(CARD, None)
+    manifest = new_manifest(staging, former, section, content)
+    files = manifest[FILES]
+    files.pop(CARD, None)
     existing = target / CARD
     if existing.is_file() and sha256(existing) != read_manifest(target).get(FILES, {}).get(CARD, {}).get("sha256"):
         print(f"{existing} was written or changed by hand and stays as it is; delete it to have a new one")
     else:
         (staging / CARD).write_text(model_card(manifest, layout), encoding="utf-8", newline="\n")
-        manifest[FILES][CARD] = fingerprint(staging / CARD)
-        manifest[FILES] = dict(sorted(manifest[FILES].items()))
-    write_json(staging / MANIFEST, manifest)
+        files[CARD] = fingerprint(staging / CARD)
+    write_json(staging / MANIFEST, {**manifest, FILES: dict(sorted(files.items()))})
 
 
 def model_card(manifest: dict[str, Any], layout: Layout) -> str:
