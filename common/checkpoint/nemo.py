@@ -333,22 +333,18 @@ def _exact_features(path: Path, instance: Any, state_dict: Mapping[str, Any]) ->
 
     exact = {}
     for name in FEATURE_BUFFERS:
-        own = instance.state_dict().get(name)
-        stored = state_dict.get(name)
-        if own is None or stored is None or own.shape != stored.shape or torch.equal(own.cpu(), stored.cpu()):
+        own, stored = instance.state_dict().get(name), state_dict.get(name)
+        if own is None or stored is None or own.shape != stored.shape:
             continue
-        own = own.float().cpu()
-        stored = stored.cpu()
+        own, given = own.float().cpu(), stored.cpu()
         for dtype in (torch.float16, torch.bfloat16):
             # Half a unit in the last place, and the difference between versions of librosa and torch before rounding.
             bound = (torch.finfo(dtype).eps / 2 + 1e-5) * own.abs() + torch.finfo(dtype).smallest_normal * 2**-10
-            if torch.equal(stored, stored.to(dtype).float()) and bool(((stored - own).abs() <= bound).all()):
+            is_rounded = torch.equal(given, given.to(dtype).float()) and bool(((given - own).abs() <= bound).all())
+            if is_rounded and not torch.equal(own, given):
                 rounded = str(dtype).removeprefix("torch.")
-                print(
-                    f"{path.name}: {name} is rounded to {rounded}; the exact one of its config is used instead",
-                    flush=True,
-                )
-                exact[name] = own.to(state_dict[name].device)
+                print(f"{path.name}: {name} is rounded to {rounded}; the exact one of its config is used", flush=True)
+                exact[name] = own.to(stored.device)
                 break
     return exact
 

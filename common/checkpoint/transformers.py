@@ -54,38 +54,42 @@ def read(origin: Origin) -> Checkpoint | None:
         return None
     files = [origin.get(CONFIG)]
     config = _read_config(files[0])
-    features = {"feature_size": config["encoder_config"].get("num_mel_bins")}
-    notes = [f"no feature extractor: transformers' own numbers for {features['feature_size']} mel bins are used"]
+    mels = config["encoder_config"].get("num_mel_bins")
+    features = {"feature_size": mels}
+    notes = [f"no feature extractor: transformers' own numbers for {mels} mel bins are used"]
     if any(name in origin.sizes for name in FEATURE_FILES):
         files.append(origin.get(*FEATURE_FILES))
         features = _read_features(files[-1])
         notes = []
     tokenizer = origin.get(*TOKENIZER_FILES)
     files.append(tokenizer)
-    sentencepiece = _read_tokenizer(tokenizer, config)
+    if tokenizer.suffix == ".json":
+        sentencepiece = sentencepiece_model(_read_json(tokenizer), config.get("blank_token_id"))
+    else:
+        sentencepiece = tokenizer.read_bytes()
     modules = []
     if ternary.MODULES_KEY in config:
         files.append(origin.get(ternary.DESCRIPTION))
         modules = ternary.read_modules(files[-1], _read_json(files[-1]), config)
     first = origin.get(WEIGHTS, INDEX)
     weights = [first]
-    if first.name == INDEX:
-        weights = [origin.get(name) for name in _shards(first)]
+    if first.name == INDEX:  # which gives the file of each tensor
+        places = _read_json(first).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ValueError(
+                f"expected the shards of the tensors as weight_map in {first}, got none; download it again"
+            )
+        weights = [origin.get(name) for name in sorted(set(map(str, places.values())))]
         files.append(first)
-    tensors = {path: _read_header(path) for path in weights}
-    header = ternary.without_packing({k: v for one in tensors.values() for k, v in one.items()}, modules, first)
-    if heads := sorted(name for name in header if name.startswith(HEADS)):
+    stored = {path: _read_header(path) for path in weights}
+    packed = {name: kind for names in stored.values() for name, kind in names.items()}
+    header = ternary.without_packing(packed, modules, first)
+    left_out = _left_out(header, first)
+    if heads := sorted(name for name in left_out if not name.endswith(COUNTER)):
         notes.append(f"left out, since they are no part of {ARCHITECTURE}: {', '.join(heads)}")
     if modules:
         notes.append(ternary.note_of(modules))
-    for name, (dtype, _) in header.items():
-        if dtype not in FLOATS and not name.endswith(COUNTER):
-            raise ValueError(
-                f"{name} in {first} has the type {dtype}, a packing that is not known; only {', '.join(FLOATS)} and "
-                f"the ternary weights of {ternary.DESCRIPTION} can be read: get the model's float16 weights"
-            )
-    left_out = (*heads, *(name for name in header if name.endswith(COUNTER)))
-    used = {path: [name for name in one if name not in left_out] for path, one in tensors.items()}
+    tensors = {path: [name for name in names if name not in left_out] for path, names in stored.items()}
     return Checkpoint(
         origin=origin,
         format=NAME,
@@ -93,7 +97,7 @@ def read(origin: Origin) -> Checkpoint | None:
         files=[*files, *weights],
         loaded_bytes=sum(FLOAT32_BYTES * math.prod(shape) for name, (_, shape) in header.items() if name not in heads),
         sentencepiece=sentencepiece,
-        load_model=partial(load_model, config, features, (tokenizer, sentencepiece), used, modules),
+        load_model=partial(load_model, config, features, (tokenizer, sentencepiece), tensors, modules),
         notes=notes,
     )
 
@@ -140,29 +144,7 @@ def _read_features(path: Path) -> dict[str, Any]:
     return features
 
 
-def _read_tokenizer(path: Path, config: Mapping[str, Any]) -> bytes:
-    """The SentencePiece model of the checkpoint: its own, or the one that its tokenizer.json was converted from.
-
-    Raises ValueError where the tokenizer is of another kind, or has another number of pieces than the network.
-    """
-    if path.suffix != ".json":
-        return path.read_bytes()
-    content = _read_json(path)
-    try:
-        return sentencepiece_model(content, config["blank_token_id"])
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be used: {error}") from None
-
-
-def _shards(index: Path) -> list[str]:
-    """The names of the files that an index of weights names. Raises ValueError where it names none."""
-    places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"expected the shards of the tensors as weight_map in {index}, got none; download it again")
-    return sorted({str(place) for place in places.values()})
-
-
-def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _read_header(path: Path) -> ternary.Header:
     """Name → type and shape of the tensors in a file. Raises ValueError where the library does not accept it."""
     from safetensors import SafetensorError, safe_open
 
@@ -172,6 +154,18 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             return {name: (str(one.get_dtype()), tuple(one.get_shape())) for name, one in slices.items()}
     except (SafetensorError, OSError, OverflowError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); download it again") from None
+
+
+def _left_out(header: ternary.Header, path: Path) -> set[str]:
+    """The tensors that are not used: heads and counters. Raises ValueError for one of a type that is not known."""
+    left_out = {name for name in header if name.startswith(HEADS) or name.endswith(COUNTER)}
+    for name, (dtype, _) in header.items():
+        if dtype not in FLOATS and name not in left_out:
+            raise ValueError(
+                f"{name} in {path} has the type {dtype}, a packing that is not known; only {', '.join(FLOATS)} and the "
+                f"ternary weights of {ternary.DESCRIPTION} can be read: get the model's float16 weights"
+            )
+    return left_out
 
 
 def load_model(
