@@ -27,30 +27,31 @@ from common.folder import sha256
 from common.run.audio import Clip, load_clip
 from common.run.decode import Transcript
 from common.run.reference import Nemo
-from tests.helpers import CLIPS, REDUX, TINY, export_for_every_runtime, load_model
+from tests.helpers import CLIPS, REDUX, SMALL, TINY, export_for_every_runtime, load_model
 
 KEPT_MODELS = 3
 # Fixtures that restore a checkpoint or run scripts. A test with one of them, directly or through another, is slow.
-SLOW_FIXTURES = {"tiny_model", "tiny_transformers", "tiny_export", "tiny_runtimes"}
+SLOW_FIXTURES = {"tiny_model", "random_checkpoint", "tiny_transformers", "tiny_export", "tiny_runtimes"}
+
+
+# The files that take longest, in that order: 90 to 20 s of one core. The first does not begin with `tiny_export`, which
+# the second makes meanwhile.
+LONGEST = (
+    *("browser", "scripts", "topologies", "layouts", "faults", "stress", "int4", "published", "ternary", "model"),
+    *("float16", "calibrate", "smoothing", "timestamps", "runtime", "numbers", "transformers", "export", "writing"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests with a slow fixture, and run the files with the most slow tests first: a worker of pytest-xdist
-    takes one file after the other, and none should begin a long file when the others have already finished. The second
-    file is one that begins without the exported folder, which the first worker makes meanwhile."""
+    """Mark the tests with a slow fixture, and run the longest files first, then those with the most slow tests: a
+    worker of pytest-xdist takes one file after the other, and none should begin a long one when others have finished.
+    """
     for item in items:
         if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
-    first = {item.path: item for item in reversed(items)}  # of each file
-    files = list(dict.fromkeys(item.path for item in items))
-    for path in files[1:]:
-        if "tiny_export" not in first[path].fixturenames:
-            files.remove(path)
-            files.insert(1, path)
-            break
-    items.sort(key=lambda item: files.index(item.path))
+    place = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (place.get(item.path.stem, len(place)), -slow[item.path]))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -79,13 +80,14 @@ def restore_with_nemo() -> Iterator[Callable[..., Any]]:
     at how it is restored, puts that function back into place."""
     load = nemo.load_model
     models: dict[tuple[str, str], Any] = {}  # the one used last at the end
+    bundled = sha256(TINY), "cpu"  # which stays
 
     def loaded_once(checkpoint: Path, config: dict[str, Any], device: str = "cpu", scratch: Path | None = None) -> Any:
         key = sha256(checkpoint), device
         model = models.pop(key) if key in models else load(checkpoint, config, device, scratch)
         models[key] = model
         if len(models) > KEPT_MODELS:
-            del models[next(iter(models))]
+            del models[next(key for key in models if key != bundled)]
         return model.eval()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -147,6 +149,18 @@ def nemo_transcripts(tiny_model) -> list[Transcript]:
 @pytest.fixture(scope="session")
 def nemo_texts(nemo_transcripts) -> list[str]:
     return [transcript.text for transcript in nemo_transcripts]
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(made_once) -> Path:
+    """A small one of 40 pieces, which NeMo restores in a tenth of the time, with the features of the bundled one."""
+    from benchmarks.random_checkpoint import write_checkpoint
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        write_checkpoint(folder / "random.nemo", {"predictor": 32, "pieces": 40, "encoder": {**SMALL, "d_model": 64}})
+
+    return made_once("random", write) / "random.nemo"
 
 
 @pytest.fixture(scope="session")

@@ -157,23 +157,23 @@ def write_tar(path: Path, members: dict[str, bytes], *extra: tuple[tarfile.TarIn
             tar.addfile(info, io.BytesIO(content))
 
 
-def rewrite_text(path: Path, change: Callable[[str], str]) -> Path:
-    """Copy the bundled checkpoint to `path` with the text of its config changed by `change(text)`, and without the
-    labels that `small_members` leaves out."""
-    members = small_members()
+def rewrite_text(path: Path, change: Callable[[str], str], source: Path | None = None) -> Path:
+    """Copy the bundled checkpoint, without the labels that `small_members` leaves out, or the checkpoint `source` to
+    `path` with the text of its config changed by `change(text)`."""
+    members = members_of(source) if source else small_members()
     write_tar(path, {**members, CONFIG: change(members[CONFIG].decode()).encode()})
     return path
 
 
-def rewrite_config(path: Path, change: Callable[[dict], None]) -> Path:
-    """Copy the bundled checkpoint to `path` with its config changed by `change(config)`."""
+def rewrite_config(path: Path, change: Callable[[dict], None], source: Path | None = None) -> Path:
+    """Copy the bundled checkpoint, or the checkpoint `source`, to `path`; `change(config)` changes its config."""
 
     def rewritten(text: str) -> str:
         config = yaml.safe_load(text)
         change(config)
         return yaml.safe_dump(config, allow_unicode=True)
 
-    return rewrite_text(path, rewritten)
+    return rewrite_text(path, rewritten, source)
 
 
 def rewrite_weights(path: Path, change: Callable[[dict], None], source: Path | None = None) -> Path:
@@ -412,7 +412,9 @@ def change_weights(path: Path, change: Callable[[np.ndarray], np.ndarray], name:
     onnx.save(model, path)
 
 
-def profiled(runtime: str, folder: Path, scratch: Path, level: int) -> tuple[list, list[dict]]:
+def profiled(
+    runtime: str, folder: Path, scratch: Path, level: int, clips: Sequence[Path] = CLIPS
+) -> tuple[list, list[dict]]:
     """The transcripts of a runtime, and the events of its encoder's session. Where ORT_LOAD_CONFIG_FROM_MODEL is set,
     ONNX Runtime reads a session's options from the model, whichever library it is built into."""
     shutil.copytree(folder, scratch / "model")
@@ -426,7 +428,7 @@ def profiled(runtime: str, folder: Path, scratch: Path, level: int) -> tuple[lis
     )
     onnx.save(proto, scratch / "model" / file)
     environment = {**os.environ, "ORT_LOAD_CONFIG_FROM_MODEL": "1", "PYTHONPATH": str(Path.cwd())}
-    command = [sys.executable, "-c", program, str(scratch / "model"), *map(str, CLIPS)]
+    command = [sys.executable, "-c", program, str(scratch / "model"), *map(str, clips)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=300, cwd=scratch, env=environment
     )

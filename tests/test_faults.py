@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 from functools import partial
@@ -47,9 +46,11 @@ from tests.helpers import (
     WITHOUT_SPEED,
     config_of,
     load_model,
+    members_of,
     prefer,
     rejected,
     reproducible,
+    run_python,
     small_members,
     snapshot,
     tiny_members,
@@ -342,27 +343,23 @@ class TestManifest:
         assert verify_files(folder, ["encoder.onnx"]) == 0
 
 
-THREE_SCRIPTS = f"""
-{WITHOUT_SPEED}
-import sys, export_parakeet_to_onnx, export_tokenizer, optimize_encoder
-checkpoint, folder, optimized = sys.argv[1:]
-source = ["--model_name", checkpoint, "--output_dir", folder]
-assert export_parakeet_to_onnx.main([*source, "--skip_verify"]) == 0
-assert export_tokenizer.main(source) == 0
-assert optimize_encoder.main(["--model_dir", folder, "--output_dir", optimized]) == 0
-"""
+OPTIMIZE = f"{WITHOUT_SPEED}import sys, optimize_encoder; sys.exit(optimize_encoder.main(sys.argv[1:]))"
 
 
 def test_the_same_input_gives_the_same_bytes(tiny_export, tiny_optimized, tmp_path):
-    """In another process, with another hash seed, in a folder of another name."""
+    """From a checkpoint in another folder into folders elsewhere; the optimization in another process, with another
+    hash seed. tests/test_transformers.py exports in such a process."""
     folder = tmp_path / "again" / "onnx_models"
     checkpoint = tmp_path / "again" / TINY.name
     folder.parent.mkdir()
     shutil.copy(TINY, checkpoint)
+    source = ["--model_name", str(checkpoint), "--output_dir", str(folder)]
+    assert export_parakeet_to_onnx.main([*source, "--skip_verify"]) == 0
+    assert export_tokenizer.main(source) == 0
     again = folder.parent / tiny_optimized.name
-    command = [sys.executable, "-c", THREE_SCRIPTS, *map(str, (checkpoint, folder, again))]
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    argv = ("--model_dir", folder, "--output_dir", again)
+    done = run_python(OPTIMIZE, *argv, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert done.returncode == 0, done.stderr
     for one, other in ((tiny_export, folder), (tiny_optimized, again)):
         assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
         for path in sorted(one.iterdir()):
@@ -450,36 +447,37 @@ class TestCheckpoints:
         SaveRestoreConnector._unpack_nemo_file(str(tmp_path / "bad.nemo"), str(tmp_path / "deep" / "er"))
         assert not list(tmp_path.rglob(checkpoints.CANARY))
 
-    def test_a_gzipped_checkpoint_as_older_versions_wrote_is_read(self, tmp_path):
+    def test_a_gzipped_checkpoint_as_older_versions_wrote_is_read(self, random_checkpoint, tmp_path):
         import gzip
 
-        plain, path = tmp_path / "new.nemo", tmp_path / "old.nemo"
-        write_tar(plain, small_members())
-        path.write_bytes(gzip.compress(plain.read_bytes(), 1))
-        assert config_of(path) == config_of(plain)
-        assert load_model(path).decoder.blank_idx == 8192
+        path = tmp_path / "old.nemo"
+        path.write_bytes(gzip.compress(random_checkpoint.read_bytes(), 1))
+        assert config_of(path) == config_of(random_checkpoint)
+        assert load_model(path).decoder.blank_idx == 40
 
-    def test_an_unpacked_checkpoint_is_the_checkpoint(self, tmp_path, tiny_model, monkeypatch, restore_with_nemo):
+    def test_an_unpacked_checkpoint_is_the_checkpoint(
+        self, tmp_path, random_checkpoint, monkeypatch, restore_with_nemo
+    ):
         """The folder that `tar xf` makes of it, with files that do not belong to it and are not counted."""
         import torch
 
         monkeypatch.setattr(nemo, "load_model", restore_with_nemo)
         folder = tmp_path / "unpacked"
-        with tarfile.open(TINY) as tar:
+        with tarfile.open(random_checkpoint) as tar:
             tar.extractall(folder, filter="data")
         (folder / "README.md").write_text("---\nlicense: mit\n---\n")
         (folder / "notes.txt").write_text("mine")
         (folder / "runs").mkdir()
-        found, packed = find_checkpoint(str(folder)), find_checkpoint(str(TINY))
+        found, packed = find_checkpoint(str(folder)), find_checkpoint(str(random_checkpoint))
         assert (found.path, found.format) == (folder, nemo.NAME)
-        assert {path.name for path in found.files} == tiny_members().keys()
+        assert {path.name for path in found.files} == members_of(random_checkpoint).keys()
         assert found.sentencepiece == packed.sentencepiece
         assert found.record()["terms"] == {"license": "mit"}
         digest = found.digest
         (folder / "notes.txt").write_text("changed")
         assert find_checkpoint(str(folder)).digest == digest
         state = find_checkpoint(os.path.relpath(folder)).load_model().state_dict()
-        for name, tensor in tiny_model.state_dict().items():
+        for name, tensor in packed.load_model().state_dict().items():
             assert torch.equal(tensor, state[name]), name
 
     @pytest.mark.parametrize(

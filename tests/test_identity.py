@@ -1,12 +1,10 @@
 """NeMo's own text compared with the exported folder's, and folders with parts of different checkpoints."""
 
 import contextlib
-import io
 import json
 import random
 import re
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +30,7 @@ from common.layouts.views import write_view
 from common.run.audio import Clip, load_clip
 from common.run.decode import Hypothesis, Step, Transcript
 from common.run.reference import Nemo
-from tests.helpers import SAMPLES, TINY, change_weights, comparison_of, rejected
+from tests.helpers import SAMPLES, TINY, change_weights, comparison_of, rejected, rewrite_weights, small_members
 
 CLIPS = [SAMPLES / "clips" / f"{name}.flac" for name in ("029_hibari", "128_rms", "105_slt")]
 # Pieces that the bundled checkpoint emits on CLIPS, and the pieces that replace them, whose text differs by rule.
@@ -42,30 +40,17 @@ SWAPS = {"▁b": "▁¿", "3": "<unk>", "th": "<|es|>", "8": "%"}
 @pytest.fixture(scope="module")
 def swapped(tmp_path_factory):
     """The bundled checkpoint with pieces that change places: it emits `▁¿`, `<unk>`, `<|es|>`, and `▁` before `%`."""
-    import torch
-
     path = tmp_path_factory.mktemp("swapped") / "swapped.nemo"
-    with tarfile.open(TINY) as source, tarfile.open(path, "w") as target:
-        members = {member.name: source.extractfile(member).read() for member in source if member.isfile()}
-        names = [line.split("\t")[0] for line in _ending(members, ".vocab").decode().splitlines()]
-        weights = next(name for name in members if name.endswith(".ckpt"))
-        state = torch.load(io.BytesIO(members[weights]), weights_only=True)
+    vocabulary = next(content for name, content in small_members().items() if name.endswith(".vocab"))
+    names = [line.split("\t")[0] for line in vocabulary.decode().splitlines()]
+
+    def swap(weights):
         for one, other in SWAPS.items():
             pair = [names.index(one), names.index(other)]
             for name in ("decoder.prediction.embed.weight", "joint.joint_net.2.weight", "joint.joint_net.2.bias"):
-                state[name][pair] = state[name][pair[::-1]]
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        members[weights] = buffer.getvalue()
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            target.addfile(info, io.BytesIO(content))
-    return path
+                weights[name][pair] = weights[name][pair[::-1]]
 
-
-def _ending(members, suffix):
-    return next(content for name, content in members.items() if name.endswith(suffix))
+    return rewrite_weights(path, swap)
 
 
 @pytest.fixture(scope="module")

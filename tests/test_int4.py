@@ -316,15 +316,15 @@ def test_every_runtime_unpacks_the_weights_once(runtime, calibrated, tmp_path):
     """In each runtime's own ONNX Runtime no Cast of a weight runs. With optimization switched off the Casts do run, and
     the transcripts are the same."""
     texts, unpacked = {}, {}
-    for level in (99, 0):  # ORT_ENABLE_ALL, ORT_DISABLE_ALL
+    for level, count in ((99, len(CLIPS)), (0, 2)):  # ORT_ENABLE_ALL, ORT_DISABLE_ALL
         scratch = tmp_path / str(level)
         scratch.mkdir()
-        texts[level], events = profiled(runtime, calibrated / runtime, scratch, level)
+        texts[level], events = profiled(runtime, calibrated / runtime, scratch, level, CLIPS[:count])
         operators = Counter(event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time"))
-        assert operators["MatMulIntegerToFloat"] >= 61 * len(CLIPS)
+        assert operators["MatMulIntegerToFloat"] >= 61 * count
         unpacked[level] = {event["name"] for event in events if UNPACKED in event["name"]}
     assert all(texts[99])
-    assert texts[99] == texts[0]
+    assert texts[99][:2] == texts[0]
     assert unpacked[99] == set()
     assert len(unpacked[0]) >= 61
 

@@ -13,8 +13,6 @@ import onnxruntime as ort
 import pytest
 import soundfile
 
-import export_parakeet_to_onnx
-import optimize_encoder
 from common.checkpoint.spec import ModelSpec
 from common.cli import CheckError
 from common.folder import FILES, read_manifest
@@ -22,7 +20,7 @@ from common.layouts.log_mel import FEATURES_TOLERANCE, check_features, log_mel_g
 from common.layouts.onnx_asr import ONNX_ASR
 from common.run.audio import Clip, load_clip
 from common.run.reference import Nemo, features_of
-from tests.helpers import CLIPS, SAMPLES, TINY, check_runtime
+from tests.helpers import CLIPS, SAMPLES, check_runtime
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +130,6 @@ def test_features_that_differ_are_an_error(spec, tiny_model):
 
 @pytest.mark.slow
 class TestOnnxAsr:
-    @pytest.fixture(scope="class")
-    def exported(self, tmp_path_factory) -> Path:
-        folder = tmp_path_factory.mktemp("onnx-asr") / "onnx_models"
-        argv = ["--model_name", str(TINY), "--runtime", "onnx-asr", "--skip_verify", "--output_dir", str(folder)]
-        assert export_parakeet_to_onnx.main(argv) == 0
-        return folder / "onnx-asr"
-
     def command_line(self, clip: Path, *argv) -> str:
         """What `onnx-asr` prints, run as a user runs it."""
         command = [str(Path(sys.executable).with_name("onnx-asr")), "nemo-conformer-tdt", str(clip), *map(str, argv)]
@@ -146,27 +137,28 @@ class TestOnnxAsr:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def test_its_command_line_finds_the_float32_and_the_int8_graphs(self, exported, tiny_model, tmp_path):
+    def test_its_command_line_finds_the_float32_and_the_int8_graphs(
+        self, tiny_runtimes, optimized, tiny_model, tmp_path
+    ):
+        exported = tiny_runtimes / ONNX_ASR.runtime
         clip = tmp_path / "clip.wav"
         samples, rate = soundfile.read(SAMPLES / "clips" / "123_joe.flac")
         soundfile.write(clip, samples, rate, subtype="PCM_16")
         nemo = Nemo(tiny_model)
         expected = nemo.transcribe(nemo.features(load_clip(Clip(clip), 16000, 0))).text.strip()
         assert self.command_line(clip, "-p", exported) == expected
-        optimized = tmp_path / "int8"
-        argv = ["--model_dir", str(exported), "--output_dir", str(optimized), "--quant_method", "int8"]
-        assert optimize_encoder.main(argv) == 0
-        assert self.command_line(clip, "-p", optimized, "-q", "int8") == expected
+        folder = optimized("--quant_method", "int8", source=exported)
+        assert self.command_line(clip, "-p", folder, "-q", "int8") == expected
         # Under that name alone, as onnx-asr downloads it.
         alone = tmp_path / "alone"
         alone.mkdir()
         names = [f"{graph.name}.int8.onnx" for graph in ONNX_ASR.graphs]
         for name in (*names, "config.json", "vocab.txt"):
-            (alone / name).write_bytes((optimized / name).read_bytes())
+            (alone / name).write_bytes((folder / name).read_bytes())
         assert self.command_line(clip, "-p", alone, "-q", "int8") == expected
-        listed = read_manifest(optimized)[FILES]
+        listed = read_manifest(folder)[FILES]
         assert {*names, "nemo128.onnx"} <= listed.keys()
         for graph in ONNX_ASR.graphs:
-            assert (optimized / graph.file).samefile(optimized / f"{graph.name}.int8.onnx")
-        assert (optimized / "nemo128.onnx").read_bytes() == (exported / "nemo128.onnx").read_bytes()
+            assert (folder / graph.file).samefile(folder / f"{graph.name}.int8.onnx")
+        assert (folder / "nemo128.onnx").read_bytes() == (exported / "nemo128.onnx").read_bytes()
         assert json.loads((exported / "config.json").read_text())["features_size"] == 128

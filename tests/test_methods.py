@@ -71,17 +71,16 @@ def test_a_method_of_its_own_kind_needs_nothing_but_its_registration(toy, tiny_e
     assert (record["method"], record["weights_by_bits"]) == ("rounded", {"16": 56})
     assert 25 < record["sqnr_db_on_noise"] < 60
     assert "rounded" in (tmp_path / "out" / REPORT_HTML).read_text()
-    weights = load(tmp_path / "out" / ENCODER.file).graph.initializers
-    for name, exported in load(tiny_export / ENCODER.file).graph.initializers.items():
-        if name in matrices(load(tiny_export / ENCODER.file)):
-            before, after = exported.const_value.numpy(), weights[name].const_value.numpy()
-            if name.endswith("attention.position_sine.weight"):
-                np.testing.assert_array_equal(after, before)
-                continue
-            np.testing.assert_array_equal(after, bfloat16(after))
-            # Behind a normalization its rows have factors; elsewhere these are 1.
-            factors = np.linalg.norm(after, axis=1, keepdims=True) / np.linalg.norm(before, axis=1, keepdims=True)
-            np.testing.assert_allclose(after, before * factors, rtol=2**-6)
+    exported, made = (load(folder / ENCODER.file) for folder in (tiny_export, tmp_path / "out"))
+    for name in matrices(exported):
+        before, after = (model.graph.initializers[name].const_value.numpy() for model in (exported, made))
+        if name.endswith("attention.position_sine.weight"):
+            np.testing.assert_array_equal(after, before)
+            continue
+        np.testing.assert_array_equal(after, bfloat16(after))
+        # Behind a normalization its rows have factors; elsewhere these are 1.
+        factors = np.linalg.norm(after, axis=1, keepdims=True) / np.linalg.norm(before, axis=1, keepdims=True)
+        np.testing.assert_allclose(after, before * factors, rtol=2**-6)
     assert test_e2e.main(["--model_dir", str(tmp_path / "out")]) == 0
 
 

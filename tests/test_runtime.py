@@ -165,16 +165,15 @@ def test_a_batch_that_is_not_masked_is_noticed(genai, raw, monkeypatch):
 
 
 @pytest.mark.slow
-def test_seven_minutes(genai, raw):
-    """The clip is longer than NeMo's table of positions, 400 s. The checkpoint knows single sentences and loses most
-    words of a long clip, in NeMo as well. What counts here is that the engines lose the same words, and that one window
-    of 420 s runs."""
-    samples = speech(420)
+def test_three_windows(genai, raw):
+    """The checkpoint knows single sentences and loses most words of a long clip, in NeMo as well. What counts here is
+    that the engines lose the same words, and that one window of 130 s runs."""
+    samples = speech(130)
     features = genai.features(samples)
     tokens = genai.transcribe(samples)
     assert tokens == raw.transcribe(features).tokens
-    assert len(tokens) > 350
-    assert len(raw.transcribe(features, whole=True).tokens) > 200
+    assert len(tokens) > 100
+    assert len(raw.transcribe(features, whole=True).tokens) > 60
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])

@@ -23,7 +23,7 @@ from common.quantize.fidelity import sqnr_db
 from common.quantize.rewrite import factors_without_speech, fold, fuse, normalized_inputs, quantizable, row_factors
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
-from tests.helpers import CLIPS, SMALL
+from tests.helpers import CLIPS, SMALL, printed_by
 
 LOUD = 30.0
 READERS = {
@@ -100,21 +100,18 @@ def test_a_folded_graph_is_the_exported_one(fused, loud_export, tmp_path, speech
     ("flags", "loss"), [(("--quant_method", "rtn"), 3), (("--quant_method", "int8"), 6)], ids=["rtn", "int8"]
 )
 def test_loud_channels_cost_little_with_scaling_and_much_without(
-    flags, loss, tiny_export, loud_export, tmp_path, speech, monkeypatch, capsys
+    flags, loss, tiny_export, loud_export, optimized, tmp_path, speech, monkeypatch, capsys
 ):
     reference = encode(tiny_export, speech)
-
-    def ratio(source: Path, name: str) -> float:
-        target = tmp_path / name
-        argv = ["--model_dir", str(source), "--output_dir", str(target), "--skip_fusion", "--verbose", *flags]
-        assert optimize_encoder.main(argv) == 0, capsys.readouterr().err
-        return sqnr_db(reference, encode(target, speech))
-
-    tame, scaled = ratio(tiny_export, "tame"), ratio(loud_export, "scaled")
-    assert "input channels of 30 weights scaled" in capsys.readouterr().out
+    flags = ("--skip_fusion", *flags)
+    folder = optimized(*flags, "--verbose", source=loud_export)
+    assert "input channels of 30 weights scaled" in printed_by(folder)
+    tame, scaled = (sqnr_db(reference, encode(each, speech)) for each in (optimized(*flags), folder))
     assert abs(scaled - tame) < 1  # the factors undo the change, up to the rounding of float32
     monkeypatch.setattr("common.quantize.rewrite.factors_without_speech", lambda model, weights: {})
-    assert ratio(loud_export, "unscaled") < scaled - loss
+    argv = ["--model_dir", str(loud_export), "--output_dir", str(tmp_path / "unscaled"), *flags]
+    assert optimize_encoder.main(argv) == 0, capsys.readouterr().err
+    assert sqnr_db(reference, encode(tmp_path / "unscaled", speech)) < scaled - loss
 
 
 def test_factors_undo_what_was_moved_between_channels_and_rows():
@@ -185,14 +182,21 @@ def test_normalizations_with_the_same_numbers_get_their_own():
     np.testing.assert_allclose(actual, expected, atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def biased_checkpoint(tmp_path_factory) -> Path:
+    """A random model with biases."""
+    path = tmp_path_factory.mktemp("tame") / "tame.nemo"
+    topology = {"mels": 80, "predictor": 48, "pieces": 64, "encoder": {**SMALL, "d_model": 96, "use_bias": True}}
+    write_checkpoint(path, topology)
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scales", "stream"])
-def test_a_checkpoint_with_loud_channels_loses_little(kind, tmp_path, monkeypatch, capsys):
-    """Run the scripts on the tool's checkpoints, made from a random model with biases."""
-    topology = {"mels": 80, "predictor": 48, "pieces": 64, "encoder": {**SMALL, "d_model": 96, "use_bias": True}}
-    checkpoint, loud = tmp_path / "tame.nemo", tmp_path / "loud.nemo"
-    write_checkpoint(checkpoint, topology)
-    ratio = write_loud(checkpoint, loud, kind)
+def test_a_checkpoint_with_loud_channels_loses_little(kind, biased_checkpoint, tmp_path, monkeypatch, capsys):
+    """Run the scripts on the tool's checkpoints."""
+    loud = tmp_path / "loud.nemo"
+    ratio = write_loud(biased_checkpoint, loud, kind)
     assert ratio > (100 if kind == "scales" else 3)
     exported = tmp_path / "exported"
     source = ["--model_name", str(loud), "--output_dir", str(exported)]
