@@ -19,6 +19,7 @@ from common import optimize
 from common.cli import CheckError
 from common.contract import GRAPHS
 from common.evaluate import word_limit
+from common.evaluate.engines import WARM_UP_FRAMES
 from common.evaluate.word_limit import EvaluatedClip, judge, print_word_errors, word_table
 from common.evaluate.words import marked_changes
 from common.folder import verify_files
@@ -28,6 +29,7 @@ from common.quantize.rewrite import Stored
 from common.report.card import CARD
 from common.report.report import REPORT_HTML, REPORT_JSON, make_evaluation, make_report, write_page
 from common.run.audio import read_clips
+from common.run.ort import OnnxRuntime
 from tests.helpers import ROOT, SAMPLES, WITHOUT_SPEED
 
 MANIFEST = SAMPLES / "manifest.jsonl"
@@ -37,6 +39,23 @@ HOSTILE_LANG = "<b onclick=alert(3)>$x^$"
 
 def optimize_tiny(tiny_export: Path, target: Path, *flags: str) -> int:
     return optimize_encoder.main(["--model_dir", str(tiny_export), "--output_dir", str(target), *map(str, flags)])
+
+
+def test_an_optimized_model_without_numbers_fails_the_check_of_words(tiny_export, tmp_path, monkeypatch):
+    """NaN logits are a failed check and not an input that cannot be used."""
+    transcribe = OnnxRuntime.transcribe_all
+
+    def without_numbers(self, features, *args, **kwargs):
+        if features[0].shape[1] != WARM_UP_FRAMES and next(times) == 1:  # float32 is the first
+            monkeypatch.setattr(self, "join", lambda *of: np.full((1, 8198), np.nan))
+        return transcribe(self, features, *args, **kwargs)
+
+    times = itertools.count()
+    manifest = tmp_path / "one.jsonl"
+    manifest.write_text(json.dumps({"audio_filepath": str(SAMPLES / "jfk.wav"), "text": "ask not"}))
+    monkeypatch.setattr(OnnxRuntime, "transcribe_all", without_numbers)
+    with pytest.raises(CheckError, match=r"the optimized model fails on speech .* NaN"):
+        word_limit.compare_words(tiny_export, tiny_export, manifest, read_clips(manifest))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ rule, on the features of GenAI's processor, for which the optimized folder is al
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from common.cli import CheckError, progress, warn
 from common.evaluate.blanks import Flaws, flaws_table, print_flaws
 from common.evaluate.compare import ComparedClip, Comparison
-from common.evaluate.engines import OpenFolder, onnx_engine
+from common.evaluate.engines import OpenFolder, Recording, onnx_engine
 from common.evaluate.stress import FLOAT32, OPTIMIZED
 from common.evaluate.words import (
     MAX_PRINTED_CLIPS,
@@ -29,6 +29,7 @@ from common.quantize.fidelity import sqnr_db
 from common.quantize.methods import OptimizeOptions
 from common.run.audio import Clip, read_clips, shared_clips
 from common.run.config import RuntimeConfig
+from common.run.decode import Transcript
 from common.run.ort import MAPPED
 
 
@@ -103,14 +104,22 @@ def compare_words(
     tokens, GenAI's that of the optimized one, so that words that a tokenizer loses are counted.
 
     The float32 weights stay in their data file, since both models are in memory at once; the optimized one is small.
-    Raises as GenAI and Comparison.transcribe do.
+    Raises CheckError where the optimized model gives no numbers, and as GenAI and Comparison.transcribe do.
     """
     before, after = OpenFolder(exported, MAPPED), OpenFolder(optimized)
     after.spell = after.genai.text
+    engine = onnx_engine(OPTIMIZED, after)
+
+    def transcribe(recordings: Sequence[Recording]) -> list[Transcript]:
+        try:
+            return engine.transcribe(recordings)
+        except ValueError as error:
+            raise CheckError(f"the optimized model fails on speech that float32 transcribes: {error}") from error
+
     comparison = Comparison(
         clips=[ComparedClip(**vars(clip)) for clip in clips],
         folders=[after, before],
-        engines=[onnx_engine(FLOAT32, before), onnx_engine(OPTIMIZED, after)],
+        engines=[onnx_engine(FLOAT32, before), replace(engine, transcribe=transcribe)],
     )
     evaluated = []
     frames: list[np.ndarray] = []  # [S, D] of both, the windows of each one after the other
