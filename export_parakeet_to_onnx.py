@@ -30,7 +30,6 @@ from common.folder import MANIFEST, staged_folder, state_needs, write_locations
 from common.layouts import ALL, LAYOUTS, former_manifests, layouts_for
 from common.layouts.genai import GENAI
 from common.layouts.layout import Layout, tokenizer_command
-from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime
 from common.report.card import CARD, FEATURES, finish_folder
 
 RUNTIME_HELP = """the runtime whose names, axes and files to write: genai into the folder itself, any other choice into
@@ -98,9 +97,7 @@ def _export(args: argparse.Namespace) -> None:
             layout.write(folder, exported.graphs, exported.spec, exported.files[name])
             # A checkpoint of the Hub needs no path, since it is found again by its name and commit.
             write_locations(folder, output_dir / name, checkpoint=None if checkpoint.name else checkpoint.path)
-            oldest = minimum_runtime(folder / graph.file for graph in layout.graphs)
-            content = {**section, MINIMUM_RUNTIME: oldest}
-            finish_folder(folder, output_dir / name, layout, kept[name][0], "export", content)
+            finish_folder(folder, output_dir / name, layout, kept[name][0], "export", section)
             stages.end(*layout.config_files, MANIFEST, CARD)
     if gone := [name for name in present if not (output_dir / name).exists()]:
         print(f"removed from {output_dir}, since they belonged to the former graphs: {', '.join(gone)}")

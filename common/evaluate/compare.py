@@ -245,25 +245,22 @@ class Comparison:
             "normalised_wer": _error_rate([(normalize(text), normalize(transcript)) for text, transcript in texts]),
         }
         if self.reference and engine != self.reference.name:
-            expected = self.reference.name
-            whole = [clip for clip in self.clips if clip.one_window]
-            cut = [clip for clip in self.clips if not clip.one_window]
-            other = [clip for clip in whole if clip.transcripts[engine].tokens != clip.transcripts[expected].tokens]
+            expected = [clip.transcripts[self.reference.name] for clip in self.clips]
+            both = list(zip(self.clips, expected, made, strict=True))
+            whole = [(one, other) for clip, one, other in both if clip.one_window]
+            cut = [(one, other) for clip, one, other in both if not clip.one_window]
             figures |= {
                 "clips_compared": len(whole),
                 "clips_of_several_windows": len(cut),
-                "clips_differing_from_nemo": len(other),
-                "wer_against_nemo": _error_rate([self.comparable_texts(clip, engine) for clip in whole]),
-                "wer_against_nemo_of_several_windows": _error_rate(
-                    [self.comparable_texts(clip, engine) for clip in cut]
-                ),
+                "clips_differing_from_nemo": sum(one.tokens != other.tokens for one, other in whole),
+                "wer_against_nemo": self._against_reference(whole),
+                "wer_against_nemo_of_several_windows": self._against_reference(cut),
             }
         return {key: value for key, value in figures.items() if value is not None}
 
-    def comparable_texts(self, clip: ComparedClip, engine: str) -> tuple[str, str]:
-        """The reference's text of a clip and an engine's, both without what differs by rule."""
-        assert self.reference, "only where there is a reference"
-        return comparable(clip.transcripts[self.reference.name].text, clip.transcripts[engine].text, self.rules)
+    def _against_reference(self, both: Sequence[tuple[Transcript, Transcript]]) -> WordErrorRate | None:
+        """The error rate of an engine's texts against the reference's, both without what differs by rule."""
+        return _error_rate([comparable(one.text, other.text, self.rules) for one, other in both])
 
     def words(self, clip: ComparedClip) -> list[TimedWord]:
         """The words of a clip with their times, by plain ONNX Runtime on the first folder."""
@@ -272,8 +269,10 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """Every transcript, figure and difference, for --json."""
-        places = [{"audio_filepath": str(clip.path), "offset": clip.offset} for clip in self.clips]
-        placed = list(zip(places, self.clips, strict=True))
+
+        def place(clip: Clip) -> dict[str, Any]:
+            return {"audio_filepath": str(clip.path), "offset": clip.offset}
+
         return {
             "engines": {
                 engine: {key: asdict(x) if isinstance(x, WordErrorRate) else x for key, x in figures.items()}
@@ -281,7 +280,7 @@ class Comparison:
             },
             "clips": [
                 {
-                    **place,
+                    **place(clip),
                     "duration": clip.seconds,
                     "text": clip.text,
                     "engines": {
@@ -289,12 +288,12 @@ class Comparison:
                         for name, made in clip.transcripts.items()
                     },
                 }
-                for place, clip in placed
+                for clip in self.clips
             ],
             **{
                 found: [
-                    {**place, "engine": engine, **asdict(each)}
-                    for place, clip in placed
+                    {**place(clip), "engine": engine, **asdict(each)}
+                    for clip in self.clips
                     for engine, each in getattr(clip, found).items()
                 ]
                 for found in ("differences", "draws")

@@ -212,13 +212,12 @@ def open_folders(path: Path, folders: str = BOTH_FOLDERS) -> list[OpenFolder]:
     beside = [exported.resolve()] if exported and exported.is_dir() else []
     if folders == OPTIMIZED_FOLDER and not is_optimized:
         raise ValueError(f"--folders {folders} needs an optimized folder; {path} is an exported one")
-    if folders == EXPORTED_FOLDER and is_optimized and not beside:
+    alone = beside if folders == EXPORTED_FOLDER and is_optimized else [path]
+    if not alone:
         raise FileNotFoundError(
             f"the exported folder that {path} was optimized from is not there; name it as --model_dir"
         )
-    paths = beside if folders == EXPORTED_FOLDER and is_optimized else [path]
-    if folders == BOTH_FOLDERS:
-        paths += beside
+    paths = [path, *beside] if folders == BOTH_FOLDERS else alone
     for each in paths:
         GENAI.check_one_checkpoint(each)
         check_same_checkpoint(path, each)

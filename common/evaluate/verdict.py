@@ -80,8 +80,9 @@ def print_corpus(comparison: Comparison) -> None:
     """Print one table over all clips, with a line for each engine, and what its columns mean."""
     clips = comparison.clips
     print(f"{len(clips)} clip{'' if len(clips) == 1 else 's'}, {sum(clip.seconds for clip in clips):.0f} s of audio")
-    print_table(corpus_table(comparison))
-    print("\n".join(corpus_notes(comparison)))
+    table, notes = corpus_table(comparison)
+    print_table(table)
+    print("\n".join(notes))
     if reason := _why_clearly_slower(comparison):
         print(reason)
     genai = [engine.name for engine in comparison.engines if engine.kind == GENAI_ENGINE]
@@ -101,35 +102,22 @@ def _why_clearly_slower(comparison: Comparison) -> str | None:
     return None
 
 
-def corpus_table(comparison: Comparison) -> list[tuple[str, ...]]:
-    """Titles, and a row of figures over all clips for each engine."""
-    keys, titles, _ = zip(*_columns(comparison), strict=True)
-    return [
-        ("engine", *titles),
-        *((engine, *(_cell(figures, key) for key in keys)) for engine, figures in comparison.figures.items()),
-    ]
+def corpus_table(comparison: Comparison) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Titles, and a row of figures over all clips for each engine; and what the columns mean, a line for each."""
 
+    def cell(figures: dict[str, Any], key: str) -> str:
+        value = figures.get(key, NONE)
+        if isinstance(value, float):
+            return f"{value:.1f}"
+        return f"{value} of {figures['clips_compared']}" if isinstance(value, int) else str(value)
 
-def corpus_notes(comparison: Comparison) -> list[str]:
-    """What the columns of corpus_table mean, a line for each."""
-    return [f"{title}: {meaning}" for _, title, meaning in _columns(comparison)]
-
-
-def _columns(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """Those of COLUMNS in which an engine has a figure."""
     library = comparison.reference.name if comparison.reference else ""
-    return [
-        (key, title.format(library), meaning.format(library, library or "GenAI"))
-        for key, title, meaning in COLUMNS
-        if any(key in figures for figures in comparison.figures.values())
-    ]
-
-
-def _cell(figures: dict[str, Any], key: str) -> str:
-    value = figures.get(key, NONE)
-    if isinstance(value, float):
-        return f"{value:.1f}"
-    return f"{value} of {figures['clips_compared']}" if isinstance(value, int) else str(value)
+    columns = [each for each in COLUMNS if any(each[0] in figures for figures in comparison.figures.values())]
+    titles = [title.format(library) for _, title, _ in columns]
+    meanings = [meaning.format(library, library or "GenAI") for _, _, meaning in columns]
+    rows = [(engine, *(cell(own, key) for key, _, _ in columns)) for engine, own in comparison.figures.items()]
+    notes = [f"{title}: {meaning}" for title, meaning in zip(titles, meanings, strict=True)]
+    return [("engine", *titles), *rows], notes
 
 
 # ---- the verdict

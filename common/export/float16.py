@@ -15,12 +15,13 @@ from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 from onnx_ir.passes import common as passes
 
 from common.cli import Stages, size_text
 from common.contract import ENCODER, GRAPHS, Graph
 from common.export.parity import References, check_graph
-from common.onnx_io import add_initializer, input_of, load, name_of, release, save_model, tensor_of
+from common.onnx_io import add_initializer, computed_from, input_of, load, name_of, save_model, tensor_of
 from common.run.ort import OnnxRuntime, OrtGraph, open_session
 
 LARGEST_FLOAT16 = 65504.0
@@ -38,16 +39,9 @@ Ranges = Mapping[str, float]  # operator's name → its largest magnitude
 
 
 def load_typed(path: Path) -> ir.Model:
-    """The model at `path`, with constants as initializers and the type of every value inferred.
-
-    Raises ValueError if a type cannot be inferred.
-    """
+    """The model at `path`, with constants as initializers and the type of every value inferred."""
     model = passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(load(path)).model
-    model = passes.ShapeInferencePass()(model).model
-    unknown = next((node for node in model.graph if any(value.dtype is None for value in node.outputs)), None)
-    if unknown is not None:
-        raise ValueError(f"{path}: the type of {unknown.op_type} {unknown.name} is not known; export it again")
-    return model
+    return passes.ShapeInferencePass()(model).model
 
 
 def float_values(node: ir.Node) -> list[ir.Value]:
@@ -55,19 +49,16 @@ def float_values(node: ir.Node) -> list[ir.Value]:
     return [value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype in FLOATS]
 
 
-def exact_session(model: ir.Model, folder: Path, *, fold: bool = False) -> Any:
+def exact_session(model: ir.Model, folder: Path) -> ort.InferenceSession:
     """An ONNX Runtime session of `model`, whose weights are in `folder`, that changes nothing in the graph.
 
-    No cast is dropped and no weight is repacked. With `fold`, for small float32 graphs, what depends on weights alone
-    is computed once.
+    No cast is dropped, no weight is repacked, and the magnitudes of weights, which take gigabytes, are computed when
+    they are needed.
     """
-    import onnxruntime as ort
-
-    levels = ort.GraphOptimizationLevel
     options = ort.SessionOptions()
-    options.graph_optimization_level = levels.ORT_ENABLE_BASIC if fold else levels.ORT_DISABLE_ALL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # the order of the file
-    options.enable_cpu_mem_arena = fold
+    options.enable_cpu_mem_arena = False
     proto = ir.to_proto(model)
     for entry in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
         if entry.key == "location":  # an absolute path, which ONNX Runtime does not accept
@@ -82,63 +73,23 @@ def exact_session(model: ir.Model, folder: Path, *, fold: bool = False) -> Any:
 class RangeRecorder(OrtGraph):
     """A float32 graph that records, over all its calls, the largest magnitude at each of its operators.
 
-    For a product this is the sum of the magnitudes of its terms, which no order of summation exceeds, even in float16.
+    It has one more scalar output for each float value and each product: the largest magnitude in the value, or of the
+    product the sum of the magnitudes of its terms, which no order of summation exceeds, even in float16. Each is
+    computed directly after the operator it belongs to. At the end, all values would have to be held until then.
     """
 
     def __init__(self, folder: Path, graph: Graph) -> None:
         model = load_typed(folder / graph.file)
         self.graph = graph
-        self.probes = _Probes(model.graph)
-        self.largest = np.zeros(len(self.probes.names), np.float32)
-        # The magnitudes of the encoder's weights take gigabytes: they are computed when needed, those of others once.
-        self.session = exact_session(model, folder, fold=graph is not ENCODER)
-
-    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        names = [*self.graph.output_names, *self.probes.names.values()]
-        results: list[np.ndarray] = self.session.run(names, dict(zip(self.graph.input_names, inputs, strict=True)))
-        count = len(self.graph.outputs)
-        self.largest = np.maximum(self.largest, results[count:])  # a NaN stays
-        return results[:count]
-
-    def ranges(self) -> Ranges:
-        """The largest magnitude of each operator: among its inputs, its outputs and its inner sums."""
-        known = dict(zip(self.probes.names, self.largest.tolist(), strict=True))
-        return {
-            name_of(node): float(np.max([known[item] for item in items], initial=0.0))
-            for node, items in self.probes.operators.items()
-        }
-
-
-def measure_ranges(folder: Path, clips: Sequence[np.ndarray]) -> dict[str, Ranges]:
-    """Transcribe `clips`, features [M, T] each, with the float32 folder: graph's name → ranges of its operators."""
-    recorders = {graph.name: RangeRecorder(folder, graph) for graph in GRAPHS}
-    engine = OnnxRuntime(folder, lambda _, graph: recorders[graph.name])
-    for features in clips:
-        engine.transcribe(features)
-    shortest = min(clips, key=lambda features: features.shape[1])
-    frames = shortest.shape[1]
-    engine.encoder(np.stack([shortest, shortest]), np.array([frames, frames // 2]))  # with masked frames
-    return {name: recorder.ranges() for name, recorder in recorders.items()}
-
-
-class _Probes:
-    """Adds one scalar output to the graph for each float value and each product: the largest magnitude in it.
-
-    Each is computed directly after the operator it belongs to. At the end of the graph, all values would have to be
-    held in memory until then.
-    """
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self.names: dict[ir.Value | ir.Node, str] = {}  # what is measured → the output that measures it
-        self.operators: dict[ir.Node, list[ir.Value | ir.Node]] = {}  # operator → what is measured of it
-        self._graph = graph
+        self._outputs = model.graph.outputs
+        self._probes: dict[ir.Value | ir.Node, str] = {}  # what is measured → the output that measures it
+        self._operators: dict[str, list[ir.Value | ir.Node]] = {}  # name → what is measured of it
         self._magnitudes: dict[ir.Value, ir.Value] = {}
         self._added: list[ir.Node] = []
-        for node in list(graph):
+        for node in list(model.graph):
             values = [value for value in float_values(node) if value.dtype == ir.DataType.FLOAT]
-            self.operators[node] = [*values]
             for value in values:
-                if value not in self.names:
+                if value not in self._probes:
                     self._probe(value, self._magnitude(value))
             if values and node.op_type in ("MatMul", "Conv"):
                 terms = [self._magnitude(input_of(node, index)) for index in range(2)]
@@ -147,10 +98,25 @@ class _Probes:
                 by_input = self._lstm_product(input_of(node, 0), input_of(node, 1))
                 by_state = self._lstm_product(input_of(node, 5), input_of(node, 2))  # of the first step
                 self._probe(node, self._add("Add", [by_input, by_state]))
-            if node in self.names:
-                self.operators[node].append(node)
-            graph.insert_after(node, self._added)
+            self._operators[name_of(node)] = [*values, *([node] if node in self._probes else [])]
+            model.graph.insert_after(node, self._added)
             self._added.clear()
+        self._largest = np.zeros(len(self._probes), np.float32)
+        self.session = exact_session(model, folder)
+
+    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        names = [*self.graph.output_names, *self._probes.values()]
+        results: list[np.ndarray] = self.session.run(names, dict(zip(self.graph.input_names, inputs, strict=True)))
+        count = len(self.graph.outputs)
+        self._largest = np.maximum(self._largest, results[count:])  # a NaN stays
+        return results[:count]
+
+    def ranges(self) -> Ranges:
+        """The largest magnitude of each operator: among its inputs, its outputs and its inner sums."""
+        known = dict(zip(self._probes, self._largest.tolist(), strict=True))
+        return {
+            name: float(np.max([known[item] for item in items], initial=0.0)) for name, items in self._operators.items()
+        }
 
     def _lstm_product(self, rows: ir.Value, weight: ir.Value) -> ir.Value:
         """rows [S, B, I], an LSTM's weight [1, 4H, I] → the sums of magnitudes [S, B, 4H]"""
@@ -164,15 +130,27 @@ class _Probes:
 
     def _probe(self, item: ir.Value | ir.Node, magnitudes: ir.Value) -> None:
         largest = self._add("ReduceMax", [magnitudes], ir.AttrInt64("keepdims", 0))
-        largest.name = self.names[item] = f"largest {len(self.names)}"
+        largest.name = self._probes[item] = f"largest {len(self._probes)}"
         largest.shape = ir.Shape([])
-        self._graph.outputs.append(largest)
+        self._outputs.append(largest)
 
     def _add(self, operator: str, inputs: Sequence[ir.Value], *attributes: ir.Attr) -> ir.Value:
         node = ir.Node("", operator, inputs, attributes)
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         self._added.append(node)
         return node.outputs[0]
+
+
+def measure_ranges(folder: Path, clips: Sequence[np.ndarray]) -> dict[str, Ranges]:
+    """Transcribe `clips`, features [M, T] each, with the float32 folder: graph's name → ranges of its operators."""
+    recorders = {graph.name: RangeRecorder(folder, graph) for graph in GRAPHS}
+    engine = OnnxRuntime(folder, lambda _, graph: recorders[graph.name])
+    for features in clips:
+        engine.transcribe(features)
+    shortest = min(clips, key=lambda features: features.shape[1])
+    frames = shortest.shape[1]
+    engine.encoder(np.stack([shortest, shortest]), np.array([frames, frames // 2]))  # with masked frames
+    return {name: recorder.ranges() for name, recorder in recorders.items()}
 
 
 def convert(
@@ -209,7 +187,14 @@ def convert(
                 output.dtype = dtype
         if node.op_type == "Cast" and node.outputs[0].dtype in FLOATS:
             node.attributes["to"] = ir.AttrInt64("to", dtype)
-    _restore_outputs(model, casts)
+    for index, value in enumerate(model.graph.outputs):  # back to float32, under their old names
+        if value.dtype == ir.DataType.FLOAT16:
+            exported_name = value.name
+            value.name = f"{exported_name}.float16"
+            output = casts.cast(value, ir.DataType.FLOAT)
+            output.name = exported_name
+            output.shape = value.shape
+            model.graph.outputs[index] = output
     model.graph.sort()
     for value in [value for node in model.graph for value in node.outputs if not value.is_graph_output()]:
         value.type = value.shape = None  # as in the exported graph: a runtime infers them
@@ -223,18 +208,6 @@ def convert(
         "max_abs": {name: float(f"{value:.4g}") for name, value in largest.items()},
     }
     return record, converted
-
-
-def _restore_outputs(model: ir.Model, casts: "_Casts") -> None:
-    """Cast graph outputs that have become float16 back to float32, under their old names."""
-    for index, value in enumerate(model.graph.outputs):
-        if value.dtype == ir.DataType.FLOAT16:
-            name = value.name
-            value.name = f"{name}.float16"
-            output = casts.cast(value, ir.DataType.FLOAT)
-            output.name = name
-            output.shape = value.shape
-            model.graph.outputs[index] = output
 
 
 def _exact_operators(model: ir.Model) -> set[ir.Node]:
@@ -297,38 +270,30 @@ class _Casts:
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """`value` in the type `dtype`; each call returns the same converted value."""
         key = value, dtype
-        if key not in self.made:
-            name = f"{value.name}.{dtype.name.lower()}"
-            make = self._weight if self.convert_weights and value.is_initializer() else self._node
-            self.made[key] = make(value, dtype, name)
-        return self.made[key]
+        if key in self.made:
+            return self.made[key]
+        name = f"{value.name}.{dtype.name.lower()}"
+        if self.convert_weights and value.is_initializer():
+
+            def converted() -> ir.TensorProtocol:
+                return ir.tensor(computed_from(value, lambda weight: weight.astype(dtype.numpy())), name=name)
+
+            shape = cast(ir.Shape, tensor_of(value).shape)
+            result = add_initializer(self.graph, ir.LazyTensor(converted, dtype, shape, name=name))
+        else:
+            node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)], name=f"{name}.Cast")
+            self.graph.append(node)
+            result = node.outputs[0]
+            result.name = name
+            result.type = ir.TensorType(dtype)
+        self.made[key] = result
+        return result
 
     def cast_inputs(self, node: ir.Node, dtype: ir.DataType) -> None:
         """Cast the inputs of `node` that are of the other float type to `dtype`."""
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype in FLOATS and value.dtype != dtype:
                 node.replace_input_with(index, self.cast(value, dtype))
-
-    def _node(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
-        node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)], name=f"{name}.Cast")
-        output = node.outputs[0]
-        output.name = name
-        output.type = ir.TensorType(dtype)
-        self.graph.append(node)
-        return output
-
-    def _weight(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
-        tensor = tensor_of(value)
-        shape = cast(ir.Shape, tensor.shape)
-
-        def converted() -> ir.TensorProtocol:
-            try:
-                return ir.tensor(tensor.numpy().astype(dtype.numpy()), name=name)
-            finally:
-                release(tensor)
-
-        lazy = ir.LazyTensor(converted, dtype, shape, name=name)
-        return add_initializer(self.graph, lazy)
 
 
 def convert_graphs(

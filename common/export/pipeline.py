@@ -20,6 +20,7 @@ from common.export.scripts import SUPPRESSED, suppress, suppressed_ids
 from common.folder import write_json
 from common.layouts.genai import genai_config
 from common.layouts.layout import Layout
+from common.onnx_io import MINIMUM_RUNTIME, minimum_runtime
 from common.run.config import RuntimeConfig
 from common.run.reference import features_of
 
@@ -116,7 +117,7 @@ class Exported:
     spec: ModelSpec
     graphs: Path  # the folder of the graphs
     files: dict[str, dict[str, bytes]]  # by subfolder: what its layout has beside the graphs, name → content
-    measured: dict[str, Any]  # for the manifest
+    measured: dict[str, Any]  # and what the graphs need, for the manifest
 
 
 def export_checkpoint(
@@ -165,6 +166,7 @@ def export_checkpoint(
         measured = {**converted, "float32_parity": measured["parity"]}
     if options.scripts:
         measured[SUPPRESSED] = len(suppressed)
+    measured[MINIMUM_RUNTIME] = minimum_runtime(graphs / graph.file for graph in GRAPHS)
     return Exported(spec, graphs, files, measured)
 
 

@@ -74,9 +74,11 @@ def model_card(manifest: dict[str, Any], layout: Layout) -> str:
     origin = _origin(manifest)
     ratios = {"encoder": optimize.get("sqnr_db_on_noise"), **optimize.get("token_sqnr_db_on_noise", {})}
     sections = {name: manifest[name] for name in SCRIPTS if name in manifest}
+    header = yaml.safe_dump(front_matter(manifest, layout), sort_keys=False)
+    commands = _commands(sections, origin)
     text = render(
         "card.md.j2",
-        front_matter=yaml.safe_dump(front_matter(manifest, layout), sort_keys=False),
+        front_matter=header,
         **origin,
         adaptable=ADAPTABLE.fullmatch(origin["terms"].get("license", "")),
         packages=" ".join((f"{package}=={version}" if version else package, *others)),
@@ -85,7 +87,7 @@ def model_card(manifest: dict[str, Any], layout: Layout) -> str:
         browser_usage=layout.browser_usage(),
         files=files,
         same={file["sha256"]: name for name, file in reversed(files.items())},  # the first file of that content
-        commands=_commands(sections, origin),
+        commands=commands,
         versions=dict(pair for section in sections.values() for pair in section.get("versions", {}).items()),
         export=export,
         optimize=optimize,

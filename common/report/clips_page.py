@@ -18,7 +18,7 @@ import numpy as np
 from common.evaluate.blanks import Flaws, flaws_table
 from common.evaluate.compare import Comparison
 from common.evaluate.stress import StressTest
-from common.evaluate.verdict import corpus_notes, corpus_table
+from common.evaluate.verdict import corpus_table
 from common.evaluate.words import (
     Bin,
     bins,
@@ -77,13 +77,14 @@ def comparison_page(title: str, comparison: Comparison) -> str:
         words = {engine: transcript.words for engine, transcript in made.items() if transcript.words}
         rows = rows_of(texts, words, with_errors=clip.text is not None)
         clips.append(shown_clip(clip.label, config.read_clip(clip), config.sample_rate, rows, clip.flaws))
+    figures, notes = corpus_table(comparison)
     return clips_page(
         title,
         f"Clips: {len(clips)}; audio: {sum(clip.seconds for clip in comparison.clips):.0f} s",
         sorted(clips, key=lambda clip: (bool(clip["flaws"]), clip["differences"]), reverse=True),
         frame_seconds=config.frame_seconds,
-        figures=corpus_table(comparison),
-        notes=corpus_notes(comparison),
+        figures=figures,
+        notes=notes,
         flaws=comparison.flaws_table,
         reliability=dict(_reliability(comparison)),
     )
@@ -115,7 +116,7 @@ def stress_page(title: str, test: StressTest) -> str:
 def clips_page(title: str, about: str, clips: Sequence[dict[str, Any]], **tables: Any) -> str:
     """The HTML of a page. about: the clips, in a sentence. clips: as shown_clip gives each.
 
-    tables: `figures` over all clips and their `notes`, as corpus_table and corpus_notes give them; `flaws`, as
+    tables: `figures` over all clips and their `notes`, as corpus_table gives them; `flaws`, as
     flaws_table gives them; `reliability`, bins by engine and measure of confidence; `stress`, the rows of a stress
     test, and the name of its `baseline`; `frame_seconds`, the unit of the words' times.
     """
