@@ -298,7 +298,7 @@ class StressTest:
     All samples are read at once, 230 MB per hour of audio, since the clips serve as noise for each other.
     """
 
-    engines: Sequence[Engine]  # plain ONNX Runtime is tested in one window as well, however long a take is
+    engines: Sequence[Engine]  # plain ONNX Runtime has long audio in one window as well
     features_by: Reference | GenAI
     folder: OpenFolder  # any of the model's: its configuration and tokens
     clips: Sequence[Clip]
