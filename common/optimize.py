@@ -37,11 +37,11 @@ from common.onnx_io import (
     save_model,
     share_equal_graphs,
 )
-from common.quantize.calibration import read_speech
+from common.quantize.calibration import calibrate, read_speech
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
-from common.quantize.methods import Calibrated, OptimizeOptions
-from common.quantize.rewrite import OptimizedEncoder, check_ternary, optimize_graph
-from common.quantize.tokens import QuantizedTokenGraphs, quantize_token_graphs
+from common.quantize.methods import OptimizeOptions
+from common.quantize.rewrite import Calibrated, OptimizedEncoder, optimize_graph
+from common.quantize.tokens import quantize_token_graphs
 from common.report.card import finish_folder
 from common.report.report import (
     REPORT_HTML,
@@ -122,8 +122,8 @@ def optimize(
     speech_folder = next((name for name, layout in layouts.items() if not layout.is_view), None)
     calibration, evaluation = read_speech_manifests(options, source, speech_folder)
     _state_needs(folders.values(), options, target)
-    if range_advice := options.range_advice():
-        warn(range_advice)
+    if options.full_range:
+        warn(f"--full_range makes a folder for {options.cpus}")
 
     once = bool(calibration) + bool(evaluation) + (stress.stress is not None)
     stages = Stages(once + len(folders) * (STAGES + options.int8_tokens), verbose=verbose)
@@ -142,9 +142,9 @@ def optimize(
             (staging / name).mkdir(exist_ok=True)
             speed = optimize_folder(folder, staging / name, run, calibrated, speed)
         share_equal_graphs([staging / name for name in folders])
-    advice = [range_advice, options.calibration_advice()]
+    advice: list[str | None] = []
     for folder in folders.values():
-        advice += [options.fusion_advice(folder.device), _publishing_advice(folder.target, folder.layout, options)]
+        advice += [*options.advice(folder.device), _publishing_advice(folder.target, folder.layout, options)]
     for line in dict.fromkeys(filter(None, advice)):
         print(line)
     return None if speech_folder is None else target / speech_folder
@@ -191,12 +191,10 @@ def _calibrate(folder: Folder, run: Run, clips: list[Clip]) -> Calibrated:
     """Fit the encoder's weights to speech, once for the folders of all runtimes."""
     method = run.options.method
     assert method is not None, "--calibration_manifest needs a method"
-    encoder = folder.source / folder.layout.encoder.file
-    check_ternary(encoder, run.options)
     run.stages.begin("calibration")
-    speech = read_speech(folder.source, clips)
-    calibrated = method.calibrate(encoder, speech.batches, run.options)
-    run.stages.end(f"{speech.seconds:.0f} s of speech in {speech.clips} clips", *calibrated.summary())
+    batches, seconds = read_speech(folder.source, clips)
+    calibrated = calibrate(method, folder.source / folder.layout.encoder.file, batches, run.options)
+    run.stages.end(f"{seconds:.0f} s of speech")
     return calibrated
 
 
@@ -214,12 +212,14 @@ def optimize_folder(
     source = folder.source
     encoder = optimize_graph(source / layout.encoder.file, options, folder.device, calibrated, stages)
     ratio = _write_encoder(encoder, folder, staging, run)
-    tokens = QuantizedTokenGraphs()
+    token_sqnr_db: dict[str, float] = {}
+    stored = {layout.encoder.name: encoder.stored}
     if options.int8_tokens:
         stages.begin("decoder and joint, int8")
         vocabulary = layout.vocabulary_size(source)
-        tokens = quantize_token_graphs(source, staging, layout.graphs[1:], vocabulary, options)
-        stages.end(*(f"{name} SQNR {ratio:.1f} dB" for name, ratio in tokens.sqnr_db.items()))
+        token_sqnr_db, others = quantize_token_graphs(source, staging, layout.graphs[1:], vocabulary, options)
+        stored |= others
+        stages.end(*(f"{name} SQNR {ratio:.1f} dB" for name, ratio in token_sqnr_db.items()))
     unchanged = [file for graph in layout.graphs if not (staging / graph.file).exists() for file in graph.files]
     for file in (*unchanged, *layout.config_files, *layout.vocabulary, *layout.optional_files):
         if (source / file).is_file():
@@ -233,15 +233,15 @@ def optimize_folder(
         stages.end(f"measured above, on the encoder for {speed['runtime']}")
 
     stages.begin("report")
-    section = _manifest_section(folder, staging, options, encoder, ratio, tokens, table)
-    stored = {layout.encoder.name: encoder.stored, **tokens.stored}
+    section = _manifest_section(folder, staging, options, encoder, ratio, token_sqnr_db, table)
+    sensitivity = calibrated.sensitivity if calibrated else None
     report = {
         "run": run_record(run.command),
         "evaluation": None,
         "stress": stressed,
         "max_lost_words": run.stress.max_lost_words,
         "speed": speed,
-        **make_report(source, staging, layout.graphs, folder.manifest, section, stored, encoder.sensitivity),
+        **make_report(source, staging, layout.graphs, folder.manifest, section, stored, sensitivity),
     }
     if table and options.eval_manifest:
         report["evaluation"] = make_evaluation(options.eval_manifest, clips, table, options.max_wer_increase)
@@ -328,7 +328,7 @@ def _manifest_section(
     options: OptimizeOptions,
     encoder: OptimizedEncoder,
     ratio: float,
-    tokens: QuantizedTokenGraphs,
+    token_sqnr_db: dict[str, float],
     table: list[WordErrors],
 ) -> dict[str, Any]:
     """What manifest.json has under `optimize`."""
@@ -343,7 +343,7 @@ def _manifest_section(
         "weights_by_bits": {str(bits): count for bits, count in encoder.weights_by_bits.items()},
         "encoder_bytes": folder.encoder_bytes(staging),
         "sqnr_db_on_noise": round(ratio, 2) if math.isfinite(ratio) else None,
-        "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in tokens.sqnr_db.items()},
+        "token_sqnr_db_on_noise": {name: round(ratio, 2) for name, ratio in token_sqnr_db.items()},
         MINIMUM_RUNTIME: minimum_runtime(staging / graph.file for graph in folder.layout.graphs),
     }
     if table:

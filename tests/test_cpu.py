@@ -9,10 +9,9 @@ from onnx import TensorProto, numpy_helper
 
 from common.contract import DECODER, ENCODER
 from common.folder import read_manifest
-from common.quantize import columns
-from common.quantize.columns import fit_columns, quantize_columns
+from common.quantize import rounding
 from common.quantize.methods import EVERY_CPU, VNNI_ALONE, OptimizeOptions
-from common.quantize.rounding import InputMoments
+from common.quantize.rounding import InputMoments, fit_columns, quantize_columns
 from common.report.card import CARD
 from common.run.genai import GenAI
 from common.run.ort import open_session
@@ -71,7 +70,8 @@ def test_no_sum_overflows_but_in_the_full_range(name, fitted):
         x = np.random.default_rng(0).standard_normal((300, 30)) @ np.random.default_rng(1).standard_normal(
             (30, len(weight))
         )
-        return fit_columns(weight, 8, InputMoments.strongest_first((x.T @ x).astype(np.float32)), **options)[0].codes
+        inputs = InputMoments((x.T @ x).astype(np.float32), strongest_first=True)
+        return fit_columns(weight, 8, inputs, **options)[0].codes
 
     assert not overflows(codes_of())
     assert overflows(codes_of(full_range=True)) == (name != "zeros")
@@ -82,9 +82,9 @@ def test_pairs_that_feedback_puts_beyond_the_limit_are_brought_back(monkeypatch)
     draw = np.random.default_rng(4)
     weight = draw.uniform(-1, 1, (256, 2000)).astype(np.float32)
     x = draw.standard_normal((300, 200)) @ draw.standard_normal((200, 256)) + 0.1 * draw.standard_normal((300, 256))
-    inputs = InputMoments.strongest_first((x.T @ x).astype(np.float32))
+    inputs = InputMoments((x.T @ x).astype(np.float32), strongest_first=True)
     limited = fit_columns(weight, 8, inputs)[0].codes
-    monkeypatch.setattr(columns, "_limit_pairs", lambda codes: None)
+    monkeypatch.setattr(rounding, "_limit_pairs", lambda codes: None)
     unlimited = fit_columns(weight, 8, inputs)[0].codes
     assert overflows(unlimited)
     assert not overflows(limited)
@@ -153,7 +153,10 @@ def test_the_output_the_card_and_the_report_say_which_cpus_a_folder_is_for(flags
 
 
 def test_only_the_full_range_is_warned_of():
-    assert OptimizeOptions(quant_method="int8", full_range=True).range_advice()
-    assert OptimizeOptions(decoder_joint_precision="int8", full_range=True).range_advice()
-    for options in (OptimizeOptions(), OptimizeOptions(quant_method="int8"), OptimizeOptions(skip_quantization=True)):
-        assert options.range_advice() is None
+    def warned(**flags) -> bool:
+        return any("--full_range" in line for line in OptimizeOptions(**flags).advice("cpu"))
+
+    assert warned(quant_method="int8", full_range=True)
+    assert warned(decoder_joint_precision="int8", full_range=True)
+    for flags in ({}, {"quant_method": "int8"}, {"skip_quantization": True}):
+        assert not warned(**flags)

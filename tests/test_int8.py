@@ -15,10 +15,11 @@ import optimize_encoder
 from common.contract import DECODER, ENCODER, JOINT
 from common.folder import MANIFEST
 from common.onnx_io import save_model
-from common.quantize import INT8, columns, int8
+from common.quantize import INT8, int8
 from common.quantize.fidelity import sqnr_db
 from common.quantize.methods import Format, OptimizeOptions
 from common.quantize.rewrite import Stored, quantizable, quantize_weights
+from common.quantize.rounding import quantize_columns
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime, OrtGraph
 from tests.helpers import SAMPLES
@@ -65,7 +66,7 @@ def rounded_rows(x: np.ndarray, zero: int) -> np.ndarray:
 
 
 def rounded_columns(weight: np.ndarray, bits: int = 8) -> np.ndarray:
-    packed = columns.quantize_columns(weight, bits)
+    packed = quantize_columns(weight, bits)
     return packed.codes * packed.scales
 
 
@@ -127,7 +128,7 @@ def test_rows_of_zeros_stay_zeros_and_change_no_other():
 def test_columns_of_zeros_stay_zeros():
     weight = WEIGHT.copy()
     weight[:, 3] = 0
-    packed = columns.quantize_columns(weight, 8)
+    packed = quantize_columns(weight, 8)
     codes, scales = packed.codes, packed.scales
     assert codes.dtype == np.int8
     assert scales[3] == 0
@@ -260,7 +261,7 @@ def test_the_full_range_wants_int8(tiny_export, tmp_path, capsys):
     flags = ["--model_dir", str(tiny_export), "--output_dir", str(tmp_path / "out"), "--full_range"]
     assert optimize_encoder.main(flags) == 2
     assert (
-        "--full_range needs --quant_method int8 or --decoder_joint_precision int8; neither is given"
+        "--full_range needs --quant_method int8 or --decoder_joint_precision int8; --weight_bits 4 is exact"
         in capsys.readouterr().err
     )
 

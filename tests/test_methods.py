@@ -20,7 +20,7 @@ from common.folder import MANIFEST
 from common.onnx_io import load
 from common.quantize import METHODS, RTN
 from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, register
-from common.quantize.rewrite import matrices, plan_encoder
+from common.quantize.rewrite import plan_encoder, quantizable
 from common.quantize.rounding import Packed, relative_error
 from common.report.report import REPORT_HTML
 from tests.helpers import SAMPLES
@@ -72,7 +72,7 @@ def test_a_method_of_its_own_kind_needs_nothing_but_its_registration(toy, tiny_e
     assert 25 < record["sqnr_db_on_noise"] < 60
     assert "rounded" in (tmp_path / "out" / REPORT_HTML).read_text()
     exported, made = (load(folder / ENCODER.file) for folder in (tiny_export, tmp_path / "out"))
-    for name in matrices(exported):
+    for name in quantizable(exported):
         before, after = (model.graph.initializers[name].const_value.numpy() for model in (exported, made))
         if name.endswith("attention.position_sine.weight"):
             np.testing.assert_array_equal(after, before)
@@ -210,7 +210,7 @@ def test_every_matrix_of_the_wrapped_encoder_has_a_role_and_every_role_a_matrix(
 def test_the_matrices_of_the_exported_graph_are_those_of_the_wrapped_encoder(tiny_model, tiny_export):
     from common.export.wrappers import Encoder
 
-    assert set(matrices(load(tiny_export / ENCODER.file))) == set(linear_names(Encoder(tiny_model.encoder)))
+    assert set(quantizable(load(tiny_export / ENCODER.file))) == set(linear_names(Encoder(tiny_model.encoder)))
 
 
 @pytest.mark.parametrize(
@@ -245,8 +245,7 @@ def test_a_renamed_module_is_an_error_and_not_a_loss_of_quality(name, tiny_expor
     assert not (tmp_path / "out").exists()
 
 
-def test_small_matrices_stay_float32_and_have_roles(tiny_export, monkeypatch):
-    """All matrices decide whether a role matches, not only those that are large enough to quantize."""
+def test_small_matrices_stay_float32(tiny_export, monkeypatch):
     model = load(tiny_export / ENCODER.file)
     monkeypatch.setattr("common.quantize.rewrite.MIN_WEIGHTS", 128 * 129)
     plan = plan_encoder(model, RTN, OptimizeOptions())

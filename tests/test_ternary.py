@@ -19,15 +19,14 @@ from common.contract import ENCODER, EncoderWeight, Role, encoder_weight
 from common.evaluate.words import word_error_rate
 from common.folder import MANIFEST
 from common.onnx_io import load, save_model
-from common.quantize import INT8, RTN, rewrite
+from common.quantize import INT8, METHODS, RTN, rewrite
 from common.quantize.blocks import ternary_blocks
-from common.quantize.calibration import SizeModel, smallest_plan, spend
+from common.quantize.calibration import SizeModel, spend
 from common.quantize.fidelity import sqnr_db
 from common.quantize.int8 import INT2_IR_VERSION, INT2_OPSET, packed_tensor
 from common.quantize.methods import Format, OptimizeOptions, Plan
-from common.quantize.rewrite import check_ternary, matrices, plan_encoder, quantizable, quantize_weights
-from common.quantize.rounding import Packed
-from common.quantize.ternary import ternary_group
+from common.quantize.rewrite import plan_encoder, quantizable, quantize_weights
+from common.quantize.rounding import Packed, ternary_group
 from common.report.card import CARD
 from common.run.audio import Clip, load_clip
 from common.run.ort import OrtGraph
@@ -135,7 +134,7 @@ def test_the_product_is_that_of_int8_bit_for_bit(name, full_range, opset):
     assert form == Format(2, group, full_range)
     small = quantized(toy(name, weight, opset), form, options)
     integers = {name: INT8.pack(weight, form)}
-    large = quantized(toy(name, weight, opset), Format(8, None, full_range), options, integers)
+    large = quantized(toy(name, weight, opset), Format(8, 0, full_range), options, integers)
     assert (small.opset_import[0].version, small.ir_version) == (INT2_OPSET, INT2_IR_VERSION) == (25, 13)
     assert large.opset_import[0].version == opset
     onnx.checker.check_model(small, full_check=True)
@@ -199,18 +198,17 @@ def test_blocks_of_two_bits_are_exact(group):
 # ---- plans
 
 
-def test_a_matrix_that_is_not_ternary_is_named(tmp_path):
-    options = OptimizeOptions(quant_method="int8", weight_bits=2)
-    weight = ternary_weight()
-    save_model(toy(NAME, weight), tmp_path / "encoder.onnx")
-    check_ternary(tmp_path / "encoder.onnx", options)
+@pytest.mark.parametrize("method", ["int8", "rtn"])
+def test_a_matrix_of_a_layer_that_is_not_ternary_is_named(method, redux_export):
+    model = load(redux_export / ENCODER.file)
+    values, name = model.graph.initializers, "layers.2.attention.value.weight"
+    weight = values[name].const_value.numpy().copy()
     weight[100, 5] = 0.7
-    save_model(toy(NAME, weight), tmp_path / "encoder.onnx")
-    with pytest.raises(ValueError, match=f"--weight_bits 2 .* {re.escape(NAME)} .*; leave --weight_bits out"):
-        check_ternary(tmp_path / "encoder.onnx", options)
-    check_ternary(tmp_path / "encoder.onnx", OptimizeOptions(quant_method="int8"))
-    save_model(toy("subsampling.out.weight", weight), tmp_path / "encoder.onnx")
-    check_ternary(tmp_path / "encoder.onnx", options)  # outside the layers
+    values[name].const_value = ir.tensor(weight, name=name)
+    insisting = OptimizeOptions(quant_method=method, weight_bits=2)
+    with pytest.raises(ValueError, match=f"--weight_bits 2 .* {re.escape(name)} .*; leave --weight_bits out"):
+        plan_encoder(model, METHODS[method], insisting)
+    assert plan_encoder(model, INT8, OptimizeOptions(quant_method="int8"))[name] == Format(8)
 
 
 @pytest.mark.parametrize("method", ["int8", "rtn"])
@@ -234,7 +232,7 @@ def test_plans_by_flags(redux_export, tiny_export):
         ({"quant_method": "int8"}, False, Format(8)),
         ({"quant_method": "int8", "weight_bits": 2}, False, Format(8)),
         ({"quant_method": "int8", "weight_bits": 4}, False, Format(4)),
-        ({"quant_method": "int8", "full_range": True}, True, Format(8, None, True)),
+        ({"quant_method": "int8", "full_range": True}, True, Format(8, 0, True)),
         ({"quant_method": "rtn", "weight_bits": 2}, False, Format(8, 32)),
     ):
         plan = planned(redux_export, **flags)
@@ -256,13 +254,13 @@ def test_a_budget_leaves_ternary_weights_as_they_are(redux_export):
     plan = planned(redux_export, quant_method="int8")
     sizes = SizeModel(model, path.stat().st_size, INT8)
     other = "subsampling.out.weight"
-    smallest = smallest_plan(sizes, plan, Format(4), 10e6)
+    smallest = spend(sizes, {}, plan, Format(4), Format(8), 10e6)
     assert smallest == {**plan, other: Format(4)}
     assert spend(sizes, {other: {4: 0.1, 8: 0.01}}, plan, Format(4), Format(8), 10e6) == plan
     budget = sizes.total(smallest) + 1
     assert spend(sizes, {other: {4: 0.1, 8: 0.01}}, plan, Format(4), Format(8), budget) == smallest
     with pytest.raises(ValueError, match="is too small"):
-        smallest_plan(sizes, plan, Format(4), 0.3e6)
+        spend(sizes, {}, plan, Format(4), Format(8), 0.3e6)
 
 
 # ---- folders
@@ -466,6 +464,6 @@ def test_calibration_fits_only_what_is_not_ternary(optimized, redux_export, smal
 def test_every_matrix_of_the_layers_is_ternary_in_the_export(redux_export):
     """What the export does to the checkpoint keeps the groups, so detection needs no flag."""
     model = load(redux_export / ENCODER.file)
-    for name in matrices(model):
+    for name in quantizable(model):
         group = ternary_group(model.graph.initializers[name].const_value.numpy())
         assert (group is None) == (encoder_weight(name) == EncoderWeight(Role.SUBSAMPLING_OUT))

@@ -1,13 +1,9 @@
 """Makes the exported encoder small and fast: its graph is fused, then its weights are quantized by a plan.
 
-Fusion is ONNX Runtime's `conformer`: each residual Add and the normalization after it become one operator.
-
 Before weights are quantized, channels are scaled, as in SmoothQuant (Xiao et al. 2022) and AWQ (Lin et al. 2023). Each
 channel of a LayerNormalization's output is divided by a factor, and the row of each weight that this channel goes into
 is multiplied by it, so that channels differ less in magnitude. The function stays the same, and nothing is added to the
-graph: the factors go into the normalization's own scale and bias.
-
-Weights that are ternary in groups are left alone (ternary.py).
+graph: the factors go into the normalization's own scale and bias. Weights that are ternary in groups are left alone.
 
 Weights are mapped, never loaded as a whole: a pass holds one tensor for each thread, and the quantized results.
 """
@@ -16,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +21,7 @@ import onnx_ir as ir
 from onnx.external_data_helper import uses_external_data
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from common.cli import Stages, progress, size_text
+from common.cli import Stages, progress
 from common.contract import MICROSOFT, encoder_weight
 from common.onnx_io import (
     add_initializer,
@@ -38,17 +34,8 @@ from common.onnx_io import (
     release,
     tensor_of,
 )
-from common.quantize.methods import (
-    TERNARY_BITS,
-    Calibrated,
-    Format,
-    OptimizeOptions,
-    Plan,
-    QuantMethod,
-    Sensitivity,
-)
-from common.quantize.rounding import Packed
-from common.quantize.ternary import GROUPS, ternary_group
+from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, Sensitivity
+from common.quantize.rounding import GROUPS, TERNARY_BITS, Packed, ternary_group
 
 MIN_WEIGHTS = 4096  # a matrix smaller than this (16 kB) gains less than its extra tensors cost
 # Where the scale is among the inputs, by operator; the bias follows it.
@@ -69,13 +56,22 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """How an encoder's weights should be stored, as speech says."""
+
+    plan: Plan
+    weights: Mapping[str, Packed] = field(default_factory=dict)  # weights of the plan, fitted to their inputs on speech
+    factors: Mapping[str, np.ndarray] = field(default_factory=dict)  # of the rows of weights that are scaled, [K, 1]
+    sensitivity: Sensitivity = field(default_factory=dict)  # empty where it was not measured
+
+
+@dataclass(frozen=True)
 class OptimizedEncoder:
     """An encoder's graph as it will be written, and what was done to it."""
 
     model: ir.Model
     fused: Mapping[str, int]  # number of fused nodes by operator
     stored: Mapping[str, Stored]  # the quantized weights, by name
-    sensitivity: Sensitivity | None  # damage of each weight to the output, where calibration measured it
 
     @property
     def weights_by_bits(self) -> dict[int, int]:
@@ -87,43 +83,32 @@ def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated
                    stages: Stages) -> OptimizedEncoder:  # fmt: skip
     """Fuse and quantize the float32 encoder at `path`, exported for `device`, in two of `stages`.
 
-    calibrated: from `QuantMethod.calibrate`, of the same checkpoint; None without speech.
-    Raises ValueError where the encoder has no float32 matrix, or one whose role is not declared, and as `check_ternary`
-    does.
+    calibrated: by `calibrate`, of the same checkpoint; None without speech. Raises ValueError as `plan_encoder` does.
     """
-    check_ternary(path, options)
     stages.begin("fusion")
     model, fused = fuse(path) if options.fuses(device) else (load(path), Counter[str]())
-    stages.end(_fusion_text(fused, options, device), details=[f"{len(model.graph)} nodes"])
+    found = "  ".join(f"{count} {operator}" for operator, count in fused.items()) or "nothing to fuse"
+    if not options.fuses(device):
+        found = "skipped" if options.skip_fusion else f"none: on a CPU, {options.quant_method} is faster without"
+    stages.end(found, details=[f"{len(model.graph)} nodes"])
     stages.begin(f"quantization ({options.description})" if options.method else "quantization")
-    plan: Plan = {}
-    factors: Mapping[str, np.ndarray] = {}
-    stored: dict[str, Stored] = {}
-    initializers, method = model.graph.initializers, options.method
-    if method:
-        plan = calibrated.plan if calibrated else plan_encoder(model, method, options)
-        factors = calibrated.factors if calibrated else factors_without_speech(model, scalable(plan))
-        fold(model, factors)
-    float32_bytes = sum(tensor_of(value).nbytes for name, value in initializers.items() if name not in plan)
-    if method:
-        stored = quantize_weights(model, plan, method, options, calibrated.weights if calibrated else {})
-    encoder = OptimizedEncoder(model, fused, stored, calibrated.sensitivity if calibrated else None)
+    encoder, details = OptimizedEncoder(model, fused, {}), []
+    if options.method:
+        if calibrated is None:
+            plan = plan_encoder(model, options.method, options)
+            calibrated = Calibrated(plan, factors=factors_without_speech(model, scalable(plan)))
+        fold(model, calibrated.factors)
+        stored = quantize_weights(model, calibrated.plan, options.method, options, calibrated.weights)
+        encoder = OptimizedEncoder(model, fused, stored)
+        details = [f"input channels of {len(calibrated.factors)} weights scaled"]
     counts = "  ".join(f"{count} weights at {bits} bits" for bits, count in encoder.weights_by_bits.items())
-    scaled = [f"input channels of {len(factors)} weights scaled"] if options.method else []
-    stages.end(counts or "skipped", details=[*scaled, f"{size_text(float32_bytes)} left float32"])
+    stages.end(counts or "skipped", details=details)
     return encoder
 
 
-def _fusion_text(fused: Mapping[str, int], options: OptimizeOptions, device: str) -> str:
-    if options.skip_fusion:
-        return "skipped"
-    if not options.fuses(device):
-        return f"none: on a CPU, {options.quant_method} is faster without"
-    return "  ".join(f"{count} {operator}" for operator, count in fused.items()) or "nothing to fuse"
-
-
 def fuse(path: Path) -> tuple[ir.Model, Counter[str]]:
-    """The fused form of the model at `path`; also the number of fused nodes by operator.
+    """The model at `path`, fused by ONNX Runtime's `conformer`: each residual Add and the normalization after it become
+    one operator. Also returns the number of fused nodes by operator.
 
     SkipLayerNormalization saves kernel launches on CUDA. On the CPU it takes 0.7 to 1 ms longer than Add and
     LayerNormalization (onnxruntime 1.32, [250, 1024]); there are 96 of them, 6 to 10 % of a 4-bit encoder's time.
@@ -153,36 +138,25 @@ def fuse(path: Path) -> tuple[ir.Model, Counter[str]]:
 def plan_encoder(model: ir.Model, method: QuantMethod, options: OptimizeOptions) -> Plan:
     """The format of each weight of an encoder, without calibration.
 
-    Raises ValueError where there is no weight to quantize, and as `contract.encoder_weight` does.
+    Raises ValueError where there is no weight to quantize, where `options` say that the layers' matrices are all
+    ternary and one is not, and as `contract.encoder_weight` does.
     """
-    weights = {name: encoder_weight(name) for name in matrices(model)}
-    large = quantizable(model)
-    if not large:
+    weights = {name: encoder_weight(name) for name in quantizable(model)}
+    if not weights:
         raise ValueError("this encoder has no float32 matrices to quantize; is it optimized already?")
-    plan = dict(method.plan({name: weights[name] for name in large}, options))
+    plan = dict(method.plan(weights, options))
     if method.ternary_format(GROUPS[0], options) is None:
         return plan
-    for name in large:
+    for name, weight in weights.items():
         group = computed_from(model.graph.initializers[name], ternary_group)
-        if group is not None and (form := method.ternary_format(group, options)):
-            plan[name] = form
-    return plan
-
-
-def check_ternary(path: Path, options: OptimizeOptions) -> None:
-    """Raise ValueError naming the first matrix of the layers of the encoder at `path` that is not ternary, where
-    `options` say that they all are. Matrices before and after the layers may be others."""
-    if not options.insists_on_ternary:
-        return
-    model = load(path)
-    for name in quantizable(model):
-        if encoder_weight(name).layer is None:
-            continue
-        if computed_from(model.graph.initializers[name], ternary_group) is None:
+        if group is None and options.insists_on_ternary and weight.layer is not None:
             raise ValueError(
                 f"--weight_bits {TERNARY_BITS} is for ternary checkpoints such as parakeet-redux, and {name} has more "
                 f"values than −m, 0 and m in {GROUPS[0]} rows of a column; leave --weight_bits out"
             )
+        form = None if group is None else method.ternary_format(group, options)
+        plan[name] = plan[name] if form is None else form
+    return plan
 
 
 def scalable(plan: Plan) -> list[str]:
@@ -190,8 +164,8 @@ def scalable(plan: Plan) -> list[str]:
     return [name for name, form in plan.items() if form.bits != TERNARY_BITS]
 
 
-def matrices(model: ir.Model) -> dict[str, list[ir.Node]]:
-    """Name of each constant float32 matrix → the MatMuls that multiply by it, in graph order.
+def quantizable(model: ir.Model) -> dict[str, list[ir.Node]]:
+    """Name of each constant float32 matrix of MIN_WEIGHTS or more → the MatMuls that multiply by it, in graph order.
 
     Products of two activations have no constant matrix, and Conv weights are not matrices.
     """
@@ -201,15 +175,11 @@ def matrices(model: ir.Model) -> dict[str, list[ir.Node]]:
             continue
         weight = input_of(node, 1)
         tensor = weight.const_value if weight.is_initializer() else None
-        if tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2:
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2:
+            continue
+        if tensor.size >= MIN_WEIGHTS:
             products.setdefault(name_of(weight), []).append(node)
     return products
-
-
-def quantizable(model: ir.Model) -> dict[str, list[ir.Node]]:
-    """The matrices that are large enough to gain from quantization; in the form of `matrices`."""
-    initializers = model.graph.initializers
-    return {name: nodes for name, nodes in matrices(model).items() if tensor_of(initializers[name]).size >= MIN_WEIGHTS}
 
 
 def constant_factor(y: ir.Value) -> tuple[ir.Node, np.ndarray] | None:
@@ -229,7 +199,7 @@ def constant_factor(y: ir.Value) -> tuple[ir.Node, np.ndarray] | None:
 def quantize_weights(model: ir.Model, plan: Plan, method: QuantMethod, options: OptimizeOptions,
                      fitted: Mapping[str, Packed]) -> dict[str, Stored]:  # fmt: skip
     """Store the weights of `plan` in place, in the form of `method`. fitted: weights that are packed already."""
-    products, initializers = matrices(model), model.graph.initializers
+    products, initializers = quantizable(model), model.graph.initializers
     weights = {name: initializers[name] for name in plan}
     replace = method.replace(model, options)
 
@@ -261,15 +231,15 @@ def row_factors(power: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def row_powers(model: ir.Model, weights: Collection[str]) -> dict[str, np.ndarray]:
     """Σ W² of each row, [K], summed over all weights that follow the same normalization; for those that follow one."""
+
+    def power(weight: np.ndarray) -> np.ndarray:
+        return np.asarray(np.einsum("kn,kn->k", weight, weight))
+
     powers: dict[str, np.ndarray] = {}
     for names in normalized_inputs(model, weights).values():
-        parts = [computed_from(model.graph.initializers[name], _row_power) for name in names]
+        parts = [computed_from(model.graph.initializers[name], power) for name in names]
         powers |= dict.fromkeys(names, np.sum(parts, axis=0))
     return powers
-
-
-def _row_power(weight: np.ndarray) -> np.ndarray:
-    return np.asarray(np.einsum("kn,kn->k", weight, weight))
 
 
 def factors_without_speech(model: ir.Model, weights: Collection[str]) -> dict[str, np.ndarray]:
@@ -286,33 +256,25 @@ def factors_without_speech(model: ir.Model, weights: Collection[str]) -> dict[st
 def normalized_inputs(model: ir.Model, weights: Collection[str]) -> dict[ir.Node, list[str]]:
     """Normalizations whose output goes only into products with some of the weights → those weights."""
     nodes = (node for node in model.graph if node.op_type in SCALE_INPUT)
-    multiplied = {node: _multiplied_by(node.outputs[0], weights) for node in nodes}
-    return {node: names for node, names in multiplied.items() if names}
+    return {node: names for node in nodes if (names := _multiplied_by(node.outputs[0], weights))}
 
 
 def _multiplied_by(x: ir.Value, weights: Collection[str]) -> list[str]:
-    """The weights that multiply x and nothing else; none if x is used in any other way."""
+    """The weights that multiply x and nothing else; none if x is used in any other way. Transposes that leave the last
+    axis where it is are passed."""
     names: list[str] = []
-    for use in x.uses():
-        behind = _weights_of_use(use.node, weights)
+    for node in (use.node for use in x.uses()):
+        behind: list[str] = []
+        if node.op_type == "Transpose":
+            axes = node.attributes["perm"].as_ints()
+            behind = _multiplied_by(node.outputs[0], weights) if axes[-1] == len(axes) - 1 else []
+        elif node.op_type == "MatMul":
+            weight = input_of(node, 1)
+            behind = [name_of(weight)] if weight.name in weights and len(weight.uses()) == 1 else []
         if not behind:
             return []
         names += behind
     return [] if x.is_graph_output() else names
-
-
-def _weights_of_use(node: ir.Node, weights: Collection[str]) -> list[str]:
-    if node.op_type == "Transpose" and _keeps_channels(node):
-        return _multiplied_by(node.outputs[0], weights)
-    if node.op_type != "MatMul":
-        return []
-    weight = input_of(node, 1)
-    return [name_of(weight)] if weight.name in weights and len(weight.uses()) == 1 else []
-
-
-def _keeps_channels(transpose: ir.Node) -> bool:
-    axes = transpose.attributes["perm"].as_ints()
-    return axes[-1] == len(axes) - 1
 
 
 def fold(model: ir.Model, factors: Mapping[str, np.ndarray]) -> None:
@@ -349,9 +311,8 @@ def _times(tensor: ir.TensorProtocol, factors: np.ndarray) -> ir.LazyTensor:
     """The tensor times `factors`, computed when it is read; its data file is mapped only meanwhile."""
 
     def product() -> ir.TensorProtocol:
-        try:
-            return ir.tensor(tensor.numpy() * factors, name=tensor.name)
-        finally:
-            release(tensor)
+        array = tensor.numpy() * factors
+        release(tensor)
+        return ir.tensor(array, name=tensor.name)
 
     return ir.LazyTensor(product, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=tensor.name)

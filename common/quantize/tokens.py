@@ -1,7 +1,6 @@
 """8-bit weights for the graphs that run once for each token: the decoder and the joint."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,61 +9,49 @@ from onnx_ir.tape import Tape
 
 from common.cli import CheckError
 from common.contract import MICROSOFT, Graph
-from common.onnx_io import input_of, load, name_of, save_model, shared_initializer, tensor_of
+from common.onnx_io import input_of, load, name_of, save_model, shape_of, shared_initializer, tensor_of
 from common.quantize.blocks import BLOCK_SIZES, RTN
-from common.quantize.columns import HIGH_BITS, quantize_columns
 from common.quantize.fidelity import token_sqnr
 from common.quantize.methods import Format, OptimizeOptions
 from common.quantize.rewrite import Stored, quantizable, quantize_weights
-from common.quantize.rounding import relative_error
+from common.quantize.rounding import HIGH_BITS, quantize_columns, relative_error
 
 # Measured on the tiny checkpoint: decoder 40 dB, joint 41 dB.
 MIN_TOKEN_SQNR_DB = 20.0
 # The joint multiplies one row at a time, which mostly means reading weights: MatMulNBits of 8 bits takes 0.26 ms a
 # token (0.38 ms with block 32), DynamicQuantizeMatMul 0.39 ms, float32 0.75 ms.
-JOINT_BITS = 8
 JOINT_BLOCK = 128
-JOINT_ACCURACY_LEVEL = 4
-
-
-@dataclass(frozen=True)
-class QuantizedTokenGraphs:
-    """By the name of the graph: its SQNR on noise in dB, and how its weights were stored."""
-
-    sqnr_db: dict[str, float] = field(default_factory=dict)
-    stored: dict[str, dict[str, Stored]] = field(default_factory=dict)
 
 
 def quantize_token_graphs(
     source: Path, target: Path, graphs: Iterable[Graph], vocabulary: int, options: OptimizeOptions
-) -> QuantizedTokenGraphs:
-    """Write the graphs of folder `source` with 8-bit weights into `target`.
+) -> tuple[dict[str, float], dict[str, dict[str, Stored]]]:
+    """Write the graphs of folder `source` with 8-bit weights into `target`. Returns, by the name of the graph, its SQNR
+    on noise in dB, and how its weights were stored.
 
     Raises CheckError where an SQNR is so low that something must be broken.
     """
-    done = QuantizedTokenGraphs()
+    sqnr_db: dict[str, float] = {}
+    stored: dict[str, dict[str, Stored]] = {}
     for graph in graphs:
         model = load(source / graph.file)
         embeddings = quantize_embeddings(model)
         lstms = quantize_lstms(model, Format(HIGH_BITS, full_range=options.full_range))
-        plan = {name: _joint_format(model, name) for name in quantizable(model)}
-        products = quantize_weights(model, plan, RTN, OptimizeOptions(accuracy_level=JOINT_ACCURACY_LEVEL), {})
-        done.stored[graph.name] = {**embeddings, **lstms, **products}
+        plan = {}
+        for name, (product, *_) in quantizable(model).items():
+            rows, _ = shape_of(input_of(product, 1))
+            # In smaller blocks where a column is shorter and would be padded with zeros.
+            plan[name] = Format(HIGH_BITS, next(size for size in BLOCK_SIZES if size >= min(rows, JOINT_BLOCK)))
+        products = quantize_weights(model, plan, RTN, OptimizeOptions(), {})
+        stored[graph.name] = {**embeddings, **lstms, **products}
         save_model(model, target / graph.file, single_file=True)
-        ratio = done.sqnr_db[graph.name] = token_sqnr(source, target, graph, vocabulary)
+        ratio = sqnr_db[graph.name] = token_sqnr(source, target, graph, vocabulary)
         if not ratio >= MIN_TOKEN_SQNR_DB:
             raise CheckError(
                 f"the 8-bit {graph.name} is broken: it has an SQNR of {ratio:.1f} dB, and needs "
                 f"{MIN_TOKEN_SQNR_DB:.0f} dB or more"
             )
-    return done
-
-
-def _joint_format(model: ir.Model, name: str) -> Format:
-    """8 bits in blocks of JOINT_BLOCK, or in smaller ones where a column is shorter and would be padded with zeros."""
-    rows, _ = tensor_of(model.graph.initializers[name]).shape.numpy()
-    block = next(size for size in BLOCK_SIZES if size >= min(rows, JOINT_BLOCK))
-    return Format(JOINT_BITS, block)
+    return sqnr_db, stored
 
 
 def quantize_embeddings(model: ir.Model) -> dict[str, Stored]:

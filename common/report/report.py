@@ -118,7 +118,7 @@ def _count_bytes(
                 "name": owner,
                 "shape": list(tensor.shape.numpy()),
                 "bits": weight.form.bits if weight else None,
-                "block": weight.form.block if weight else None,
+                "block": (weight.form.block or None) if weight else None,
                 "bytes_before": 0,
                 "bytes_after": 0,
                 "weight_error": _short(weight.error) if weight else None,
