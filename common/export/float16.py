@@ -327,10 +327,10 @@ def convert_graphs(
         kept = len(float16[graph.file]["kept_float32"]) + len(float16[graph.file]["kept_exact"])
         fields = [f"{kept} of {kept + converted} operators stay float32", size_text(graph.bytes_in(target))]
         if graph in references:
-            parity[graph.file] = check_graph(target, graph, references[graph], float16=True).record()
-            rounded = check_graph(target, graph, references[graph], EmulatedGraph, float16=True)
-            float16[graph.file]["rounded_parity"] = rounded.record()
-            fields.append(f"rounded as on a GPU: {rounded}")
+            parity[graph.file], _ = check_graph(target, graph, references[graph], float16=True)
+            rounded, text = check_graph(target, graph, references[graph], EmulatedGraph, float16=True)
+            float16[graph.file]["rounded_parity"] = rounded
+            fields.append(f"rounded as on a GPU: {text}")
         else:
             fields.append("not verified")
         stages.end(*fields)

@@ -5,9 +5,8 @@ torch is imported inside the functions, so that importing this module takes no t
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,15 +28,12 @@ LONG_CASE_MAX_PARAMETERS = 20e6
 DECODER_STEPS = 12
 JOINT_CASES = ((1, 1, 1), (2, 3, 2), (1, 7, 5))  # B, S, U
 
-LENGTHS = ENCODER.output_names[1]
 
-
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Inputs of a graph and the outputs of the library's module for them, so that the module can be freed."""
 
     inputs: tuple[np.ndarray, ...]
-    expected: Mapping[str, np.ndarray]  # by the name of the output
+    expected: tuple[np.ndarray, ...]
     library: str
 
 
@@ -88,42 +84,12 @@ def make_cases(graph: Graph, module: Any, example_inputs: "ExampleInputs") -> li
     def on_device(*sizes: int) -> "Tensors":
         return tuple(tensor.to(device) for tensor in example_inputs(*sizes))
 
+    def arrays(tensors: "Tensors") -> tuple[np.ndarray, ...]:
+        return tuple(tensor.cpu().numpy() for tensor in tensors)
+
     with torch.inference_mode():
-        return [
-            Case(
-                inputs=tuple(tensor.cpu().numpy() for tensor in inputs),
-                expected={name: out.cpu().numpy() for name, out in zip(graph.output_names, outputs, strict=True)},
-                library=library,
-            )
-            for inputs, outputs in CASES[graph](module, on_device)
-        ]
-
-
-@dataclass(frozen=True)
-class Parity:
-    """The largest difference of all comparisons, absolute and relative to the reference's largest value.
-
-    For float32 graphs the absolute one must not exceed PARITY_TOLERANCE, for float16 graphs the relative one
-    FLOAT16_TOLERANCE: see common/contract.py for both.
-    """
-
-    max_abs: float
-    max_rel: float
-    cases: int
-    library: str
-    float16: bool
-
-    def __str__(self) -> str:
-        absolute = "" if self.float16 else f" (limit {PARITY_TOLERANCE:.0e})"
-        relative = f" (limit {FLOAT16_TOLERANCE:.0e})" if self.float16 else ""
-        return (
-            f"largest difference from {self.library} {self.max_abs:.0e}{absolute}  "
-            f"relative {self.max_rel:.0e}{relative}  {self.cases} comparisons"
-        )
-
-    def record(self) -> dict[str, float]:
-        """For the manifest."""
-        return {"max_abs": self.max_abs, "max_rel": self.max_rel, "cases": self.cases}
+        cases = CASES[graph](module, on_device)
+        return [Case(arrays(inputs), arrays(outputs), library) for inputs, outputs in cases]
 
 
 def verify_graphs(folder: Path, references: References, stages: Stages) -> dict[str, Any]:
@@ -137,38 +103,46 @@ def verify_graphs(folder: Path, references: References, stages: Stages) -> dict[
         if graph not in references:
             stages.end("not verified")
             continue
-        parity = check_graph(folder, graph, references[graph])
-        records[graph.file] = parity.record()
-        stages.end(str(parity))
+        records[graph.file], text = check_graph(folder, graph, references[graph])
+        stages.end(text)
     return records
 
 
 def check_graph(
     folder: Path, graph: Graph, cases: Sequence[Case], open_graph: OpenGraph = MAPPED, *, float16: bool = False
-) -> Parity:
+) -> tuple[dict[str, float], str]:
     """Run `graph` of a folder on the inputs of `cases` and compare its outputs with the library's.
 
     Lengths must be equal, and only the valid frames of a clip are compared. A graph with states continues from its own,
-    so that a wrong state also shows in what follows. Raises CheckError for a difference beyond the tolerance.
+    so that a wrong state also shows in what follows. Returns the largest difference of all comparisons, absolute and
+    relative to the reference's largest value, for the manifest; and the same in words. Raises CheckError where the
+    absolute one of a float32 graph exceeds PARITY_TOLERANCE, or the relative one of a float16 graph FLOAT16_TOLERANCE
+    (common/contract.py has the reasons for both).
     """
     run = open_graph(folder, graph)
     errors: list[tuple[float, float]] = []
     states: list[np.ndarray] = []
     for case in cases:
-        inputs = (*case.inputs[: len(case.inputs) - len(states)], *states)
-        outputs = dict(zip(graph.output_names, run(*inputs), strict=True))
-        states = [outputs[tensor.name] for tensor in graph.outputs if "L" in tensor.axes]
-        for name, expected in case.expected.items():
-            errors += _differences(outputs[name], expected, case.expected.get(LENGTHS))
+        outputs = run(*case.inputs[: len(case.inputs) - len(states)], *states)
+        states = [output for output, tensor in zip(outputs, graph.outputs, strict=True) if "L" in tensor.axes]
+        lengths = case.expected[1] if graph is ENCODER else None
+        for output, expected in zip(outputs, case.expected, strict=True):
+            errors += _differences(output, expected, lengths)
     max_abs, max_rel = (max(each) for each in zip(*errors, strict=True))
     library = cases[0].library
-    if (max_rel > FLOAT16_TOLERANCE) if float16 else (max_abs > PARITY_TOLERANCE):
-        limit = f"{FLOAT16_TOLERANCE:.0e} relative" if float16 else f"{PARITY_TOLERANCE:.0e} absolute"
+    limit = FLOAT16_TOLERANCE if float16 else PARITY_TOLERANCE
+    if (max_rel if float16 else max_abs) > limit:
         raise CheckError(
             f"{graph.file} differs from {library} by {max_abs:.1e} absolute, {max_rel:.1e} relative; expected at most "
-            f"{limit}: the export is wrong, please report it"
+            f"{limit:.0e} {'relative' if float16 else 'absolute'}: the export is wrong, please report it"
         )
-    return Parity(max_abs, max_rel, len(errors), library, float16)
+    absolute, relative = f"{max_abs:.0e}", f"{max_rel:.0e}"
+    if float16:
+        relative += f" (limit {limit:.0e})"
+    else:
+        absolute += f" (limit {limit:.0e})"
+    text = f"largest difference from {library} {absolute}  relative {relative}  {len(errors)} comparisons"
+    return {"max_abs": max_abs, "max_rel": max_rel, "cases": len(errors)}, text
 
 
 def _differences(actual: np.ndarray, expected: np.ndarray, lengths: np.ndarray | None) -> Iterator[tuple[float, float]]:
@@ -176,11 +150,11 @@ def _differences(actual: np.ndarray, expected: np.ndarray, lengths: np.ndarray |
 
     They are infinite where shapes or lengths differ, or for a NaN on either side.
     """
-    if actual.shape != expected.shape:
-        yield np.inf, np.inf
-    elif expected.dtype.kind == "i":
+    if expected.dtype.kind == "i":
         if not np.array_equal(actual, expected):
             yield np.inf, np.inf
+    elif actual.shape != expected.shape:
+        yield np.inf, np.inf
     elif lengths is not None:
         for row, other, valid in zip(actual, expected, lengths, strict=True):
             yield from _differences(row[:, :valid], other[:, :valid], None)
