@@ -25,7 +25,7 @@ from common.cli import OPTIMIZE_COMMAND, Parser, Stages, options_of, run, second
 
 from common.checkpoint import require_device
 from common.checkpoint.find import add_checkpoint_flags, find_checkpoint
-from common.export.pipeline import FP32, MAX_OPSET, MIN_OPSET, PRECISIONS, ExportOptions, export_checkpoint
+from common.export.pipeline import FP32, OPSETS, PRECISIONS, ExportOptions, export_checkpoint
 from common.folder import MANIFEST, staged_folder, state_needs, write_locations
 from common.layouts import ALL, LAYOUTS, former_manifests, layouts_for
 from common.layouts.genai import GENAI
@@ -34,7 +34,6 @@ from common.report.card import CARD, FEATURES, finish_folder
 
 RUNTIME_HELP = """the runtime whose names, axes and files to write: genai into the folder itself, any other choice into
 a subfolder for each runtime, which share the encoder's weights by hard links (%(default)s)"""
-OPSET_HELP = f"ONNX opset, {MIN_OPSET} to {MAX_OPSET} (%(default)s)"
 CHUNK_HELP = "audio decoded by each run of the encoder, in whole encoder frames (%(default)s)"
 LEFT_HELP = "audio before the chunk that the encoder is given as context (%(default)s)"
 RIGHT_HELP = "audio after the chunk that the encoder is given as context (%(default)s)"
@@ -53,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("onnx_models"), help="folder to write (./%(default)s)")
     add("--runtime", choices=(*LAYOUTS, ALL), default=GENAI.runtime, help=RUNTIME_HELP)
-    add("--opset_version", type=int, default=MIN_OPSET, help=OPSET_HELP)
+    add("--opset_version", type=int, choices=OPSETS, default=OPSETS[0], help="ONNX opset (%(default)s)")
     add("--chunk_seconds", type=seconds, default=ExportOptions.chunk_seconds, help=CHUNK_HELP)
     add("--left_context_seconds", type=seconds, default=ExportOptions.left_context_seconds, help=LEFT_HELP)
     add("--right_context_seconds", type=seconds, default=ExportOptions.right_context_seconds, help=RIGHT_HELP)
