@@ -13,7 +13,7 @@ from common.checkpoint import nemo
 from common.checkpoint.find import find_checkpoint
 from common.checkpoint.tokenizer import Piece, parse_model
 from common.contract import JOINT
-from common.export.scripts import suppress, suppressed_ids
+from common.export.pipeline import suppress, suppressed_ids
 from common.export.wrappers import WRAPPERS, export_graph
 from common.folder import read_manifest
 from common.layouts.genai import GENAI

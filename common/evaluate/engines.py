@@ -18,7 +18,7 @@ from common.checkpoint import transformers
 from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, find_checkpoint, recorded_checkpoint
 from common.cli import Parser
 from common.evaluate.words import Pieces, timed_words
-from common.export.scripts import suppress, suppressed_ids
+from common.export.pipeline import suppress, suppressed_ids
 from common.folder import CHECKPOINT, EXPORTED, FILES, MANIFEST, is_float16, read_location, read_manifest
 from common.layouts.genai import GENAI
 from common.layouts.layout import check_same_checkpoint

@@ -4,19 +4,21 @@ torch and NeMo are imported inside the functions, so that usage errors are repor
 """
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
 from common.checkpoint import Checkpoint
 from common.checkpoint.spec import ModelSpec
+from common.checkpoint.tokenizer import Piece, special_ids
 from common.cli import Stages, size_text
 from common.contract import GENAI_CONFIG, GRAPHS
 from common.export.float16 import convert_graphs
 from common.export.parity import LONG_CASE_MAX_PARAMETERS, References, make_cases, verify_graphs
-from common.export.scripts import SUPPRESSED, suppress, suppressed_ids
 from common.folder import write_json
 from common.layouts.genai import genai_config
 from common.layouts.layout import Layout
@@ -39,6 +41,12 @@ MEMORY_OF_LONG_CASE = 2.8e9  # bytes; a clip past 400 s, on which small encoders
 FLOAT32_BYTES = 4
 DISK_FACTOR = 2.0
 FLOAT16_DISK_FACTOR = 0.5  # in addition: the float16 weights beside the float32 ones
+
+SUPPRESSED = "suppressed_tokens"  # in the manifest: how many tokens --scripts suppresses
+BIAS = -1e4  # of such tokens in the joint: logits are at most hundreds, and float16 can hold this number
+# ISO 15924 codes of characters that belong to several scripts or to none: digits, accents
+SHARED = ("Zyyy", "Zinh", "Zzzz")
+LETTERS = ("L", "M")  # of Unicode's general categories: letters, and the marks that some scripts write vowels with
 
 SPEECH = Path(__file__).resolve().parents[2] / "samples"  # 40 s, on which --precision fp16 measures values
 AUDIO_SUFFIXES = (".flac", ".wav")
@@ -188,3 +196,43 @@ def export_graphs(model: Any, folder: Path, options: ExportOptions, stages: Stag
             references[graph] = make_cases(graph, module, wrapper.example_inputs)
     stages.end(*(f"{graph.file} {size_text(graph.bytes_in(folder))}" for graph in GRAPHS))
     return references
+
+
+def suppressed_ids(tokenizer: ModelProto, scripts: str | None) -> list[int]:
+    """Ids of the tokens with letters of other scripts than `scripts`, names separated by commas; none if it is None.
+
+    A multilingual checkpoint without a language input sometimes writes one language in the script (writing system) of
+    another; a bias that no logit outweighs costs nothing when the model runs, and it works in every runtime. Marks,
+    bytes, the unknown piece and the blank are never suppressed. Raises ValueError for a script that the vocabulary has
+    no letter of, listing those that it has.
+    """
+    if scripts is None:
+        return []
+    from fontTools import unicodedata
+
+    hidden = set(special_ids(tokenizer))
+    scripts_of_token: dict[int, set[str]] = {}
+    for index, piece in enumerate(tokenizer.pieces):
+        if index not in hidden and piece.type != Piece.BYTE:
+            letters = [one for one in piece.piece if unicodedata.category(one)[0] in LETTERS]
+            codes = {unicodedata.script(one) for one in letters}.difference(SHARED)
+            scripts_of_token[index] = {unicodedata.script_name(code).lower() for code in codes}
+    known = sorted(set().union(*scripts_of_token.values()))
+    allowed = {name.strip().lower() for name in scripts.split(",")}
+    if unknown := sorted(allowed.difference(known)):
+        raise ValueError(
+            f"--scripts must be among {', '.join(known)}, of which the checkpoint's vocabulary has letters, not "
+            f"{', '.join(unknown) or 'empty'}"
+        )
+    return [index for index, names in scripts_of_token.items() if not names <= allowed]
+
+
+def suppress(joint: Any, ids: Iterable[int]) -> None:
+    """Add BIAS to the logits of the tokens `ids` in NeMo's `joint`. Raises ValueError where the joint has no bias."""
+    import torch
+
+    last = joint.joint_net[-1]
+    if last.bias is None:
+        raise ValueError("--scripts needs a joint with a bias, which this checkpoint lacks; leave --scripts out")
+    with torch.no_grad():
+        last.bias[list(ids)] += BIAS
