@@ -41,14 +41,7 @@ from common.checkpoint.tokenizer import (
     vocab_text,
 )
 from common.contract import TOKENIZER_FILES
-from common.folder import (
-    MANIFEST,
-    check_output_dir,
-    is_float16,
-    read_manifest,
-    staged_folder,
-    write_json,
-)
+from common.folder import MANIFEST, check_output_dir, is_float16, read_manifest, staged_folder, write_json
 from common.layouts import genai_folder
 from common.layouts.genai import GENAI
 from common.layouts.layout import check_name_of_graphs, check_tokenizer_of_graphs
