@@ -68,8 +68,8 @@ def write_checkpoint(path: Path, topology: dict, seed: int = 0) -> None:
 
 
 def _config(topology: dict, folder: Path) -> dict:
-    with open_archive(TINY) as archive:
-        config = parse_config(archive.read(CONFIG_MEMBER), archive.sizes)
+    with open_archive(TINY) as members:
+        config = parse_config(members[CONFIG_MEMBER].read(), members)
     mels, width = topology.get("mels", 128), topology["encoder"]["d_model"]
     predictor, pieces = topology["predictor"], topology["pieces"]
     durations = topology.get("durations", [0, 1, 2, 3, 4])

@@ -197,8 +197,8 @@ def load_model(checkpoint: Path) -> Any:
 
 def config_of(checkpoint: Path) -> dict[str, Any]:
     """The content of a NeMo checkpoint's config."""
-    with open_archive(checkpoint) as archive:
-        return parse_config(archive.read(CONFIG), archive.sizes)
+    with open_archive(checkpoint) as members:
+        return parse_config(members[CONFIG].read(), members)
 
 
 def plain_rnnt(config: dict) -> None:

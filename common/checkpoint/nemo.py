@@ -10,6 +10,7 @@ NeMo and torch are imported inside the functions that build a model, since their
 
 import contextlib
 import gzip
+import os
 import pickle
 import posixpath
 import re
@@ -18,8 +19,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
@@ -70,29 +70,28 @@ def read(origin: Origin) -> Checkpoint | None:
         return None
     else:
         raise ValueError(f"{origin} has {', '.join(found)}; pass the path of one of them, downloaded if need be")
-    with open_archive(path) as archive:
-        config = parse_config(archive.read(CONFIG_MEMBER), archive.sizes)
+    with open_archive(path) as members:
+        text = members[CONFIG_MEMBER].read()
+        config = parse_config(text, members)
         _require_tdt(path, config)
         model_path = (config.get("tokenizer") or {}).get("model_path")
         if not model_path:
             raise ValueError(f"expected a SentencePiece tokenizer in {path}, got another; this model has no export")
-        with archive.open(WEIGHTS_MEMBER) as weights:
-            if not zipfile.is_zipfile(weights):
-                raise ValueError(
-                    f"expected {WEIGHTS_MEMBER} in {path} as torch.save writes it, got another file; {NOT_LOADED}"
-                )
+        if not zipfile.is_zipfile(members[WEIGHTS_MEMBER]):
+            raise ValueError(
+                f"expected {WEIGHTS_MEMBER} in {path} as torch.save writes it, got another file; {NOT_LOADED}"
+            )
         files = [path]
         if path.is_dir():  # which may hold other files as well: those that the config names belong to the checkpoint
-            text = archive.read(CONFIG_MEMBER)
-            named = [name for name in archive.sizes if f"nemo:{name}".encode() in text]
+            named = [name for name in members if f"nemo:{name}".encode() in text]
             files = [path / name for name in (CONFIG_MEMBER, WEIGHTS_MEMBER, *named)]
         return Checkpoint(
             origin=origin,
             format=NAME,
             path=path,
             files=files,
-            loaded_bytes=archive.sizes[WEIGHTS_MEMBER],
-            sentencepiece=archive.read(model_path.removeprefix("nemo:")),
+            loaded_bytes=members[WEIGHTS_MEMBER].seek(0, os.SEEK_END),
+            sentencepiece=members[model_path.removeprefix("nemo:")].read(),
             load_model=partial(load_model, path, config),
         )
 
@@ -111,31 +110,20 @@ def _require_tdt(path: Path, config: Mapping[str, Any]) -> None:
 # Archive
 
 
-@dataclass(frozen=True)
-class Archive:
-    """An open checkpoint: its files by normalised name."""
-
-    sizes: Mapping[str, int]  # in bytes
-    open: Callable[[str], IO[bytes]]
-
-    def read(self, name: str) -> bytes:
-        """The content of a file."""
-        with self.open(name) as file:
-            return file.read()
-
-
 @contextlib.contextmanager
-def open_archive(path: Path) -> Iterator[Archive]:
-    """Open a `.nemo` file, a plain tar or (before NeMo 1.7) gzip, or the folder of an unpacked one.
+def open_archive(path: Path) -> Iterator[dict[str, IO[bytes]]]:
+    """The files of a checkpoint by normalised name: of a `.nemo` file, which is a plain tar or (before NeMo 1.7) gzip,
+    or of the folder of an unpacked one.
 
-    Raises ValueError unless its members are safe, and a config and weights are among them.
+    Raises ValueError unless they are safe, and a config and weights are among them.
     """
+    members: dict[str, IO[bytes]]
     with contextlib.ExitStack() as stack:
         if path.is_dir():
-            sizes = on_disk(path).sizes
-            for name in sizes:
-                require_inside(path / name)
-            archive = Archive(sizes, lambda name: (path / name).open("rb"))
+            paths = [path / name for name in on_disk(path).sizes]
+            for one in paths:
+                require_inside(one)
+            members = {one.name: stack.enter_context(one.open("rb")) for one in paths}
         else:
             with path.open("rb") as file:
                 start = file.read(max(map(len, MISTAKEN)))
@@ -143,22 +131,21 @@ def open_archive(path: Path) -> Iterator[Archive]:
                 raise ValueError(f"{path} is {kind}")
             try:
                 tar = stack.enter_context(tarfile.open(path, "r:gz" if start.startswith(GZIP) else "r:"))
-                members = _checked_members(path, tar)
+                checked = _checked_members(path, tar)
             except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ValueError(
                     f"{path} is not a NeMo checkpoint, or truncated or damaged ({error}); pass a .nemo file, which is "
                     "a tar, or the folder of a checkpoint, or download it again"
                 ) from None
-            sizes = {name: member.size for name, member in members.items()}
-            # Members are regular files only, of which extractfile gives the content.
-            archive = Archive(sizes, lambda name: cast(IO[bytes], tar.extractfile(members[name])))
+            # These are regular files only, of which extractfile gives the content.
+            members = {name: cast(IO[bytes], tar.extractfile(member)) for name, member in checked.items()}
         for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
-            if name not in archive.sizes:
+            if name not in members:
                 raise ValueError(
                     f"expected {name} at the top of {path}, which is not a whole NeMo checkpoint; download it again, "
                     "or unpack it, and pass the folder that has the file"
                 )
-        yield archive
+        yield members
 
 
 def _checked_members(path: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:

@@ -294,7 +294,7 @@ def _named(pieces: list[str], most: int = 8) -> str:
     return ", ".join(map(repr, pieces[:most])) + more
 
 
-def sentencepiece_model(content: Mapping[str, Any], blank_id: Any) -> bytes:
+def sentencepiece_model(content: Mapping[str, Any], blank_id: int) -> bytes:
     """The SentencePiece model that transformers has converted into a tokenizer.json of this content.
 
     blank_id: the ids below it are the pieces. transformers (ParakeetConverter and SpmConverter of

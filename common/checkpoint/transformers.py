@@ -64,7 +64,7 @@ def read(origin: Origin) -> Checkpoint | None:
     tokenizer = origin.get(*TOKENIZER_FILES)
     files.append(tokenizer)
     if tokenizer.suffix == ".json":
-        sentencepiece = sentencepiece_model(_read_json(tokenizer), config.get("blank_token_id"))
+        sentencepiece = sentencepiece_model(_read_json(tokenizer), config.get("blank_token_id", 0))
     else:
         sentencepiece = tokenizer.read_bytes()
     modules = []

@@ -409,9 +409,9 @@ def _import_heavy_modules() -> None:
     """Import what every child would otherwise import for ten seconds, and read the config of the bundled checkpoint
     once for all children. Nothing is run, since threads do not survive a fork."""
     quiet_libraries()
-    with nemo_format.open_archive(TINY) as archive:
-        labelled = archive.read(nemo_format.CONFIG_MEMBER)
-        config = nemo_format.parse_config(labelled, archive.sizes)
+    with nemo_format.open_archive(TINY) as members:
+        labelled = members[nemo_format.CONFIG_MEMBER].read()
+        config = nemo_format.parse_config(labelled, members)
     parse = nemo_format.parse_config
     nemo_format.parse_config = lambda text, members: config if text == labelled else parse(text, members)
     import nemo.collections.asr.models  # noqa: F401
