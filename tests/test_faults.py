@@ -397,7 +397,7 @@ def saved_by_torch(path: Path, **options) -> None:
     torch.save({"state_dict": {"x": torch.zeros(3)}, "epoch": 3}, path, **options)
 
 
-TRAINING_RUN = ("a file of torch.save, such as the .ckpt of a training run", "load_from_checkpoint", "save_to")
+TRAINING_RUN = ("is not a NeMo checkpoint", "A .ckpt of a training run becomes a .nemo file by save_to of NeMo")
 PACKINGS = {
     "the .ckpt of a training run": (saved_by_torch, TRAINING_RUN),
     "the same before torch 1.6": (partial(saved_by_torch, _use_new_zipfile_serialization=False), TRAINING_RUN),

@@ -183,11 +183,6 @@ def another_window(weights):
     weights[WINDOW] = torch.hann_window(400, periodic=True)
 
 
-def a_window_beside_the_grid(weights):
-    """A window as far from Hann's as rounding to float16 takes it at most, but not rounded."""
-    weights[WINDOW] = weights[WINDOW].float() * (1 + 4.5e-4)
-
-
 def a_rounded_hamming_window(weights):
     import torch
 
@@ -202,7 +197,6 @@ def a_filter_bank_of_other_values(weights):
     ("change", "named"),
     [
         (another_window, "window"),
-        (a_window_beside_the_grid, "window"),
         (a_rounded_hamming_window, "window"),
         (a_filter_bank_of_other_values, "filterbank"),
     ],

@@ -233,11 +233,6 @@ def test_half_a_model_and_a_repeated_piece_are_rejected():
             parse_model(model)
 
 
-def test_a_line_break_in_a_piece_is_rejected():
-    with pytest.raises(ValueError, match="line break in 'a"):
-        vocab_text(parse_model(handmade(("a\n", -1.0, 1))))
-
-
 def test_a_piece_named_like_the_blank_keeps_its_name(tmp_path):
     readers = Readers(handmade(("<blank>", 0.0, 4), ("a", -1.0, 1)), tmp_path)
     assert vocabulary(readers.proto)[-1][0] == "<<blank>>"

@@ -51,12 +51,8 @@ def parse_model(model: bytes) -> ModelProto:
         proto = ModelProto.FromString(model)
     except (RuntimeError, DecodeError) as error:
         raise ValueError(f"expected a SentencePiece model, got {len(model)} other bytes ({error})") from None
-    for index, piece in enumerate(proto.pieces):  # protobuf returns bytes for a string that is not UTF-8
-        if not isinstance(piece.piece, str) or not math.isfinite(piece.score):
-            raise ValueError(
-                f"expected text with a finite score as piece {index} of the SentencePiece model, got "
-                f"{piece.piece!r}, {piece.score}; download it again"
-            )
+    if not all(isinstance(piece.piece, str) and math.isfinite(piece.score) for piece in proto.pieces):
+        raise ValueError("the SentencePiece model has a piece that is not UTF-8 or whose score is not finite")
     return proto
 
 
@@ -186,15 +182,8 @@ def tokenizer_config(proto: ModelProto) -> dict[str, Any]:
 
 
 def vocab_text(proto: ModelProto) -> str:
-    """The content of vocab.txt: one piece a line, in id order, the blank last.
-
-    Raises ValueError where a piece holds a line break.
-    """
-    pieces = [*(piece.piece for piece in proto.pieces), blank_name(proto)]
-    broken = [piece for piece in pieces if "\n" in piece]
-    if broken:
-        raise ValueError(f"expected pieces of one line for vocab.txt, got a line break in {_named(broken)}")
-    return "".join(f"{piece}\n" for piece in pieces)
+    """The content of vocab.txt: one piece a line, in id order, the blank last."""
+    return "".join(f"{piece}\n" for piece in (*(piece.piece for piece in proto.pieces), blank_name(proto)))
 
 
 def tokens_text(proto: ModelProto) -> str:

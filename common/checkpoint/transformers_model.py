@@ -51,18 +51,16 @@ def build(config: Mapping[str, Any], features: Mapping[str, Any]) -> tuple[Parak
     model_config = ParakeetTDTConfig(**numbers, encoder_config=encoder_config)
     numbers = {key: features[key] for key in FEATURE_KEYS if key in features}
     extractor = ParakeetFeatureExtractor(**numbers)  # type: ignore[no-untyped-call]
-    blank = model_config.blank_token_id
-    for name, actual, expected in (
-        ("blank_token_id", blank, model_config.vocab_size - 1),  # where every runtime looks for it
-        ("feature_size of the feature extractor", extractor.feature_size, encoder_config.num_mel_bins),
-    ):
-        if actual != expected:
-            raise ValueError(f"expected {name} to be {expected}, got {actual}")
+    if extractor.feature_size != encoder_config.num_mel_bins:
+        raise ValueError(
+            f"expected feature_size of the feature extractor to be num_mel_bins of the encoder, "
+            f"{encoder_config.num_mel_bins}, got {extractor.feature_size}"
+        )
     with torch.device("meta"):
         network = ParakeetForTDT(model_config)
     # As transformers' converter sets it: a duration is not a token.
     network.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        decoder_start_token_id=blank,
+        decoder_start_token_id=model_config.blank_token_id,
         pad_token_id=model_config.pad_token_id,
         suppress_tokens=list(range(model_config.vocab_size, model_config.vocab_size + len(model_config.durations))),
     )
