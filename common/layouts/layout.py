@@ -110,10 +110,9 @@ class Layout:
             if isinstance(graph, View):
                 write_view(graph, exported, folder, self.metadata(spec) if graph is self.encoder else {})
                 check_view(graph, exported, folder, spec.vocab_size)
-                continue
-            for name in graph.files:
-                if (exported / name).is_file():
-                    link(exported / name, folder / name)
+            else:
+                for path in filter(Path.is_file, (exported / name for name in graph.files)):
+                    link(path, folder / path.name)
         for name, content in files.items():
             (folder / name).write_bytes(content)
 
@@ -124,8 +123,8 @@ class Layout:
     def check_one_checkpoint(self, folder: Path) -> None:
         """Raise ValueError where parts of `folder` come from different checkpoints, FileNotFoundError where one is
         missing. The message names the command that repairs the folder."""
-        if tokenizer := source_in(read_manifest(folder), "tokenizer"):
-            check_tokenizer_of_graphs(folder, tokenizer)
+        if source := source_in(read_manifest(folder), "tokenizer"):
+            check_tokenizer_of_graphs(folder, source)
         width = MAPPED(folder, self.graphs[-1]).session.get_outputs()[0].shape[-1]
         if self.is_view:
             tokens = self.vocabulary_size(folder)
