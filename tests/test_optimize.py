@@ -286,8 +286,9 @@ def cuda_export(tiny_export, made_once) -> Path:
     return made_once("cuda", copy)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("method", "device"), [*((method, "cpu") for method in METHODS), ("rtn", "cuda"), ("int8", "cuda")]
+)
 def test_every_method_is_fused_by_default_but_int8_on_a_cpu(method, device, tiny_export, cuda_export, optimized):
     source = {"cpu": tiny_export, "cuda": cuda_export}[device]
     folder = optimized("--quant_method", method, source=source)

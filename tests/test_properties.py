@@ -24,7 +24,7 @@ from tests.helpers import handmade, windows_of
 
 QUICK = settings(deadline=None, max_examples=200)
 # An example exports graphs or runs NeMo, which takes a tenth of a second to two seconds.
-SLOW = settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+SLOW = settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.too_slow])
 
 genai_durations = st.lists(st.integers(1, 9), min_size=1, max_size=5, unique=True).map(lambda rest: (0, *rest))
 any_durations = st.lists(st.integers(0, 9), min_size=1, max_size=6, unique=True).filter(any).map(tuple)
@@ -99,7 +99,7 @@ def test_nan_logits_raise_an_error():
         )  # fmt: skip
 
 
-@settings(SLOW, max_examples=5)
+@SLOW
 @given(
     seed=st.integers(0, 2**31),
     vocabulary=st.integers(1, 40),

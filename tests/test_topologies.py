@@ -17,7 +17,7 @@ from common.export.float16 import EmulatedGraph, convert, measure_ranges
 from common.quantize.fidelity import sqnr_db
 from common.run.genai import GenAI
 from common.run.ort import OnnxRuntime
-from tests.helpers import SAMPLES, SMALL, TOPOLOGIES
+from tests.helpers import CLIPS, SAMPLES, SMALL, TOPOLOGIES
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def test_every_script_runs_on_every_topology(topology, tmp_path, capsys):
 
     for folder in (exported, optimized):
         genai = GenAI(folder)
-        samples = genai.config.read_audio(SAMPLES / "jfk.wav")
+        samples = genai.config.read_audio(CLIPS[0])
         features = genai.features(samples)
         assert features.shape[0] == model["num_mels"]
         tokens = genai.transcribe(samples)
