@@ -149,7 +149,7 @@ def hub_errors(what: str) -> Iterator[None]:
             reason = error.__cause__  # the request that failed
         raise ConnectionError(
             f"{what} cannot be read from Hugging Face at {constants.ENDPOINT or 'an empty HF_ENDPOINT'}: "
-            f"{str(reason) or type(reason).__name__}; {ADVICE}"
+            f"{str(reason).rstrip('.') or type(reason).__name__}; {ADVICE}"
         ) from error
 
 
