@@ -89,11 +89,11 @@ def test_windows_as_genai_cuts_them(chunk, left, right, tiny_export, tmp_path):
 def test_windows_cover_every_frame_once(raw):
     for mel_frames in (2, 5999, 6000, 6001, 20_003):
         decoded = []
-        for piece in windows(raw.config, mel_frames):
-            assert piece.end <= mel_frames
-            encoder_frames = (piece.end - piece.begin + 7) // 8
-            stop = encoder_frames if piece.stop is None else piece.stop
-            decoded += range(piece.begin // 8 + piece.start, piece.begin // 8 + stop)
+        for mels, frames in windows(raw.config, mel_frames):
+            assert mels.stop <= mel_frames
+            encoder_frames = (mels.stop - mels.start + 7) // 8
+            stop = encoder_frames if frames.stop is None else frames.stop
+            decoded += range(mels.start // 8 + frames.start, mels.start // 8 + stop)
         assert decoded == list(range((mel_frames + 7) // 8))
 
 

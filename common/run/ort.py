@@ -5,8 +5,8 @@ follows the greedy rule of either NeMo or GenAI. It shares no code with GenAI, s
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -95,21 +95,14 @@ OpenGraph = Callable[[Path, Graph], OrtGraph]
 MAPPED: OpenGraph = partial(OrtGraph, mapped=True)
 
 
-@dataclass(frozen=True)
-class Window:
-    """One encoder run: mel frames `begin` … `end` - 1 go in, encoder frames `start` … `stop` - 1 are decoded."""
-
-    begin: int
-    end: int | None  # None: to the last, as for `stop`
-    start: int
-    stop: int | None
+WHOLE = (slice(None), slice(None))  # a clip in one window
 
 
-WHOLE = Window(begin=0, end=None, start=0, stop=None)
+def windows(config: RuntimeConfig, mel_frames: int) -> Iterator[tuple[slice, slice]]:
+    """The windows of a clip of `mel_frames`: the mel frames that go in, and those encoder frames that are decoded.
 
-
-def windows(config: RuntimeConfig, mel_frames: int) -> Iterator[Window]:
-    """The windows of a clip of `mel_frames`, cut as GenAI cuts it (EncodeNextChunk in src/models/parakeet.cpp)."""
+    They are cut as GenAI cuts them (EncodeNextChunk in src/models/parakeet.cpp).
+    """
     hop = config.hop_length
     sub = config.subsampling_factor
     total = mel_frames * hop
@@ -119,7 +112,7 @@ def windows(config: RuntimeConfig, mel_frames: int) -> Iterator[Window]:
         end = min(chunk_end + config.right, total) // hop
         start = (chunk_begin // hop - begin) // sub
         stop = None if chunk_end == total else (chunk_end // hop - begin) // sub
-        yield Window(begin, end, start, stop)
+        yield slice(begin, end), slice(start, stop)
 
 
 class OnnxRuntime:
@@ -186,15 +179,10 @@ class OnnxRuntime:
         cuts = [[WHOLE] if whole else [*windows(self.config, one.shape[1])] for one in features]
         count = max(map(len, cuts))
         with progress_bar(total=count, task="windows", unit="window", shown=count >= MIN_WINDOWS_OF_BAR) as bar:
-            for number in range(count):
-                window_of = {clip: cut[number] for clip, cut in enumerate(cuts) if number < len(cut)}
-                encoded = self.encode([features[clip][:, each.begin : each.end] for clip, each in window_of.items()])
+            for row in zip_longest(*cuts):
+                encoded = iter(self.encode([one[:, cut[0]] for one, cut in zip(features, row, strict=True) if cut]))
                 bar.update()
-                decoded = {
-                    clip: frames[each.start : each.stop]
-                    for (clip, each), frames in zip(window_of.items(), encoded, strict=True)
-                }
-                yield [decoded.get(clip, ENDED) for clip in range(len(features))]
+                yield [next(encoded)[cut[1]] if cut else ENDED for cut in row]
 
     def predict(
         self, tokens: Sequence[int], states: Sequence[tuple[np.ndarray, np.ndarray] | None]
