@@ -247,6 +247,23 @@ TOPOLOGIES = {
 }  # fmt: skip
 
 
+def narrow_encoder(width: int, heads: int, deviation: float) -> Any:
+    """NeMo's encoder with one narrow layer of random weights, for long clips, whose time is quadratic in the length and
+    linear in layers and heads. Position biases of a large standard deviation let positions decide what it attends to.
+    """
+    import torch
+    from nemo.collections.asr.modules import ConformerEncoder
+
+    torch.manual_seed(0)
+    encoder = ConformerEncoder(
+        feat_in=80, n_layers=1, d_model=width, n_heads=heads, subsampling="dw_striding", subsampling_factor=8,
+        subsampling_conv_channels=8, self_attention_model="rel_pos",
+    ).eval().requires_grad_(False)  # fmt: skip
+    for bias in (encoder.layers[0].self_attn.pos_bias_u, encoder.layers[0].self_attn.pos_bias_v):
+        torch.nn.init.normal_(bias, std=deviation)
+    return encoder
+
+
 # ---- SentencePiece models
 
 SENTENCES = [

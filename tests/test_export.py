@@ -22,7 +22,7 @@ from common.export.pipeline import OPSETS, ExportOptions, export_graphs
 from common.export.wrappers import WRAPPERS, export_graph
 from common.folder import CHECKPOINT, read_location
 from common.run.ort import OrtGraph
-from tests.helpers import ROOT, TINY, change_weights, rejected
+from tests.helpers import ROOT, TINY, change_weights, narrow_encoder, rejected
 
 
 def export(folder, *flags):
@@ -151,20 +151,14 @@ def perturb_one_weight(folder, graph):
 
 @pytest.mark.slow
 def test_a_clip_longer_than_nemos_table_of_positions_is_verified(tmp_path, long_clips_are_not_verified, monkeypatch):
-    """A narrow encoder of one layer: the time is quadratic in the length, and linear in layers and heads."""
-    from nemo.collections.asr.modules import ConformerEncoder
-
-    torch.manual_seed(0)
-    encoder = ConformerEncoder(
-        feat_in=80, n_layers=1, d_model=16, n_heads=1, subsampling="dw_striding", subsampling_factor=8,
-        subsampling_conv_channels=8, self_attention_model="rel_pos",
-    ).eval().requires_grad_(False)  # fmt: skip
+    """Where distances beyond that table are wrong, the difference is a hundred times as large as it is."""
+    encoder = narrow_encoder(16, 1, 10)
     module = wrappers.Encoder(encoder)
     export_graph(module, ENCODER, tmp_path, 17)
     monkeypatch.setattr(parity, "LONG_CASE_MAX_PARAMETERS", long_clips_are_not_verified)
     cases = parity.make_cases(ENCODER, encoder, module.example_inputs)
     assert cases[-1].inputs[0].shape[2] > 8 * 5000
-    assert parity.check_graph(tmp_path, ENCODER, cases[-1:])[0]["max_abs"] < PARITY_TOLERANCE
+    assert parity.check_graph(tmp_path, ENCODER, cases[-1:])[0]["max_abs"] < PARITY_TOLERANCE / 50
 
 
 class TestVerificationFails:

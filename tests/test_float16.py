@@ -17,6 +17,7 @@ from common.contract import DECODER, ENCODER, GRAPHS, JOINT, Tensor
 from common.evaluate.engines import OpenFolder
 from common.export import float16, layers
 from common.export.float16 import EmulatedGraph, RangeRecorder, _exact_operators, convert, measure_ranges
+from common.export.wrappers import Encoder, export_graph
 from common.layouts import layouts_for
 from common.layouts.genai import GENAI
 from common.layouts.onnx_asr import ONNX_ASR
@@ -24,7 +25,7 @@ from common.layouts.sherpa_onnx import SHERPA_ONNX
 from common.quantize.fidelity import sqnr_db
 from common.run.genai import GenAI
 from common.run.ort import OrtGraph
-from tests.helpers import CLIPS, TINY, rewrite_weights, runtime_texts
+from tests.helpers import CLIPS, TINY, narrow_encoder, rewrite_weights, runtime_texts
 
 pytestmark = pytest.mark.slow  # the fixture exports, and measures on the bundled clips
 
@@ -144,20 +145,26 @@ def test_sums_inside_a_product_are_measured(tmp_path):
     assert recorder.ranges()["product"] == pytest.approx(2e5 + 1)
 
 
-def test_positions_beyond_2048_stay_exact(tiny_export, features, tmp_path, monkeypatch):
+def test_positions_beyond_2048_stay_exact(tmp_path, monkeypatch):
     """Float16 counts exactly up to 2048. Positions beyond that stay exact, since they are not counted in float16."""
-    ranges = measure_ranges(tiny_export, features[:1])[ENCODER.name]
+    source = tmp_path / "float32"
+    source.mkdir()
+    export_graph(Encoder(narrow_encoder(32, 2, 30)), ENCODER, source, 17)
     frames = 2200 * 8
-    clip = np.tile(features[0], (1, frames // features[0].shape[1] + 1))[None, :, :frames], np.array([frames])
-    expected = OrtGraph(tiny_export, ENCODER)(*clip)[0]
-    convert(tiny_export, tmp_path, ENCODER, ranges)
+    features = np.random.default_rng(0).standard_normal((1, 80, frames), dtype=np.float32)
+    recorder = RangeRecorder(source, ENCODER)
+    recorder(features[:, :, :2000], np.array([2000]))
+    ranges = recorder.ranges()
+    clip = features, np.array([frames])
+    expected = OrtGraph(source, ENCODER)(*clip)[0]
+    convert(source, tmp_path, ENCODER, ranges)
     ratio = sqnr_db(expected, EmulatedGraph(tmp_path, ENCODER)(*clip)[0])
     assert ratio > 55
     exact = _exact_operators
     monkeypatch.setattr(
         float16, "_exact_operators", lambda model: {node for node in exact(model) if node.op_type in ("Cast", "Range")}
     )
-    convert(tiny_export, tmp_path, ENCODER, ranges)
+    convert(source, tmp_path, ENCODER, ranges)
     assert sqnr_db(expected, EmulatedGraph(tmp_path, ENCODER)(*clip)[0]) < ratio - 10
 
 
