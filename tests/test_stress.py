@@ -476,8 +476,9 @@ def test_flags_that_do_not_go_together(tiny_export, argv, message, capsys):
 
 
 @pytest.mark.slow
-def test_the_gate_of_an_optimization(tiny_export, short_manifest, tmp_path, monkeypatch, capsys):
+def test_the_gate_of_an_optimization(tiny_export, short_manifest, tmp_path, only, monkeypatch, capsys):
     """The folder is not written where the optimized model loses words under stress alone."""
+    only("0.5 s of silence around", "1 s of silence around")
     argv = ["--model_dir", str(tiny_export), "--skip_quantization", "--skip_fusion"]
     argv += ["--eval_manifest", str(short_manifest), "--max_wer_increase", "0"]
     under_stress = ["--stress", "silence", "--max_lost_words", "2"]
