@@ -199,7 +199,7 @@ def a_byte_that_is_not_five_digits(folder):
     edit_tensors(folder, lambda tensors: tensors[f"{NAME}.qweight"][3, 5:6].fill_(243))
 
 
-@case(f"{NAME}.scales has values that are not finite")
+@case(f"{NAME}.weight and 0 more tensors", "not finite")
 def a_scale_that_is_no_number(folder):
     edit_tensors(folder, lambda tensors: tensors[f"{NAME}.scales"][0, :1].fill_(float("nan")))
 

@@ -23,6 +23,7 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
+from unittest import mock
 
 from common.checkpoint import Checkpoint
 from common.checkpoint.hub import NOT_LOADED, Origin, on_disk, require_inside
@@ -238,7 +239,8 @@ def load_model(path: Path, config: Mapping[str, Any], device: str = "cpu", scrat
     initializers = [name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
     unchanged = dict.fromkeys(initializers, lambda tensor, *args, **kwargs: tensor)
     try:
-        with _attributes(torch.nn.init, unchanged), _attributes(tempfile, {"tempdir": str(scratch)}):
+        # NeMo has no option for either.
+        with mock.patch.multiple(torch.nn.init, **unchanged), mock.patch.object(tempfile, "tempdir", str(scratch)):
             model = ASRModel.restore_from(
                 str(path),
                 OmegaConf.create(_config_to_build(config)),
@@ -318,16 +320,3 @@ def _exact_features(path: Path, instance: Any, state_dict: Mapping[str, Any]) ->
             print(f"{path.name}: {name} is rounded; the exact one of its config is used instead", flush=True)
             exact[name] = own
     return exact
-
-
-@contextlib.contextmanager
-def _attributes(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """Let attributes of a module have these values inside the block, where a library has no option for it."""
-    saved = {name: getattr(module, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in saved.items():
-            setattr(module, name, value)

@@ -119,8 +119,7 @@ def without_packing(header: Header, modules: Sequence[TernaryModule], path: Path
 def unpack(module: TernaryModule, qweight: "Tensor", scales: "Tensor") -> "Tensor":
     """The weight of a matrix in float32, from its tensors of the shapes that `without_packing` checks.
 
-    scales may be in any float type. Raises ValueError for a byte that is not five ternary digits, or a scale that is
-    not finite.
+    scales may be in any float type. Raises ValueError for a byte that is not five ternary digits.
     """
     import torch
 
@@ -130,8 +129,6 @@ def unpack(module: TernaryModule, qweight: "Tensor", scales: "Tensor") -> "Tenso
             f"{module.name}{QWEIGHT} has a byte of {largest}, and {DIGITS} ternary digits are at most {LARGEST_BYTE}; "
             "download it again"
         )
-    if not torch.isfinite(scales).all():
-        raise ValueError(f"{module.name}{SCALES} has values that are not finite; download it again")
     digits_of_byte = torch.from_numpy(np.arange(256)[:, None] // 3 ** np.arange(DIGITS) % 3)  # [256, 5]
     digits = digits_of_byte.to(qweight.device, torch.float32)[qweight.long()].flatten(1)  # [out, in and unused]
     signs = digits[:, : module.columns] - PACKING["code_offset"]

@@ -94,7 +94,7 @@ def vocabulary(proto: ModelProto) -> list[list[Any]]:
             text = _in_brackets(text, proto)
         entries.append([text, piece.score])
         expected[index] = bytes([_byte(piece)]) if piece.type == Piece.BYTE else plain.encode()
-    entries.append([blank_name(proto), 0.0])
+    entries.append([_in_brackets("blank", proto), 0.0])
     ids: dict[bytes, int] = {}
     count = 0
     for text, score in entries:  # the loop of `SpmUgmTokenizer::Load`
@@ -110,13 +110,8 @@ def vocabulary(proto: ModelProto) -> list[list[Any]]:
     return entries
 
 
-def blank_name(proto: ModelProto) -> str:
-    """`<blank>`, in more brackets if the model has a piece of that name."""
-    return _in_brackets("blank", proto)
-
-
 def _in_brackets(name: str, proto: ModelProto) -> str:
-    """`name` in as many brackets as it takes until no piece of the model has that name."""
+    """`name` in as many brackets as it takes until no piece of the model has that name; `<blank>` for the blank."""
     taken = {piece.piece for piece in proto.pieces}
     name = f"<{name}>"
     while name in taken:
@@ -174,8 +169,8 @@ def tokenizer_config(proto: ModelProto) -> dict[str, Any]:
     return {
         "tokenizer_class": "T5Tokenizer",
         "unk_token": proto.pieces[_unknown_id(proto)].piece,
-        "eos_token": blank_name(proto),
-        "pad_token": blank_name(proto),
+        "eos_token": _in_brackets("blank", proto),
+        "pad_token": _in_brackets("blank", proto),
         "extra_ids": 0,  # T5 has 100 pieces of its own after the vocabulary; there is nothing after the blank
         "clean_up_tokenization_spaces": False,
     }
@@ -183,7 +178,7 @@ def tokenizer_config(proto: ModelProto) -> dict[str, Any]:
 
 def vocab_text(proto: ModelProto) -> str:
     """The content of vocab.txt: one piece a line, in id order, the blank last."""
-    return "".join(f"{piece}\n" for piece in (*(piece.piece for piece in proto.pieces), blank_name(proto)))
+    return "".join(f"{piece}\n" for piece in (*(piece.piece for piece in proto.pieces), _in_brackets("blank", proto)))
 
 
 def tokens_text(proto: ModelProto) -> str:

@@ -10,8 +10,6 @@ defaults for the mel bins of its encoder.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +88,12 @@ def read(origin: Origin) -> Checkpoint | None:
     if modules:
         notes.append(ternary.note_of(modules))
     tensors = {path: [name for name in names if name not in left_out] for path, names in stored.items()}
+
+    def load_model(device: str = "cpu", scratch: Path | None = None) -> Any:
+        from common.checkpoint.transformers_model import load
+
+        return load((config, features), (tokenizer, sentencepiece), tensors, modules, device)
+
     return Checkpoint(
         origin=origin,
         format=NAME,
@@ -97,7 +101,7 @@ def read(origin: Origin) -> Checkpoint | None:
         files=[*files, *weights],
         loaded_bytes=sum(FLOAT32_BYTES * math.prod(shape) for name, (_, shape) in header.items() if name not in heads),
         sentencepiece=sentencepiece,
-        load_model=partial(load_model, config, features, (tokenizer, sentencepiece), tensors, modules),
+        load_model=load_model,
         notes=notes,
     )
 
@@ -166,30 +170,3 @@ def _left_out(header: ternary.Header, path: Path) -> set[str]:
                 f"ternary weights of {ternary.DESCRIPTION} can be read: get the model's float16 weights"
             )
     return left_out
-
-
-def load_model(
-    config: Mapping[str, Any],
-    features: Mapping[str, Any],
-    tokenizer: tuple[Path, bytes],
-    tensors: Mapping[Path, Sequence[str]],
-    modules: Sequence[ternary.TernaryModule],
-    device: str = "cpu",
-    scratch: Path | None = None,
-) -> Any:
-    """transformers' ParakeetForTDT in float32, in evaluation mode, with the parts that NeMo's models have.
-
-    config, features: of a checkpoint that has been checked. tokenizer: its file, and its SentencePiece model.
-    tensors: file → names of those in it that are used. modules: the matrices that are stored packed. scratch: not
-    needed. Raises ValueError for configs that transformers cannot build, and weights that are not exactly those of the
-    config, or not finite.
-    """
-    from common.checkpoint.transformers_model import ParakeetModel, build, load_weights
-
-    weights = next(iter(tensors))
-    try:
-        network, extractor = build(config, features)
-    except Exception as error:  # transformers raises whatever its checks and torch's constructors raise
-        raise ValueError(f"{weights.parent / CONFIG} cannot be built: {error}") from error
-    load_weights(network, tensors, modules, device)
-    return ParakeetModel(network, extractor, *tokenizer).to(device).eval().requires_grad_(requires_grad=False)

@@ -40,11 +40,47 @@ FEATURE_KEYS = (
 LONGEST_REASON = 400  # characters of a list of tensors that do not fit, in a message
 
 
-def build(config: Mapping[str, Any], features: Mapping[str, Any]) -> tuple[ParakeetForTDT, ParakeetFeatureExtractor]:
-    """The network, whose weights have no storage, and the feature extractor of two configs.
+def load(
+    configs: tuple[Mapping[str, Any], Mapping[str, Any]],
+    tokenizer: tuple[Path, bytes],
+    tensors: Mapping[Path, Sequence[str]],
+    modules: Sequence[TernaryModule],
+    device: str,
+) -> "ParakeetModel":
+    """transformers' ParakeetForTDT in float32, in evaluation mode, with the parts that NeMo's models have.
 
-    Raises ValueError, or what transformers raises, where a value is not possible or two values contradict each other.
+    configs: of the model and of the feature extractor, which have been checked. tokenizer: its file, and its
+    SentencePiece model. tensors: file → names of those in it that are used. modules: the matrices that are stored
+    packed. Raises ValueError for configs that transformers cannot build, and weights that are not exactly those of the
+    config, or not finite.
     """
+    try:
+        network, extractor = _build(*configs)
+    except Exception as error:  # transformers raises whatever its checks and torch's constructors raise
+        raise ValueError(f"config.json beside {next(iter(tensors))} cannot be built: {error}") from error
+    state: dict[str, Tensor] = {}
+    for path, names in tensors.items():
+        with safe_open(path, framework="pt", device=device) as file:
+            stored = {name: file.get_tensor(name) for name in names}
+        state |= {name: one.float() if one.is_floating_point() else one for name, one in stored.items()}
+    for module in modules:
+        qweight, scales = (state.pop(f"{module.name}{part}") for part in (QWEIGHT, SCALES))
+        state[f"{module.name}.weight"] = unpack(module, qweight, scales)
+    if wrong := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{wrong[0]} and {len(wrong) - 1} more tensors of {path} hold values that are not finite")
+    # The counters of batch normalisations, the only tensors of whole numbers, are not used.
+    counters = {name: one for name, one in network.state_dict().items() if not one.is_floating_point()}
+    state |= {name: torch.zeros_like(one, device=device) for name, one in counters.items()}
+    try:
+        network.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise ValueError(f"{path} does not fit its config.json; download it again ({reason})") from None
+    return ParakeetModel(network, extractor, *tokenizer).to(device).eval().requires_grad_(requires_grad=False)
+
+
+def _build(config: Mapping[str, Any], features: Mapping[str, Any]) -> tuple[ParakeetForTDT, ParakeetFeatureExtractor]:
+    """The network, whose weights have no storage, and the feature extractor of two configs."""
     encoder = config["encoder_config"]
     encoder_config = ParakeetEncoderConfig(**{key: encoder[key] for key in ENCODER_KEYS if key in encoder})
     numbers = {key: config[key] for key in MODEL_KEYS if key in config}
@@ -68,34 +104,6 @@ def build(config: Mapping[str, Any], features: Mapping[str, Any]) -> tuple[Parak
     positions = network.encoder.encode_positions
     positions.inv_freq = positions.compute_default_relative_positional_parameters(encoder_config)
     return network, extractor
-
-
-def load_weights(
-    network: ParakeetForTDT, tensors: Mapping[Path, Sequence[str]], modules: Sequence[TernaryModule], device: str
-) -> None:
-    """Give the network its weights in float32, mapped from disk where they are stored so.
-
-    tensors: file → names of those in it that are used. modules: the matrices that are stored packed. Raises ValueError
-    unless the weights are exactly those of the network, in its shapes, and finite.
-    """
-    state: dict[str, Tensor] = {}
-    for path, names in tensors.items():
-        with safe_open(path, framework="pt", device=device) as file:
-            stored = {name: file.get_tensor(name) for name in names}
-        state |= {name: one.float() if one.is_floating_point() else one for name, one in stored.items()}
-    for module in modules:
-        qweight, scales = (state.pop(f"{module.name}{part}") for part in (QWEIGHT, SCALES))
-        state[f"{module.name}.weight"] = unpack(module, qweight, scales)
-    if wrong := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
-        raise ValueError(f"{wrong[0]} and {len(wrong) - 1} more tensors of {path} hold values that are not finite")
-    # The counters of batch normalisations, the only tensors of whole numbers, are not used.
-    counters = {name: one for name, one in network.state_dict().items() if not one.is_floating_point()}
-    state |= {name: torch.zeros_like(one, device=device) for name, one in counters.items()}
-    try:
-        network.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:LONGEST_REASON]
-        raise ValueError(f"{path} does not fit its config.json; download it again ({reason})") from None
 
 
 class ParakeetModel(nn.Module):
