@@ -31,6 +31,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer
 
 from common.checkpoint.find import add_checkpoint_flags, find_checkpoint
+from common.checkpoint.hub import hub_name
 from common.checkpoint.tokenizer import (
     PROBE_LENGTHS,
     SPACE,
@@ -44,7 +45,7 @@ from common.contract import TOKENIZER_FILES
 from common.folder import MANIFEST, check_output_dir, is_float16, read_manifest, staged_folder, write_json
 from common.layouts import genai_folder
 from common.layouts.genai import GENAI
-from common.layouts.layout import check_name_of_graphs, check_tokenizer_of_graphs
+from common.layouts.layout import check_tokenizer_of_graphs
 from common.report.card import CARD, finish_folder
 
 
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(args: argparse.Namespace) -> None:
     check_output_dir(args.output_dir)
     folder = genai_folder(args.output_dir)
-    check_name_of_graphs(folder, args.model_name)
+    if name := hub_name(args.model_name):
+        check_tokenizer_of_graphs(folder, {"name": name})
     stages = Stages(2, verbose=args.verbose)
     stages.begin("tokenizer")
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)

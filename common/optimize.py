@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.cli import EXPORT_COMMAND, PUBLISH_COMMAND, Stages, size_text, warn
+from common.cli import EXPORT_COMMAND, PUBLISH_COMMAND, TOKENIZER_COMMAND, Stages, size_text, warn
 from common.evaluate import word_limit
 from common.evaluate.speed import AUDIO_SECONDS, machine, measure_speed, why_slower
 from common.evaluate.stress import StressOptions, StressTest
@@ -163,7 +163,8 @@ def _check(folder: Folder) -> None:
     not the one that its manifest lists, its weights are float16, or its parts are of different checkpoints."""
     layout, source = folder.layout, folder.source
     exported = (*(graph.file for graph in layout.graphs), *layout.config_files)
-    for files, command in ((exported, EXPORT_COMMAND), (layout.vocabulary, layout.vocabulary_command)):
+    vocabulary_command = EXPORT_COMMAND if layout.is_view else TOKENIZER_COMMAND
+    for files, command in ((exported, EXPORT_COMMAND), (layout.vocabulary, vocabulary_command)):
         missing = ", ".join(file for file in files if not (source / file).is_file())
         if missing:
             raise FileNotFoundError(f"{source} has no {missing}; first run: {command.format(source)}")

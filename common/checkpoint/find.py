@@ -52,20 +52,17 @@ def recorded_checkpoint(folder: Path) -> Checkpoint:
 
     Raises FileNotFoundError where the manifest or the checkpoint is missing, ValueError where it has changed since.
     """
-    source = read_manifest(folder).get("export", {}).get("source")
-    if source is None:
-        raise FileNotFoundError(
-            f"the manifest of {folder} does not name a checkpoint to compare with; pass --model_name or --skip_nemo"
-        )
+    source = read_manifest(folder).get("export", {}).get("source", {})
     path = read_location(folder, CHECKPOINT) or folder / source.get("file", "its checkpoint")
     # Folders made by earlier versions, which had one format only, record no format.
     recorded_format = source.get("format", nemo.NAME)
     if "name" not in source and not path.exists():
         raise FileNotFoundError(
-            f"expected the checkpoint that {folder} records, got nothing at {path}; pass --model_name or --skip_nemo"
+            f"expected the checkpoint that the manifest of {folder} records, got nothing at {path}; pass --model_name "
+            "or --skip_nemo"
         )
     checkpoint = find_checkpoint(source.get("name", str(path.absolute())), source.get("commit"), recorded_format)
-    if checkpoint.digest != source["sha256"]:
+    if checkpoint.digest != source.get("sha256"):
         raise ValueError(
             f"expected the checkpoint that {folder} was exported from, got another file at {checkpoint.path}; pass "
             "--model_name"

@@ -237,7 +237,7 @@ def load_model(path: Path, config: Mapping[str, Any], device: str = "cpu", scrat
     connector.model_extracted_dir = str(path.resolve()) if path.is_dir() else None
     # The random initialisation is most of the time of building a large model, and every value is loaded later.
     initializers = [name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
-    unchanged = dict.fromkeys(initializers, lambda tensor, *args, **kwargs: tensor)
+    unchanged: dict[str, Any] = dict.fromkeys(initializers, lambda tensor, *args, **kwargs: tensor)
     try:
         # NeMo has no option for either.
         with mock.patch.multiple(torch.nn.init, **unchanged), mock.patch.object(tempfile, "tempdir", str(scratch)):

@@ -4,9 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# NeMo adds this to the standard deviation (`CONSTANT` in nemo/collections/asr/parts/preprocessing/features.py).
-NEMO_NORM_EPS = 1e-5
-
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -31,7 +28,8 @@ class ModelSpec:
     preemphasis: float
     log_guard: float  # added to the mel energies before the logarithm
     unsupported_features: tuple[str, ...]  # how the features differ from log-mel, Hann, power 2, per-feature
-    norm_eps: float = NEMO_NORM_EPS
+    # What NeMo adds to the standard deviation (`CONSTANT` in nemo/collections/asr/parts/preprocessing/features.py).
+    norm_eps: float = 1e-5
 
     @property
     def blank_id(self) -> int:
@@ -46,10 +44,7 @@ class ModelSpec:
     def of(cls, model: Any) -> "ModelSpec":
         """The numbers of NeMo's `model`. Raises ValueError where its parts contradict each other."""
         features = model.preprocessor.featurizer
-        encoder = model.encoder
-        decoder = model.decoder
-        joint = model.joint
-        greedy = model.decoding.decoding
+        encoder, decoder, joint = model.encoder, model.decoder, model.joint
         durations = tuple(int(duration) for duration in model.cfg.decoding.durations)
         vocab_size = decoder.blank_idx + 1
         joint_durations = joint.num_extra_outputs
@@ -70,7 +65,7 @@ class ModelSpec:
             decoder_layers=decoder.pred_rnn_layers,
             vocab_size=vocab_size,
             durations=durations,
-            max_symbols=greedy.max_symbols,
+            max_symbols=model.decoding.decoding.max_symbols,
             sample_rate=features.sample_rate,
             fft_size=features.n_fft,
             win_length=features.win_length,

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.checkpoint.hub import NOT_LOADED
 from common.cli import size_text
 
 if TYPE_CHECKING:
@@ -68,17 +67,15 @@ def read_modules(path: Path, content: Mapping[str, Any], config: Mapping[str, An
             )
             for entry in content["quantized_modules"] if not entry.get("has_bias")
         ]  # fmt: skip
-        whole = [module.columns % module.group == 0 and module.rows > 0 for module in modules]
+        whole = all(module.columns % module.group == 0 and module.rows > 0 for module in modules)
         same_names = sorted(module.name for module in modules) == sorted(config[MODULES_KEY])
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); download it again") from None
-    if not same_names or any(module.group != config.get(GROUP_KEY) for module in modules):
+    if not (whole and same_names and all(module.group == config.get(GROUP_KEY) for module in modules)):
         raise ValueError(
-            f"{path} describes other matrices without a bias, or other groups of columns, than {MODULES_KEY} and "
-            f"{GROUP_KEY} of config.json; download both again"
+            f"{path} describes other matrices without a bias, or not their whole groups of columns, than {MODULES_KEY} "
+            f"and {GROUP_KEY} of config.json; download both again"
         )
-    if not all(whole):
-        raise ValueError(f"expected matrices with whole groups of columns in {path}; {NOT_LOADED}")
     return modules
 
 

@@ -74,9 +74,7 @@ def read(origin: Origin) -> Checkpoint | None:
     if first.name == INDEX:  # which gives the file of each tensor
         places = _read_json(first).get("weight_map")
         if not isinstance(places, dict) or not places:
-            raise ValueError(
-                f"expected the shards of the tensors as weight_map in {first}, got none; download it again"
-            )
+            raise ValueError(f"expected the shards of the tensors as weight_map in {first}; download it again")
         weights = [origin.get(name) for name in sorted(set(map(str, places.values())))]
         files.append(first)
     stored = {path: _read_header(path) for path in weights}

@@ -131,17 +131,14 @@ def check_graph(
     max_abs, max_rel = (max(each) for each in zip(*errors, strict=True))
     library = cases[0].library
     limit = FLOAT16_TOLERANCE if float16 else PARITY_TOLERANCE
-    if (max_rel if float16 else max_abs) > limit:
+    kind, error = ("relative", max_rel) if float16 else ("absolute", max_abs)
+    if error > limit:
         raise CheckError(
             f"{graph.file} differs from {library} by {max_abs:.1e} absolute, {max_rel:.1e} relative; expected at most "
-            f"{limit:.0e} {'relative' if float16 else 'absolute'}: the export is wrong, please report it"
+            f"{limit:.0e} {kind}: the export is wrong, please report it"
         )
-    absolute, relative = f"{max_abs:.0e}", f"{max_rel:.0e}"
-    if float16:
-        relative += f" (limit {limit:.0e})"
-    else:
-        absolute += f" (limit {limit:.0e})"
-    text = f"largest difference from {library} {absolute}  relative {relative}  {len(errors)} comparisons"
+    found = f"{max_abs:.0e} absolute, {max_rel:.0e} relative (limit {limit:.0e} {kind})"
+    text = f"largest difference from {library} {found}  {len(errors)} comparisons"
     return {"max_abs": max_abs, "max_rel": max_rel, "cases": len(errors)}, text
 
 

@@ -24,7 +24,6 @@ import numpy as np
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from common.checkpoint import nemo
-from common.checkpoint.hub import hub_name
 from common.checkpoint.spec import ModelSpec
 from common.cli import EXPORT_COMMAND, OPTIMIZE_COMMAND, TOKENIZER_COMMAND, Command
 from common.contract import GENAI_CONFIG, GRAPHS, JOINT, Graph, View
@@ -75,18 +74,8 @@ class Layout:
         return self.graphs != GRAPHS
 
     @property
-    def package(self) -> str:
-        """The runtime's own package."""
-        return self.packages[0]
-
-    @property
     def encoder(self) -> Graph:
         return self.graphs[0]
-
-    @property
-    def vocabulary_command(self) -> Command:
-        """The command that writes the vocabulary; {} stands for the folder."""
-        return EXPORT_COMMAND if self.is_view else TOKENIZER_COMMAND
 
     @property
     def graph_files(self) -> tuple[str, ...]:
@@ -189,29 +178,18 @@ def check_same_checkpoint(folder: Path, exported: Path) -> None:
         )
 
 
-def check_name_of_graphs(folder: Path, model_name: str) -> None:
-    """Raise ValueError where a tokenizer of `model_name` on Hugging Face cannot belong to the graphs in `folder`.
+def check_tokenizer_of_graphs(folder: Path, source: Mapping[str, Any]) -> None:
+    """Raise ValueError where the graphs in `folder` are of another checkpoint than `source`, that of a tokenizer.
 
-    The name in the manifest decides, so that this shows before a download that may take an hour. A path is not checked.
+    A source with a `name` alone is compared by it, so that this shows before a download that may take an hour.
     """
     graphs = source_in(read_manifest(folder), "export")
-    name = hub_name(model_name)
-    if graphs and name is not None and graphs.get("name") != name:
-        raise _of_another_checkpoint(folder, graphs, model_name)
-
-
-def check_tokenizer_of_graphs(folder: Path, source: Mapping[str, Any]) -> None:
-    """Raise ValueError where the graphs in `folder` are of another checkpoint than `source`, that of a tokenizer."""
-    graphs = source_in(read_manifest(folder), "export")
-    if graphs and graphs["sha256"] != source["sha256"]:
-        raise _of_another_checkpoint(folder, graphs, name_in(source))
-
-
-def _of_another_checkpoint(folder: Path, graphs: Mapping[str, Any], tokenizer: str) -> ValueError:
-    return ValueError(
-        f"the graphs in {folder} are from {name_in(graphs)}, the tokenizer is from {tokenizer}; run: "
-        f"{tokenizer_command(folder)}"
-    )
+    key = "sha256" if "sha256" in source else "name"
+    if graphs and graphs.get(key) != source[key]:
+        raise ValueError(
+            f"the graphs in {folder} are from {name_in(graphs)}, the tokenizer is from {name_in(source)}; run: "
+            f"{tokenizer_command(folder)}"
+        )
 
 
 def source_in(manifest: Mapping[str, Any], section: str) -> dict[str, Any] | None:
@@ -222,7 +200,8 @@ def source_in(manifest: Mapping[str, Any], section: str) -> dict[str, Any] | Non
 
 def name_in(source: Mapping[str, Any]) -> str:
     """The name of a recorded checkpoint, for messages."""
-    return f"{source.get('name') or source.get('file')} (SHA-256 {source['sha256'][:8]}…)"
+    digest = f" (SHA-256 {source['sha256'][:8]}…)" if "sha256" in source else ""
+    return f"{source.get('name') or source.get('file')}{digest}"
 
 
 def tokenizer_command(folder: Path) -> str:

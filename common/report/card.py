@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from common.evaluate.words import WordErrorRate
-from common.folder import FILES, MANIFEST, fingerprint, is_float16, new_manifest, read_manifest, sha256, write_json
+from common.folder import FILES, MANIFEST, fingerprint, is_float16, package_versions, read_manifest, sha256, write_json
 from common.layouts.layout import Layout
 from common.onnx_io import MINIMUM_RUNTIME
 from common.report import render
@@ -46,12 +46,15 @@ def finish_folder(
 ) -> None:
     """Write the card and the manifest into `staging`, which will become `target`. To be called last.
 
-    former: the manifest that stays, but for `section`, which becomes `content`. A card that a person wrote or changed,
+    former: the manifest that stays, but for `section`, which becomes `content` with the versions of the installed
+    packages, and `files`, to which those of `staging` are added. A card that a person wrote or changed,
     which the manifest of `target` therefore does not list, is left as it is.
     """
-    manifest = new_manifest(staging, former, section, content)
-    files = manifest[FILES]
+    written = {path.name: fingerprint(path) for path in staging.iterdir() if path.is_file()}
+    files = {**former.get(FILES, {}), **written}
     files.pop(CARD, None)
+    content = {**content, "versions": package_versions()}
+    manifest = {**former, section: content, FILES: dict(sorted(files.items()))}
     existing = target / CARD
     if existing.is_file() and sha256(existing) != read_manifest(target).get(FILES, {}).get(CARD, {}).get("sha256"):
         print(f"{existing} was written or changed by hand and stays as it is; delete it to have a new one")
@@ -68,7 +71,7 @@ def model_card(manifest: dict[str, Any], layout: Layout) -> str:
     on_cuda = export["flags"].get("device") == "cuda"
     package, *others = layout.packages
     package = layout.cuda_package if on_cuda and layout.cuda_package else package
-    version = export.get("versions", {}).get(layout.package)
+    version = export.get("versions", {}).get(layout.packages[0])
     features = {name: export.get(name, value) for name, value in FEATURES.items()}
     files = {name: file for name, file in manifest[FILES].items() if name != CARD}
     origin = _origin(manifest)
@@ -105,14 +108,14 @@ def front_matter(manifest: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """The keys that Hugging Face reads (huggingface.co/docs/hub/model-cards)."""
     origin = _origin(manifest)
     header: dict[str, Any] = origin["terms"] or {"license": "other", "license_name": "unknown"}
-    header |= {"library_name": layout.package, "pipeline_tag": "automatic-speech-recognition"}
+    header |= {"library_name": layout.packages[0], "pipeline_tag": "automatic-speech-recognition"}
     bits_of_weights = manifest.get("optimize", {}).get("weights_by_bits", {})
     precisions = ["float16"] if is_float16(manifest) else [f"{bits}-bit" for bits in bits_of_weights]
     if "name" in origin["source"]:
         header["base_model"] = origin["name"]
         if precisions:
             header["base_model_relation"] = "quantized"
-    tags = ["onnx", "onnxruntime", layout.package, "parakeet", "fastconformer", "tdt", "transducer", "speech"]
+    tags = ["onnx", "onnxruntime", layout.packages[0], "parakeet", "fastconformer", "tdt", "transducer", "speech"]
     return {**header, "tags": tags + precisions}
 
 

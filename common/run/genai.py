@@ -6,17 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import TOKENIZER_COMMAND, progress_bar
+from common.cli import progress_bar
 from common.contract import GRAPHS
 from common.folder import verify_files
 from common.run.config import MIN_WINDOWS_OF_BAR, RuntimeConfig
 
 
 class GenAI:
-    """A model folder in ONNX Runtime GenAI.
-
-    Raises FileNotFoundError where a file of the folder is missing, ValueError where GenAI does not load it.
-    """
+    """A model folder in ONNX Runtime GenAI. Raises ValueError where GenAI does not load it."""
 
     def __init__(self, folder: Path) -> None:
         import onnxruntime_genai as og
@@ -25,9 +22,6 @@ class GenAI:
         self._og = og
         folder = Path(folder)
         self.config = RuntimeConfig.read(folder)
-        if not (folder / "tokenizer.json").is_file():
-            command = TOKENIZER_COMMAND.format(folder)
-            raise FileNotFoundError(f"expected {folder / 'tokenizer.json'}, got no such file; first run: {command}")
         try:
             self.model = og.Model(str(folder))
             self.processor = self.model.create_multimodal_processor()
