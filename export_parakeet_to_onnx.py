@@ -23,7 +23,6 @@ from common.cli import OPTIMIZE_COMMAND, Parser, Stages, options_of, run, second
 
 # isort: split
 
-from common.checkpoint import require_device
 from common.checkpoint.find import add_checkpoint_flags, find_checkpoint
 from common.export.pipeline import FP32, OPSETS, PRECISIONS, ExportOptions, export_checkpoint
 from common.folder import MANIFEST, staged_folder, state_needs, write_locations
@@ -73,7 +72,6 @@ def _export(args: argparse.Namespace) -> None:
     layouts = layouts_for(options.runtime)
     output_dir: Path = args.output_dir
     former = former_manifests(output_dir, layouts)
-    require_device(options.device)
 
     checkpoint = find_checkpoint(args.model_name, args.revision, args.checkpoint_format)
     for note in checkpoint.notes:

@@ -41,7 +41,6 @@ from common.checkpoint.tokenizer import (
     tokenizer_json,
     vocab_text,
 )
-from common.contract import TOKENIZER_FILES
 from common.folder import MANIFEST, check_output_dir, is_float16, read_manifest, staged_folder, write_json
 from common.layouts import genai_folder
 from common.layouts.genai import GENAI
@@ -89,7 +88,7 @@ def _export(args: argparse.Namespace) -> None:
         write_json(staging / "tokenizer_config.json", tokenizer_config(proto))
         (staging / "vocab.txt").write_text(vocab_text(proto), encoding="utf-8", newline="\n")
         finish_folder(staging, folder, GENAI, manifest, "tokenizer", {"source": source})
-    stages.end(*TOKENIZER_FILES, MANIFEST, CARD)
+    stages.end(*GENAI.vocabulary, MANIFEST, CARD)
     following = TEST_COMMAND if is_float16(manifest) else OPTIMIZE_COMMAND
     print(f"wrote {folder}; next: {following.format(folder)}")
 

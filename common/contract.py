@@ -136,7 +136,6 @@ JOINT = Graph(
     "joiner",
 )
 GRAPHS = (ENCODER, DECODER, JOINT)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 GENAI_CONFIG = "genai_config.json"
 AUDIO_PROCESSOR_CONFIG = "audio_processor_config.json"
 

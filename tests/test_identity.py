@@ -16,7 +16,6 @@ import optimize_encoder
 import test_e2e
 import test_real_speech
 from common.cli import CheckError
-from common.contract import TOKENIZER_FILES
 from common.evaluate.blanks import Flaws
 from common.evaluate.compare import ComparedClip
 from common.evaluate.text_rules import explaining_rules, text_rules
@@ -216,19 +215,19 @@ def test_a_high_error_rate_is_flagged(capsys):
 
 class TestPartsOfDifferentCheckpoints:
     def test_exporting_anew_drops_the_other_tokenizer(self, exported_over, tiny_export):
-        assert not [name for name in TOKENIZER_FILES if (exported_over / name).exists()]
+        assert not [name for name in GENAI.vocabulary if (exported_over / name).exists()]
         manifest = read_manifest(exported_over)
         assert "tokenizer" not in manifest
-        assert not set(TOKENIZER_FILES) & set(manifest["files"])
+        assert not set(GENAI.vocabulary) & set(manifest["files"])
         assert (exported_over / "notes.txt").read_text() == "mine"
         assert "tokenizer" in read_manifest(tiny_export)
 
     def test_exporting_the_same_anew_keeps_the_tokenizer(self, tiny_export):
         source = read_manifest(tiny_export)["export"]["source"]
         manifest, removed = GENAI.kept_by_export(read_manifest(tiny_export), source)
-        assert not set(TOKENIZER_FILES) & set(removed)
+        assert not set(GENAI.vocabulary) & set(removed)
         assert manifest["tokenizer"] == read_manifest(tiny_export)["tokenizer"]
-        assert set(TOKENIZER_FILES) <= set(manifest["files"])
+        assert set(GENAI.vocabulary) <= set(manifest["files"])
 
     def test_only_what_is_named_is_removed(self, tmp_path):
         (tmp_path / "models" / "sub").mkdir(parents=True)
@@ -287,7 +286,7 @@ class TestPartsOfDifferentCheckpoints:
         del manifest["tokenizer"]
         write_json(folder / "manifest.json", manifest)
         GENAI.check_one_checkpoint(folder)
-        assert set(TOKENIZER_FILES) < set(GENAI.kept_by_export(manifest, manifest["export"]["source"])[1])
+        assert set(GENAI.vocabulary) < set(GENAI.kept_by_export(manifest, manifest["export"]["source"])[1])
 
     def test_an_optimized_folder_and_new_graphs(self, tiny_export, exported_over):
         check_same_checkpoint(tiny_export, tiny_export)

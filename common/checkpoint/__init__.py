@@ -100,11 +100,3 @@ def read_terms(card: Path) -> dict[str, Any]:
     if all(isinstance(language, str) and LANGUAGE.fullmatch(language) for language in listed):
         terms["language"] = listed
     return terms
-
-
-def require_device(device: str) -> None:
-    """Raise ValueError for a device that torch cannot use."""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a GPU that this torch can use, and there is none; use --device cpu")

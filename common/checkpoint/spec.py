@@ -35,11 +35,6 @@ class ModelSpec:
     def blank_id(self) -> int:
         return self.vocab_size - 1
 
-    @property
-    def frame_samples(self) -> int:
-        """Samples to one encoder frame."""
-        return self.hop_length * self.subsampling_factor
-
     @classmethod
     def of(cls, model: Any) -> "ModelSpec":
         """The numbers of NeMo's `model`. Raises ValueError where its parts contradict each other."""

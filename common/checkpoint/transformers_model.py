@@ -180,7 +180,7 @@ class Encoder(nn.Module):
         self.d_model = self._feat_out = int(config.hidden_size)
         self.subsampling_factor: int = config.subsampling_factor
         self.xscale = encoder.input_scale if config.scale_input else None
-        self.pre_encode = ConvSubsampling(conv=encoder.subsampling.layers, out=encoder.subsampling.linear)
+        self.pre_encode = SimpleNamespace(conv=encoder.subsampling.layers, out=encoder.subsampling.linear)
         self.layers = [_layer(layer) for layer in encoder.layers]
 
     def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,10 +188,6 @@ class Encoder(nn.Module):
         mask = torch.arange(audio_signal.size(2), device=length.device)[None] < length[:, None]
         made = self.encoder(input_features=audio_signal.transpose(1, 2), attention_mask=mask)
         return made.last_hidden_state.transpose(1, 2), made.attention_mask.sum(-1)
-
-
-class ConvSubsampling(SimpleNamespace):
-    """The subsampling's layers and its matrix."""
 
 
 def _layer(layer: Any) -> SimpleNamespace:
@@ -225,7 +221,6 @@ def _layer(layer: Any) -> SimpleNamespace:
         feed_forward2=layer.feed_forward2,
         norm_out=layer.norm_out,
         fc_factor=0.5,
-        is_adapter_available=lambda: False,
     )
 
 
@@ -261,18 +256,9 @@ class Joint(nn.Module):
 
     def __init__(self, network: ParakeetForTDT) -> None:
         super().__init__()
-        self.enc = network.encoder_projector
-        self.pred = network.decoder.decoder_projector
+        # NeMo's layers, and its functions that call them: […, D] and […, H] → […, joint width].
+        self.enc = self.project_encoder = network.encoder_projector
+        self.pred = self.project_prednet = network.decoder.decoder_projector
         self.joint_net = nn.Sequential(network.joint.activation, network.joint.head)
         self.num_extra_outputs = len(network.config.durations)
         self.num_classes_with_blank: int = network.joint.head.out_features
-
-    def project_encoder(self, encoded: Tensor) -> Tensor:
-        """[…, D] → […, joint width]"""
-        projected: Tensor = self.enc(encoded)
-        return projected
-
-    def project_prednet(self, predicted: Tensor) -> Tensor:
-        """[…, H] → […, joint width]"""
-        projected: Tensor = self.pred(predicted)
-        return projected

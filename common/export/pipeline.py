@@ -38,7 +38,6 @@ OPSETS = range(17, 22)
 MEMORY_FACTOR = 1.3
 MEMORY_OF_NEMO = 1e9  # bytes
 MEMORY_OF_LONG_CASE = 2.8e9  # bytes; a clip past 400 s, on which small encoders are verified; measured with 4 heads
-FLOAT32_BYTES = 4
 DISK_FACTOR = 2.0
 FLOAT16_DISK_FACTOR = 0.5  # in addition: the float16 weights beside the float32 ones
 
@@ -70,9 +69,14 @@ class ExportOptions:
     scripts: str | None = None  # writing systems that the text may be in, separated by commas; None: any
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a chunk of no length, before a checkpoint is downloaded."""
+        """Raise ValueError, before a checkpoint is downloaded, for a chunk of no length or a GPU that is not there."""
         if self.chunk_seconds == 0:
             raise ValueError("--chunk_seconds must be more than 0")
+        if self.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ValueError("--device cuda needs a GPU that torch can use, and there is none; use --device cpu")
 
     @property
     def is_float16(self) -> bool:
@@ -89,7 +93,8 @@ class ExportOptions:
         Raises ValueError unless each length is a whole number of encoder frames: the runtime divides by integers, and
         a remainder would shift every later seam.
         """
-        frame = spec.frame_samples / spec.sample_rate  # seconds
+        frame_samples = spec.hop_length * spec.subsampling_factor
+        frame = frame_samples / spec.sample_rate  # seconds
         samples = {}
         for name, least in (("chunk", 1), ("left_context", 0), ("right_context", 0)):
             seconds = getattr(self, f"{name}_seconds")
@@ -99,7 +104,7 @@ class ExportOptions:
                     f"--{name}_seconds must be a whole number of encoder frames of {frame:g} s; the one nearest to "
                     f"{seconds:g} is {max(frames, 1) * frame:g}"
                 )
-            samples[f"{name}_samples"] = frames * spec.frame_samples
+            samples[f"{name}_samples"] = frames * frame_samples
         return samples
 
     def needs(self, weight_bytes: int, folders: int) -> tuple[float, float]:
@@ -108,7 +113,7 @@ class ExportOptions:
         weight_bytes: the size of its weights in float32.
         """
         memory = MEMORY_FACTOR * weight_bytes + MEMORY_OF_NEMO
-        if not self.skip_verify and weight_bytes <= LONG_CASE_MAX_PARAMETERS * FLOAT32_BYTES:
+        if not self.skip_verify and weight_bytes <= 4 * LONG_CASE_MAX_PARAMETERS:
             memory += MEMORY_OF_LONG_CASE
         disk = DISK_FACTOR + (FLOAT16_DISK_FACTOR if self.is_float16 else 0)
         if self.single_file:  # otherwise the folders share a data file

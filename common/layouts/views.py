@@ -136,7 +136,7 @@ def _rename(graph: ir.Graph, view: View) -> None:
             end, added = _converted(source, part, tensor)
             graph.extend(added)
         end.name = tensor.name
-        end.type = ir.TensorType(_dtype(tensor))
+        end.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(tensor.dtype)))
         end.shape = shape
         ends[tensor.name] = end
     graph.inputs[:] = [ends[name] for name in view.input_names]
@@ -147,14 +147,10 @@ def _converted(value: ir.Value, old: Tensor, new: Tensor) -> tuple[ir.Value, lis
     """`value`, declared as `old`, in the type and order of axes of `new`; and the nodes needed for that, if any."""
     nodes: list[ir.Node] = []
     if old.dtype != new.dtype:
-        nodes.append(ir.node("Cast", [value], {"to": _dtype(new)}))
+        nodes.append(ir.node("Cast", [value], {"to": ir.DataType.from_numpy(np.dtype(new.dtype))}))
     if old.axes != new.axes:
         inputs = [nodes[-1].outputs[0] if nodes else value]
         nodes.append(ir.node("Transpose", inputs, {"perm": _order(old, new)}))
     for node in nodes:
         node.outputs[0].name = f"{value.name}.{node.op_type.lower()}"
     return nodes[-1].outputs[0] if nodes else value, nodes
-
-
-def _dtype(tensor: Tensor) -> ir.DataType:
-    return ir.DataType.from_numpy(np.dtype(tensor.dtype))

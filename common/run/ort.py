@@ -19,7 +19,6 @@ from common.run.config import MIN_WINDOWS_OF_BAR, RuntimeConfig
 from common.run.decode import BlankZero, Hypothesis, Prediction, greedy_tdt_decode
 
 ERRORS_AND_WORSE = 3  # a severity of OrtLoggingLevel
-MAPPED_ENTRIES = {"session.disable_prepacking": "1"}
 ENDED = np.zeros((0, 1), dtype=np.float32)  # the frames of a clip that has no more windows
 
 
@@ -39,7 +38,7 @@ def open_session(
     """
     options = options or ort.SessionOptions()
     options.log_severity_level = ERRORS_AND_WORSE
-    for key, value in {**(entries or {}), **(MAPPED_ENTRIES if mapped else {})}.items():
+    for key, value in {**(entries or {}), **({"session.disable_prepacking": "1"} if mapped else {})}.items():
         options.add_session_config_entry(key, value)
     disabled = ["ConstantFolding"] if mapped else None
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
