@@ -45,8 +45,7 @@ class Command(str):
     """A command to print, with `{}` for each argument. `format` quotes an argument for a shell where necessary."""
 
     def format(self, *args: object, **kwargs: object) -> str:
-        quoted = {name: shlex.quote(str(value)) for name, value in kwargs.items()}
-        return super().format(*(shlex.quote(str(value)) for value in args), **quoted)
+        return super().format(*(shlex.quote(str(value)) for value in args), **kwargs)
 
 
 class Parser(argparse.ArgumentParser):

@@ -37,7 +37,6 @@ ALLOWED_TARGET = re.compile(r"nemo\.(collections|core)(\.[a-z_][a-z0-9_]*)*\.[A-
 TARGET_KEYS = ("_target_", "target", "cls")
 SECTIONS = ("preprocessor", "encoder", "decoder", "joint", "decoding", "tokenizer")
 GZIP = b"\x1f\x8b"
-GREEDY = ("greedy_batch", "greedy")  # strategies of decoding that have NeMo's limit of symbols on a frame
 # Tensors of a preprocessor that a checkpoint stores, although they follow from its config.
 FEATURE_BUFFERS = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb")
 
@@ -261,12 +260,11 @@ def load_model(path: Path, config: Mapping[str, Any], device: str = "cpu", scrat
 
 
 def _config_to_build(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with greedy decoding, which the runtimes use, where the checkpoint was saved with a beam search, and
-    without two lists of pieces, which NeMo takes seconds to copy around. While NeMo's BPE models are built, they
-    replace these lists by those of their tokenizer (rnnt_bpe_models.py, hybrid_rnnt_ctc_bpe_models.py)."""
-    joint, decoding = config["joint"], config["decoding"]
-    if decoding.get("strategy") not in GREEDY:
-        decoding = {**decoding, "strategy": GREEDY[0]}
+    """`config` with batched greedy decoding, which the runtimes follow (beam search may choose other words, and plain
+    greedy decoding other durations), and without two lists of pieces, which NeMo takes seconds to copy around. While
+    NeMo's BPE models are built, they replace these lists by those of their tokenizer (rnnt_bpe_models.py,
+    hybrid_rnnt_ctc_bpe_models.py)."""
+    joint, decoding = config["joint"], {**config["decoding"], "strategy": "greedy_batch"}
     if str(config.get("target")).endswith("BPEModel"):
         config = {name: value for name, value in config.items() if name != "labels"}
         joint = {name: value for name, value in joint.items() if name != "vocabulary"}

@@ -75,17 +75,10 @@ class _Library:
 
 
 class Nemo(_Library):
-    """A model of NeMo's (EncDecRNNTBPEModel), set to batched greedy decoding. Its text is that of `transcribe()`."""
+    """A model of NeMo's (EncDecRNNTBPEModel), as common/checkpoint/nemo.py has built it, with batched greedy decoding.
+    Its text is that of `transcribe()`."""
 
     name = "NeMo"
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        # Beam search may choose other words, and plain greedy decoding other durations.
-        if model.cfg.decoding.strategy != "greedy_batch":
-            decoding = model.cfg.decoding.copy()
-            decoding.strategy = "greedy_batch"
-            model.change_decoding_strategy(decoding, verbose=False)
 
     @property
     def sentencepiece_model(self) -> bytes:
