@@ -157,7 +157,7 @@ def tokenizer_json(proto: ModelProto) -> dict[str, Any]:
         },
         "model": {
             "type": "Unigram",
-            "unk_id": _unknown_id(proto),
+            "unk_id": next(index for index, piece in enumerate(proto.pieces) if piece.type == Piece.UNKNOWN),
             "vocab": entries,
             "byte_fallback": any(piece.type == Piece.BYTE for piece in proto.pieces),
         },
@@ -168,7 +168,7 @@ def tokenizer_config(proto: ModelProto) -> dict[str, Any]:
     """The content of tokenizer_config.json. ORT Extensions picks its Unigram reader by the class name T5Tokenizer."""
     return {
         "tokenizer_class": "T5Tokenizer",
-        "unk_token": proto.pieces[_unknown_id(proto)].piece,
+        "unk_token": next(piece.piece for piece in proto.pieces if piece.type == Piece.UNKNOWN),
         "eos_token": _in_brackets("blank", proto),
         "pad_token": _in_brackets("blank", proto),
         "extra_ids": 0,  # T5 has 100 pieces of its own after the vocabulary; there is nothing after the blank
@@ -242,10 +242,6 @@ def probe_sequences(proto: ModelProto, length: int, seed: int = 0) -> list[list[
         start = next((i for i, index in enumerate(ids) if index not in special | spaces), len(ids))
         sequences[place] = [index for index in ids[:start] if index not in spaces] + ids[start:]
     return sequences
-
-
-def _unknown_id(proto: ModelProto) -> int:
-    return next(index for index, piece in enumerate(proto.pieces) if piece.type == Piece.UNKNOWN)
 
 
 def _byte(piece: Piece) -> int:

@@ -59,7 +59,7 @@ class Layout:
     # Python that transcribes a file, its channels averaged. {folder} and {audio} are paths; {sample_rate}, in Hz, and
     # {hop_length}, in samples, are those of the features.
     usage: str
-    browser_usage: Callable[[], str] = str  # Markdown: how the folder runs in a browser; empty where it does not
+    browser_page: Path | None = None  # HTML that runs the folder in a browser, where one can
     make_files: MakeFiles  # what the export writes beside the graphs
     metadata: Callable[[ModelSpec], dict[str, str]] = lambda spec: {}  # of the encoder's ONNX model
 

@@ -19,7 +19,6 @@ from common.layouts.log_mel import FIXED_FEATURES, check_features, check_fixed, 
 ONNX_ASR_CONFIG = "config.json"
 # A page that transcribes in a browser with the npm package parakeet.js; to be put beside the files of the folder.
 BROWSER_PAGE = Path(__file__).with_name("parakeet_js.html")
-BROWSER_PACKAGES = ("parakeet.js@1.4.4", "onnxruntime-web@1.24.1")
 FEATURES = {**FIXED_FEATURES, "num_mels": (80.0, 128.0)}
 
 # onnx-asr asks for tensors by these names (src/onnx_asr/models/nemo.py of 0.12.0); they and the 32-bit tokens are those
@@ -67,15 +66,6 @@ def make_files(
     return {ONNX_ASR_CONFIG: json_text(config).encode(), feature_file: graph, "vocab.txt": vocabulary}
 
 
-def browser_usage() -> str:
-    """BROWSER_PAGE, and how to serve it."""
-    return (
-        "In a browser: save this as `index.html` in this folder, run `npm install "
-        f"{' '.join(BROWSER_PACKAGES)}` there, and serve the folder.\n\n"
-        f"```html\n{BROWSER_PAGE.read_text(encoding='utf-8')}```"
-    )
-
-
 ONNX_ASR = Layout(
     runtime="onnx-asr",
     packages=("onnx-asr", "onnxruntime", "soundfile"),
@@ -84,7 +74,7 @@ ONNX_ASR = Layout(
     optional_files=("nemo80.onnx", "nemo128.onnx"),  # which of them is by the number of mel bins
     vocabulary=("vocab.txt",),
     make_files=make_files,
-    browser_usage=browser_usage,
+    browser_page=BROWSER_PAGE,
     usage="""\
 import onnx_asr
 import soundfile

@@ -87,7 +87,7 @@ def model_card(manifest: dict[str, Any], layout: Layout) -> str:
         packages=" ".join((f"{package}=={version}" if version else package, *others)),
         oldest=(optimize or export).get(MINIMUM_RUNTIME),
         usage=layout.usage.format(folder=".", audio="audio.wav", **features),
-        browser_usage=layout.browser_usage(),
+        browser_page=layout.browser_page and layout.browser_page.read_text(encoding="utf-8"),
         files=files,
         same={file["sha256"]: name for name, file in reversed(files.items())},  # the first file of that content
         commands=commands,
