@@ -73,8 +73,8 @@ def read_modules(path: Path, content: Mapping[str, Any], config: Mapping[str, An
         raise ValueError(f"{path} is damaged ({error!r}); download it again") from None
     if not (whole and same_names and all(module.group == config.get(GROUP_KEY) for module in modules)):
         raise ValueError(
-            f"{path} describes other matrices without a bias, or not their whole groups of columns, than {MODULES_KEY} "
-            f"and {GROUP_KEY} of config.json; download both again"
+            f"{path} describes other matrices without a bias, or other groups of columns, whole ones in each row, "
+            f"than {MODULES_KEY} and {GROUP_KEY} of config.json; download both again"
         )
     return modules
 

@@ -248,5 +248,5 @@ def judge_times(comparison: Comparison) -> None:
         found = f"{found}{comparison.config.frame_seconds:g} s" if counts else "no times of words were compared"
         if left_out := len(comparison.clips) - len(counts):
             found += f"; {left_out} clips left out, which have several windows, other tokens, tokens that are words of "
-            found += f"their own to NeMo, or no words with times of {name}"
+            found += f"their own, or no words with times of {name}"
         print(f"{onnx.name}: {found}")
