@@ -357,13 +357,10 @@ def test_calibration_and_a_budget_buy_exactness(tiny_export, tmp_path, plain):
 def test_a_broken_scale_is_found_on_noise(tiny_export, plain, tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(plain, folder)
-    assert compare(tiny_export, folder, 3) > 10
-    model = load(folder / ENCODER.file)
+    assert compare(tiny_export, plain, 3) > 10
+    model = load(plain / ENCODER.file)
     scales = model.graph.initializers["layers.2.feed_forward1.expand.weight.scales"]
     scales.const_value = ir.tensor(scales.const_value.numpy() * 40, name=scales.name)
-    data = (folder / ENCODER.data_file).read_bytes()
-    proto = ir.to_proto(model)
-    onnx.save(proto, folder / ENCODER.file)
-    assert (folder / ENCODER.data_file).read_bytes() == data
+    save_model(model, folder / ENCODER.file)
     with pytest.raises(CheckError, match="needs 3 dB or more"):
         compare(tiny_export, folder, 3)

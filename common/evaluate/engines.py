@@ -18,7 +18,6 @@ from common.checkpoint import transformers
 from common.checkpoint.find import FORMAT_HELP, FORMAT_NAMES, find_checkpoint, recorded_checkpoint
 from common.cli import Parser
 from common.evaluate.words import Pieces, timed_words
-from common.export.pipeline import suppress, suppressed_ids
 from common.folder import CHECKPOINT, EXPORTED, FILES, MANIFEST, is_float16, read_location, read_manifest
 from common.layouts.genai import GENAI
 from common.layouts.layout import check_same_checkpoint
@@ -242,6 +241,8 @@ def load_reference(
     model_name: the checkpoint, or None for the one that `folder` was exported from.
     Raises ValueError where the vocabulary is not the folder's, and as find_checkpoint and recorded_checkpoint do.
     """
+    from common.export.pipeline import suppress, suppressed_ids  # not needed where a folder is only run
+
     if model_name:
         checkpoint = find_checkpoint(model_name, checkpoint_format=checkpoint_format)
     else:
