@@ -245,22 +245,20 @@ class Comparison:
             "normalised_wer": _error_rate([(normalize(text), normalize(transcript)) for text, transcript in texts]),
         }
         if self.reference and engine != self.reference.name:
-            expected = [clip.transcripts[self.reference.name] for clip in self.clips]
-            both = list(zip(self.clips, expected, made, strict=True))
-            whole = [(one, other) for clip, one, other in both if clip.one_window]
-            cut = [(one, other) for clip, one, other in both if not clip.one_window]
+            texts_of: dict[bool, list[tuple[str, str]]] = {True: [], False: []}  # by whether the clip has one window
+            differing = 0
+            for clip, own in zip(self.clips, made, strict=True):
+                expected = clip.transcripts[self.reference.name]
+                texts_of[clip.one_window].append(comparable(expected.text, own.text, self.rules))
+                differing += clip.one_window and expected.tokens != own.tokens
             figures |= {
-                "clips_compared": len(whole),
-                "clips_of_several_windows": len(cut),
-                "clips_differing_from_nemo": sum(one.tokens != other.tokens for one, other in whole),
-                "wer_against_nemo": self._against_reference(whole),
-                "wer_against_nemo_of_several_windows": self._against_reference(cut),
+                "clips_compared": len(texts_of[True]),
+                "clips_of_several_windows": len(texts_of[False]),
+                "clips_differing_from_nemo": differing,
+                "wer_against_nemo": _error_rate(texts_of[True]),
+                "wer_against_nemo_of_several_windows": _error_rate(texts_of[False]),
             }
         return {key: value for key, value in figures.items() if value is not None}
-
-    def _against_reference(self, both: Sequence[tuple[Transcript, Transcript]]) -> WordErrorRate | None:
-        """The error rate of an engine's texts against the reference's, both without what differs by rule."""
-        return _error_rate([comparable(one.text, other.text, self.rules) for one, other in both])
 
     def words(self, clip: ComparedClip) -> list[TimedWord]:
         """The words of a clip with their times, by plain ONNX Runtime on the first folder."""

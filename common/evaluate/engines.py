@@ -98,11 +98,6 @@ class OpenFolder:
     def pieces(self) -> Pieces:
         return Pieces.read(self.path)
 
-    @cached_property
-    def spell(self) -> Callable[[list[int]], str]:
-        """A function that gives the text of tokens: Hugging Face's reader of tokenizer.json, where no other is set."""
-        return self.pieces.spell
-
     def noise(self) -> np.ndarray:
         """A second of noise, [samples], to warm an engine up with."""
         return np.random.default_rng(0).normal(0, 0.1, self.config.sample_rate).astype(np.float32)
@@ -161,7 +156,7 @@ def onnx_engine(
         return [
             Transcript(
                 hypothesis.tokens,
-                folder.spell(hypothesis.tokens),
+                folder.pieces.spell(hypothesis.tokens),
                 recording.features_seconds + per_sample * len(recording.samples),
                 recording.features_seconds,
                 hypothesis.frames,

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -34,7 +35,7 @@ def text_rules(sentencepiece_model: bytes, library: str = "NeMo") -> tuple[TextR
     proto = ModelProto.FromString(sentencepiece_model)
     # The space before a mark is missing where it is the first piece.
     marks = (re.sub("^▁", " ?", re.escape(piece.piece)) for piece in proto.pieces if _is_mark(piece))
-    marks_rule = TextRule(f"{library} shows marks such as <|en|>", _remover("|".join(marks) or "(?!)"))
+    marks_rule = TextRule(f"{library} shows marks such as <|en|>", partial(re.sub, "|".join(marks) or "(?!)", ""))
     spaces_rule = TextRule(f"{library} keeps spaces at both ends", str.strip, from_both=True)
     if library != "NeMo":
         return marks_rule, spaces_rule
@@ -42,7 +43,7 @@ def text_rules(sentencepiece_model: bytes, library: str = "NeMo") -> tuple[TextR
     unknown = " ?" + re.escape(proto.trainer_spec.unk_surface.strip()) + " ?"
     return (
         marks_rule,
-        TextRule(f"NeMo shows{proto.trainer_spec.unk_surface}for <unk>", _remover(unknown)),
+        TextRule(f"NeMo shows{proto.trainer_spec.unk_surface}for <unk>", partial(re.sub, unknown, "")),
         spaces_rule,
         TextRule("NeMo deletes the space before punctuation", _close_up, from_both=True),
     )
@@ -56,11 +57,6 @@ def ids_of_other_words(sentencepiece_model: bytes) -> frozenset[int]:
 
 def _is_mark(piece: ModelProto.SentencePiece) -> bool:
     return piece.type == piece.USER_DEFINED and _MARK.fullmatch(piece.piece) is not None
-
-
-def _remover(pattern: str) -> Callable[[str], str]:
-    compiled = re.compile(pattern)
-    return lambda text: compiled.sub("", text)
 
 
 def _close_up(text: str) -> str:

@@ -83,23 +83,17 @@ def print_corpus(comparison: Comparison) -> None:
     table, notes = corpus_table(comparison)
     print_table(table)
     print("\n".join(notes))
-    if reason := _why_clearly_slower(comparison):
-        print(reason)
+    if len(comparison.folders) > 1 and not comparison.folders[0].is_float32:
+        (_, *optimized), (folder, *exported) = comparison.by_folder
+        reasons = set()
+        for own, former in zip(optimized, exported, strict=True):
+            if own and former:
+                before, after = (comparison.figures[each.name]["rtfx_without_features"] for each in (former, own))
+                reasons.add(why_slower(CLEARLY_SLOWER * before, after, ENCODER.bytes_in(folder.path)))
+        for reason in filter(None, reasons):  # the same of both runtimes
+            print(reason)
     genai = [engine.name for engine in comparison.engines if engine.kind == GENAI_ENGINE]
     print_flaws(comparison.flaws_table, without_times=genai)
-
-
-def _why_clearly_slower(comparison: Comparison) -> str | None:
-    """Why an optimized folder is clearly slower than the exported one in the same runtime; None where it is not."""
-    if len(comparison.folders) < 2 or comparison.folders[0].is_float32:
-        return None
-    (_, *optimized), (folder, *exported) = comparison.by_folder
-    for own, former in zip(optimized, exported, strict=True):
-        if own and former:
-            before, after = (comparison.figures[each.name]["rtfx_without_features"] for each in (former, own))
-            if reason := why_slower(CLEARLY_SLOWER * before, after, ENCODER.bytes_in(folder.path)):
-                return reason
-    return None
 
 
 def corpus_table(comparison: Comparison) -> tuple[list[tuple[str, ...]], list[str]]:

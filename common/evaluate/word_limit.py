@@ -107,7 +107,7 @@ def compare_words(
     Raises CheckError where the optimized model gives no numbers, and as GenAI and Comparison.transcribe do.
     """
     before, after = OpenFolder(exported, MAPPED), OpenFolder(optimized)
-    after.spell = after.genai.text
+    after.pieces = replace(after.pieces, spell=after.genai.text)
     engine = onnx_engine(OPTIMIZED, after)
 
     def transcribe(recordings: Sequence[Recording]) -> list[Transcript]:

@@ -198,7 +198,7 @@ class Pieces:
     names: Sequence[str]
     special: frozenset[int]  # shown in no transcript
     marks: frozenset[str]  # punctuation
-    spell: Callable[[Sequence[int]], str]  # tokens → text without outer spaces, by Hugging Face's tokenizers
+    spell: Callable[[list[int]], str]  # tokens → text without outer spaces, by Hugging Face's tokenizers
 
     @classmethod
     def read(cls, folder: Path) -> "Pieces":

@@ -154,14 +154,8 @@ def make_evaluation(
 
     def rows(errors: list[WordErrors]) -> list[dict[str, Any]]:
         return [
-            {
-                "lang": row.lang,
-                "clips": row.clips,
-                "words": row.float32.words,
-                "float32": rate(row.float32),
-                "optimized": rate(row.optimized),
-                "increase": rate(row.increase),
-            }
+            {"lang": row.lang, "clips": row.clips, "words": row.float32.words}
+            | {name: rate(getattr(row, name)) for name in ("float32", "optimized", "increase")}
             for row in errors
         ]
 
