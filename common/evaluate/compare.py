@@ -308,13 +308,8 @@ class Comparison:
             }
             for word in transcript.words or ()
         ]
-        return {
-            "tokens": transcript.tokens,
-            "text": transcript.text,
-            "seconds": transcript.seconds,
-            "features_seconds": transcript.features_seconds,
-            "words": None if transcript.words is None else words,
-        }
+        shown = {key: getattr(transcript, key) for key in ("tokens", "text", "seconds", "features_seconds")}
+        return {**shown, "words": None if transcript.words is None else words}
 
 
 def _error_rate(pairs: Sequence[tuple[str, str]]) -> WordErrorRate | None:

@@ -173,10 +173,7 @@ def print_word_errors(table: list[WordErrors], clips: list[EvaluatedClip]) -> No
     """A line for each language, and one for each clip that changed: [old → new], with its errors before and after."""
     for row in table[1:]:
         print(f"  {row.lang}: {row.clips} clips  {row}")
-    texts = {
-        "the float32 model": [clip.float32 for clip in clips],
-        "the optimized model": [clip.optimized for clip in clips],
-    }
+    texts = {f"the {name} model": [getattr(clip, name) for clip in clips] for name in (FLOAT32, OPTIMIZED)}
     print_warnings(texts, table[0].float32)
     differing = changed(clips)
     for clip in differing[:MAX_PRINTED_CLIPS]:
