@@ -20,11 +20,12 @@ from statistics import median
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.tape import Tape
 
 from benchmarks.bench import machine, peak_memory, process
 from common.cli import size_text
 from common.contract import ENCODER
-from common.onnx_io import add_initializer, input_of, load, save_model, shape_of, tensor_of
+from common.onnx_io import load, save_model
 from common.quantize.int8 import packed_tensor
 from common.run.ort import open_session
 
@@ -48,11 +49,11 @@ def joined(source: Path, target: Path) -> None:
     for node in model.graph:
         stored = node.inputs[0] if node.op_type == "Cast" else None
         if stored is not None and stored.const_value is not None and stored.const_value.dtype == ir.DataType.INT4:
-            groups.setdefault(shape_of(stored), []).append(node)
+            groups.setdefault(tuple(stored.const_value.shape.numpy()), []).append(node)
     for i, nodes in enumerate(groups.values()):
-        weights = [tensor_of(input_of(node, 0)).numpy() for node in nodes]
+        weights = [node.inputs[0].const_value.numpy() for node in nodes]
         stacked = packed_tensor(f"joined.{i}", np.concatenate(weights), ir.DataType.INT4)
-        whole = add_initializer(model.graph, stacked)
+        whole = Tape(model.graph).initializer(stacked)
         cast = ir.Node("", "Cast", [whole], [ir.AttrInt64("to", ir.DataType.INT8)])
         attributes = [ir.AttrInt64("axis", 0), ir.AttrInt64("num_outputs", len(nodes))]
         split = ir.Node("", "Split", [cast.outputs[0]], attributes, num_outputs=len(nodes))

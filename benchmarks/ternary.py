@@ -40,11 +40,11 @@ from common import optimize
 from common.cli import size_text
 from common.contract import ENCODER
 from common.folder import write_json
-from common.onnx_io import computed_from, load, save_model
+from common.onnx_io import load, save_model
 from common.quantize import INT8
 from common.quantize.fidelity import sqnr_db
 from common.quantize.methods import TERNARY_BITS, Format, OptimizeOptions
-from common.quantize.rewrite import plan_encoder, quantize_weights
+from common.quantize.rewrite import plan_encoder, quantizable, quantize_weights
 from common.run.ort import open_session
 
 CLIP_SECONDS = (10, 20, 60)
@@ -68,8 +68,8 @@ def integers(source: Path, target: Path, bits: int | None) -> None:
     model, options = load(source / ENCODER.file), OptimizeOptions(quant_method=INT8.name)
     ternary = plan_encoder(model, INT8, options)
     plan = dict.fromkeys(ternary, Format(bits or 8))
-    packed = {} if bits else {name: computed_from(model.graph.initializers[name], partial(INT8.pack, form=form))
-                              for name, form in ternary.items()}  # fmt: skip
+    weights = quantizable(model)
+    packed = {} if bits else {name: weights[name].read(partial(INT8.pack, form=form)) for name, form in ternary.items()}
     quantize_weights(model, plan, INT8, options, packed)
     target.mkdir(parents=True)
     save_model(model, target / ENCODER.file)
@@ -78,16 +78,15 @@ def integers(source: Path, target: Path, bits: int | None) -> None:
 def weights_alone(source: Path, target: Path, *, full_range: bool) -> None:
     """The float32 encoder, but its ternary weights are those that int8's integers stand for."""
     model, options = load(source / ENCODER.file), OptimizeOptions(quant_method=INT8.name, full_range=full_range)
-    plan = plan_encoder(model, INT8, options)
+    plan, weights = plan_encoder(model, INT8, options), quantizable(model)
 
     def became(weight: np.ndarray, form: Format) -> np.ndarray:
         packed = INT8.pack(weight, form)
         return (packed.codes * packed.scales).astype(np.float32)
 
     for name, form in plan.items():
-        value = model.graph.initializers[name]
         if form.bits == TERNARY_BITS:
-            value.const_value = ir.tensor(computed_from(value, partial(became, form=form)), name=name)
+            weights[name].value.const_value = ir.tensor(weights[name].read(partial(became, form=form)), name=name)
     target.mkdir(parents=True)
     save_model(model, target / ENCODER.file)
 

@@ -1,4 +1,4 @@
-"""ONNX files with external data, small operations on their graphs, and the oldest ONNX Runtime that runs them.
+"""ONNX files with external data, and the oldest ONNX Runtime that runs them.
 
 `NAME.onnx` is a whole model, or a graph whose large tensors are in `NAME.onnx.data`. When such a graph is read, its
 tensors stay on disk and are mapped when they are needed, so that a model of gigabytes takes little memory.
@@ -8,16 +8,13 @@ the versions in which graphs of each method were run.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import uses_external_data
-from onnx_ir.tape import Tape
 
 from common.cli import size_text
 from common.contract import MICROSOFT
@@ -37,11 +34,6 @@ MATMUL_NBITS: dict[int, Version] = {2: (1, 24), 4: (1, 17), 8: (1, 22)}  # by bi
 INT4: Version = (1, 23)  # 1.22 has no Cast of 4-bit integers
 INT4_TYPES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
-T = TypeVar("T")
-
-
-# Files
-
 
 def save_model(model: ir.Model, path: Path, *, single_file: bool = False) -> None:
     """Write a model as `path` and `path`.data, large tensors at offsets that every system can map.
@@ -52,7 +44,8 @@ def save_model(model: ir.Model, path: Path, *, single_file: bool = False) -> Non
     single_file: write `path` alone, which holds the weights, instead. Raises ValueError where they are too large.
     """
     initializers = model.graph.initializers
-    sizes = {name: tensor_of(value).nbytes for name, value in initializers.items()}
+    tensors = {name: value.const_value for name, value in initializers.items()}
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items() if tensor is not None}
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         initializers[name] = initializers.pop(name)
     if not single_file:
@@ -137,58 +130,3 @@ def minimum_runtime(graphs: Iterable[Path]) -> str:
             needed.append(INT4)
     major, minor = max(needed)
     return f"{major}.{minor}"
-
-
-# Graphs
-
-
-def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """A new initializer of `graph` with the tensor's name and content."""
-    return Tape(graph).initializer(tensor)
-
-
-def shared_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """The initializer of that name, which is created from `array` on first use."""
-    existing = graph.initializers.get(name)
-    return add_initializer(graph, ir.tensor(array, name=name)) if existing is None else existing
-
-
-def input_of(node: ir.Node, index: int) -> ir.Value:
-    """An input that the operator requires. Raises ValueError where it is left out."""
-    value = node.inputs[index]
-    if value is None:
-        raise ValueError(f"expected input {index} of {node.op_type} {node.name}, got none; export the graph again")
-    return value
-
-
-def name_of(item: ir.Node | ir.Value) -> str:
-    """The name of a node or value of a graph that was read from a file, where each has one."""
-    assert item.name is not None, f"{item} has no name"
-    return item.name
-
-
-def tensor_of(value: ir.Value) -> ir.TensorProtocol:
-    """The tensor of an initializer. Raises ValueError where the value is computed."""
-    if value.const_value is None:
-        raise ValueError(f"expected a constant, got {value.name}, which is computed; export the graph again")
-    return value.const_value
-
-
-def shape_of(value: ir.Value) -> tuple[int, ...]:
-    """The shape of an initializer."""
-    return tuple(tensor_of(value).shape.numpy())
-
-
-def release(tensor: ir.TensorProtocol) -> None:
-    """Unmap the data file that a tensor was read from, if any. Arrays that view it must not be used afterwards."""
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
-
-
-def computed_from(value: ir.Value, function: Callable[[np.ndarray], T]) -> T:
-    """`function` of an initializer's content. Its data file is mapped only for that, so the result must not view it."""
-    tensor = tensor_of(value)
-    try:
-        return function(tensor.numpy())  # not kept in a variable: a mapping that is viewed cannot be closed
-    finally:
-        release(tensor)

@@ -186,7 +186,7 @@ def test_fusion_reads_biases_from_the_data_file(block_model, tmp_path):
 def test_only_constant_matrices_of_some_size_are_quantized_and_shared_ones_once(block_model, tmp_path):
     model = load(block_model)
     found = quantizable(model)
-    assert {name: len(nodes) for name, nodes in found.items()} == {"weight": 2}
+    assert {name: len(weight.products) for name, weight in found.items()} == {"weight": 2}
     quantize_weights(model, {"weight": Format(8, 32)}, HQQ, OptimizeOptions(accuracy_level=0), {})
     assert [node.op_type for node in model.graph].count("MatMulNBits") == 2
     assert "weight" not in model.graph.initializers

@@ -17,11 +17,12 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes import common as passes
+from onnx_ir.tape import Tape
 
 from common.cli import Stages, size_text
 from common.contract import ENCODER, GRAPHS, Graph
 from common.export.parity import References, check_graph
-from common.onnx_io import add_initializer, computed_from, input_of, load, name_of, save_model, tensor_of
+from common.onnx_io import load, save_model
 from common.run.ort import OnnxRuntime, OrtGraph, open_session
 
 LARGEST_FLOAT16 = 65504.0
@@ -84,7 +85,7 @@ class RangeRecorder(OrtGraph):
         self._outputs = model.graph.outputs
         self._probes: dict[ir.Value | ir.Node, str] = {}  # what is measured → the output that measures it
         self._operators: dict[str, list[ir.Value | ir.Node]] = {}  # name → what is measured of it
-        self._magnitudes: dict[ir.Value, ir.Value] = {}
+        self._magnitudes: dict[ir.Value | None, ir.Value] = {}
         self._added: list[ir.Node] = []
         for node in list(model.graph):
             values = [value for value in float_values(node) if value.dtype == ir.DataType.FLOAT]
@@ -92,13 +93,13 @@ class RangeRecorder(OrtGraph):
                 if value not in self._probes:
                     self._probe(value, self._magnitude(value))
             if values and node.op_type in ("MatMul", "Conv"):
-                terms = [self._magnitude(input_of(node, index)) for index in range(2)]
+                terms = [self._magnitude(value) for value in node.inputs[:2]]
                 self._probe(node, self._add(node.op_type, terms, *node.attributes.values()))
             elif node.op_type == "LSTM":
-                by_input = self._lstm_product(input_of(node, 0), input_of(node, 1))
-                by_state = self._lstm_product(input_of(node, 5), input_of(node, 2))  # of the first step
+                by_input = self._lstm_product(node.inputs[0], node.inputs[1])
+                by_state = self._lstm_product(node.inputs[5], node.inputs[2])  # of the first step
                 self._probe(node, self._add("Add", [by_input, by_state]))
-            self._operators[name_of(node)] = [*values, *([node] if node in self._probes else [])]
+            self._operators[str(node.name)] = [*values, *([node] if node in self._probes else [])]
             model.graph.insert_after(node, self._added)
             self._added.clear()
         self._largest = np.zeros(len(self._probes), np.float32)
@@ -118,12 +119,12 @@ class RangeRecorder(OrtGraph):
             name: float(np.max([known[item] for item in items], initial=0.0)) for name, items in self._operators.items()
         }
 
-    def _lstm_product(self, rows: ir.Value, weight: ir.Value) -> ir.Value:
+    def _lstm_product(self, rows: ir.Value | None, weight: ir.Value | None) -> ir.Value:
         """rows [S, B, I], an LSTM's weight [1, 4H, I] → the sums of magnitudes [S, B, 4H]"""
         columns = self._add("Transpose", [self._magnitude(weight)], ir.AttrInt64s("perm", [0, 2, 1]))
         return self._add("MatMul", [self._magnitude(rows), columns])
 
-    def _magnitude(self, value: ir.Value) -> ir.Value:
+    def _magnitude(self, value: ir.Value | None) -> ir.Value:
         if value not in self._magnitudes:
             self._magnitudes[value] = self._add("Abs", [value])
         return self._magnitudes[value]
@@ -134,7 +135,7 @@ class RangeRecorder(OrtGraph):
         largest.shape = ir.Shape([])
         self._outputs.append(largest)
 
-    def _add(self, operator: str, inputs: Sequence[ir.Value], *attributes: ir.Attr) -> ir.Value:
+    def _add(self, operator: str, inputs: Sequence[ir.Value | None], *attributes: ir.Attr) -> ir.Value:
         node = ir.Node("", operator, inputs, attributes)
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         self._added.append(node)
@@ -171,7 +172,7 @@ def convert(
     for node in list(model.graph):
         if all(value.dtype != ir.DataType.FLOAT for value in float_values(node)):
             continue
-        name = name_of(node)
+        name = str(node.name)
         dtype = ir.DataType.FLOAT
         if node in counting:
             exact.append(name)
@@ -225,8 +226,8 @@ def _exact_operators(model: ir.Model) -> set[ir.Node]:
                 source is not None and source in exact and source.op_type not in PERIODIC for source in sources
             )
         elif node.op_type == "Cast":
-            dtype = input_of(node, 0).dtype
-            counts = dtype is not None and dtype.is_integer()
+            dtypes = [value.dtype for value in node.inputs if value is not None]
+            counts = any(dtype is not None and dtype.is_integer() for dtype in dtypes)
         else:
             counts = not values  # an operator without float inputs, whose output type is an attribute
         if counts:
@@ -273,13 +274,17 @@ class _Casts:
         if key in self.made:
             return self.made[key]
         name = f"{value.name}.{dtype.name.lower()}"
-        if self.convert_weights and value.is_initializer():
+        tensor = value.const_value
+        if self.convert_weights and value.is_initializer() and tensor is not None:
 
             def converted() -> ir.TensorProtocol:
-                return ir.tensor(computed_from(value, lambda weight: weight.astype(dtype.numpy())), name=name)
+                array = tensor.numpy().astype(dtype.numpy())
+                if isinstance(tensor, ir.ExternalTensor):
+                    tensor.release()  # its data file is mapped only meanwhile
+                return ir.tensor(array, name=name)
 
-            shape = cast(ir.Shape, tensor_of(value).shape)
-            result = add_initializer(self.graph, ir.LazyTensor(converted, dtype, shape, name=name))
+            shape = cast(ir.Shape, tensor.shape)
+            result = Tape(self.graph).initializer(ir.LazyTensor(converted, dtype, shape, name=name))
         else:
             node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", dtype)], name=f"{name}.Cast")
             self.graph.append(node)

@@ -7,15 +7,15 @@ A method differs from the others in its Fitter, which finds scales and zero poin
 Weights that are ternary in groups need no Fitter: the codes 1, 2 and 3 of 2 bits are exact.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.tape import Tape
 
 from common.contract import MICROSOFT, EncoderWeight, Role
-from common.onnx_io import add_initializer, input_of, shape_of
-from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, Replace
+from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, Replace, Weight
 from common.quantize.rounding import (
     HIGH_BITS,
     LOW_BITS,
@@ -189,15 +189,15 @@ class BlockMethod(QuantMethod):
         return quantize_blocks(weight, form.bits, form.block, self.fit_block)
 
     def replace(self, model: ir.Model, options: OptimizeOptions) -> Replace:
-        def put(nodes: Sequence[ir.Node], name: str, packed: Packed, form: Format) -> None:
-            K, N = shape_of(model.graph.initializers[name])
+        def put(weight: Weight, packed: Packed, form: Format) -> None:
+            K, N = weight.shape
             level = options.accuracy_level
             numbers = {"K": K, "N": N, "bits": form.bits, "block_size": form.block, "accuracy_level": level}
             attributes = [ir.AttrInt64(key, number) for key, number in numbers.items()]
-            tensors = (ir.tensor(array, name=f"{name}.{part}") for part, array in packed.tensors())
-            constants = [add_initializer(model.graph, tensor) for tensor in tensors]
-            for node in nodes:
-                inputs = [input_of(node, 0), *constants]
+            tensors = (ir.tensor(array, name=f"{weight.name}.{part}") for part, array in packed.tensors())
+            constants = [Tape(model.graph).initializer(tensor) for tensor in tensors]
+            for node in weight.products:
+                inputs = [node.inputs[0], *constants]
                 new = ir.Node(MICROSOFT, "MatMulNBits", inputs, attributes, name=node.name)
                 ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], node.outputs, new.outputs)
 

@@ -27,7 +27,7 @@ from onnx_ir.passes import common as passes
 
 from common.cli import progress
 from common.contract import ENCODER
-from common.onnx_io import data_bytes, input_of, load, name_of, shape_of, tensor_of
+from common.onnx_io import data_bytes, load
 from common.quantize import rewrite
 from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, Sensitivity
 from common.quantize.rounding import TERNARY_BITS, InputMoments, Packed, power_of
@@ -239,26 +239,26 @@ class CutEncoder:
         model = load(path)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         passes.ShapeInferencePass()(model)  # a segment's inputs need types
-        graph, products = model.graph, rewrite.quantizable(model)
+        graph, weights = model.graph, rewrite.quantizable(model)
         for name, value in graph.initializers.items():
-            if name not in products and isinstance(value.const_value, ir.ExternalTensor):
+            if name not in weights and isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = ir.tensor(value.const_value.numpy().copy(), name=name)
         nodes = list(graph)
-        firsts = {uses[0]: name for name, uses in products.items()}
+        firsts = {weight.products[0]: name for name, weight in weights.items()}
         cuts = [0, *(i for i, node in enumerate(nodes) if node in firsts), len(nodes)]
         last_use = {value: i for i, node in enumerate(nodes) for value in node.inputs if value is not None}
         last_use |= dict.fromkeys(graph.outputs, len(nodes))
         self.segments, known = [], dict.fromkeys(graph.inputs)
         for begin, end in pairwise(cuts):
             weight = firsts.get(nodes[begin], "")
-            x = name_of(input_of(nodes[begin], 0)) if weight else ""
+            x = _names(nodes[begin].inputs[:1])[0] if weight else ""
             residual = _residual(nodes[begin], known) if weight else None
             used = dict.fromkeys(value for node in nodes[begin:end] for value in node.inputs if value is not None)
             made = dict.fromkeys(value for node in nodes[begin:end] for value in node.outputs)
-            takes = [name_of(value) for value in used if value in known or value.name in products]
+            takes = _names(value for value in used if value in known or value.name in weights)
             known |= made
-            later = [name_of(value) for value in known if last_use.get(value, 0) >= end]
-            gives = [name_of(value) for value in made if last_use.get(value, 0) >= end]
+            later = _names(value for value in known if last_use.get(value, 0) >= end)
+            gives = _names(value for value in made if last_use.get(value, 0) >= end)
             part = ir.convenience.extract(graph, takes, gives)
             for name in set(takes) & set(part.initializers):
                 del part.initializers[name]  # a weight, which is fed as an input
@@ -269,7 +269,7 @@ class CutEncoder:
             self.segments.append(Segment(weight, x, residual, takes, gives, set(later), session))
         self.scalable = scalable
         self.rows = rewrite.row_powers(model, scalable)  # before the weights are mapped: it unmaps what it has read
-        self.weights: Values = {name: tensor_of(graph.initializers[name]).numpy() for name in products}
+        self.weights: Values = {name: weight.tensor.numpy() for name, weight in weights.items()}
 
     def output(self, place: int, values: Values, changed: Values) -> np.ndarray:
         """The encoder's output, from the values where a segment begins, with some weights changed."""
@@ -290,11 +290,16 @@ def _residual(product: ir.Node, known: Collection[ir.Value]) -> tuple[str, float
             if node.op_type != "Add" or other is None:
                 return None
             if other in known:
-                return name_of(other), factor
+                return _names([other])[0], factor
             if ir.convenience.get_const_tensor(other) is None:
                 return None
         y = node.outputs[0]
     return None
+
+
+def _names(values: Iterable[ir.Value | None]) -> list[str]:
+    """The names of values of a graph that was read from a file, where each has one."""
+    return [value.name for value in values if value is not None and value.name is not None]
 
 
 def _inputs(batch: np.ndarray) -> dict[str, np.ndarray]:
@@ -313,24 +318,25 @@ def _all_rows(batches: Sequence[Values], name: str) -> np.ndarray:
     return np.concatenate([_rows(values[name]) for values in batches])
 
 
-@dataclass(frozen=True)
 class SizeModel:
     """Predicts the bytes of an encoder's files for any plan, without carrying it out."""
 
-    model: ir.Model
-    graph_bytes: int  # of the exported graph file, without its data
-    method: QuantMethod  # which says what a weight takes in each format
+    def __init__(self, model: ir.Model, graph_bytes: int, method: QuantMethod) -> None:
+        """graph_bytes: of the exported graph file, without its data. method: knows what a weight takes in each form."""
+        self.graph_bytes, self.method = graph_bytes, method
+        self.weights = rewrite.quantizable(model)
+        tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+        self.exported = {name: tensor.nbytes for name, tensor in tensors.items() if tensor is not None}
 
     def total(self, plan: Plan) -> int:
         """Bytes of graph and data once `plan` has been carried out; the files may be up to a per cent smaller."""
-        initializers = self.model.graph.initializers
-        others = (tensor_of(value).nbytes for name, value in initializers.items() if name not in plan)
+        others = (size for name, size in self.exported.items() if name not in plan)
         packed = (size for name, form in plan.items() for size in self.bytes_of(name, form))
         return self.graph_bytes + self.method.node_bytes * len(plan) + data_bytes((*others, *packed))
 
     def bytes_of(self, name: str, form: Format) -> tuple[int, ...]:
         """Bytes of each tensor of one weight."""
-        return self.method.stored_bytes(shape_of(self.model.graph.initializers[name]), form)
+        return self.method.stored_bytes(self.weights[name].shape, form)
 
 
 def spend(sizes: SizeModel, damage: Sensitivity, plan: Plan, low: Format, high: Format, budget: float) -> Plan:

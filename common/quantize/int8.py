@@ -24,9 +24,8 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from common.contract import MICROSOFT, EncoderWeight, Role, encoder_weight
-from common.onnx_io import add_initializer, input_of, shared_initializer
 from common.quantize import rounding
-from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, Replace
+from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, Replace, Weight
 from common.quantize.rewrite import constant_factor
 from common.quantize.rounding import HIGH_BITS, LOW_BITS, TERNARY_BITS, TINY, InputMoments, Packed
 
@@ -128,19 +127,19 @@ class _Rewriter:
         self._tensors: dict[ir.Value, Sequence[ir.Value]] = {}
 
     def constant(self, name: str, content: object, dtype: type | None = None) -> ir.Value:
-        return shared_initializer(self.graph, name, np.asarray(content, dtype))
+        return _shared_initializer(self.graph, ir.tensor(np.asarray(content, dtype), name=name))
 
-    def replace(self, nodes: Sequence[ir.Node], name: str, columns: Packed, form: Format) -> None:
-        """Replace the nodes that multiply by the weight called `name`. Raises ValueError for a weight without a role,
-        and as `lift_opset` does."""
-        for node in nodes:
-            self._replace(node, name, columns, form)
+    def replace(self, weight: Weight, columns: Packed, form: Format) -> None:
+        """Replace the nodes that multiply by a weight. Raises ValueError for one without a role."""
+        for node in weight.products:
+            self._replace(node, weight.name, columns, form)
 
     def _replace(self, node: ir.Node, name: str, columns: Packed, form: Format) -> None:
         """Replace `node`, which multiplies x by the weight, and the constant factor that follows it, by
         (quantized x) · codes · scales."""
         role = encoder_weight(name).role
-        x, old, factor = input_of(node, 0), [node], constant_factor(node.outputs[0])
+        x, old, factor = node.inputs[0], [node], constant_factor(node.outputs[0])
+        assert x is not None, "a product has two factors"
         scales = self.constant(f"{name}.scales", columns.scales)
         if factor is not None:
             multiplication, number = factor
@@ -189,9 +188,7 @@ class _Rewriter:
 
     def _unpacked(self, name: str, codes: np.ndarray, dtype: ir.DataType, tape: Tape) -> ir.Value:
         """These codes in int8, from a tensor of fewer bits in the file."""
-        stored = self.graph.initializers.get(f"{name}.codes")
-        if stored is None:
-            stored = add_initializer(self.graph, packed_tensor(f"{name}.codes", codes, dtype))
+        stored = _shared_initializer(self.graph, packed_tensor(f"{name}.codes", codes, dtype))
         return tape.op("Cast", [stored], {"to": ir.DataType.INT8}, name=f"{name}.unpacked")
 
     def _row_scales(self, x: ir.Value, width: int, node: ir.Node) -> _Rows:
@@ -222,6 +219,12 @@ class _Rewriter:
         return self.constant(f"int8.zero_point_{code}", code, np.uint8)
 
 
+def _shared_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """The initializer with the tensor's name, which is made of the tensor on first use."""
+    existing = graph.initializers.get(str(tensor.name))
+    return Tape(graph).initializer(tensor) if existing is None else existing
+
+
 def _filled(tape: Tape, like: ir.Value, code: int) -> ir.Value:
     """A vector as long as `like` that repeats one uint8: QuantizeLinear needs as many zero points as scales."""
     fill = {"value": ir.tensor(np.array([code], np.uint8))}
@@ -232,15 +235,14 @@ def _zero_code(x: ir.Value) -> int:
     """The code that stands for 0 in x, chosen by the node that computes x, which tells the range of its values."""
     node = x.producer()
     while node is not None and node.op_type in ("Reshape", "Transpose"):
-        node = input_of(node, 0).producer()
-    if node is not None and node.op_type == "Relu":
+        node = next(iter(node.predecessors()), None)
+    if node is None:
+        return MIDDLE_ZERO
+    if node.op_type == "Relu":
         return RELU_ZERO
-    if node is not None and node.op_type == "Mul":
-        one, other = input_of(node, 0), input_of(node, 1)
-        for factor, gate in ((one, other.producer()), (other, one.producer())):
-            if gate is not None and gate.op_type == "Sigmoid" and gate.inputs[0] is factor:
-                return SILU_ZERO
-    return MIDDLE_ZERO
+    gates = [gate for gate in node.predecessors() if gate.op_type == "Sigmoid"]
+    is_silu = node.op_type == "Mul" and any(gate.inputs[0] in node.inputs for gate in gates)
+    return SILU_ZERO if is_silu else MIDDLE_ZERO
 
 
 def packed_tensor(name: str, codes: np.ndarray, dtype: ir.DataType) -> ir.TensorProtocol:
@@ -266,8 +268,8 @@ def lift_opset(model: ir.Model, opset: int, ir_version: int) -> None:
         if node.op_type.startswith("Reduce") and (axes := node.attributes.pop("axes", None)):  # an input since 18
             numbers = axes.as_ints()
             node.resize_inputs(2)
-            name = "axes_" + "_".join(map(str, numbers))
-            node.replace_input_with(1, shared_initializer(model.graph, name, np.array(numbers)))
+            tensor = ir.tensor(np.array(numbers), name="axes_" + "_".join(map(str, numbers)))
+            node.replace_input_with(1, _shared_initializer(model.graph, tensor))
         elif node.op_type == "Split" and len(node.inputs) == 1 and "num_outputs" not in node.attributes:
             # Into equal parts: since 18 their number does not follow from the outputs.
             node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))

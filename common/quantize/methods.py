@@ -8,10 +8,10 @@ are two kinds: MatMulNBits (blocks.py), with three ways to find the codes, and i
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +27,7 @@ VNNI_ALONE = (
 )
 # Not recorded as flags: of the clip lists the checksums are recorded, and the limit is in the report.
 NOT_RECORDED = ("calibration_manifest", "eval_manifest", "max_wer_increase")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,35 @@ class Format:
     full_range: bool = False  # of 8 bits, for CPUs that sum all products of 8 bits exactly: see rounding.py
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A constant float32 matrix of a graph, and the MatMuls that multiply by it."""
+
+    name: str
+    value: ir.Value
+    tensor: ir.TensorProtocol
+    products: list[ir.Node]  # in graph order
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """K, N"""
+        K, N = self.tensor.shape.numpy()
+        return K, N
+
+    def read(self, function: Callable[[np.ndarray], T]) -> T:
+        """`function` of the matrix. Its data file is mapped only for that, so the result must not view it."""
+        try:
+            return function(self.tensor.numpy())  # not kept in a variable: a mapping that is viewed cannot be closed
+        finally:
+            if isinstance(self.tensor, ir.ExternalTensor):
+                self.tensor.release()
+
+
 Plan = Mapping[str, Format]  # weight name → its format; a weight that is not in it stays float32
 # weight name → bits → relative error power of the encoder's output on speech, if only this weight has these bits
 Sensitivity = Mapping[str, Mapping[int, float]]
-# Puts packed weights into one graph. Called for each weight in graph order with the MatMul nodes that multiply by it,
-# its name, its packed form and its format.
-Replace = Callable[[Sequence[ir.Node], str, Packed, Format], None]
+# Puts a packed weight of this format into one graph, in place of the MatMuls. Called for each weight in graph order.
+Replace = Callable[[Weight, Packed, Format], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +21,12 @@ import onnx
 import onnx_ir as ir
 from onnx.external_data_helper import uses_external_data
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.tape import Tape
 
 from common.cli import Stages, progress
 from common.contract import MICROSOFT, encoder_weight
-from common.onnx_io import (
-    add_initializer,
-    computed_from,
-    input_of,
-    load,
-    model_of,
-    name_of,
-    read_proto,
-    release,
-    tensor_of,
-)
-from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, Sensitivity
+from common.onnx_io import load, model_of, read_proto
+from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, Sensitivity, Weight
 from common.quantize.rounding import GROUPS, TERNARY_BITS, Packed, ternary_group
 
 MIN_WEIGHTS = 4096  # a matrix smaller than this (16 kB) gains less than its extra tensors cost
@@ -141,15 +133,16 @@ def plan_encoder(model: ir.Model, method: QuantMethod, options: OptimizeOptions)
     Raises ValueError where there is no weight to quantize, where `options` say that the layers' matrices are all
     ternary and one is not, and as `contract.encoder_weight` does.
     """
-    weights = {name: encoder_weight(name) for name in quantizable(model)}
+    weights = quantizable(model)
+    roles = {name: encoder_weight(name) for name in weights}
     if not weights:
         raise ValueError("this encoder has no float32 matrices to quantize; is it optimized already?")
-    plan = dict(method.plan(weights, options))
+    plan = dict(method.plan(roles, options))
     if method.ternary_format(GROUPS[0], options) is None:
         return plan
     for name, weight in weights.items():
-        group = computed_from(model.graph.initializers[name], ternary_group)
-        if group is None and options.insists_on_ternary and weight.layer is not None:
+        group = weight.read(ternary_group)
+        if group is None and options.insists_on_ternary and roles[name].layer is not None:
             raise ValueError(
                 f"--weight_bits {TERNARY_BITS} is for ternary checkpoints such as parakeet-redux, and {name} has more "
                 f"values than −m, 0 and m in {GROUPS[0]} rows of a column; leave --weight_bits out"
@@ -164,22 +157,20 @@ def scalable(plan: Plan) -> list[str]:
     return [name for name, form in plan.items() if form.bits != TERNARY_BITS]
 
 
-def quantizable(model: ir.Model) -> dict[str, list[ir.Node]]:
-    """Name of each constant float32 matrix of MIN_WEIGHTS or more → the MatMuls that multiply by it, in graph order.
+def quantizable(model: ir.Model) -> dict[str, Weight]:
+    """The constant float32 matrices of MIN_WEIGHTS or more that MatMuls multiply by, by name, in graph order.
 
     Products of two activations have no constant matrix, and Conv weights are not matrices.
     """
-    products: dict[str, list[ir.Node]] = {}
+    weights: dict[str, Weight] = {}
     for node in model.graph:
-        if (node.op_type, node.domain) != ("MatMul", ""):
+        value = node.inputs[1] if (node.op_type, node.domain) == ("MatMul", "") else None
+        if value is None or value.name is None or value.const_value is None or not value.is_initializer():
             continue
-        weight = input_of(node, 1)
-        tensor = weight.const_value if weight.is_initializer() else None
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2:
-            continue
-        if tensor.size >= MIN_WEIGHTS:
-            products.setdefault(name_of(weight), []).append(node)
-    return products
+        tensor = value.const_value
+        if tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 2 and tensor.size >= MIN_WEIGHTS:
+            weights.setdefault(value.name, Weight(value.name, value, tensor, [])).products.append(node)
+    return weights
 
 
 def constant_factor(y: ir.Value) -> tuple[ir.Node, np.ndarray] | None:
@@ -199,20 +190,19 @@ def constant_factor(y: ir.Value) -> tuple[ir.Node, np.ndarray] | None:
 def quantize_weights(model: ir.Model, plan: Plan, method: QuantMethod, options: OptimizeOptions,
                      fitted: Mapping[str, Packed]) -> dict[str, Stored]:  # fmt: skip
     """Store the weights of `plan` in place, in the form of `method`. fitted: weights that are packed already."""
-    products, initializers = quantizable(model), model.graph.initializers
-    weights = {name: initializers[name] for name in plan}
+    weights = quantizable(model)
     replace = method.replace(model, options)
 
     def pack(name: str) -> Packed:
         if name in fitted:
             return fitted[name]
-        return computed_from(weights[name], lambda weight: method.pack(weight, plan[name]))
+        return weights[name].read(lambda weight: method.pack(weight, plan[name]))
 
     stored = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy releases Python's lock
         packed_weights = progress(pool.map(pack, plan), total=len(plan), task="quantizing", unit="weight")
         for name, packed in zip(plan, packed_weights, strict=True):
-            replace(products[name], name, packed, plan[name])
+            replace(weights[name], packed, plan[name])
             stored[name] = Stored(plan[name], packed.error)
     RemoveUnusedNodesPass()(model)  # the float32 weights, and factors that went into scales
     return stored
@@ -236,8 +226,9 @@ def row_powers(model: ir.Model, weights: Collection[str]) -> dict[str, np.ndarra
         return np.asarray(np.einsum("kn,kn->k", weight, weight))
 
     powers: dict[str, np.ndarray] = {}
+    matrices = quantizable(model)
     for names in normalized_inputs(model, weights).values():
-        parts = [computed_from(model.graph.initializers[name], power) for name in names]
+        parts = [matrices[name].read(power) for name in names]
         powers |= dict.fromkeys(names, np.sum(parts, axis=0))
     return powers
 
@@ -248,7 +239,7 @@ def factors_without_speech(model: ir.Model, weights: Collection[str]) -> dict[st
     rows = row_powers(model, weights)
     factors: dict[str, np.ndarray] = {}
     for node, names in normalized_inputs(model, weights).items():
-        parameters = [tensor_of(value).numpy() for _, value in parameters_of(node)]
+        parameters = [array for _, _, array in parameters_of(node)]
         factors |= dict.fromkeys(names, row_factors(np.sum(np.square(parameters), axis=0), rows[names[0]]))
     return factors
 
@@ -269,8 +260,9 @@ def _multiplied_by(x: ir.Value, weights: Collection[str]) -> list[str]:
             axes = node.attributes["perm"].as_ints()
             behind = _multiplied_by(node.outputs[0], weights) if axes[-1] == len(axes) - 1 else []
         elif node.op_type == "MatMul":
-            weight = input_of(node, 1)
-            behind = [name_of(weight)] if weight.name in weights and len(weight.uses()) == 1 else []
+            weight = node.inputs[1]
+            name = weight.name if weight is not None and len(weight.uses()) == 1 else None
+            behind = [name] if name is not None and name in weights else []
         if not behind:
             return []
         names += behind
@@ -288,31 +280,30 @@ def fold(model: ir.Model, factors: Mapping[str, np.ndarray]) -> None:
     left = set(factors) - {name for names in normalized.values() for name in names}
     if left:
         raise ValueError(f"{min(left)} has no normalization before it; the factors are of another graph")
+    weights = quantizable(model)
     for node, names in normalized.items():
-        for i, value in parameters_of(node):
-            array = tensor_of(value).numpy() / factors[names[0]][:, 0]
+        for i, value, array in parameters_of(node):
+            divided = array / factors[names[0]][:, 0]
             if len(value.uses()) > 1:  # another normalization has the same numbers
-                copy = add_initializer(model.graph, ir.tensor(array, name=f"{names[0]}.smoothed.{i}"))
-                node.replace_input_with(i, copy)
+                tensor = ir.tensor(divided, name=f"{names[0]}.smoothed.{i}")
+                node.replace_input_with(i, Tape(model.graph).initializer(tensor))
             else:
-                value.const_value = ir.tensor(array, name=value.name)
+                value.const_value = ir.tensor(divided, name=value.name)
         for name in names:
-            weight = model.graph.initializers[name]
-            weight.const_value = _times(tensor_of(weight), factors[name])
+            product = partial(_times, weights[name], factors[name])
+            shape = ir.Shape(weights[name].shape)
+            weights[name].value.const_value = ir.LazyTensor(product, ir.DataType.FLOAT, shape, name=name)
 
 
-def parameters_of(node: ir.Node) -> list[tuple[int, ir.Value]]:
-    """Scale and bias of a normalization, each with its place among the inputs; it may have no bias."""
+def parameters_of(node: ir.Node) -> list[tuple[int, ir.Value, np.ndarray]]:
+    """Scale and bias of a normalization: place among the inputs, value, and content; it may have no bias."""
     first = SCALE_INPUT[node.op_type]
-    return [(i, value) for i, value in enumerate(node.inputs[first : first + 2], first) if value is not None]
+    return [
+        (i, value, value.const_value.numpy())
+        for i, value in enumerate(node.inputs[first : first + 2], first)
+        if value is not None and value.const_value is not None
+    ]
 
 
-def _times(tensor: ir.TensorProtocol, factors: np.ndarray) -> ir.LazyTensor:
-    """The tensor times `factors`, computed when it is read; its data file is mapped only meanwhile."""
-
-    def product() -> ir.TensorProtocol:
-        array = tensor.numpy() * factors
-        release(tensor)
-        return ir.tensor(array, name=tensor.name)
-
-    return ir.LazyTensor(product, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=tensor.name)
+def _times(weight: Weight, factors: np.ndarray) -> ir.TensorProtocol:
+    return ir.tensor(weight.read(lambda array: array * factors), name=weight.name)

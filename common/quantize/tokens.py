@@ -1,6 +1,6 @@
 """8-bit weights for the graphs that run once for each token: the decoder and the joint."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ from onnx_ir.tape import Tape
 
 from common.cli import CheckError
 from common.contract import MICROSOFT, Graph
-from common.onnx_io import input_of, load, name_of, save_model, shape_of, shared_initializer, tensor_of
+from common.onnx_io import load, save_model
 from common.quantize.blocks import BLOCK_SIZES, RTN
 from common.quantize.fidelity import token_sqnr
 from common.quantize.methods import Format, OptimizeOptions
@@ -38,8 +38,8 @@ def quantize_token_graphs(
         embeddings = quantize_embeddings(model)
         lstms = quantize_lstms(model, Format(HIGH_BITS, full_range=options.full_range))
         plan = {}
-        for name, (product, *_) in quantizable(model).items():
-            rows, _ = shape_of(input_of(product, 1))
+        for name, weight in quantizable(model).items():
+            rows, _ = weight.shape
             # In smaller blocks where a column is shorter and would be padded with zeros.
             plan[name] = Format(HIGH_BITS, next(size for size in BLOCK_SIZES if size >= min(rows, JOINT_BLOCK)))
         products = quantize_weights(model, plan, RTN, OptimizeOptions(), {})
@@ -59,18 +59,18 @@ def quantize_embeddings(model: ir.Model) -> dict[str, Stored]:
     Returns how each table was stored, by name. At full size a table takes 5 MB instead of 21 MB."""
     stored: dict[str, Stored] = {}
     form = Format(HIGH_BITS, full_range=True)  # rows are looked up, and not multiplied as integers
-    for node in list(model.graph):
-        table = input_of(node, 0) if node.op_type == "Gather" else None
-        if table is None or not table.is_initializer() or tensor_of(table).dtype != ir.DataType.FLOAT:
+    for name, table in list(model.graph.initializers.items()):
+        if table.const_value is None or table.const_value.dtype != ir.DataType.FLOAT:
             continue
-        name, tape = name_of(table), Tape()
-        rows = quantize_columns(tensor_of(table).numpy().T, form.bits, full_range=form.full_range)
-        codes = shared_initializer(model.graph, f"{name}.codes", np.ascontiguousarray(rows.codes.T))
-        scales = shared_initializer(model.graph, f"{name}.scales", rows.scales[:, None])
-        taken, scale = (tape.op("Gather", [part, input_of(node, 1)]) for part in (codes, scales))
-        row = tape.op("Mul", [tape.op("Cast", [taken], {"to": ir.DataType.FLOAT}), scale])
-        ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [row])
-        stored[name] = Stored(form, rows.error)
+        lookups = [use.node for use in table.uses() if use.node.op_type == "Gather" and use.idx == 0]
+        for node in lookups:
+            rows = quantize_columns(table.const_value.numpy().T, form.bits, full_range=form.full_range)
+            stored[name] = Stored(form, rows.error)
+            parts = {"codes": np.ascontiguousarray(rows.codes.T), "scales": rows.scales[:, None]}
+            tape = Tape()
+            taken, scale = (tape.op("Gather", [part, node.inputs[1]]) for part in _added(model.graph, name, parts))
+            row = tape.op("Mul", [tape.op("Cast", [taken], {"to": ir.DataType.FLOAT}), scale])
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [row])
     return stored
 
 
@@ -81,27 +81,26 @@ def quantize_lstms(model: ir.Model, form: Format) -> dict[str, Stored]:
     Activations, here of one token, share one scale. A layer reads a quarter of the bytes (0.07 ms instead of 0.42 ms).
     """
     stored: dict[str, Stored] = {}
-    for node in list(model.graph):
-        if (node.op_type, node.domain) != ("LSTM", ""):
-            continue
-        x, _, _, *others = (*node.inputs, *[None] * 8)[:8]  # others: bias, lengths, h, c, peepholes
-        w, r = input_of(node, 1), input_of(node, 2)
-        w_codes, *w_scales = _lstm_parameters(model.graph, w, form, stored)
-        r_codes, *r_scales = _lstm_parameters(model.graph, r, form, stored)
-        inputs = [x, w_codes, r_codes, *others, *w_scales, *r_scales]
+    for node in [node for node in model.graph if (node.op_type, node.domain) == ("LSTM", "")]:
+        inputs = [*node.inputs, *[None] * 8][:8]  # x, two matrices, bias, lengths, h, c, peepholes
+        for place in (1, 2):
+            matrix = node.inputs[place]
+            assert matrix is not None
+            assert matrix.name is not None
+            assert matrix.const_value is not None
+            weight = matrix.const_value.numpy().transpose(0, 2, 1)  # [directions, width, gates]
+            directions = [quantize_columns(one, form.bits, full_range=form.full_range) for one in weight]
+            codes = np.stack([one.codes for one in directions])
+            scales = np.stack([one.scales for one in directions])  # [directions, gates]
+            stored[matrix.name] = Stored(form, relative_error(weight, codes * scales[:, None]))
+            parts = {"codes": codes, "scales": scales, "zero_points": np.zeros(scales.shape, np.int8)}
+            inputs[place], *others = _added(model.graph, matrix.name, parts)
+            inputs += others
         new = ir.Node(MICROSOFT, "DynamicQuantizeLSTM", inputs, node.attributes.values(), num_outputs=3, name=node.name)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], node.outputs, new.outputs)
     return stored
 
 
-def _lstm_parameters(graph: ir.Graph, matrix: ir.Value, form: Format, stored: dict[str, Stored]) -> list[ir.Value]:
-    """[directions, gates, width] → codes [directions, width, gates], scales and zero points [directions, gates]; also
-    adds to `stored`, by name, how the matrix was stored."""
-    weight = tensor_of(matrix).numpy().transpose(0, 2, 1)
-    directions = [quantize_columns(one, form.bits, full_range=form.full_range) for one in weight]
-    codes = np.stack([one.codes for one in directions])
-    scales = np.stack([one.scales for one in directions])
-    name = name_of(matrix)
-    stored[name] = Stored(form, relative_error(weight, codes * scales[:, None]))
-    parts = {"codes": codes, "scales": scales, "zero_points": np.zeros(scales.shape, np.int8)}
-    return [shared_initializer(graph, f"{name}.{part}", array) for part, array in parts.items()]
+def _added(graph: ir.Graph, name: str, parts: Mapping[str, np.ndarray]) -> list[ir.Value]:
+    """New initializers of `graph`: the parts of a weight."""
+    return [Tape(graph).initializer(ir.tensor(array, name=f"{name}.{part}")) for part, array in parts.items()]
