@@ -281,8 +281,8 @@ class TestModelFolders:
         folder = shutil.copytree(tiny_export, tmp_path / "models")
         DAMAGES[f"encoder.onnx.data {fault}"](folder)
         argv = ("--model_dir", folder, "--audio", audio.SPEECH)
+        reason = f"{folder}: encoder.onnx.data is not the file that"
         for script, *flags in ((test_e2e,), *((test_real_speech, "--engines", name) for name in ("genai", "onnx"))):
-            reason = f"{folder}: encoder.onnx.data is {'missing' if fault == 'gone' else 'not the file that'}"
             assert reason in rejected(capsys, script, *argv, *flags)
         with pytest.raises(ValueError, match=re.escape(reason)):
             OnnxRuntime(folder)

@@ -19,7 +19,7 @@ from common.evaluate.stress import StressOptions
 from common.folder import MANIFEST
 from common.onnx_io import load
 from common.quantize import METHODS, RTN
-from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, register
+from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, Weight, register
 from common.quantize.rewrite import plan_encoder, quantizable
 from common.quantize.rounding import Packed, relative_error
 from common.report.report import REPORT_HTML
@@ -45,8 +45,8 @@ class RoundedMethod(QuantMethod):
         return Packed(rounded, np.ones(1, np.float32), error=relative_error(weight, rounded))
 
     def replace(self, model: ir.Model, options: OptimizeOptions):
-        def put(nodes, name: str, packed: Packed, form: Format) -> None:
-            model.graph.initializers[name].const_value = ir.tensor(packed.codes, name=name)
+        def put(weight: Weight, packed: Packed, form: Format) -> None:
+            weight.value.const_value = ir.tensor(packed.codes, name=weight.name)
 
         return put
 
