@@ -35,7 +35,7 @@ BLOCK = 128  # rows of columns whose feedback is computed by one product; nothin
 SCALE_STEPS = (0.0, 1.0, 2.0, 3.5, 5.5)
 GROUPS = (128, 64)  # rows that share m in a ternary weight; the largest that a weight fits is used
 # Scales of ternary columns are tried in steps of a quarter of a code, from half the largest code on, since with a scale
-# twice as large the codes of half the scale are at hand as well. More scales would gain less than 0.1 dB.
+# twice as large every code of half the scale can be had as well. More scales would gain less than 0.1 dB.
 TRIED_PER_CODE = 4
 # A Fitter fits one slab of blocks, each a column: (x [block, n], bits) → scale [n] and zero point [n] of whole numbers,
 # or one zero point for all.

@@ -129,8 +129,7 @@ def greedy_tdt_decode(
 
     windows: for one window after the other, the frames [S, D] of each utterance in it; [0, D] of one that has ended. A
         window is asked for when the one before it is decoded. At its end, what is left of a duration is dropped.
-    blank_id: the last token; the logits behind it are durations.
-    durations: in frames, by index.
+    blank_id: the last token; the logits behind it are of the durations, which are in frames.
     max_symbols: tokens on one frame before a step of one frame is forced; None for no limit.
 
     Raises ValueError for logits that are NaN.
