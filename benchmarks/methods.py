@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.bench import ObservedBaseline, machine, parse_args
-from benchmarks.recipes import EXACT, FLOAT32, INT8, Recipe, build, encoder_bytes, mode_flags, mode_name, ours
+from benchmarks.recipes import FLOAT32, INT8, Recipe, build, encoder_bytes, mode_name, ours
 from common.evaluate.words import WordErrorRate, word_error_rate
 from common.folder import write_json
 from common.quantize import METHODS
@@ -57,8 +57,8 @@ def recipes(checkpoint: Path, work_dir: Path, calibration: Path) -> list[Recipe]
         return Recipe(name, name.replace(" ", "_").replace(",", ""), ours, flags)
 
     mixed, calibrated = "k_quant_mixed", ("--calibration_manifest", str(calibration.resolve()))
-    int8, exact = mode_name(INT8), mode_flags(EXACT)
-    found = [FLOAT32, recipe(int8, "int8", 32, *exact), recipe(f"{int8}, calibrated", "int8", 32, *exact, *calibrated)]
+    int8 = mode_name(INT8)
+    found = [FLOAT32, recipe(int8, "int8", 32), recipe(f"{int8}, calibrated", "int8", 32, *calibrated)]
     for block in BLOCKS:
         methods = [recipe(f"{method} {block}", method, block) for method, kind in METHODS.items() if kind.uses_blocks]
         found += [*methods, recipe(f"{mixed} {block}, calibrated", mixed, block, *calibrated)]
@@ -72,10 +72,10 @@ def recipes(checkpoint: Path, work_dir: Path, calibration: Path) -> list[Recipe]
 
 def sweep(recipe: Callable[..., Recipe], checkpoint: Path, work_dir: Path, calibrated: tuple[str, ...]) -> list[Recipe]:
     """int8 in 4 bits, with and without calibration, and in budgets between 4 and 8 bits for every weight."""
-    int8, exact = mode_name(INT8), mode_flags(EXACT)
+    int8 = mode_name(INT8)
     low, high = (
         recipe("int8 weight_bits 4, calibrated", "int8", 32, "--weight_bits", "4", *calibrated),
-        recipe(f"{int8}, calibrated", "int8", 32, *exact, *calibrated),
+        recipe(f"{int8}, calibrated", "int8", 32, *calibrated),
     )
     ends = [encoder_bytes(build(one, checkpoint, work_dir)) / 1e6 for one in (low, high)]
     found = [recipe("int8 weight_bits 4", "int8", 32, "--weight_bits", "4"), low]
@@ -83,7 +83,7 @@ def sweep(recipe: Callable[..., Recipe], checkpoint: Path, work_dir: Path, calib
         # The estimate that a budget is held against may be a per cent more than what the file takes.
         budget = 1.02 * ends[0] + share * (ends[1] - 1.02 * ends[0])
         name = f"{int8}, calibrated, {budget:.3g} MB"
-        found.append(recipe(name, "int8", 32, *exact, "--size_budget_mb", f"{budget:.4f}", *calibrated))
+        found.append(recipe(name, "int8", 32, "--size_budget_mb", f"{budget:.4f}", *calibrated))
     return found
 
 

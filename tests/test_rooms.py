@@ -1,6 +1,7 @@
 """Imports between the rooms of `common` go one way, in the order of the pipeline."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,8 @@ def test_modules_that_need_neither_torch_nor_nemo(name):
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
         assert not {name.split(".")[0] for name in names} & {"torch", "nemo"}, path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_has_what_it_imports(path):
+    importlib.import_module(f"benchmarks.{path.stem}")
