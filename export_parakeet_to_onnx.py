@@ -37,8 +37,8 @@ CHUNK_HELP = "audio decoded by each run of the encoder, in whole encoder frames 
 LEFT_HELP = "audio before the chunk that the encoder is given as context (%(default)s)"
 RIGHT_HELP = "audio after the chunk that the encoder is given as context (%(default)s)"
 DEVICE_HELP = "where to export and verify, and the provider that GenAI is configured for (%(default)s)"
-PRECISION_HELP = """fp16: float16 weights and arithmetic for GPU and WebGPU, inputs and outputs float32; operators whose
-values on speech come near the largest float16 stay float32 (%(default)s)"""
+PRECISION_HELP = """fp16 stores weights and computes in float16, for GPU and WebGPU; inputs, outputs and operators whose
+values on speech come near the largest float16 stay in float32 (%(default)s)"""
 SCRIPTS_HELP = """writing systems that the text may be in, such as latin or latin,greek: tokens with letters of others
 are never emitted (any)"""
 SINGLE_FILE_HELP = """encoder.onnx holds its weights, up to 2 GB of them, instead of having them in a .data file beside

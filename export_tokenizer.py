@@ -109,7 +109,7 @@ def check_decoding(model: bytes, content: dict[str, Any], sequences: Sequence[li
         actual = exported.decode(ids)
         if actual != expected:
             raise CheckError(
-                f"expected tokenizer.json to decode {ids} to {expected!r}, as SentencePiece, got {actual!r}"
+                f"tokenizer.json decodes {ids} to {actual!r}, and SentencePiece to {expected!r}; please report it"
             )
 
 

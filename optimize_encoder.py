@@ -58,11 +58,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "(%(default)s)")  # fmt: skip
     add("--weight_bits", type=int, choices=sorted({bits for method in methods for bits in method.weight_bits}),
         default=OptimizeOptions.weight_bits,
-        help=f"for {with_bits}: bits of a weight in the file. 4, of int8 alone, is half the size of 8 and runs as "
-             "fast: the runtime unpacks the weights once, when it loads them (ONNX Runtime 1.23 or newer). Give "
-             "--calibration_manifest as well. 2 is for ternary checkpoints such as parakeet-redux, and an error for "
-             "others: exact, fast with int8, small in memory with rtn (ONNX Runtime 1.24 or newer); int8 gives "
-             "ternary weights 2 bits without it as well (%(default)s)")  # fmt: skip
+        help=f"for {with_bits}: bits of a weight in the file. 4 is for int8 alone; it is half the size of 8 and runs "
+             "as fast, since the runtime (ONNX Runtime 1.23 or newer) unpacks the weights once, when it loads them. "
+             "Give --calibration_manifest as well. 2 is for ternary checkpoints such as parakeet-redux, and an error "
+             "for others. It is exact, fast with int8, and small in memory with rtn (ONNX Runtime 1.24 or newer). int8 "
+             "stores ternary weights in 2 bits without this flag as well (%(default)s)")  # fmt: skip
     add("--full_range", action="store_true",
         help="int8 weights of the full range of 8 bits: 1 dB more exact and as fast on a CPU with VNNI or on ARM, but "
              "other x86 CPUs (Intel before Ice Lake, AMD before Zen 4) lose words, since sums overflow")  # fmt: skip
@@ -80,16 +80,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "model get wrong on these clips")  # fmt: skip
     add("--max_wer_increase", type=float, metavar="POINTS",
         help="percentage points by which the word error rate, without case and punctuation, may be higher than "
-             "float32's, over all clips and in each language; beyond, nothing is written (no limit)")  # fmt: skip
+             "float32's, over all clips and in each language; if it is exceeded, the script exits with status 1 and "
+             "writes nothing (no limit)")  # fmt: skip
     add("--skip_fusion", action="store_true",
-        help="leave the graph as exported. Fusion merges each residual addition with the normalization after it, "
-             "which is faster on a GPU; on a CPU 4-bit encoders are 6 to 10 %% faster without it, and "
+        help="leave the graph as it was exported. Fusion merges each residual addition with the normalization after "
+             "it, which is faster on a GPU; on a CPU 4-bit encoders are 6 to 10 %% faster without it, and "
              f"{never_fused} is not fused")  # fmt: skip
-    add("--skip_quantization", action="store_true", help="leave the weights float32")
+    add("--skip_quantization", action="store_true", help="leave the weights in float32")
     add("--single_file", action="store_true",
         help="encoder.onnx holds its weights, up to 2 GB of them, instead of having them in a .data file beside it, "
-             "which loads faster but which some programs do not read; always so for quantized encoders for "
-             f"{in_one_file}")  # fmt: skip
+             f"which loads faster but which some programs do not read; quantized encoders for {in_one_file} "
+             "always hold theirs")  # fmt: skip
     add_stress_flags(parser)
     return parser.parse_args(argv)
 

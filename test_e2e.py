@@ -42,18 +42,16 @@ def _test(args: argparse.Namespace) -> None:
     GENAI.check_one_checkpoint(folder)
     samples = RuntimeConfig.read(folder).read_audio(args.audio)
     genai = GenAI(folder)
-    checksums = f"{listed} files have the checksums of its manifest" if listed else "no manifest with checksums"
+    checksums = f"{listed} files have the checksums of its manifest" if listed else "the folder has no checksums"
     stages.end(checksums)
 
     stages.begin(f"GenAI transcribes {args.audio.name}")
     tokens = genai.transcribe(samples)
     if not tokens:
-        raise CheckError(f"expected a transcript from a clip of speech, got no token from {args.audio}")
+        raise CheckError(f"GenAI gives no token for {args.audio}: there is no speech in it, or the model is broken")
     text = genai.text(tokens)
     if not text:
-        raise CheckError(
-            f"expected tokens that spell words, got {tokens}, whose text is empty; export the tokenizer again"
-        )
+        raise CheckError(f"the text of the tokens {tokens} is empty; export the tokenizer again")
     seconds = len(samples) / genai.config.sample_rate
     stages.end(f"{len(tokens)} tokens from {seconds:.1f} s of audio", repr(text))
 
@@ -64,7 +62,7 @@ def _test(args: argparse.Namespace) -> None:
     stages.begin("plain ONNX Runtime")
     expected = OnnxRuntime(folder).transcribe(genai.features(samples)).tokens
     if tokens != expected:
-        raise CheckError(f"expected the tokens of plain ONNX Runtime, {expected}, got {tokens} from GenAI")
+        raise CheckError(f"GenAI gives the tokens {tokens}, and plain ONNX Runtime {expected}")
     stages.end(f"gives the same {len(tokens)} tokens")
 
 
@@ -80,13 +78,12 @@ def check_tokenizer(genai: GenAI, folder: Path, tokens: list[int]) -> None:
     text = genai.text(tokens)
     exported = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(tokens).strip()
     if exported != text:
-        raise CheckError(f"expected one text of tokens {tokens}, got {text!r} in GenAI, {exported!r} by tokenizer.json")
+        raise CheckError(f"GenAI shows the tokens {tokens} as {text!r}, and tokenizer.json as {exported!r}")
     pieces = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     spelt = spell([pieces[token] for token in tokens])
     if spelt.split() != text.split():
         raise CheckError(
-            f"expected one text of tokens {tokens}, got {text!r} in GenAI, {spelt!r} by vocab.txt; "
-            "export the tokenizer again"
+            f"GenAI shows the tokens {tokens} as {text!r}, and vocab.txt as {spelt!r}; export the tokenizer again"
         )
     encoded = [int(token) for token in genai.tokenizer.encode(text)]
     if genai.text(encoded).split() != text.split():

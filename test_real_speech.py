@@ -66,8 +66,8 @@ standard error"""
 TIMESTAMPS_HELP = """print each word with its start and end in seconds, by plain ONNX Runtime (GenAI gives no times);
 with NeMo, compare them with NeMo's own"""
 HTML_HELP = """write a page to FILE to look at and listen to: each clip with its audio, and the engines' words one
-below the other, with their times and confidences; with --stress its table and the worst clips (- as for --json)"""
-SUBTITLE_HELP = """write subtitles: for one clip to the file PATH (- as for --json), for several to files in the
+below the other, with their times and confidences; with --stress its table and the worst clips (for -, see --json)"""
+SUBTITLE_HELP = """write subtitles: for one clip to the file PATH (for -, see --json), for several to files in the
 folder PATH"""
 
 

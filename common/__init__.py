@@ -23,7 +23,7 @@ import sys
 OLDEST_PYTHON = (3, 11)
 if sys.version_info < OLDEST_PYTHON:
     found = ".".join(map(str, sys.version_info[:3]))
-    print(f"error: expected Python 3.11 or newer, got {found}; run this with a newer one", file=sys.stderr)
+    print(f"error: Python {found} is too old for this; run it with Python 3.11 or newer", file=sys.stderr)
     raise SystemExit(2)
 
 from common.cli import report_at_start  # noqa: E402  not for an older Python to read

@@ -65,14 +65,14 @@ class Parser(argparse.ArgumentParser):
 def seconds(text: str) -> float:
     """The value of a flag: a length in seconds, 0 or more. Raises ArgumentTypeError for any other number."""
     if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, not {text}")
     return float(text)
 
 
 def count(text: str) -> int:
     """The value of a flag: a whole number, 1 or more. Raises ArgumentTypeError for any other whole number."""
     if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
     return int(text)
 
 

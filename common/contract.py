@@ -178,6 +178,6 @@ def encoder_weight(name: str) -> EncoderWeight:
     if match and match["role"] in tuple(Role) and (match["role"] in ROLES_OUTSIDE_LAYERS) == (match["layer"] is None):
         return EncoderWeight(Role(match["role"]), None if match["layer"] is None else int(match["layer"]))
     raise ValueError(
-        f"expected an encoder weight with a role of common/contract.py, such as layers.0.attention.query.weight, got "
-        f"{name}; export the checkpoint again with this version"
+        f"the encoder weight {name} has no role in common/contract.py, as layers.0.attention.query.weight has; export "
+        "the checkpoint again with this version"
     )

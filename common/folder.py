@@ -201,9 +201,9 @@ def require_file(path: Path, expected: str) -> None:
     expected: what the file should be, for the message, such as "a manifest".
     """
     if not path.exists():
-        raise FileNotFoundError(f"expected {expected}, got nothing at {path}")
+        raise FileNotFoundError(f"there is nothing at {path}; give the path of {expected}")
     if not path.is_file():
-        raise ValueError(f"expected {expected}, but {path} is not a regular file")
+        raise ValueError(f"{path} is not a regular file; give the path of {expected}")
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path], new_folders: Collection[Path] = ()) -> None:

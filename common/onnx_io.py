@@ -55,8 +55,8 @@ def save_model(model: ir.Model, path: Path, *, single_file: bool = False) -> Non
     size = sum(sizes.values())
     if size > SINGLE_FILE_MAX:
         raise ValueError(
-            f"expected weights of {size_text(SINGLE_FILE_MAX)} or less for one ONNX file, got {size_text(size)} in "
-            f"{path.name}; leave --single_file out"
+            f"the weights of {path.name} take {size_text(size)}, and one ONNX file holds {size_text(SINGLE_FILE_MAX)} "
+            "at most; leave --single_file out"
         )
     ir.save(ir.external_data.load_to_model(model), path)
 

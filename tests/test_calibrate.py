@@ -288,7 +288,10 @@ REJECTED = {
         (*MIXED, "--calibration_manifest", CLIPS, "--size_budget_mb", "nan"),
         "--size_budget_mb nan is too small",
     ),
-    "no manifest there": ((*MIXED, "--calibration_manifest", "none.jsonl"), "expected a clip list, got nothing"),
+    "no manifest there": (
+        (*MIXED, "--calibration_manifest", "none.jsonl"),
+        "there is nothing at none.jsonl; give the path of a clip list",
+    ),
 }
 
 

@@ -233,7 +233,9 @@ def test_no_such_repository_file_or_revision(user, hub):
     assert "owner/other cannot be read from Hugging Face" in user.rejected(model="owner/other")
     hub.files["owner/empty/notes.txt"] = b"nothing"
     error = user.rejected(model="owner/empty")
-    assert "no checkpoint of the format nemo or transformers in owner/empty on Hugging Face, but notes.txt;" in error
+    assert (
+        "no checkpoint of the format nemo or transformers in owner/empty on Hugging Face, which has notes.txt;" in error
+    )
     error = user.rejected("--revision", "v9")
     assert "Revision Not Found" in error
     assert "check --model_name, --revision" in error
@@ -375,7 +377,7 @@ def test_names_and_addresses(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=advice):
             hub_name(text)
     with pytest.raises(
-        ValueError, match="no checkpoint of the format nemo or transformers in folder/inside, but no file"
+        ValueError, match="no checkpoint of the format nemo or transformers in folder/inside, which has no file"
     ):
         find_checkpoint("folder/inside/")
 
@@ -491,7 +493,8 @@ class TestForms:
         hub.files["owner/packed/model.tar.zst"] = b"?"
         error = user.rejected(model="owner/packed")
         assert (
-            "no checkpoint of the format nemo or transformers in owner/packed on Hugging Face, but model.tar" in error
+            "no checkpoint of the format nemo or transformers in owner/packed on Hugging Face, which has model.tar"
+            in error
         )
         hub.files["owner/two/a.nemo"] = hub.files["owner/two/b.nemo"] = CONTENT
         assert (
@@ -506,7 +509,7 @@ class TestForms:
         assert hub.fetched() == {"README.md", "config.json"}
         self.publish(hub, "owner/none", files, "model.safetensors")
         error = user.rejected(model="owner/none")
-        assert "expected model.safetensors or model.safetensors.index.json in owner/none on Hugging Face" in error
+        assert "there is no model.safetensors or model.safetensors.index.json in owner/none on Hugging Face" in error
 
     def test_the_published_form_of_redux(self, user, hub, tiny_transformers, tmp_path):
         """It has no feature extractor, which is asked for once and then known to be missing, offline too."""

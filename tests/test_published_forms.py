@@ -204,17 +204,17 @@ def a_scale_that_is_no_number(folder):
     edit_tensors(folder, lambda tensors: tensors[f"{NAME}.scales"][0, :1].fill_(float("nan")))
 
 
-@case("expected ternary.json in", "found none")
+@case("there is no ternary.json in")
 def no_description(folder):
     (folder / "ternary.json").unlink()
 
 
-@case("expected the packing thrush-ternary-v2", "got thrush-ternary-v1")
+@case("has the packing thrush-ternary-v1", "only thrush-ternary-v2")
 def another_format(folder):
     edit_json(folder / "ternary.json", lambda content: content.update(format="thrush-ternary-v1"))
 
 
-@case("expected the packing thrush-ternary-v2 {'base': 3,", "'code_offset': 0")
+@case("has the packing thrush-ternary-v2 {'base': 3,", "'code_offset': 0")
 def another_packing(folder):
     edit_json(folder / "ternary.json", lambda content: content["packing"].update(code_offset=0))
 

@@ -346,7 +346,7 @@ def test_changes_are_shown_in_context():
         (("--max_wer_increase", "1"), "--max_wer_increase needs --eval_manifest"),
         (("--eval_manifest", MANIFEST, "--max_wer_increase", "-1"), "not -1"),
         (("--eval_manifest", MANIFEST, "--max_wer_increase", "nan"), "not nan"),
-        (("--eval_manifest", "none.jsonl"), "got nothing at none.jsonl"),
+        (("--eval_manifest", "none.jsonl"), "there is nothing at none.jsonl"),
         (("--eval_manifest", "{tmp}/no_text.jsonl"), "no_text.jsonl:2: "),
         (("--eval_manifest", "{tmp}/no_clip.jsonl"), "gone.flac"),
     ],

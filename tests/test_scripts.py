@@ -62,7 +62,7 @@ class TestBadCheckpoints:
         return error
 
     def test_missing(self, script, capsys, tmp_path):
-        assert "got nothing at" in self.rejection(script, capsys, tmp_path, tmp_path / "none.nemo")
+        assert "there is nothing at" in self.rejection(script, capsys, tmp_path, tmp_path / "none.nemo")
 
     @pytest.mark.parametrize("share", [0, 0.001, 0.03, 0.5, 0.99])
     def test_truncated(self, script, share, capsys, tmp_path):
@@ -98,8 +98,7 @@ def test_another_family(change, capsys, tmp_path):
     path = rewrite_config(tmp_path / "other.nemo", change)
     argv = ("--model_name", path, "--output_dir", tmp_path / "out")
     error = rejected(capsys, export_parakeet_to_onnx, *argv)
-    assert error.startswith("error: not a TDT model: ")
-    assert "other.nemo" in error
+    assert error.startswith(f"error: {path.name} is not a TDT model: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -167,9 +166,9 @@ def bad_audio(tmp_path):
     soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
     (tmp_path / "folder.wav").mkdir()
     return {
-        "missing.wav": "got nothing", "empty.wav": "that libsndfile reads", "text.wav": "that libsndfile reads",
+        "missing.wav": "there is nothing at", "empty.wav": "that libsndfile reads", "text.wav": "that libsndfile reads",
         "none.wav": "0.000 s",
-        "short.wav": "got 0.009 s", "nan.wav": "not finite", "folder.wav": "is not a regular file",
+        "short.wav": "has 0.009 s", "nan.wav": "not finite", "folder.wav": "is not a regular file",
     }  # fmt: skip
 
 
@@ -191,7 +190,7 @@ def test_bad_audio(script, capsys, tmp_path, tiny_export):
         ("[1]\n", "manifest.jsonl:1"),
         (
             '{"audio_filepath": "a.flac", "text": 5}\n',
-            "manifest.jsonl:1: expected a JSON object with audio_filepath (text must be a string, not 5)",
+            "manifest.jsonl:1: a line must be a JSON object with audio_filepath (text must be a string, not 5)",
         ),
         ('{"audio_filepath": "gone.flac", "text": "a"}\n', "gone.flac"),
     ],
@@ -227,7 +226,7 @@ def test_end_to_end_shows_both_sequences_when_they_differ(tiny_export, tmp_path,
     monkeypatch.setattr(test_e2e.GenAI, "transcribe", lambda self, samples: genai(self, samples)[:-1])
     assert test_e2e.main(["--model_dir", str(tiny_export)]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("check failed: expected the tokens of plain ONNX Runtime, ")
+    assert error.startswith("check failed: GenAI gives the tokens ")
     assert len(re.findall(r"\[[\d, ]+\]", error)) == 2
 
 
@@ -275,10 +274,12 @@ def test_real_speech_notices_another_checkpoint(tiny_export, tmp_path, capsys):
 def test_the_recorded_checkpoint_has_changed(tiny_export, random_checkpoint, tmp_path, capsys):
     folder = tmp_path / "moved" / "models"
     shutil.copytree(tiny_export, folder)
-    assert "got nothing at" in rejected(capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP)
+    assert f"the checkpoint that the manifest of {folder} records is not at" in rejected(
+        capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP
+    )
     write_locations(folder, folder, checkpoint=folder / "changed.nemo")
     shutil.copy(random_checkpoint, folder / "changed.nemo")
-    assert "was exported from, got another file" in rejected(
+    assert "changed.nemo is not the checkpoint that" in rejected(
         capsys, test_real_speech, "--model_dir", folder, "--audio", CLIP
     )
 
@@ -428,8 +429,8 @@ def test_batches_transcribe_the_same_in_the_order_of_the_manifest(tiny_export, t
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--batch_size", "0"), "--batch_size: expected 1 or more, got 0"),
-        (("--batch_size", "-2"), "--batch_size: expected 1 or more, got -2"),
+        (("--batch_size", "0"), "--batch_size: must be 1 or more, not 0"),
+        (("--batch_size", "-2"), "--batch_size: must be 1 or more, not -2"),
         (("--audio", CLIP, CLIP, "--srt", "-"), "the subtitles of 2 clips need a folder, and - is none"),
         (("--audio", CLIP, CLIP, "--vtt", CLIP), "the subtitles of 2 clips need a folder"),
         (("--engines", "genai,sherpa"), "expected some of nemo,genai,onnx, got genai,sherpa"),
@@ -565,7 +566,7 @@ class TestBeforeTheScriptBegins:
     def test_an_old_python_is_one_line(self, name, start, monkeypatch, capsys):
         monkeypatch.setattr(sys, "version_info", (3, 10, 12, "final", 0))
         assert start(name) == (
-            2, "error: expected Python 3.11 or newer, got 3.10.12; run this with a newer one\n"
+            2, "error: Python 3.10.12 is too old for this; run it with Python 3.11 or newer\n"
         )  # fmt: skip
         assert capsys.readouterr().out == ""
 

@@ -223,13 +223,13 @@ def test_a_piece_without_a_spelling_is_rejected_by_name(tmp_path, capsys):
 
 @pytest.mark.parametrize("model", [b"", b"not a model", b"\x0a\x02"])
 def test_other_bytes_are_rejected(model):
-    with pytest.raises(ValueError, match="expected a SentencePiece model"):
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
         parse_model(model)
 
 
 def test_half_a_model_and_a_repeated_piece_are_rejected():
     for model in (trained("bpe")[:1000], handmade(("a", -1.0, 1), ("a", -2.0, 1))):
-        with pytest.raises(ValueError, match="expected a SentencePiece model"):
+        with pytest.raises(ValueError, match="is not a SentencePiece model"):
             parse_model(model)
 
 

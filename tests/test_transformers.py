@@ -409,13 +409,13 @@ def a_weight_that_is_no_number(folder):
     edit_tensors(folder, lambda tensors: tensors[NAME].fill_(float("nan")))
 
 
-@case("expected the shards of the tensors as weight_map")
+@case("has no weight_map, which gives the file of each tensor")
 def an_index_of_nothing(folder):
     shard(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
 
 
-@case("expected ../model-00001-of-00002.safetensors in", "found none")
+@case("there is no ../model-00001-of-00002.safetensors in")
 def a_shard_outside_the_folder(folder):
     index = shard(folder)
     shutil.move(folder / "model-00001-of-00002.safetensors", folder.parent)
@@ -423,7 +423,7 @@ def a_shard_outside_the_folder(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
 
-@case("expected model-00002-of-00002.safetensors in", "found none")
+@case("there is no model-00002-of-00002.safetensors in")
 def a_shard_missing(folder):
     shard(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -449,7 +449,7 @@ def a_tensor_in_no_shard(folder):
     shard(folder)
 
 
-@case("expected model.safetensors or model.safetensors.index.json in", "found none")
+@case("there is no model.safetensors or model.safetensors.index.json in")
 def a_pickle_alone(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -481,7 +481,7 @@ def a_link_to_a_link_out_of_the_folder(folder):
     (folder / "config.json").symlink_to("inner")
 
 
-@case("expected tokenizer.json or tokenizer.model")
+@case("there is no tokenizer.json or tokenizer.model in")
 def a_pipe_as_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
     os.mkfifo(folder / "tokenizer.json")
@@ -492,7 +492,7 @@ def a_config_of_brackets(folder):
     (folder / "config.json").write_text("[" * 100_000)
 
 
-@case("expected a mapping in")
+@case("holds JSON of type list, not a mapping")
 def a_config_that_is_a_list(folder):
     (folder / "config.json").write_text("[1, 2]")
 
@@ -502,7 +502,7 @@ def another_family(folder):
     edit_json(folder / "config.json", lambda config: config.update(architectures=["ParakeetForCTC"]))
 
 
-@case("att_context_size", "not supported")
+@case("att_context_size", "only encoders of whole clips are supported")
 def an_encoder_for_streaming(folder):
     edit_json(folder / "config.json", lambda config: config["encoder_config"].update(att_context_size=[70, 13]))
 
@@ -512,7 +512,7 @@ def a_width_that_is_a_word(folder):
     edit_json(folder / "config.json", lambda config: config["encoder_config"].update(hidden_size="wide"))
 
 
-@case("expected the tokens 0 to 5, the blank")
+@case("are not numbered from 0 to 5, the blank")
 def a_blank_in_the_vocabulary(folder):
     edit_json(folder / "config.json", lambda config: config.update(blank_token_id=5))
 
@@ -540,13 +540,22 @@ def test_what_no_one_should_load_is_rejected_in_one_line(name, tiny_transformers
 
 
 TOKENIZERS = {
-    "a token missing": (lambda content: content["model"]["vocab"].pop("e"), "expected the tokens 0 to 8192"),
-    "another kind": (lambda content: content["model"].update(type="WordPiece"), "expected a tokenizer of type BPE"),
+    "a token missing": (
+        lambda content: content["model"]["vocab"].pop("e"),
+        "are not numbered from 0 to 8192, the blank",
+    ),
+    "another kind": (
+        lambda content: content["model"].update(type="WordPiece"),
+        "its type is 'WordPiece', not BPE or Unigram",
+    ),
     "byte-level": (
         lambda content: content.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False}),
-        "expected a Metaspace pre-tokenizer",
+        "its pre-tokenizer is 'ByteLevel', not Metaspace",
     ),
-    "another text": (lambda content: content["decoder"].update(replacement="e"), "got one that decodes"),
+    "another text": (
+        lambda content: content["decoder"].update(replacement="e"),
+        "converted from SentencePiece: it decodes",
+    ),
     "a broken map": (
         lambda content: content["normalizer"]["normalizers"][0].update(precompiled_charsmap="%%%"),
         "converted from SentencePiece",

@@ -8,7 +8,7 @@ from common.checkpoint.hub import DEFAULT_MODEL, DEFAULT_REVISION, hub_name, on_
 from common.folder import CHECKPOINT, read_location, read_manifest
 
 MODEL_NAME_HELP = (
-    "Hugging Face name, .nemo file, or folder: of a transformers checkpoint or an unpacked .nemo (%(default)s)"
+    "Hugging Face name, .nemo file, or folder of a transformers checkpoint or an unpacked .nemo (%(default)s)"
 )
 REVISION_HELP = f"branch, tag or commit on Hugging Face ({DEFAULT_REVISION}); the commit used is in manifest.json"
 FORMAT_HELP = "the format to use where a repository or a folder has both (nemo, if it is there)"
@@ -34,7 +34,7 @@ def find_checkpoint(model_name: str, revision: str | None = None, checkpoint_for
     """
     name = hub_name(model_name)
     if name is None and revision is not None:
-        raise ValueError(f"--revision is for a name on Hugging Face, got the path {model_name}; leave it out")
+        raise ValueError(f"--revision is for a name on Hugging Face, and {model_name} is a path; leave it out")
     origin = on_hub(name, revision or DEFAULT_REVISION) if name else on_disk(Path(model_name))
     formats = [checkpoint_format] if checkpoint_format else FORMAT_NAMES
     for known in formats:
@@ -42,8 +42,9 @@ def find_checkpoint(model_name: str, revision: str | None = None, checkpoint_for
             return checkpoint
     found = ", ".join(list(origin.sizes)[:MOST_NAMED]) or "no file"
     raise ValueError(
-        f"there is no checkpoint of the format {' or '.join(formats)} in {origin}, but {found}; check --model_name and "
-        "--checkpoint_format: expected a .nemo file, or config.json and model.safetensors of transformers"
+        f"there is no checkpoint of the format {' or '.join(formats)} in {origin}, which has {found}; check "
+        "--model_name and --checkpoint_format. A checkpoint is a .nemo file, or transformers' config.json and "
+        "model.safetensors"
     )
 
 
@@ -58,13 +59,11 @@ def recorded_checkpoint(folder: Path) -> Checkpoint:
     recorded_format = source.get("format", nemo.NAME)
     if "name" not in source and not path.exists():
         raise FileNotFoundError(
-            f"expected the checkpoint that the manifest of {folder} records, got nothing at {path}; pass --model_name "
-            "or --skip_nemo"
+            f"the checkpoint that the manifest of {folder} records is not at {path}; pass --model_name or --skip_nemo"
         )
     checkpoint = find_checkpoint(source.get("name", str(path.absolute())), source.get("commit"), recorded_format)
     if checkpoint.digest != source.get("sha256"):
         raise ValueError(
-            f"expected the checkpoint that {folder} was exported from, got another file at {checkpoint.path}; pass "
-            "--model_name"
+            f"{checkpoint.path} is not the checkpoint that {folder} was exported from; pass that one as --model_name"
         )
     return checkpoint

@@ -20,7 +20,7 @@ from common.folder import require_free, sha256
 DEFAULT_MODEL = "nvidia/parakeet-tdt-0.6b-v3"
 DEFAULT_REVISION = "main"
 MODEL_CARD = "README.md"
-NOT_LOADED = "not loaded; get it from its publisher"  # ends the message of every check for safety
+NOT_LOADED = "so it is not loaded; get it from its publisher"  # ends the message of every check for safety
 HUB_PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(.*)")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 ADVICE = (
@@ -50,7 +50,7 @@ class Origin:
         """
         name = next((name for name in names if name in self.sizes), None)
         if name is None:
-            raise ValueError(f"expected {' or '.join(names)} in {self}, found none; download the checkpoint again")
+            raise ValueError(f"there is no {' or '.join(names)} in {self}; download the checkpoint again")
         path = self.folder / name
         if self.repository:
             _download(self.repository, path, self.sizes[name])
@@ -69,7 +69,7 @@ def hub_name(model_name: str) -> str | None:
         return page[1]
     if page or "://" in model_name:
         instead = f"give --model_name {page[1]}, and --revision" if page else "download the file, and give its path"
-        raise ValueError(f"expected a Hugging Face name (owner/model) or a path, got {model_name}; {instead}")
+        raise ValueError(f"{model_name} is neither a Hugging Face name (owner/model) nor a path; {instead}")
     name = model_name.rstrip("/")
     is_path = name.endswith(".nemo") or name.count("/") != 1 or name[0] in "./~" or Path(model_name).exists()
     return None if is_path else name
@@ -81,7 +81,7 @@ def on_disk(path: Path) -> Origin:
         return Origin(path.parent, {path.name: path.stat().st_size}, path.name)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"expected a .nemo file, a folder of a checkpoint or a Hugging Face name, got nothing at {path}"
+            f"there is nothing at {path}; give a Hugging Face name, a .nemo file or the folder of a checkpoint"
         )
     return Origin(path, {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()})
 
@@ -162,7 +162,7 @@ def require_inside(path: Path) -> None:
     else:
         is_inside = path.resolve().is_relative_to(folder.resolve())
     if not is_inside:
-        raise ValueError(f"expected {path.name} itself in {folder}, got a link to a place outside; {NOT_LOADED}")
+        raise ValueError(f"{path.name} in {folder} is a link to a place outside, {NOT_LOADED}")
 
 
 def file_digest(path: Path) -> str:

@@ -66,11 +66,9 @@ def read(origin: Origin) -> Checkpoint | None:
         _require_tdt(path, config)
         model_path = (config.get("tokenizer") or {}).get("model_path")
         if not model_path:
-            raise ValueError(f"expected a SentencePiece tokenizer in {path}, got another; this model has no export")
+            raise ValueError(f"the tokenizer in {path} is not SentencePiece's, and no other can be exported")
         if not zipfile.is_zipfile(members[WEIGHTS_MEMBER]):
-            raise ValueError(
-                f"expected {WEIGHTS_MEMBER} in {path} as torch.save writes it, got another file; {NOT_LOADED}"
-            )
+            raise ValueError(f"{WEIGHTS_MEMBER} in {path} is not a file as torch.save writes it, {NOT_LOADED}")
         files = [path]
         if path.is_dir():  # which may hold other files as well: those that the config names belong to the checkpoint
             named = [name for name in members if f"nemo:{name}".encode() in text]
@@ -92,8 +90,8 @@ def _require_tdt(path: Path, config: Mapping[str, Any]) -> None:
     decoding = config.get("decoding") or {}
     if not (config.get("decoder") and joint.get("num_extra_outputs") and decoding.get("durations")):
         raise ValueError(
-            f"not a TDT model: expected a prediction network, a joint with duration outputs and durations in the "
-            f"config of {path.name}, got a CTC, RNNT or multi-blank model; pass a Parakeet-TDT checkpoint"
+            f"{path.name} is not a TDT model: its config lacks a prediction network, a joint with duration outputs, or "
+            "durations, as CTC, RNNT and multi-blank models do; pass a Parakeet-TDT checkpoint"
         )
 
 
@@ -122,17 +120,17 @@ def open_archive(path: Path) -> Iterator[dict[str, IO[bytes]]]:
                 checked = _checked_members(path, tar)
             except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ValueError(
-                    f"{path} is not a NeMo checkpoint, or truncated or damaged ({error}); pass a .nemo file, which is "
-                    "a tar, or the folder of a checkpoint, or download it again. A pointer of Git LFS is fetched with: "
-                    "git lfs pull. A .ckpt of a training run becomes a .nemo file by save_to of NeMo"
+                    f"{path} is not a NeMo checkpoint, or it is truncated or damaged ({error}); pass a .nemo file, "
+                    "which is a tar, or the folder of a checkpoint, or download it again. If it is a pointer of Git "
+                    "LFS, run: git lfs pull. NeMo's save_to makes a .nemo file of the .ckpt of a training run"
                 ) from None
             # These are regular files only, of which extractfile gives the content.
             members = {name: cast(IO[bytes], tar.extractfile(member)) for name, member in checked.items()}
         for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
             if name not in members:
                 raise ValueError(
-                    f"expected {name} at the top of {path}, which is not a whole NeMo checkpoint; download it again, "
-                    "or unpack it, and pass the folder that has the file"
+                    f"{path} has no {name} at its top, so it is not a whole NeMo checkpoint; download it again, or "
+                    "unpack it, and pass the folder that has the file"
                 )
         yield members
 
@@ -143,12 +141,12 @@ def _checked_members(path: Path, tar: tarfile.TarFile) -> dict[str, tarfile.TarI
     for member in tar:
         name = posixpath.normpath(member.name)
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(member.name).parts:
-            raise ValueError(f"{path} has a member outside its folder, {member.name!r}; {NOT_LOADED}")
+            raise ValueError(f"{path} has a member outside its folder, {member.name!r}, {NOT_LOADED}")
         if not (member.isreg() or member.isdir()) or member.issparse():
-            raise ValueError(f"{path} has a member that is neither file nor folder, {member.name!r}; {NOT_LOADED}")
+            raise ValueError(f"{path} has a member that is neither file nor folder, {member.name!r}, {NOT_LOADED}")
         if member.isreg():
             if name in members:
-                raise ValueError(f"{path} has two members {name!r}; {NOT_LOADED}")
+                raise ValueError(f"{path} has two members {name!r}, {NOT_LOADED}")
             members[name] = member
     return members
 
@@ -166,14 +164,14 @@ def parse_config(text: bytes, members: Collection[str]) -> dict[str, Any]:
     try:
         config = OmegaConf.create(text.decode("utf-8"))
         if not isinstance(config, DictConfig):
-            raise ValueError("no mapping at its top")
+            raise ValueError("it is not a mapping")
         content = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
     except Exception as error:  # PyYAML and OmegaConf raise many types, AssertionError among them
         reason = str(error) or type(error).__name__
         raise ValueError(f"{CONFIG_MEMBER} cannot be used: {reason}; download it again") from None
     for name in SECTIONS:
         if not isinstance(content.get(name) or {}, dict):
-            raise ValueError(f"expected a mapping as {name} in {CONFIG_MEMBER}, got {content[name]!r}")
+            raise ValueError(f"{name} in {CONFIG_MEMBER} is {content[name]!r}, not a mapping; download it again")
     for path, value in _values(content):
         if problem := _problem(value, members, path):
             raise ValueError(f"{'.'.join(path)} in {CONFIG_MEMBER} is {str(value)[:80]!r}, {problem}")
@@ -200,13 +198,13 @@ def _problem(value: object, members: Collection[str], path: tuple[str, ...]) -> 
     """
     key = path[-1]
     if path[0] == "tokenizer" and key.endswith("_path") and value and not str(value).startswith("nemo:"):
-        return f"expected a file of the checkpoint; {NOT_LOADED}"
+        return f"which is not a file of the checkpoint, {NOT_LOADED}"
     if not isinstance(value, str):
         return None
     if "${" in value:
-        return f"a reference; NeMo saves none; {NOT_LOADED}"
+        return f"a reference, and NeMo saves none, {NOT_LOADED}"
     if key in TARGET_KEYS and not ALLOWED_TARGET.fullmatch(value):
-        return f"which is not a class of NeMo; {NOT_LOADED}"
+        return f"which is not a class of NeMo, {NOT_LOADED}"
     if value.startswith("nemo:") and value.removeprefix("nemo:") not in members:
         return "a file that the checkpoint does not hold; download it again"
     return None
@@ -250,7 +248,7 @@ def load_model(path: Path, config: Mapping[str, Any], device: str = "cpu", scrat
         raise
     except pickle.UnpicklingError as error:  # its own text would explain how to run the code nevertheless
         raise ValueError(
-            f"{path}: {WEIGHTS_MEMBER} holds more than tensors, which might run code; {NOT_LOADED}"
+            f"{path}: {WEIGHTS_MEMBER} holds more than tensors, and that might run code, {NOT_LOADED}"
         ) from error
     except Exception as error:  # NeMo raises whatever the constructors that it calls raise
         # After a failure NeMo tries its abstract base class; its log, shown by --verbose, has the reason.
@@ -262,7 +260,7 @@ def load_model(path: Path, config: Mapping[str, Any], device: str = "cpu", scrat
 def _config_to_build(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` with batched greedy decoding, which the runtimes follow (beam search may choose other words, and plain
     greedy decoding other durations), and without two lists of pieces, which NeMo takes seconds to copy around. While
-    NeMo's BPE models are built, they replace these lists by those of their tokenizer (rnnt_bpe_models.py,
+    NeMo's BPE models are built, they take these lists from their tokenizer instead (rnnt_bpe_models.py,
     hybrid_rnnt_ctc_bpe_models.py)."""
     joint, decoding = config["joint"], {**config["decoding"], "strategy": "greedy_batch"}
     if str(config.get("target")).endswith("BPEModel"):

@@ -46,8 +46,8 @@ class ModelSpec:
         joint_tokens = joint.num_classes_with_blank - joint_durations  # NeMo counts tokens and durations together
         if (joint_tokens, joint_durations) != (vocab_size, len(durations)):
             raise ValueError(
-                f"expected a joint with the decoder's {vocab_size} tokens and the decoding's {len(durations)} "
-                f"durations, got {joint_tokens} and {joint_durations}: the checkpoint contradicts itself"
+                f"the checkpoint contradicts itself: its joint has {joint_tokens} tokens and {joint_durations} "
+                f"durations, its decoder {vocab_size} tokens, and its decoding {len(durations)} durations"
             )
         import torch
 

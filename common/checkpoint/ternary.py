@@ -56,8 +56,8 @@ def read_modules(path: Path, content: Mapping[str, Any], config: Mapping[str, An
     described = content.get("format"), content.get("packing")
     if described != (FORMAT, PACKING):
         raise ValueError(
-            f"expected the packing {FORMAT} {PACKING} in {path}, got {described[0]} {described[1]}; ask its publisher "
-            "for that form, or for the weights in float16"
+            f"{path} has the packing {described[0]} {described[1]}, and only {FORMAT} {PACKING} can be read; ask its "
+            "publisher for that form, or for the weights in float16"
         )
     try:
         modules = [
@@ -73,8 +73,8 @@ def read_modules(path: Path, content: Mapping[str, Any], config: Mapping[str, An
         raise ValueError(f"{path} is damaged ({error!r}); download it again") from None
     if not (whole and same_names and all(module.group == config.get(GROUP_KEY) for module in modules)):
         raise ValueError(
-            f"{path} describes other matrices without a bias, or other groups of columns, whole ones in each row, "
-            f"than {MODULES_KEY} and {GROUP_KEY} of config.json; download both again"
+            f"{path} describes other matrices than {MODULES_KEY} of config.json, or other groups of columns than its "
+            f"{GROUP_KEY}, which must fill each row; download both again"
         )
     return modules
 

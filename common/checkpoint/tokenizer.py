@@ -10,7 +10,7 @@ decide how the files are written:
   decodes right, and the encoders spell its text with other pieces.
 * `▁` becomes a space at the start of a piece, or else at its end, and nowhere else.
 * Ids are counted, not read: a piece of score 0 whose string was seen before gets no id, and all later ids shift.
-* A string has one id, that of the last piece with it. Where `%` is a piece, `<0x25>` would share its string and take or
+* A string has only the id of the last piece with it. Where `%` is a piece, `<0x25>` would share its string and take or
   lose the id. SentencePiece's encoder never uses such a byte, so no model learned to emit it: it is marked special, and
   written with more brackets, `<<0x25>>`, which is the string of no other piece.
 
@@ -41,6 +41,7 @@ LAST_BYTE_BPE = 0xC6  # the largest byte of icefall's byte-level pieces, which a
 UTF8_LENGTHS = ((0x80, 0x800), (0x800, 0xD800), (0x10000, 0x110000))  # code points of 2, 3, 4 bytes
 PROBE_LENGTHS = (1, 32)  # ids that are decoded together where two readers are compared
 BYTE_PIECES = frozenset(f"<0x{value:02X}>" for value in range(256))
+NOT_CONVERTED = "the tokenizer was not converted from SentencePiece"  # begins a message
 SIX_BYTES_READ_AS_ONE = re.compile(rb"...([0-9A-F]{2}).", re.DOTALL)
 
 
@@ -50,7 +51,7 @@ def parse_model(model: bytes) -> ModelProto:
         SentencePieceProcessor().LoadFromSerializedProto(model)
         proto = ModelProto.FromString(model)
     except (RuntimeError, DecodeError) as error:
-        raise ValueError(f"expected a SentencePiece model, got {len(model)} other bytes ({error})") from None
+        raise ValueError(f"the tokenizer, of {len(model)} bytes, is not a SentencePiece model ({error})") from None
     if not all(isinstance(piece.piece, str) and math.isfinite(piece.score) for piece in proto.pieces):
         raise ValueError("the SentencePiece model has a piece that is not UTF-8 or whose score is not finite")
     return proto
@@ -77,7 +78,7 @@ def special_ids(proto: ModelProto) -> list[int]:
 
 
 def vocabulary(proto: ModelProto) -> list[list[Any]]:
-    """[piece, score] of each id, the blank last: those of SentencePiece, unless ORT Extensions would misread them.
+    """[piece, score] of each id, the blank last, as SentencePiece has them, unless ORT Extensions would misread them.
 
     Raises ValueError naming the pieces that ORT Extensions cannot show: `IMPACT`, six bytes with `AC` as the fourth and
     fifth, is read as a byte, and there is no other spelling of it.
@@ -281,7 +282,7 @@ def sentencepiece_model(content: Mapping[str, Any], blank_id: int) -> bytes:
     convert_slow_tokenizer.py, 5.23) keeps these parts of the model:
         the pieces    in id order, as the vocabulary and the added tokens
         the types     control pieces are special added tokens, user-defined ones plain added tokens
-        the scores    those of a Unigram model; of a BPE model their order, which is all that its scores say:
+        the scores    in full for a Unigram model; for a BPE model their order, which is all that its scores say:
                       SentencePiece numbers its pieces 0, -1, -2, … in the order in which they were learned
         the normalizer's map of characters, and whether a space is put before the text
     It does not keep `remove_extra_whitespaces`; NeMo trains its tokenizers without it. The result is compared with
@@ -294,7 +295,7 @@ def sentencepiece_model(content: Mapping[str, Any], blank_id: int) -> bytes:
         before = content.get("pre_tokenizer") or {}
         steps = [step for step in before.get("pretokenizers", [before]) if step.get("type") == "Metaspace"]
         if not steps:
-            raise ValueError(f"expected a Metaspace pre-tokenizer, as for SentencePiece, got {before.get('type')!r}")
+            raise ValueError(f"{NOT_CONVERTED}: its pre-tokenizer is {before.get('type')!r}, not Metaspace")
         proto.trainer_spec.split_by_whitespace = bool(steps[0].get("split", True))
         proto.normalizer_spec.add_dummy_prefix = steps[0].get("prepend_scheme", "always") != "never"
         proto.normalizer_spec.remove_extra_whitespaces = False
@@ -304,7 +305,7 @@ def sentencepiece_model(content: Mapping[str, Any], blank_id: int) -> bytes:
                 charsmap = base64.b64decode(step["precompiled_charsmap"], validate=True)
                 proto.normalizer_spec.precompiled_charsmap = charsmap
     except (KeyError, TypeError, AttributeError, binascii.Error) as error:
-        raise ValueError(f"expected a tokenizer that was converted from SentencePiece, got {error!r}") from None
+        raise ValueError(f"{NOT_CONVERTED} ({error!r})") from None
     model: bytes = proto.SerializeToString()
     _check_same_text(content, parse_model(model))
     return model
@@ -314,7 +315,7 @@ def _converted_pieces(content: Mapping[str, Any], blank_id: int) -> ModelProto:
     """A model of the pieces of a tokenizer.json, with their types and scores."""
     model, added = content["model"], {token["id"]: token for token in content["added_tokens"]}
     if model["type"] not in ("BPE", "Unigram"):
-        raise ValueError(f"expected a tokenizer of type BPE or Unigram, got {model['type']!r}")
+        raise ValueError(f"{NOT_CONVERTED}: its type is {model['type']!r}, not BPE or Unigram")
     is_unigram = model["type"] == "Unigram"
     if is_unigram:  # [name, score] in id order
         names = {index: name for index, (name, _) in enumerate(model["vocab"])}
@@ -324,7 +325,7 @@ def _converted_pieces(content: Mapping[str, Any], blank_id: int) -> ModelProto:
         scores = {}
     names |= {index: token["content"] for index, token in added.items()}
     if any(index not in names for index in range(blank_id)) or any(index > blank_id for index in names):
-        raise ValueError(f"expected the tokens 0 to {blank_id}, the blank, got {len(names)} others")
+        raise ValueError(f"the tokenizer's {len(names)} tokens are not numbered from 0 to {blank_id}, the blank")
     has_bytes = BYTE_PIECES.issubset(names.values())  # SentencePiece has all 256 or none
     unknown = names[model["unk_id"]] if is_unigram else model["unk_token"]
     proto = ModelProto()
@@ -353,7 +354,7 @@ def _check_same_text(content: Mapping[str, Any], proto: ModelProto) -> None:
     try:
         tokenizer = Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"`tokenizers` does not load it ({error})") from None
+        raise ValueError(f"`tokenizers` does not load the tokenizer ({error})") from None
     hidden = set(special_ids(proto))
     if "ByteFallback" not in json.dumps(content.get("decoder")):  # transformers then shows <0x41> as it is spelt
         hidden |= {index for index, piece in enumerate(proto.pieces) if piece.type == Piece.BYTE}
@@ -362,6 +363,5 @@ def _check_same_text(content: Mapping[str, Any], proto: ModelProto) -> None:
         expected, actual = tokenizer.decode(ids), processor.decode(ids)
         if expected != actual:
             raise ValueError(
-                f"expected a tokenizer that was converted from SentencePiece, got one that decodes {ids[:8]} to "
-                f"{expected[:60]!r}, and not to {actual[:60]!r}"
+                f"{NOT_CONVERTED}: it decodes {ids[:8]} to {expected[:60]!r}, and SentencePiece to {actual[:60]!r}"
             )

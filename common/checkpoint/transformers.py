@@ -74,7 +74,7 @@ def read(origin: Origin) -> Checkpoint | None:
     if first.name == INDEX:  # which gives the file of each tensor
         places = _read_json(first).get("weight_map")
         if not isinstance(places, dict) or not places:
-            raise ValueError(f"expected the shards of the tensors as weight_map in {first}; download it again")
+            raise ValueError(f"{first} has no weight_map, which gives the file of each tensor; download it again")
         weights = [origin.get(name) for name in sorted(set(map(str, places.values())))]
         files.append(first)
     stored = {path: _read_header(path) for path in weights}
@@ -111,11 +111,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ValueError(f"{path} is damaged or not JSON ({error}); download it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"expected a mapping in {path}, got {type(content).__name__}; download it again")
+        raise ValueError(f"{path} holds JSON of type {type(content).__name__}, not a mapping; download it again")
     if any("auto_map" in part for part in (content, *content.values()) if isinstance(part, dict)):
-        raise ValueError(
-            f"expected a model of transformers' own in {path}, got code of its own (auto_map); {NOT_LOADED}"
-        )
+        raise ValueError(f"{path} asks for code of its own (auto_map), {NOT_LOADED}")
     return content
 
 
@@ -127,12 +125,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     encoder = config.get("encoder_config")
     if not is_tdt or not isinstance(encoder, dict):
         raise ValueError(
-            f"not a TDT model: expected architectures [{ARCHITECTURE!r}] and an encoder_config in {path}, got "
-            f"{architectures} of model_type {config.get('model_type')!r}; pass a Parakeet-TDT checkpoint"
+            f"this is not a TDT model: {path} has architectures {architectures} of model_type "
+            f"{config.get('model_type')!r}, not [{ARCHITECTURE!r}] with an encoder_config; pass a Parakeet-TDT one"
         )
     for key, supported in STREAMING.items():
         if encoder.get(key) not in supported:
-            raise ValueError(f"expected an encoder of whole clips in {path}, got {key} {encoder[key]!r}: not supported")
+            raise ValueError(f"{key} in {path} is {encoder[key]!r}, and only encoders of whole clips are supported")
     return config
 
 
@@ -142,7 +140,7 @@ def _read_features(path: Path) -> dict[str, Any]:
     features = content if path.name == FEATURE_FILES[0] else content.get("feature_extractor")
     kind = "ParakeetFeatureExtractor"
     if not isinstance(features, dict) or features.get("feature_extractor_type", kind) != kind:
-        raise ValueError(f"expected a {kind} in {path}, got {features!r}; {NOT_LOADED}")
+        raise ValueError(f"{path} has {features!r} instead of a {kind}, {NOT_LOADED}")
     return features
 
 

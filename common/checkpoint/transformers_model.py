@@ -50,9 +50,9 @@ def load(
     """transformers' ParakeetForTDT in float32, in evaluation mode, with the parts that NeMo's models have.
 
     configs: of the model and of the feature extractor, which have been checked. tokenizer: its file, and its
-    SentencePiece model. tensors: file → names of those in it that are used. modules: the matrices that are stored
-    packed. Raises ValueError for configs that transformers cannot build, and weights that are not exactly those of the
-    config, or not finite.
+    SentencePiece model. tensors: file → names of the used ones in it. modules: the matrices that are stored
+    packed. Raises ValueError for configs that transformers cannot build, and weights that do not fit the config
+    exactly or are not finite.
     """
     try:
         network, extractor = _build(*configs)
@@ -89,8 +89,8 @@ def _build(config: Mapping[str, Any], features: Mapping[str, Any]) -> tuple[Para
     extractor = ParakeetFeatureExtractor(**numbers)  # type: ignore[no-untyped-call]
     if extractor.feature_size != encoder_config.num_mel_bins:
         raise ValueError(
-            f"expected feature_size of the feature extractor to be num_mel_bins of the encoder, "
-            f"{encoder_config.num_mel_bins}, got {extractor.feature_size}"
+            f"feature_size of the feature extractor is {extractor.feature_size}, and num_mel_bins of the encoder is "
+            f"{encoder_config.num_mel_bins}"
         )
     with torch.device("meta"):
         network = ParakeetForTDT(model_config)

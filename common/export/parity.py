@@ -134,7 +134,7 @@ def check_graph(
     kind, error = ("relative", max_rel) if float16 else ("absolute", max_abs)
     if error > limit:
         raise CheckError(
-            f"{graph.file} differs from {library} by {max_abs:.1e} absolute, {max_rel:.1e} relative; expected at most "
+            f"{graph.file} differs from {library} by {max_abs:.1e} absolute, {max_rel:.1e} relative, more than "
             f"{limit:.0e} {kind}: the export is wrong, please report it"
         )
     found = f"{max_abs:.0e} absolute, {max_rel:.0e} relative (limit {limit:.0e} {kind})"

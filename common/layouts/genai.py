@@ -33,7 +33,7 @@ def genai_config(spec: ModelSpec, window: Mapping[str, int], device: str = "cpu"
     """The content of genai_config.json. window: chunk_samples, left_context_samples and right_context_samples.
 
     The joint uses the decoder's session options. Providers named in a section of its own would not be registered
-    (Config::Config in src/config.cpp fills in only those of the encoder and decoder), and it would run on the CPU.
+    (Config::Config in src/config.cpp fills them in for the encoder and decoder only), and it would run on the CPU.
     """
     sections: dict[str, dict[str, Any]] = {
         graph.genai_section: {

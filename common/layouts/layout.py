@@ -57,7 +57,7 @@ class Layout:
     optional_files: tuple[str, ...] = ()  # that folders of some checkpoints have
     vocabulary: tuple[str, ...]  # the first file has a line for each token
     # Python that transcribes a file, its channels averaged. {folder} and {audio} are paths; {sample_rate}, in Hz, and
-    # {hop_length}, in samples, are those of the features.
+    # {hop_length}, in samples, belong to the features.
     usage: str
     browser_page: Path | None = None  # HTML that runs the folder in a browser, where one can
     make_files: MakeFiles  # what the export writes beside the graphs
@@ -179,7 +179,7 @@ def check_same_checkpoint(folder: Path, exported: Path) -> None:
 
 
 def check_tokenizer_of_graphs(folder: Path, source: Mapping[str, Any]) -> None:
-    """Raise ValueError where the graphs in `folder` are of another checkpoint than `source`, that of a tokenizer.
+    """Raise ValueError where the graphs in `folder` are of another checkpoint than `source`, a tokenizer's.
 
     A source with a `name` alone is compared by it, so that this shows before a download that may take an hour.
     """

@@ -103,7 +103,7 @@ def check_log_mel(runtime: str, different: tuple[str, ...]) -> None:
 
 
 def check_features(file: str, graph: bytes, spec: ModelSpec, features: Features) -> None:
-    """Compare the graph of the features that becomes `file` with those of the checkpoint's library.
+    """Compare the graph of the features that becomes `file` with the library of the checkpoint.
 
     Raises CheckError for differences beyond FEATURES_TOLERANCE.
     """
@@ -115,8 +115,8 @@ def check_features(file: str, graph: bytes, spec: ModelSpec, features: Features)
     error = float(np.max(np.abs(actual - expected))) if actual.shape == expected.shape else np.inf
     if not error <= FEATURES_TOLERANCE:
         raise CheckError(
-            f"expected {file} within {FEATURES_TOLERANCE:.0e} of the checkpoint's own features, of shape "
-            f"{expected.shape}, got shape {actual.shape} and a difference of {error:.1e}; please report it"
+            f"{file} differs from the checkpoint's own features by {error:.1e}, more than {FEATURES_TOLERANCE:.0e}; "
+            f"its shape is {actual.shape}, and theirs {expected.shape}; please report it"
         )
 
 

@@ -1,6 +1,6 @@
 """Graphs in the form that another runtime expects: renamed, axes in another order, or several graphs in one file.
 
-The nodes and weights are those of the source graphs. Where an encoder's weights are in a data file, that of the view is
+The nodes and weights are the source graphs' own. Where an encoder's weights are in a data file, the view's data file is
 the same file under a second name (a hard link, or a copy where the file system has no links), so that a folder for
 another runtime takes little space. Every view is compared with its source.
 """

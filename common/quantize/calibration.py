@@ -10,7 +10,7 @@ such that later rows make up for the errors of earlier ones on inputs like these
 - Every weight after those before it. The speech goes through the graph twice, side by side, with the exact weights and
   with the rounded ones, and each weight is fitted to make up for the difference so far.
 
-Weights stay in the data file, and a pass holds the values at one cut, so memory is that of the speech and the codes.
+Weights stay in the data file, and a pass holds the values at one cut, so it needs memory for the speech and the codes.
 """
 
 import math

@@ -258,7 +258,7 @@ def lift_opset(model: ir.Model, opset: int, ir_version: int) -> None:
     lower. Of the operators that the export uses, only two kinds are written in another way in newer opsets; for others
     newer versions accept more types, or have attributes whose defaults keep the meaning (onnx's changelog, up to 25).
 
-    The converters of onnx and onnxscript need the weights in memory, and that of onnxscript begins at opset 18.
+    The converters of onnx and onnxscript need the weights in memory, and onnxscript's begins at opset 18.
     """
     model.ir_version = max(model.ir_version, ir_version)
     imports = model.graph.opset_imports

@@ -89,7 +89,7 @@ class QuantMethod(ABC):
         """The format of each weight, without calibration. weights: of one encoder, by name, in graph order."""
 
     def ternary_format(self, group: int, options: "OptimizeOptions") -> Format | None:
-        """The format of a weight that is ternary in groups of `group` rows; None: that of any other weight."""
+        """The format of a weight that is ternary in groups of `group` rows; None: as for any other weight."""
         return None
 
     @abstractmethod

@@ -210,7 +210,7 @@ def quantize_weights(model: ir.Model, plan: Plan, method: QuantMethod, options: 
 
 def row_factors(power: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Σ x² of each input of products, and Σ W² of the row that it goes into, [K] → the factors of the rows, [K, 1]: the
-    root mean square of the input over that of the row, to the power SMOOTHING, scaled so that the largest factor is 1.
+    root mean square of the input divided by the row's, to the power SMOOTHING, scaled so that the largest factor is 1.
 
     If a checkpoint has a channel times s and its rows divided by s, the factors undo that, whatever s is.
     """

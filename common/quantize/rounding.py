@@ -148,7 +148,7 @@ def fit_columns(
     missing: xᵀ times what the product lacks, [K, N]. The rounded weight makes up for it; its error is still measured
     from the weight that was given.
 
-    With 4 bits the scales are fitted to the codes at the end. Feedback may lead to codes that are larger than those of
+    With 4 bits the scales are fitted to the codes at the end. Feedback may lead to codes that are larger than in
     plain rounding; without the full range, the few pairs that it puts beyond the limit are brought back.
     """
     target = weight * factors
@@ -171,7 +171,7 @@ def fit_columns(
 
 
 def _column_scales(weight: np.ndarray, bits: int, power: np.ndarray | None = None, *, full_range: bool) -> np.ndarray:
-    """Scales [N] for a weight [K, N]. In 4 bits: those of least error, weighted by the power [K] of the inputs. In 8:
+    """Scales [N] for a weight [K, N]. In 4 bits: with the least error, weighted by the power [K] of the inputs. In 8:
     those whose codes just reach the largest sum of two neighbours of the same sign, or with the full range the largest
     number of each column."""
     if bits == LOW_BITS:
@@ -221,7 +221,7 @@ def signs_and_sizes(weight: np.ndarray, group: int) -> tuple[np.ndarray, np.ndar
 
 def ternary_columns(weight: np.ndarray, group: int, *, full_range: bool = False) -> Packed:
     """Round a weight [K, N] that is ternary in groups of `group` rows, whose codes are then −c, 0 and c, c · scale ≈ m.
-    The scale of a column is that of least error: nothing is lost where all its m are whole multiples of one number.
+    The scale of a column has the least error: nothing is lost where all its m are whole multiples of one number.
 
     Without the full range c is at most half of PAIR_LIMIT, since two neighbours may both be c.
     """

@@ -1,7 +1,7 @@
 """Read audio as the models take it: mono float32 samples at the model's rate, from whole files or segments of them.
 
 Files are read in blocks, so that memory use depends on the audio that is there and not on what a header claims. The
-formats are those of libsndfile, and soxr resamples with its HQ setting.
+formats are libsndfile's, and soxr resamples with its HQ setting.
 
 Clips are listed in a manifest of NeMo's, a file of JSON lines. Each line has `audio_filepath`, relative to the
 manifest, and may have `text`, the language of the text as `lang`, `language` or `target_lang`, and a segment of the
@@ -31,7 +31,7 @@ MAX_SECONDS = 4 * 3600
 # Full scale is 1, or 2^31 where a program stored integers as floats. The power of the features is finite up to there.
 MAX_AMPLITUDE = 2.0**31
 BLOCK_VALUES = 2**20  # samples times channels decoded at a time, 4 MB
-# Subtypes in which libsndfile seeks to the exact sample; that of FLAC is PCM. In the others the decoder lacks the
+# Subtypes in which libsndfile seeks to the exact sample; FLAC's is PCM. In the others the decoder lacks the
 # preceding samples after a seek: Opus samples are then off by up to 0.002, and MP3 samples audibly.
 SEEKABLE = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 # Manifests round durations, so a segment that ends this close to the end of the file is read to the end.
@@ -98,7 +98,7 @@ def read_clips(manifest: Path, *, with_text: bool = False) -> list[Clip]:
             try:
                 clips.append(_read_clip(line, manifest.parent, place))
             except ValueError as error:  # json.JSONDecodeError is a ValueError
-                raise ValueError(f"{place}: expected a JSON object with audio_filepath ({error})") from None
+                raise ValueError(f"{place}: a line must be a JSON object with audio_filepath ({error})") from None
             if with_text and clips[-1].text is None:
                 raise ValueError(f"{place}: {clips[-1].path.name} has no text, which word errors are counted by")
     if not clips:
@@ -190,8 +190,8 @@ def _open_audio(clip: Clip) -> Iterator[Any]:
             file.seekable = lambda: False
             yield file
     except soundfile.LibsndfileError as error:
-        name = f"{clip.path} ({error.error_string})"
-        raise ValueError(f"{at}expected an audio file that libsndfile reads, got {name}") from None
+        reason = f"is not an audio file that libsndfile reads ({error.error_string}); convert it to WAV"
+        raise ValueError(f"{at}{clip.path} {reason}") from None
     except (ValueError, OSError) as error:
         if not at:
             raise
@@ -202,7 +202,7 @@ def _require_length(clip: Clip, seconds: float, least: float) -> None:
     """Raise ValueError where a clip has fewer seconds than `least`, or than its segment."""
     least = max(least, (clip.duration or 0) - SEGMENT_TOLERANCE)
     if seconds < least:
-        raise ValueError(f"expected {least:.3f} s of audio or more in {clip.name}, got {seconds:.3f} s")
+        raise ValueError(f"{clip.name} has {seconds:.3f} s of audio, and needs at least {least:.3f} s")
 
 
 @functools.cache
@@ -235,17 +235,17 @@ def _mono_blocks(clip: Clip, file: Any) -> Iterator[np.ndarray]:
         position += len(read)
         if position - begin > MAX_SECONDS * file.samplerate:
             hours = MAX_SECONDS / 3600
-            raise ValueError(f"expected {hours:.0f} h of audio or less in {clip.path}, got more; cut it into parts")
+            raise ValueError(f"{clip.path} has more than {hours:.0f} h of audio; cut it into parts")
         mono = block.mean(axis=1)
         if not np.abs(mono).max(initial=0) <= MAX_AMPLITUDE:  # written so that NaN fails too
             raise ValueError(
-                f"expected samples up to {MAX_AMPLITUDE:.0f} in {clip.path}, got some that are larger or not finite"
+                f"{clip.path} has samples that are larger than {MAX_AMPLITUDE:.0f} or not finite; make it again"
             )
         energy += float(np.square(block, dtype=np.float64).sum()) / block.shape[1]
         mono_energy += float(np.square(mono, dtype=np.float64).sum())
         yield mono
     if mono_energy < MIN_MONO_ENERGY * energy:
         raise ValueError(
-            f"expected channels that can be averaged in {clip.name}, got channels that cancel each other "
-            "out: one is the other with its sign inverted; save one of them as mono"
+            f"the channels of {clip.name} cancel each other out: one is the other with its sign inverted; save one of "
+            "them as mono"
         )

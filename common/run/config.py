@@ -67,7 +67,7 @@ class RuntimeConfig:
             numbers = value if isinstance(value, tuple) else (value,)
             least = LEAST.get(name, 1)
             if not all(isinstance(number, int) and number >= least for number in numbers):
-                raise ValueError(f"{path}: expected {name} to be whole and {least} or more, got {value!r}; {again}")
+                raise ValueError(f"{path}: {name} must be whole and {least} or more, not {value!r}; {again}")
         if config.chunk < config.hop_length * config.subsampling_factor:
             raise ValueError(f"{path}: chunk_samples of {config.chunk} are less than an encoder frame; {again}")
         return config

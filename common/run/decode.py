@@ -29,7 +29,7 @@ class BlankZero(Enum):
     # The duration becomes one frame. NeMo's batched greedy decoding (nemo/collections/asr/parts/submodules/
     # transducer_decoding/tdt_label_looping.py: "for blank labels force duration >= 1").
     NEMO = auto()
-    # The best duration other than that of index 0 is taken. ONNX Runtime GenAI (src/models/parakeet.cpp, EmitNextToken:
+    # The best duration other than index 0's is taken. ONNX Runtime GenAI (src/models/parakeet.cpp, EmitNextToken:
     # "forbid duration index 0").
     GENAI = auto()
 
@@ -50,7 +50,7 @@ Join = Callable[[np.ndarray, Sequence[np.ndarray]], np.ndarray]
 
 @dataclass(frozen=True)
 class Confidence:
-    """Confidence in one token, from 0 to 1, or in a word: that of its least sure token (NeMo's aggregation `min`)."""
+    """Confidence in one token, from 0 to 1, or in a word, from its least sure token (NeMo's aggregation `min`)."""
 
     max_prob: float  # the token's probability, scaled so that a choice by chance has 0; `max_prob`, alpha 1
     entropy: float  # 1 for a single possible token; NeMo's default, `entropy` of type `tsallis`, norm `exp`, alpha 0.33
@@ -187,8 +187,8 @@ def _best(logits: np.ndarray) -> list[tuple[int, float]]:
     first = logits[rows, best]
     if np.isnan(first).any():
         raise ValueError(
-            "expected logits that are numbers, got NaN from the joint: the model is broken, or the audio differs too "
-            "much from what it was trained on"
+            "the joint gives a logit that is NaN: the model is broken, or the audio differs too much from what it was "
+            "trained on"
         )
     others = logits.copy()
     others[rows, best] = -np.inf

@@ -56,7 +56,7 @@ class OrtGraph:
         self.graph = graph
         path = Path(folder) / graph.file
         if not path.is_file():
-            raise FileNotFoundError(f"expected {path}, got no such file; first run: {EXPORT_COMMAND.format(folder)}")
+            raise FileNotFoundError(f"there is no {path}; first run: {EXPORT_COMMAND.format(folder)}")
         try:
             self.session = open_session(path, mapped=mapped)
         except Exception as error:  # onnxruntime raises its own types, one per status

@@ -76,7 +76,7 @@ class _Library:
 
 class Nemo(_Library):
     """A model of NeMo's (EncDecRNNTBPEModel), as common/checkpoint/nemo.py has built it, with batched greedy decoding.
-    Its text is that of `transcribe()`."""
+    Its text is as `transcribe()` gives it."""
 
     name = "NeMo"
 
