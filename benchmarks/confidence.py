@@ -8,7 +8,8 @@ by word, and a markdown table of its reliability against the texts. NeMo decodes
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.bench import machine
 from common.cli import quiet_libraries
-from common.evaluate.words import Pieces, bins, calibration_error, timed_words, words_right
+from common.evaluate.words import Pieces, comparable_words, timed_words, word_runs
 from common.run.audio import read_clips
 from common.run.decode import BlankZero
 from common.run.ort import OnnxRuntime
@@ -25,6 +26,51 @@ from common.run.reference import Nemo
 
 # Fields of Confidence, with NeMo's configuration of the same measure; settings not named here have NeMo's default.
 METHODS = {"max_prob": {"name": "max_prob", "alpha": 1.0}, "entropy": {"name": "entropy"}}
+# Upper ends of the bins of confidence; most words are near 1, where the bins are narrow.
+BIN_ENDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
+
+def words_right(text: str, words: Sequence[str]) -> list[bool]:
+    """Whether each word of a transcript is a word of the text, in an alignment with the fewest errors."""
+    right = [False] * len(words)
+    for _, other, is_equal in word_runs(comparable_words(text.split()), comparable_words(words)):
+        if is_equal:
+            right[other.start : other.stop] = [True] * len(other)
+    return right
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The words whose confidence is at least `low` and below `high`; only the last bin includes `high`."""
+
+    low: float
+    high: float
+    words: int
+    right: int
+    mean: float  # confidence of these words
+
+    @property
+    def share_right(self) -> float:
+        return self.right / self.words
+
+
+def bins(words: Iterable[tuple[float, bool]]) -> list[Bin]:
+    """Pairs of a confidence in 0 … 1 and whether the word is right → the bins that have words."""
+    pairs = list(words)
+    made = []
+    for low, high in zip((0.0, *BIN_ENDS), BIN_ENDS, strict=False):
+        own = [(sure, right) for sure, right in pairs if low <= sure and (sure < high or high == BIN_ENDS[-1])]
+        if own:
+            mean = sum(sure for sure, _ in own) / len(own)
+            made.append(Bin(low, high, len(own), sum(right for _, right in own), mean))
+    return made
+
+
+def calibration_error(made: Sequence[Bin]) -> float:
+    """Expected calibration error (Naeini et al., AAAI 2015): how far the confidence and the share of right words are
+    apart, on average over the words."""
+    words = sum(each.words for each in made)
+    return sum(each.words * abs(each.share_right - each.mean) for each in made) / max(words, 1)
 
 
 def nemo_confidences(model: Any, method: dict[str, Any]) -> Callable[[np.ndarray], Any]:

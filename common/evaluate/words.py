@@ -1,5 +1,4 @@
-"""Words: error rates and alignments of texts, words with their start and end, subtitles, and how often words of each
-confidence are right.
+"""Words: error rates and alignments of texts, words with their start and end, and subtitles.
 
 A token begins at the frame it was emitted at and ends its duration later. Words and their times follow NeMo, with its
 peculiarities (RNNTBPEDecoding.compute_rnnt_timestamps in nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0,
@@ -43,9 +42,6 @@ MIN_CUE_SECONDS = 5 / 6
 MAX_CUE_SECONDS = 7.0
 PAUSE_SECONDS = 1.0  # silence between two tokens after which a new word and a new cue begin
 SENTENCE_END = (".", "?", "!")  # NeMo's default segment_seperators
-
-# Upper ends of the bins of confidence; most words are near 1, where the bins are narrow.
-BIN_ENDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
 # ---- error rates and alignments
@@ -162,6 +158,11 @@ def word_runs(one: Sequence[str], other: Sequence[str]) -> list[tuple[range, ran
         (range(c.ref_start_idx, c.ref_end_idx), range(c.hyp_start_idx, c.hyp_end_idx), c.type == "equal")
         for c in jiwer.process_words(" ".join(one), " ".join(other)).alignments[0]
     ]
+
+
+def comparable_words(words: Iterable[str]) -> list[str]:
+    """A key for each word, without case, punctuation and spaces; a word of punctuation alone is its own key."""
+    return ["-".join((normalize(word) or word).split()) or "-" for word in words]
 
 
 def marked_changes(before: str, after: str) -> list[tuple[str, str]]:
@@ -331,54 +332,3 @@ def subtitle_paths(path: Path, suffix: str, clips: Sequence[Clip]) -> list[Path]
     if path == STANDARD_OUTPUT or (path.exists() and not path.is_dir()):
         raise ValueError(f"the subtitles of {len(clips)} clips need a folder, and {path} is none; name a folder")
     return [path / f"{clip.path.stem}{f'_{clip.offset:g}s' if clip.segment else ''}.{suffix}" for clip in clips]
-
-
-# ---- how often words of each confidence are right
-
-
-def comparable_words(words: Iterable[str]) -> list[str]:
-    """A key for each word, without case, punctuation and spaces; a word of punctuation alone is its own key."""
-    return ["-".join((normalize(word) or word).split()) or "-" for word in words]
-
-
-def words_right(text: str, words: Sequence[str]) -> list[bool]:
-    """Whether each word of a transcript is a word of the text, in an alignment with the fewest errors."""
-    right = [False] * len(words)
-    for _, other, is_equal in word_runs(comparable_words(text.split()), comparable_words(words)):
-        if is_equal:
-            right[other.start : other.stop] = [True] * len(other)
-    return right
-
-
-@dataclass(frozen=True)
-class Bin:
-    """The words whose confidence is at least `low` and below `high`; only the last bin includes `high`."""
-
-    low: float
-    high: float
-    words: int
-    right: int
-    mean: float  # confidence of these words
-
-    @property
-    def share_right(self) -> float:
-        return self.right / self.words
-
-
-def bins(words: Iterable[tuple[float, bool]]) -> list[Bin]:
-    """Pairs of a confidence in 0 … 1 and whether the word is right → the bins that have words."""
-    pairs = list(words)
-    made = []
-    for low, high in zip((0.0, *BIN_ENDS), BIN_ENDS, strict=False):
-        own = [(sure, right) for sure, right in pairs if low <= sure and (sure < high or high == BIN_ENDS[-1])]
-        if own:
-            mean = sum(sure for sure, _ in own) / len(own)
-            made.append(Bin(low, high, len(own), sum(right for _, right in own), mean))
-    return made
-
-
-def calibration_error(made: Sequence[Bin]) -> float:
-    """Expected calibration error (Naeini et al., AAAI 2015): how far the confidence and the share of right words are
-    apart, on average over the words."""
-    words = sum(each.words for each in made)
-    return sum(each.words * abs(each.share_right - each.mean) for each in made) / max(words, 1)

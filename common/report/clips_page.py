@@ -8,7 +8,7 @@ import base64
 import hashlib
 import io
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,7 @@ from common.evaluate.blanks import Flaws, flaws_table
 from common.evaluate.compare import Comparison
 from common.evaluate.stress import StressTest
 from common.evaluate.verdict import corpus_table
-from common.evaluate.words import (
-    Bin,
-    bins,
-    calibration_error,
-    comparable_words,
-    normalize,
-    word_errors,
-    word_runs,
-    words_right,
-)
+from common.evaluate.words import comparable_words, normalize, word_errors, word_runs
 from common.report import render
 from common.run.decode import TimedWord
 
@@ -36,7 +27,6 @@ SCRIPT = Path(__file__).resolve().parent / "clips.js"
 LINE_CHARACTERS = 38  # of a line of words, on a phone 390 pixels wide
 WAVE_COLUMNS = 400  # of a waveform: about as many as a phone's screen has points
 BLOCK = 2**16  # samples given to the encoder at a time
-MEASURES = ("max_prob", "entropy")  # of Confidence
 
 
 @dataclass(frozen=True)
@@ -86,7 +76,6 @@ def comparison_page(title: str, comparison: Comparison) -> str:
         figures=figures,
         notes=notes,
         flaws=comparison.flaws_table,
-        reliability=dict(_reliability(comparison)),
     )
 
 
@@ -117,8 +106,8 @@ def clips_page(title: str, about: str, clips: Sequence[dict[str, Any]], **tables
     """The HTML of a page. about: the clips, in a sentence. clips: as shown_clip gives each.
 
     tables: `figures` over all clips and their `notes`, as corpus_table gives them; `flaws`, as
-    flaws_table gives them; `reliability`, bins by engine and measure of confidence; `stress`, the rows of a stress
-    test, and the name of its `baseline`; `frame_seconds`, the unit of the words' times.
+    flaws_table gives them; `stress`, the rows of a stress test, and the name of its `baseline`; `frame_seconds`, the
+    unit of the words' times.
     """
     script = SCRIPT.read_text(encoding="utf-8")
     return render(
@@ -129,8 +118,7 @@ def clips_page(title: str, about: str, clips: Sequence[dict[str, Any]], **tables
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         columns=WAVE_COLUMNS,
-        calibration_error=calibration_error,
-        **{"figures": (), "flaws": (), "reliability": {}, "stress": (), "frame_seconds": None, **tables},
+        **{"figures": (), "flaws": (), "stress": (), "frame_seconds": None, **tables},
     )
 
 
@@ -195,20 +183,6 @@ def shown_clip(
         "flaws": flaws_table([(name, flaws)], None)[1:],
         "blank": [(WAVE_COLUMNS * start / seconds, WAVE_COLUMNS * (end - start) / seconds) for start, end in blank],
     }
-
-
-def _reliability(comparison: Comparison) -> Iterator[tuple[tuple[str, str], list[Bin]]]:
-    """The bins of each engine that gives confidences, by each measure, on the clips with a text."""
-    for engine in comparison.figures:
-        judged = [
-            (word.confidence, right)
-            for clip in comparison.clips
-            if clip.text is not None and (words := clip.transcripts[engine].words)
-            for word, right in zip(words, words_right(clip.text, [word.text for word in words]), strict=True)
-            if word.confidence
-        ]
-        for measure in MEASURES if judged else ():
-            yield (engine, measure), bins((getattr(confidence, measure), right) for confidence, right in judged)
 
 
 # ---- audio
