@@ -39,7 +39,7 @@ from common.onnx_io import (
 )
 from common.quantize.calibration import calibrate, read_speech
 from common.quantize.fidelity import MIN_FLOAT_SQNR_DB, MIN_SQNR_DB, compare
-from common.quantize.methods import OptimizeOptions
+from common.quantize.methods import FittingMethod, OptimizeOptions
 from common.quantize.rewrite import Calibrated, OptimizedEncoder, optimize_graph
 from common.quantize.tokens import quantize_token_graphs
 from common.report.card import finish_folder
@@ -191,7 +191,7 @@ def _state_needs(folders: Collection[Folder], options: OptimizeOptions, target: 
 def _calibrate(folder: Folder, run: Run, clips: list[Clip]) -> Calibrated:
     """Fit the encoder's weights to speech, once for the folders of all runtimes."""
     method = run.options.method
-    assert method is not None, "--calibration_manifest needs a method"
+    assert isinstance(method, FittingMethod), "--calibration_manifest needs a method that calibrates"
     run.stages.begin("calibration")
     batches, seconds = read_speech(folder.source, clips)
     calibrated = calibrate(method, folder.source / folder.layout.encoder.file, batches, run.options)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from common.contract import MICROSOFT, EncoderWeight, Role
-from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, Replace, Weight
+from common.quantize.methods import FittingMethod, Format, OptimizeOptions, Plan, Replace, Weight
 from common.quantize.rounding import (
     HIGH_BITS,
     LOW_BITS,
@@ -162,7 +162,7 @@ EIGHT_BIT_ROLES = (Role.ATTENTION_VALUE, Role.ATTENTION_OUT, Role.CONVOLUTION_EX
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockMethod(QuantMethod):
+class BlockMethod(FittingMethod):
     """4 bits for every weight; the codes of a block are found by `fit_block`. A method that calibrates has 8 bits as
     well, where a rule, or a measurement on speech, says that they help most. Where the user says that weights are
     ternary, they have 2 bits, and the few others 8, so that as little as possible is lost."""

@@ -29,7 +29,7 @@ from common.cli import progress
 from common.contract import ENCODER
 from common.onnx_io import data_bytes, load
 from common.quantize import rewrite
-from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, Sensitivity
+from common.quantize.methods import FittingMethod, Format, OptimizeOptions, Plan, Sensitivity
 from common.quantize.rounding import TERNARY_BITS, InputMoments, Packed, power_of
 from common.run.audio import Clip
 from common.run.genai import GenAI
@@ -90,7 +90,7 @@ def speech_batches(features: Iterable[np.ndarray], frame_rate: float) -> list[np
 
 
 def calibrate(
-    method: QuantMethod, path: Path, batches: Sequence[np.ndarray], options: OptimizeOptions
+    method: FittingMethod, path: Path, batches: Sequence[np.ndarray], options: OptimizeOptions
 ) -> rewrite.Calibrated:
     """Fit the weights of the float32 encoder at `path` to speech, features [B, M, T] of each batch, as the method does.
     A size budget, or as many bytes as the plan without calibration needs, goes where it helps most.
@@ -126,7 +126,7 @@ def calibrate(
 
 
 def fit_widths(
-    encoder: "CutEncoder", batches: Sequence[np.ndarray], method: QuantMethod, forms: tuple[Format, Format]
+    encoder: "CutEncoder", batches: Sequence[np.ndarray], method: FittingMethod, forms: tuple[Format, Format]
 ) -> tuple[dict[str, dict[int, Packed]], Sensitivity, dict[str, np.ndarray]]:
     """Fit each scalable weight by itself, in two formats. Returns them by name and bits, unless the method fits in
     sequence; the damage of each, Σ (y - ŷ)² / Σ y² of the encoder's output y; and the row factors.
@@ -166,7 +166,7 @@ class Product:
     values: Values  # where its segment begins, on part of the speech, with exact weights
     x: np.ndarray  # [R, K], its inputs among them
 
-    def fit(self, method: QuantMethod, *forms: Format) -> list[tuple[Packed, np.ndarray]]:
+    def fit(self, method: FittingMethod, *forms: Format) -> list[tuple[Packed, np.ndarray]]:
         """The weight in each format, fitted to these inputs, and what it becomes by that."""
         inputs = InputMoments(self.moments, strongest_first=method.fits_in_sequence)
         with ThreadPoolExecutor(len(forms)) as pool:
@@ -321,7 +321,7 @@ def _all_rows(batches: Sequence[Values], name: str) -> np.ndarray:
 class SizeModel:
     """Predicts the bytes of an encoder's files for any plan, without carrying it out."""
 
-    def __init__(self, model: ir.Model, graph_bytes: int, method: QuantMethod) -> None:
+    def __init__(self, model: ir.Model, graph_bytes: int, method: FittingMethod) -> None:
         """graph_bytes: of the exported graph file, without its data. method: knows what a weight takes in each form."""
         self.graph_bytes, self.method = graph_bytes, method
         self.weights = rewrite.quantizable(model)

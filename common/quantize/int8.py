@@ -25,7 +25,7 @@ from onnx_ir.tape import Tape
 
 from common.contract import MICROSOFT, EncoderWeight, Role, encoder_weight
 from common.quantize import rounding
-from common.quantize.methods import Format, OptimizeOptions, Plan, QuantMethod, Replace, Weight
+from common.quantize.methods import FittingMethod, Format, OptimizeOptions, Plan, Replace, Weight
 from common.quantize.rewrite import constant_factor
 from common.quantize.rounding import HIGH_BITS, LOW_BITS, TERNARY_BITS, TINY, InputMoments, Packed
 
@@ -45,7 +45,7 @@ INT2_OPSET, INT2_IR_VERSION = 25, 13  # the first with 2-bit integers
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntegerMethod(QuantMethod):
+class IntegerMethod(FittingMethod):
     """4 or 8 bits for every weight, or what a size budget gives each. Weights that are ternary in groups have 2 bits in
     the file."""
 

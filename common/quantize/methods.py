@@ -80,9 +80,7 @@ class QuantMethod(ABC):
     weight_bits: tuple[int, ...] = ()  # the values that --weight_bits may have, where it applies
     has_range: bool = False  # whether --full_range applies
     calibrates: bool = False  # whether it fits weights to --calibration_manifest, and keeps to --size_budget_mb
-    fits_in_sequence: bool = False  # each weight to what the rounded ones before it give; else each by itself
     fused_on_cpu: bool = True  # whether the graph of a folder for a CPU is fused unless --skip_fusion says otherwise
-    node_bytes: int = 600  # that a quantized product adds to the graph file; up to 500 were measured for a MatMulNBits
 
     @abstractmethod
     def plan(self, weights: Mapping[str, EncoderWeight], options: "OptimizeOptions") -> Plan:
@@ -100,14 +98,27 @@ class QuantMethod(ABC):
     def replace(self, model: ir.Model, options: "OptimizeOptions") -> Replace:
         """The function that puts the packed weights into `model`, in place."""
 
-    def widths(self, options: "OptimizeOptions") -> tuple[Format, Format]:
-        """The formats between which a budget chooses; needed where the method calibrates, as what follows."""
-        raise NotImplementedError
+    def runs_as(self, bits: Collection[int]) -> str:
+        """How weights that are stored in these bits are multiplied, in words for the report and the model card."""
+        return ""
 
+
+@dataclass(frozen=True, kw_only=True)
+class FittingMethod(QuantMethod):
+    """A method whose weights can be fitted to speech; `calibrates` says whether they are."""
+
+    fits_in_sequence: bool = False  # each weight to what the rounded ones before it give; else each by itself
+    node_bytes: int = 600  # that a quantized product adds to the graph file; up to 500 were measured for a MatMulNBits
+
+    @abstractmethod
+    def widths(self, options: "OptimizeOptions") -> tuple[Format, Format]:
+        """The formats between which a budget chooses."""
+
+    @abstractmethod
     def stored_bytes(self, shape: tuple[int, ...], form: Format) -> tuple[int, ...]:
         """Bytes of each tensor of a weight [K, N]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fit(
         self, weight: np.ndarray, form: Format, inputs: InputMoments, factors: np.ndarray, missing: np.ndarray | None
     ) -> tuple[Packed, np.ndarray]:
@@ -116,11 +127,6 @@ class QuantMethod(ABC):
 
         missing: xᵀ times what the product lacks because of earlier weights, [K, N], if they are rounded.
         """
-        raise NotImplementedError
-
-    def runs_as(self, bits: Collection[int]) -> str:
-        """How weights that are stored in these bits are multiplied, in words for the report and the model card."""
-        return ""
 
 
 METHODS: dict[str, QuantMethod] = {}  # by name, in the order of the help
