@@ -30,6 +30,7 @@ from common.evaluate.engines import GENAI_ENGINE, NEMO_ENGINE, ONNX_ENGINE, Engi
 from common.folder import sha256
 from common.layouts.layout import REPORT_FILES, Layout
 from common.layouts.sherpa_onnx import SHERPA_ONNX
+from common.report.card import CARD
 from common.run.audio import Clip, load_clip
 
 # ---- files of the project
@@ -479,14 +480,20 @@ def prefer(folder: Path, token: int) -> None:
 
 
 def reproducible(path: Path) -> object:
-    """The part of a file that the same input gives again: its checksum; for a manifest, all but the checksums of
-    reports, which have a date and speeds; for a report, nothing."""
+    """The part of a file that the same input gives again. A report has a date and speeds, so that its checksum and its
+    size, which the card shows, differ each time: of a report this is nothing, of a card all lines but those of reports,
+    of the manifest beside a report all but the checksums of reports and card, and of another file its checksum."""
     if path.name in REPORT_FILES:
         return None
+    if path.name == CARD:
+        return [
+            line for line in path.read_bytes().splitlines() if not any(name.encode() in line for name in REPORT_FILES)
+        ]
     try:
         manifest = json.loads(path.read_text()) if path.name == "manifest.json" else {}
         for name in REPORT_FILES:
             del manifest["files"][name]
+        manifest["files"].pop(CARD, None)
     except (ValueError, KeyError, TypeError):  # another file, a folder without a report, a damaged manifest
         return sha256(path)
     return manifest

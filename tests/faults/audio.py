@@ -1,5 +1,6 @@
 """Odd sound files: each is written by a function that is named after what is odd about the file."""
 
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,16 @@ damaged(
 damaged("FLAC cut in half", "flac", lambda content: bytes(content[: len(content) // 2]))
 damaged("OGG cut in half", "ogg", lambda content: bytes(content[: len(content) // 2]))
 damaged("MP3 cut in half", "mp3", lambda content: bytes(content[: len(content) // 2]))
+WARNED_OF = ("WAV cut in half", "MP3 cut in half")  # what is there of them is read
+
+
+def warning_of(name: str, path: Path) -> str:
+    """The pattern of what is printed beside the transcript of a clip: one line, or nothing."""
+    if name not in WARNED_OF:
+        return ""
+    return (
+        rf"warning: {re.escape(str(path))} ends early: its header states 1\.9 s of audio, and (1\.0|0\.9) s are there\n"
+    )
 
 
 def fuzzed(folder: Path, suffix: str, seed: int) -> Path:
