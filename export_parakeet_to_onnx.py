@@ -31,8 +31,8 @@ from common.layouts.genai import GENAI
 from common.layouts.layout import Layout, tokenizer_command
 from common.report.card import CARD, FEATURES, finish_folder
 
-RUNTIME_HELP = """the runtime whose names, axes and files to write: genai into the folder itself, any other choice into
-a subfolder for each runtime, which share the encoder's weights by hard links (%(default)s)"""
+RUNTIME_HELP = """the runtime to write for: genai is written into the folder itself, any other choice into a subfolder
+for each runtime, and the subfolders share the encoder's weights by hard links (%(default)s)"""
 CHUNK_HELP = "audio decoded by each run of the encoder, in whole encoder frames (%(default)s)"
 LEFT_HELP = "audio before the chunk that the encoder is given as context (%(default)s)"
 RIGHT_HELP = "audio after the chunk that the encoder is given as context (%(default)s)"

@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model_dir", type=Path, default=Path("onnx_models"), help="exported folder (./%(default)s)")
     add("--output_dir", type=Path, default=Path("onnx_models_optimized"), help="folder to write (./%(default)s)")
     add("--block_size", type=int, choices=BLOCK_SIZES, default=OptimizeOptions.block_size,
-        help=f"for {in_blocks}: weights that share a scale; a larger block is smaller, faster and less exact, "
+        help=f"for {in_blocks}: how many weights share a scale; a larger block is smaller, faster and less exact, "
              "as long as it is not larger than the encoder is wide (%(default)s)")  # fmt: skip
     add("--accuracy_level", type=int, choices=range(5), default=OptimizeOptions.accuracy_level,
         help=f"for {in_blocks}: what a product rounds activations to. 4: int8, the fastest and not the most exact; "
@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quant_method", choices=tuple(METHODS), default=OptimizeOptions.quant_method,
         help=f"how the encoder's weights are stored. {help_of_methods} (%(default)s)")  # fmt: skip
     add("--decoder_joint_precision", choices=TOKEN_PRECISIONS, default=OptimizeOptions.decoder_joint_precision,
-        help="weights of the decoder's LSTM and of the joint; int8 makes a token 4.6 times as fast "
+        help="how the weights of the decoder's LSTM and of the joint are stored; int8 makes a token 4.6 times as fast "
              "(%(default)s)")  # fmt: skip
     add("--weight_bits", type=int, choices=sorted({bits for method in methods for bits in method.weight_bits}),
         default=OptimizeOptions.weight_bits,
@@ -73,8 +73,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "up to 5 are used. Weights are rounded so that products with this speech change least, and "
              f"{calibrating} measure on it which weights need 8 bits")  # fmt: skip
     add("--size_budget_mb", type=float, metavar="MB",
-        help=f"for {calibrating} with --calibration_manifest: the largest encoder.onnx and its data, in MB of 10^6 "
-             "bytes (the size without calibration)")  # fmt: skip
+        help=f"for {calibrating} with --calibration_manifest: the largest size of encoder.onnx with its data, in MB of "
+             "10^6 bytes (the size without calibration)")  # fmt: skip
     add("--eval_manifest", type=Path, metavar="FILE",
         help="clip list with audio_filepath, text and perhaps lang: count the words that float32 and the optimized "
              "model get wrong on these clips")  # fmt: skip

@@ -3,7 +3,7 @@
 In: a folder that export_parakeet_to_onnx.py and export_tokenizer.py, or optimize_encoder.py, have written; a clip.
 Out: one line for each of four steps: GenAI loads the folder; it transcribes the clip; the tokenizer encodes and decodes
 the transcript without losing a word; three ONNX Runtime sessions with the greedy TDT loop of common/run/decode.py
-transcribe the same features again. Exit status 1 when the two transcripts differ in one token, or when one is empty.
+transcribe the same features again. It exits with status 1 if the two transcripts differ in one token, or are empty.
 
     python test_e2e.py
 """

@@ -15,9 +15,9 @@ With --stress the script instead shows what is lost where speech is hard: quiet,
 telephone, fast and slow, cut and joined. NeMo and the folders in plain ONNX Runtime are tested (in GenAI with --engines
 genai).
 
-Exit status 1 when float32 ONNX differs from NeMo in a token for no listed reason, or in a word's time by more than one
-encoder frame, or when an engine shows NeMo's own tokens as another text than NeMo does and no rule in
-common/evaluate/text_rules.py explains it; with --stress, when more words are lost than --max_lost_words allows.
+It exits with status 1 if float32 ONNX differs from NeMo in a token for no listed reason, or in a word's time by more
+than one encoder frame, or if an engine shows NeMo's own tokens as another text than NeMo does and no rule in
+common/evaluate/text_rules.py explains it; with --stress, if more words are lost than --max_lost_words allows.
 
 Engines are loaded when their turn comes. Their speed is measured after a first run, with and without the features; the
 time of a batch is divided among its clips by their length.

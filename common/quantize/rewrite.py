@@ -81,7 +81,7 @@ def optimize_graph(path: Path, options: OptimizeOptions, device: str, calibrated
     model, fused = fuse(path) if options.fuses(device) else (load(path), Counter[str]())
     found = "  ".join(f"{count} {operator}" for operator, count in fused.items()) or "nothing to fuse"
     if not options.fuses(device):
-        found = "skipped" if options.skip_fusion else f"none: on a CPU, {options.quant_method} is faster without"
+        found = "skipped" if options.skip_fusion else f"none: on a CPU, {options.quant_method} is faster without it"
     stages.end(found, details=[f"{len(model.graph)} nodes"])
     stages.begin(f"quantization ({options.description})" if options.method else "quantization")
     encoder, details = OptimizedEncoder(model, fused, {}), []
