@@ -33,7 +33,7 @@ EXIT_CHECK = 1  # a check ran and failed, or the program itself did
 EXIT_USAGE = 2  # the command line or an input file is not usable
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_CLOSED_OUTPUT = 141  # 128 + SIGPIPE: the program that read the output, such as `head`, has ended
-INTERRUPTED = "interrupted; nothing was written\n"
+INTERRUPTED = "interrupted; no output is half-written\n"
 INSTALL_COMMAND = "pip install -r requirements.txt"
 
 

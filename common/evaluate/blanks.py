@@ -56,7 +56,7 @@ class Flaws:
         return [each for each in self.blank or () if each.reference_has_words]
 
     def __add__(self, other: "Flaws") -> "Flaws":
-        """These and those of the same engine in audio that follows."""
+        """These flaws, and the flaws of the same engine in audio that follows."""
         known = None if self.blank is None or other.blank is None else self.blank + other.blank
         return Flaws(known, self.repeated + other.repeated)
 

@@ -1,7 +1,7 @@
 """The engines of a comparison: NeMo or transformers, and each folder in ONNX Runtime GenAI and plain ONNX Runtime.
 
 An engine is loaded when it is first asked for, and then runs once on noise, since a first run allocates memory. Plain
-ONNX Runtime computes no features: it is given NeMo's or, without NeMo, those of GenAI, which is loaded to compute them.
+ONNX Runtime computes no features: it is given NeMo's or, without NeMo, GenAI's, which is loaded for that.
 """
 
 import argparse
@@ -72,7 +72,7 @@ class OpenFolder:
 
     @cached_property
     def is_float32(self) -> bool:
-        """Whether the weights are those of the export, unquantized and float32, so that it must equal the reference."""
+        """Whether the weights are as exported, unquantized and float32, so that it must equal the reference."""
         manifest = read_manifest(self.path)
         if "optimize" not in manifest:
             return not is_float16(manifest)
@@ -190,7 +190,7 @@ def engine_names(text: str) -> frozenset[str]:
     """The value of --engines. Raises ArgumentTypeError for a name that is not one of ENGINES."""
     names = frozenset(text.split(","))
     if not names <= {*ENGINES}:
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(ENGINES)}, got {text}")
+        raise argparse.ArgumentTypeError(f"{text} names an engine that is not one of {','.join(ENGINES)}")
     return names
 
 

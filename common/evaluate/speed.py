@@ -116,7 +116,7 @@ def _serve(path: Path) -> None:
         start = time.perf_counter()
         session.run(None, inputs)
         seconds = time.perf_counter() - start
-        # Not getrusage: the peak that it reports includes that of the process from which this one was forked.
+        # Not getrusage: the peak that it reports includes the peak of the process from which this one was forked.
         peak = _fields(Path("/proc/self/status")).get("VmHWM")
         answer = {"seconds": seconds, "peak_memory": int(peak.split()[0]) * 1024 if peak else None}
         print(json.dumps(answer), flush=True)

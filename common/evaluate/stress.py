@@ -183,8 +183,7 @@ class Condition:
 
     def takes(self, group: Sequence[int], speech: Speech) -> list[np.ndarray]:
         """The audio made from one group of clips, as the samples [N] that an engine is given at one time; the
-        transcripts of these takes together are that of the group. A remainder under half a piece stays with the last
-        piece."""
+        transcripts of these takes together are the group's. A remainder under half a piece stays with the last one."""
         altered = []
         for clip in group:
             draw = np.random.default_rng([speech.seed, zlib.crc32(self.name.encode()), clip])
@@ -259,8 +258,8 @@ def add_stress_flags(parser: Parser) -> None:
                              f"KIND: any of {kinds} (all of them)")  # fmt: skip
     parser.add_argument("--max_lost_words", type=float, metavar="POINTS",
                         help="with --stress: percentage points by which the words that the optimized model loses or "
-                             "changes may be more than float32's, under each condition; beyond, and where it "
-                             "is blank in speech in which float32 has words, exit status 1 (no limit)")  # fmt: skip
+                             "changes may be more than float32's, under each condition. If it is exceeded, or "
+                             "the model is blank where float32 has words, the exit status is 1 (no limit)")  # fmt: skip
     parser.add_argument("--stress_dir", type=Path, metavar="FOLDER",
                         help="with --stress: write the audio of the worst clips there")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise of --stress (%(default)s)")
@@ -470,14 +469,14 @@ class StressTest:
         beyond = [f"{row['condition']!r} {row['points']:+.2f} points" for row in rows if row["points"] > limit]
         if beyond:
             raise CheckError(
-                f"under stress {self.judged} misses more words than {self.baseline}: {', '.join(beyond)}; expected at "
-                f"most +{limit:g} points under each condition"
+                f"under stress {self.judged} misses more words than {self.baseline}: {', '.join(beyond)}; the limit "
+                f"is +{limit:g} points under each condition"
             )
         alone = [f"{row['condition']!r}" for row in rows if row["alone"]]
         if alone:
             raise CheckError(
-                f"under stress {self.judged} is blank where {self.baseline} has words: in {', '.join(alone)}; expected "
-                "no blank stretch of its own"
+                f"under stress {self.judged} is blank where {self.baseline} has words: in {', '.join(alone)}; with "
+                "--max_lost_words no blank stretch of its own is accepted"
             )
 
     # ---- what is printed

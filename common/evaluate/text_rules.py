@@ -27,7 +27,7 @@ def text_rules(sentencepiece_model: bytes, library: str = "NeMo") -> tuple[TextR
     """How the text of the reference, NeMo or transformers, differs from GenAI's for the same tokens, in the order in
     which the rules are applied.
 
-    `sentencepiece_model` is the checkpoint's own. The rules for NeMo are those of
+    `sentencepiece_model` is the checkpoint's own. The rules for NeMo are taken from
     decode_tokens_to_str_with_strip_punctuation in nemo/collections/asr/parts/submodules/rnnt_decoding.py 3.0.0;
     docs/tdt.md lists them. transformers leaves out special tokens, but a mark is such a token only where the
     checkpoint's tokenizer.json says so.

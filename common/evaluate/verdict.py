@@ -32,13 +32,13 @@ CLEARLY_SLOWER = 0.9  # of the speed of float32; less of a difference may be cha
 COLUMNS = (
     ("rtfx", "RTFx", "seconds of audio transcribed in one second; larger is faster"),
     ("rtfx_without_features", "without features",
-     "the same without the time of the features; plain ONNX Runtime is given those of {1}"),
+     "the same without the time of the features; plain ONNX Runtime is given {1}'s features"),
     ("wer", "WER", f"word error rate against the clips' texts, with its {CONFIDENCE} % bootstrap interval over clips"),
     ("normalised_wer", "normalised WER", "without case and punctuation (whisper_normalizer)"),
     ("wer_against_nemo", "against {0}",
      "WER against its text, on clips of one window, without what differs by rule"),
     ("clips_differing_from_nemo", "clips with other tokens",
-     "clips of one window whose tokens differ from those of {0}"),
+     "clips of one window whose tokens differ from {0}'s"),
 )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def judge_texts(comparison: Comparison) -> None:
             + (f"; {len(explanations) - same} differ from it by rule: {by_rule}" if named else "")
         )
     elif library and not wrong:
-        print(f"no text was compared with that of {library}: no engine has its tokens on a clip with words")
+        print(f"no text was compared with {library}'s: no engine has its tokens on a clip with words")
     if wrong:
         print("\n".join(wrong))
         raise CheckError(
@@ -235,10 +235,10 @@ def judge_times(comparison: Comparison) -> None:
             apart.append(furthest_apart(expected.words, words))
             if apart[-1] > TIMES_TOLERANCE:
                 raise CheckError(
-                    f"{clip.name}: expected words within {TIMES_TOLERANCE} encoder frame of those of {name}, got "
-                    f"{apart[-1]:g}: {[word.text for word in words]} for {[word.text for word in expected.words]}"
+                    f"{clip.name}: words begin or end {apart[-1]:g} encoder frames from {name}'s, and may by "
+                    f"{TIMES_TOLERANCE}: {[word.text for word in words]} for {[word.text for word in expected.words]}"
                 )
-        found = f"the times of {sum(counts)} words differ from those of {name} by at most {max(apart):g} frames of "
+        found = f"the times of {sum(counts)} words differ from {name}'s by at most {max(apart):g} frames of "
         found = f"{found}{comparison.config.frame_seconds:g} s" if counts else "no times of words were compared"
         if left_out := len(comparison.clips) - len(counts):
             found += f"; {left_out} clips left out, which have several windows, other tokens, tokens that are words of "

@@ -118,8 +118,8 @@ def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
 def word_error_rate(references: list[str], hypotheses: list[str], baseline: list[str] | None = None) -> WordErrorRate:
     """WER over all clips, with a 95 % bootstrap interval over clips (Bisani & Ney, ICASSP 2004; seeded).
 
-    With a `baseline`, the result is how much higher the rate is than that of the baseline's hypotheses. Each draw takes
-    both from the same clips, so the interval is that of the difference.
+    With a `baseline`, the result is how much higher the rate is than with the baseline's hypotheses. Each draw takes
+    both from the same clips, so the interval is the difference's.
     """
     counts = np.array([word_errors(*pair) for pair in zip(references, hypotheses, strict=True)])  # [clips, 2]
     if baseline is not None:

@@ -32,7 +32,7 @@ PUBLISHED = {
 }
 # Licences of Creative Commons that allow adaptations, as Hugging Face spells them.
 ADAPTABLE = re.compile(r"cc-(by|by-sa|by-nc|by-nc-sa)-(4\.0)")
-# Numbers of the features that the snippet needs, with those of folders made by earlier versions, which record none.
+# Numbers of the features that the snippet needs, with the values for folders of earlier versions, which record none.
 FEATURES = {"sample_rate": 16_000, "hop_length": 160}
 SCRIPTS = {
     "export": "export_parakeet_to_onnx.py",
@@ -47,7 +47,7 @@ def finish_folder(
     """Write the card and the manifest into `staging`, which will become `target`. To be called last.
 
     former: the manifest that stays, but for `section`, which becomes `content` with the versions of the installed
-    packages, and `files`, to which those of `staging` are added. A card that a person wrote or changed,
+    packages, and `files`, to which the files of `staging` are added. A card that a person wrote or changed,
     which the manifest of `target` therefore does not list, is left as it is.
     """
     written = {path.name: fingerprint(path) for path in staging.iterdir() if path.is_file()}
@@ -120,8 +120,8 @@ def front_matter(manifest: dict[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def _origin(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the checkpoint: `source`, from the first section of the manifest that records one; `name`, that
-    on Hugging Face or that of the file; `library`; and `terms`, its licence and languages by its own card or by its
+    """What is known of the checkpoint: `source`, from the first section of the manifest that records one; `name`, on
+    Hugging Face or of the file; `library`; and `terms`, its licence and languages by its own card or by its
     name, empty where they are not known. Folders made by earlier versions, which knew only NeMo, record no format."""
     recorded = (manifest[section]["source"] for section in SCRIPTS if "source" in manifest.get(section, {}))
     source: dict[str, Any] = next(recorded, {})

@@ -57,11 +57,11 @@ def make_report(
     stored: Mapping[str, Mapping[str, Stored]],
     sensitivity: Sensitivity | None,
 ) -> dict[str, Any]:
-    """What is known of the folder `optimized` from its files, which were made from those of `exported`.
+    """What is known of the folder `optimized` from its files, which were made from `exported`.
 
     graphs: the encoder first, then the others, as the folder's runtime has them. manifest: of `exported`. section: what
     the manifest of `optimized` has under `optimize`. stored: the quantized weights by graph and name. sensitivity: what
-    calibration measured of those of the encoder. The caller adds the sections on words, stress, speed and the run.
+    calibration measured of the encoder's weights. The caller adds the sections on words, stress, speed and the run.
     """
     encoder = graphs[0]
     tensors: list[dict[str, Any]] = []
