@@ -2,9 +2,11 @@
 ruined in a way that only stress shows is found."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,11 +18,14 @@ import optimize_encoder
 import test_real_speech
 from common import optimize
 from common.evaluate import stress
-from common.evaluate.stress import CLEAN, CONDITIONS, KINDS, Condition, Speech
+from common.evaluate.engines import NEMO_ENGINE, Engine
+from common.evaluate.stress import CLEAN, CONDITIONS, FLOAT32, KINDS, Condition, Speech, StressOptions, StressTest
 from common.evaluate.words import word_counts
 from common.folder import write_locations
 from common.onnx_io import save_model
 from common.report.report import REPORT_JSON
+from common.run.audio import Clip
+from common.run.decode import Transcript
 from tests.helpers import CLIPS, ROWS, rejected
 
 RATE = 16000
@@ -195,11 +200,12 @@ def test_pieces_are_the_joined_audio_cut_to_their_length(speech, piece):
 def test_cuts_come_in_steps_of_a_tenth_of_a_second(speech):
     cuts = [each for each in CONDITIONS if each.kind == "cut"]
     assert [np.mean(each.cut) for each in cuts] == pytest.approx([5, 7, 9, 11, 14])
-    joined = Speech([np.tile(speech.clips[0], 40)], RATE)
+    joined = Speech([np.tile(speech.clips[0], 40)] * 3, RATE)
     for condition in cuts:
-        lengths = [len(samples) / RATE for samples in condition.takes([0], joined)]
-        assert lengths[:5] == pytest.approx(condition.cut, abs=1e-4)
         assert np.diff(condition.cut) == pytest.approx([0.1] * 4)
+        for first in range(3):  # groups that follow each other begin with other pieces
+            lengths = [len(samples) / RATE for samples in condition.takes([first], joined)]
+            assert lengths[:5] == pytest.approx((*condition.cut[first:], *condition.cut[:first]), abs=1e-4)
 
 
 def test_the_seed_decides_the_noise(speech):
@@ -223,6 +229,22 @@ def test_words_lost_added_and_changed():
     assert (counts.missed, counts.errors) == (2, 3)
     empty = word_counts("", "a b")
     assert (empty.lost, empty.added, empty.words) == (0, 2, 0)
+
+
+def test_blank_stretches_of_later_pieces_have_the_times_of_the_whole(monkeypatch):
+    """An engine without a word, on 20 s of noise in pieces of 5 s, each of which counts 30 ms at a time."""
+    monkeypatch.setattr(stress, "CONDITIONS", (CLEAN, Condition("test", "cut", join=20.0, cut=(5.0,))))
+    config = SimpleNamespace(sample_rate=RATE, chunk=math.inf, frame_seconds=0.08, durations=(0, 1, 2, 3, 4))
+    folder = SimpleNamespace(config=config, pieces=None)
+    engine = Engine(FLOAT32, NEMO_ENGINE, lambda recordings: [Transcript([], "", frames=[]) for _ in recordings])
+    test = StressTest(
+        [engine], None, folder, [Clip(Path("noise.wav"), "words")], StressOptions(["cut"]), judged=FLOAT32
+    )
+    test.speech = Speech([np.random.default_rng(0).normal(0, 0.1, 20 * RATE).astype(np.float32)], RATE)
+    blank = {row["condition"]: row["blank"] for row in test.run().as_json()["results"]}
+    assert [(each["start"], each["end"]) for each in blank["as it is"]] == [(0.0, 19.98)]
+    found = [(each["start"], each["end"]) for each in blank["test"]]
+    assert found == [pytest.approx((begin, begin + 4.98)) for begin in (0, 5, 10, 15)]
 
 
 # ---- a folder ruined so that only stress shows it
