@@ -90,7 +90,7 @@ def _export(args: argparse.Namespace) -> None:
         finish_folder(staging, folder, GENAI, manifest, "tokenizer", {"source": source})
     stages.end(*GENAI.vocabulary, MANIFEST, CARD)
     following = TEST_COMMAND if is_float16(manifest) else OPTIMIZE_COMMAND
-    print(f"wrote {folder}; next: {following.format(folder)}")
+    print(f"wrote {folder}; next: {following.format(args.output_dir)}")
 
 
 def check_decoding(model: bytes, content: dict[str, Any], sequences: Sequence[list[int]]) -> None:

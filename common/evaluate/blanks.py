@@ -149,9 +149,10 @@ def flaws_table(clips: Iterable[tuple[str, Mapping[str, Flaws]]], reference: str
 
 def print_flaws(table: Sequence[tuple[str, ...]], without_times: Iterable[str] = ()) -> None:
     """Print the table, cut off where it is long, and name the engines of whose blank stretches nothing is known."""
-    print_table(table[: MAX_PRINTED_CLIPS + 1] or [("no transcript is blank or repeated",)])
+    print_table(table[: MAX_PRINTED_CLIPS + 1])
     if len(table) > MAX_PRINTED_CLIPS + 1:
         print(f"and {len(table) - MAX_PRINTED_CLIPS - 1} more, which are in the results")
-    print("blank: more than 3 s of speech without a word; repeated: four times in a row (docs/stress.md)")
+    meaning = "blank for more than 3 s of speech, or repeats words four times in a row (docs/stress.md)"
+    print(f"suspicious: it is {meaning}" if table else f"no transcript is {meaning}")
     if names := ", ".join(without_times):
         print(f"blank stretches are not known of {names}, since GenAI gives no times")

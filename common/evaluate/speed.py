@@ -99,8 +99,8 @@ def why_slower(exported: float, optimized: float, encoder_bytes: int) -> str | N
     if encoder_bytes < SMALL_ENCODER:
         why = ", since preparing a quantized product takes longer than the product saves in so small a model"
     return (
-        f"The optimized encoder is slower than float32{why}. Where speed counts, try --quant_method int8, or use the "
-        "exported folder; docs/benchmarks.md compares the methods."
+        f"The optimized encoder is slower than float32{why}. Where speed counts, use the exported folder, or "
+        "another method, which docs/benchmarks.md compares."
     )
 
 
