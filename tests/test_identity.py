@@ -22,7 +22,7 @@ from common.evaluate.text_rules import explaining_rules, text_rules
 from common.evaluate.verdict import judge, judge_texts, judge_tokens, transcribe_and_print
 from common.folder import read_manifest, staged_folder, write_json
 from common.layouts.genai import GENAI
-from common.layouts.layout import check_same_checkpoint
+from common.layouts.layout import check_same_checkpoint, tokenizer_command
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
 from common.layouts.views import write_view
@@ -260,6 +260,13 @@ class TestPartsOfDifferentCheckpoints:
         assert f"the graphs in {folder} are from {TINY.name} (SHA-256 " in error
         assert "other.nemo (SHA-256 00000000…)" in error
         assert f"run: python export_tokenizer.py --output_dir {folder} --model_name " in error
+
+    @pytest.mark.parametrize(("form", "flag"), [("nemo", ""), ("transformers", " --checkpoint_format transformers")])
+    def test_the_command_has_the_revision_and_the_format_of_the_graphs(self, form, flag, tmp_path):
+        source = {"name": "owner/model", "revision": "v2", "sha256": "0" * 64, "format": form}
+        write_json(tmp_path / "manifest.json", {"export": {"source": source}})
+        command = f"python export_tokenizer.py --output_dir {tmp_path} --model_name owner/model --revision v2{flag}"
+        assert tokenizer_command(tmp_path) == command
 
     @pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt", "genai_config.json"])
     def test_without_a_manifest_sizes_are_compared(self, file, tiny_export, tmp_path):
