@@ -22,7 +22,7 @@ from common.evaluate.text_rules import explaining_rules, text_rules
 from common.evaluate.verdict import judge, judge_texts, judge_tokens, transcribe_and_print
 from common.folder import read_manifest, staged_folder, write_json
 from common.layouts.genai import GENAI
-from common.layouts.layout import check_same_checkpoint, tokenizer_command
+from common.layouts.layout import REPORT_FILES, check_same_checkpoint, tokenizer_command
 from common.layouts.onnx_asr import ONNX_ASR
 from common.layouts.sherpa_onnx import SHERPA_ONNX
 from common.layouts.views import write_view
@@ -54,10 +54,14 @@ def swapped(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported_over(swapped, tiny_export, tmp_path_factory):
-    """The swapped checkpoint's graphs, exported into a folder that held the bundled one's graphs and tokenizer."""
+    """The swapped checkpoint's graphs, exported into a folder that held the bundled one's graphs and tokenizer, and the
+    report of an optimization."""
     folder = tmp_path_factory.mktemp("over") / "models"
     shutil.copytree(tiny_export, folder)
     (folder / "notes.txt").write_text("mine")
+    for name in REPORT_FILES:
+        (folder / name).write_text("old")
+    write_json(folder / "manifest.json", {**read_manifest(folder), "optimize": {"method": "rtn"}})
     argv = ["--model_name", str(swapped), "--output_dir", str(folder), "--skip_verify"]
     assert export_parakeet_to_onnx.main(argv) == 0
     return folder
@@ -221,6 +225,10 @@ class TestPartsOfDifferentCheckpoints:
         assert not set(GENAI.vocabulary) & set(manifest["files"])
         assert (exported_over / "notes.txt").read_text() == "mine"
         assert "tokenizer" in read_manifest(tiny_export)
+
+    def test_exporting_anew_drops_what_an_optimization_wrote(self, exported_over):
+        assert not [name for name in REPORT_FILES if (exported_over / name).exists()]
+        assert "optimize" not in read_manifest(exported_over)
 
     def test_exporting_the_same_anew_keeps_the_tokenizer(self, tiny_export):
         source = read_manifest(tiny_export)["export"]["source"]
