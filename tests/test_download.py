@@ -492,7 +492,8 @@ class TestForms:
     def test_of_several_nemo_files_that_with_the_name_of_the_repository_is_fetched(self, user, hub):
         self.publish(hub, "owner/two", {"a.nemo": b"another", "two.nemo": CONTENT})
         user.succeeded(model="owner/two")
-        assert hub.fetched() == {"two.nemo"}
+        cached = user.cache / "models--owner--two" / "snapshots" / COMMIT
+        assert {path.name for path in cached.iterdir()} == {"two.nemo"}
 
     def test_what_a_repository_of_another_format_holds_is_named(self, user, hub):
         hub.files["owner/packed/model.tar.zst"] = b"?"
