@@ -312,7 +312,7 @@ def test_a_language_cannot_hide_in_the_whole():
     table = word_table(clips)
     assert [(row.lang, row.increase.percent) for row in table] == [(None, 0), ("en", -25), ("uk", 25)]
     judge(table, 25)
-    with pytest.raises(CheckError, match=r"\+25.00 points in uk \(1 of 4 words\), and may by \+24.9"):
+    with pytest.raises(CheckError, match=r"\+25.00 points in uk \(1 of 4 words\), and the limit is \+24.9"):
         judge(table, 24.9)
     judge(word_table([evaluated("A b.", "A b.", "a B")]), 0)  # case and punctuation are not words
     assert word_table([evaluated("A b.", "A b.", "a B")], str)[0].increase.percent == 100

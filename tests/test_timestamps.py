@@ -327,4 +327,4 @@ def test_script_notices_times_that_are_not_nemos(tiny_export, capsys, monkeypatc
     )
     argv = ["--model_dir", str(tiny_export), "--model_name", str(TINY), "--audio", str(CLIPS[0]), "--timestamps"]
     assert test_real_speech.main(argv) == 1
-    assert "words begin or end 2 encoder frames from NeMo's, and may by 1: [" in capsys.readouterr().err
+    assert "words begin or end 2 encoder frames from NeMo's, and the limit is 1: [" in capsys.readouterr().err

@@ -235,7 +235,7 @@ def judge_times(comparison: Comparison) -> None:
             apart.append(furthest_apart(expected.words, words))
             if apart[-1] > TIMES_TOLERANCE:
                 raise CheckError(
-                    f"{clip.name}: words begin or end {apart[-1]:g} encoder frames from {name}'s, and may by "
+                    f"{clip.name}: words begin or end {apart[-1]:g} encoder frames from {name}'s, and the limit is "
                     f"{TIMES_TOLERANCE}: {[word.text for word in words]} for {[word.text for word in expected.words]}"
                 )
         found = f"the times of {sum(counts)} words differ from {name}'s by at most {max(apart):g} frames of "

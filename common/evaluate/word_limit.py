@@ -199,6 +199,6 @@ def judge(table: list[WordErrors], limit: float) -> None:
     ]
     if beyond:
         raise CheckError(
-            f"the word error rate rises by {', '.join(beyond)}, and may by +{limit:g}; nothing is written "
+            f"the word error rate rises by {', '.join(beyond)}, and the limit is +{limit:g}; nothing is written "
             "(without --max_wer_increase the folder is, with a report of it)"
         )
